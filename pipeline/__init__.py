@@ -1,0 +1,1 @@
+"""What runs the stages: the command line, project scaffolding, the demo, progress."""

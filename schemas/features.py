@@ -1,0 +1,147 @@
+"""What determines a feature, its fingerprint, and what the store writes about itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from schemas.base import Contract, digest
+from schemas.manifest import ImageId
+from schemas.settings import FeatureDtype, Importance
+
+FEATURE_VERSION = 1
+"""Raised by hand when the definition of a feature changes; part of every fingerprint."""
+
+STORE_VERSION = 1
+"""Raised by hand when the layout of the store changes; part of every fingerprint."""
+
+
+class LpmInfo(Contract):
+    """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate need of it."""
+
+    name: str
+    """timm name with tag."""
+    depth: int
+    """Blocks."""
+    width: int
+    """D, the width of a token."""
+    heads: int
+    """H."""
+    patch: int
+    """Side of a patch in pixels."""
+    prefix_tokens: int
+    """Class and register tokens before the patches."""
+    has_class_token: bool
+    """Whether token 0 is a class token."""
+    image_size: int
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1]."""
+    std: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1]."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    """Filter of the resize to the input."""
+
+    @property
+    def tokens(self) -> int:
+        """N: patches and prefix tokens."""
+        return (self.image_size // self.patch) ** 2 + self.prefix_tokens
+
+    @property
+    def head_dim(self) -> int:
+        """d = D / H."""
+        return self.width // self.heads
+
+
+class FeatureSpec(Contract):
+    """Everything that determines a feature. Two specs with one fingerprint give the same features."""
+
+    feature_version: int = FEATURE_VERSION
+    """Definition of a feature."""
+    store_version: int = STORE_VERSION
+    """Layout of the store."""
+    lpm: LpmInfo
+    """Shape and preprocessing of the LPM."""
+    weights_sha256: str
+    """Sha256 of the weights file."""
+    layers: tuple[int, ...]
+    """Tapped blocks, ascending."""
+    importance: Importance
+    """Rule of importance."""
+    kept: int
+    """T = int(ratio * N): tokens kept per head."""
+    dtype: FeatureDtype
+    """Type of keys and values."""
+    side_image_size: int
+    """Side of the stored small image, in pixels."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) of the canonical JSON of all fields; the store is named by its first 16 characters."""
+        return digest(self.model_dump(mode="json"))
+
+    def differing(self, found: FeatureSpec) -> dict[str, tuple[Any, Any]]:
+        """Dotted fields in which `found` differs from this, expected first."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(found.model_dump(mode="json"))
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        }
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes of one row in the store without checksums and shard indices."""
+        lpm, size = self.lpm, {"float16": 2, "float32": 4}[self.dtype]
+        per_layer = lpm.heads * self.kept * (2 * lpm.head_dim * size + 2)
+        return len(self.layers) * per_layer + 2 * lpm.width * 4 + 3 * self.side_image_size**2 + 32
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+class FileDigest(Contract):
+    """One file of a shard."""
+
+    bytes: int
+    """Length."""
+    sha256: str
+    """Of the content."""
+
+
+class ShardReceipt(Contract):
+    """Proof that a shard is whole. Written last, by atomic rename: no receipt, no shard."""
+
+    shard: int
+    """Number; its rows are [shard * shard_size, ...)."""
+    fingerprint: str
+    """Of the store that it belongs to."""
+    rows: tuple[ImageId, ...]
+    """Image ids in row order; may be fewer than shard_size."""
+    files: dict[str, FileDigest]
+    """Array name -> digest of this shard's file."""
+    seconds: float
+    """Time from the first decode to the last byte."""
+
+
+class ExtractionReceipt(Contract):
+    """What DVC tracks instead of the heavy store: which features a study may rely on."""
+
+    fingerprint: str
+    """Names the store."""
+    spec: FeatureSpec
+    """What determines the features."""
+    images: int
+    """Image contents of the manifest, each counted once."""
+    manifest_sha256: str
+    """Digest of the sorted image ids."""
+    shards: dict[str, str]
+    """Shard number -> digest of its receipt's files, for the shards that hold the manifest's rows."""
+    failures: dict[str, str] = {}
+    """Path -> reason, of images that vanished or broke since `prepare`; empty unless quarantined."""

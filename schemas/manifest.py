@@ -1,0 +1,61 @@
+"""The manifest: one row per image, the hand-over from `prepare` to every later stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.base import Contract
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ManifestRow(Contract):
+    """One image of a study."""
+
+    id: ImageId
+    """Sha256 of the file's content: the name of its features in the store."""
+    path: str
+    """Relative to `data.images`, with forward slashes."""
+    label: str
+    """One of the manifest's classes."""
+    group: str
+    """Patient, or the image's own path where no group is known."""
+    split: Split
+    """train, val or test."""
+
+
+class Manifest(Contract):
+    """All rows of a study, sorted by path, and the classes in the order of the model's outputs."""
+
+    classes: tuple[str, ...]
+    """Label names; the index of a label here is its index in the logits."""
+    rows: tuple[ManifestRow, ...]
+    """Sorted by path. Two rows may share an id (a file under two names): then they share a split."""
+
+    def of(self, split: Split) -> Iterator[ManifestRow]:
+        """The rows of one split, in order."""
+        return (row for row in self.rows if row.split == split)
+
+    def ids(self) -> tuple[str, ...]:
+        """Each image content once, in order of first appearance."""
+        return tuple(dict.fromkeys(row.id for row in self.rows))
+
+
+class PrepareSummary(Contract):
+    """What `prepare` did, for people and for `outputs/manifest/summary.json`."""
+
+    images: int
+    """Rows of the manifest."""
+    duplicates: int
+    """Rows whose content another row has too."""
+    groups: int
+    """Patients (or other groups)."""
+    quarantined: int
+    """Images set aside."""
+    counts: dict[str, dict[str, int]]
+    """split -> class -> images."""

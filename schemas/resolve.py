@@ -1,0 +1,116 @@
+"""No "auto" survives this step: settings and the shape of the LPM give what will be run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schemas.errors import SettingsError
+from schemas.features import FeatureSpec, LpmInfo
+from schemas.results import SideNetworkSpec
+from schemas.settings import Method, Settings
+
+SIDE_PATCH = 16
+"""Side of the side network's patch, in pixels."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What "auto" means for a method."""
+
+    first_layer: float
+    """First tapped block as a share of the depth."""
+    side_image_size: int
+    """Input of the side network, in pixels."""
+
+
+PRESETS: dict[Method, Preset] = {
+    "fpt": Preset(first_layer=0.0, side_image_size=224),
+    "fpt+": Preset(first_layer=0.5, side_image_size=128),
+    "side": Preset(first_layer=0.5, side_image_size=128),
+}
+
+
+def resolve(settings: Settings, lpm: LpmInfo) -> Settings:
+    """Replace every "auto" and take the image size to the patch grid.
+
+    Args:
+        settings: As parsed.
+        lpm: Of `settings.lpm.name` at the nearest size that its patch divides.
+
+    Raises:
+        SettingsError: Where a value does not fit the LPM; all problems at once.
+    """
+    preset, features, train = PRESETS[settings.method], settings.features, settings.train
+    problems: list[tuple[str, str]] = []
+    layers = tuple(range(int(preset.first_layer * lpm.depth), lpm.depth))
+    if features.layers != "auto":
+        layers = features.layers
+        if layers[-1] >= lpm.depth:
+            problems.append(("features.layers", f"{lpm.name} has blocks 0 to {lpm.depth - 1} (is {layers[-1]})"))
+    if features.importance == "class_token" and not lpm.has_class_token:
+        problems.append(("features.importance", f"{lpm.name} has no class token; use global"))
+    if int(features.ratio * lpm.tokens) < 1:
+        problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
+    width, rest = divmod(lpm.width, train.side_reduction)
+    if rest or width % lpm.heads:
+        problems.append(
+            ("train.side_reduction", f"width {lpm.width} / {train.side_reduction} must be a multiple of {lpm.heads} heads")
+        )
+    if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
+        have, need = len(train.class_weights), len(settings.data.classes)
+        if have != need:
+            problems.append(("train.class_weights", f"lists {have} weights for {need} classes"))
+    if problems:
+        raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
+    side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
+    stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
+    return settings.model_copy(
+        update={
+            "features": features.model_copy(
+                update={"image_size": lpm.image_size, "layers": layers, "side_image_size": stored}
+            ),
+            "train": train.model_copy(update={"side_image_size": side}),
+        }
+    )
+
+
+def stored_side_size(side: int) -> int:
+    """Side of the stored small image, in pixels: 1/8 more than the network's input, in whole patches.
+
+    A random crop keeps 0.8 of the area, so 0.89 of the side: with this margin it is never enlarged.
+    """
+    return -(-side * 9 // 8 // SIDE_PATCH) * SIDE_PATCH
+
+
+def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> FeatureSpec:
+    """The spec of resolved settings. T = int(ratio * N)."""
+    features = settings.features
+    if features.layers == "auto" or features.side_image_size == "auto":
+        raise SettingsError("The settings are not resolved.")
+    return FeatureSpec(
+        lpm=lpm,
+        weights_sha256=weights_sha256,
+        layers=features.layers,
+        importance=features.importance,
+        kept=int(features.ratio * lpm.tokens),
+        dtype=features.dtype,
+        side_image_size=features.side_image_size,
+    )
+
+
+def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
+    """The fusion and side network of resolved settings."""
+    features, train = settings.features, settings.train
+    if features.layers == "auto" or train.side_image_size == "auto":
+        raise SettingsError("The settings are not resolved.")
+    return SideNetworkSpec(
+        method=settings.method,
+        classes=classes,
+        layers=len(features.layers),
+        lpm_width=lpm.width,
+        heads=lpm.heads,
+        width=lpm.width // train.side_reduction,
+        image_size=train.side_image_size,
+        prompts=train.prompts,
+        dropout=train.dropout,
+    )
