@@ -98,9 +98,7 @@ class StorageError(FptError, OSError):
 class CacheMismatchError(FptError, ValueError):
     """Features were computed under other settings. `differing` maps a field to (expected, found)."""
 
-    def __init__(
-        self, state: str, differing: Mapping[str, tuple[Any, Any]], cause: str = "", repair: str = ""
-    ) -> None:
+    def __init__(self, state: str, differing: Mapping[str, tuple[Any, Any]], cause: str = "", repair: str = "") -> None:
         self.differing = dict(differing)
         lines = [f"  {name}: expected {a!r}, found {b!r}" for name, (a, b) in self.differing.items()]
         super().__init__(state, "\n".join([*lines, *([cause] if cause else [])]), repair)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
 from schemas.settings import FeatureDtype, Importance
@@ -143,5 +145,5 @@ class ExtractionReceipt(Contract):
     """Digest of the sorted image ids."""
     shards: dict[str, str]
     """Shard number -> digest of its receipt's files, for the shards that hold the manifest's rows."""
-    failures: dict[str, str] = {}
+    failures: dict[str, str] = Field(default_factory=dict)
     """Path -> reason, of images that vanished or broke since `prepare`; empty unless quarantined."""
