@@ -54,12 +54,7 @@ def resolve(settings: Settings, lpm: LpmInfo) -> Settings:
     width, rest = divmod(lpm.width, train.side_reduction)
     if rest or width % lpm.heads:
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
-        problems.append(
-            (
-                "train.side_reduction",
-                f"width {lpm.width} / {train.side_reduction} must be a multiple of {lpm.heads} heads",
-            )
-        )
+        problems.append(("train.side_reduction", whole))
     if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
         have, need = len(train.class_weights), len(settings.data.classes)
         if have != need:
