@@ -1,0 +1,1 @@
+"""The feature store between the two stages: a Zarr v3 group with receipts."""

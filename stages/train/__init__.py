@@ -1,0 +1,1 @@
+"""Stage two: fusion, side network, training loop, model bundle and cost."""

@@ -1,0 +1,92 @@
+"""The side network: a small ViT whose blocks take extra prompt tokens.
+
+Fine-grained Prompt Tuning, arXiv 2403.07576, section 2.2 (asymmetric input) and arXiv 2408.02426, section III.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from schemas.resolve import SIDE_PATCH
+from schemas.results import SideNetworkSpec
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection to queries, keys and values, all with bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, width)."""
+        batch, count, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        return projected
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with MLP ratio 4."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, width)."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        tokens = tokens + self.mlp(self.norm2(tokens))
+        return tokens
+
+
+class SideNetwork(nn.Module):
+    """A ViT of one block per tapped layer, width D/8, patch 16, with a linear head on its class token."""
+
+    def __init__(self, spec: SideNetworkSpec) -> None:
+        super().__init__()
+        patches = (spec.image_size // SIDE_PATCH) ** 2
+        self.patch_embed = nn.Conv2d(3, spec.width, kernel_size=SIDE_PATCH, stride=SIDE_PATCH)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, spec.width))
+        self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.layers))
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6)
+        self.head = nn.Linear(spec.width, spec.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation as usual for ViTs: truncated normal of 0.02, zero biases, class token near zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) normalised pixels -> (B, 1 + patches, width), class token first."""
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
+        return tokens + self.pos_embed
+
+    def block(self, layer: int, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+        """Run one block with the prompts (B, P, width) appended to the tokens, and drop them after it."""
+        if prompts is None:
+            plain: torch.Tensor = self.blocks[layer](tokens)
+            return plain
+        mixed: torch.Tensor = self.blocks[layer](torch.cat([tokens, prompts], dim=1))
+        return mixed[:, : tokens.shape[1]]
+
+    def classify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> logits (B, classes), from the normalised class token."""
+        logits: torch.Tensor = self.head(self.norm(tokens[:, 0]))
+        return logits
