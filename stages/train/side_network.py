@@ -45,8 +45,7 @@ class Block(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, N, width)."""
         tokens = tokens + self.attn(self.norm1(tokens))
-        tokens = tokens + self.mlp(self.norm2(tokens))
-        return tokens
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 class SideNetwork(nn.Module):
