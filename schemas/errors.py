@@ -126,3 +126,7 @@ class TrainingError(FptError, RuntimeError):
 
 class BundleError(FptError, ValueError):
     """A model bundle is missing, damaged, or does not fit the features it is asked to read."""
+
+
+class EvaluationError(FptError, ValueError):
+    """Nothing to judge, or what should be judged is damaged (an empty split, probabilities that are not finite)."""

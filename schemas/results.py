@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from schemas.base import Contract
 from schemas.features import FeatureSpec
+from schemas.manifest import Split
 from schemas.settings import Method, TrainSettings
 
 BUNDLE_VERSION = 1
@@ -57,24 +58,51 @@ class BundleSpec(Contract):
 
 
 class Metrics(Contract):
-    """Test metrics. Averages over classes are unweighted (macro). Null: not defined for this split."""
+    """How good a model is on one split. Averages over classes are unweighted (macro). Null: not defined here."""
 
+    split: Split
+    """Which rows were judged."""
     images: int
     """Rows judged."""
+    groups: int
+    """Patients (or other groups) that they come from."""
+    skipped: int
+    """Rows of the split that have no features and were not judged; 0 unless `data.on_error` is quarantine."""
     auc: float | None
     """Area under the ROC curve: binary with two classes, macro one-vs-rest with more."""
+    auc_interval: tuple[float, float] | None
+    """95% confidence interval of `auc`: percentile bootstrap over whole groups."""
     accuracy: float
     """Share of rows whose most probable class is the label."""
     balanced_accuracy: float
-    """Mean recall."""
+    """Mean recall of the classes that occur."""
     f1: float
-    """Macro F1."""
+    """Macro F1, of the classes that occur as label or prediction."""
     quadratic_kappa: float | None
     """Cohen's kappa with quadratic weights, in the order of the classes."""
+    brier: float
+    """Mean squared error of the probability: with two classes of the second (0 to 1), with more summed (0 to 2)."""
+    calibration_error: float
+    """Mean |confidence - accuracy| over ten bins of confidence, weighted by rows (ECE), 0 to 1."""
     auc_per_class: dict[str, float | None]
     """One-vs-rest."""
+    absent_classes: tuple[str, ...]
+    """Classes without a row in this split: their AUC, and so the macro AUC, is null."""
     confusion: tuple[tuple[int, ...], ...]
     """Rows: label; columns: prediction; in the order of the classes."""
+
+
+class Prediction(Contract):
+    """What a bundle says about one image: a class with probabilities, or why there is none."""
+
+    path: str
+    """As it was given."""
+    predicted: str | None
+    """The most probable class; null where the image cannot be used."""
+    probabilities: dict[str, float] | None
+    """Class -> probability, in the order of the logits; null where the image cannot be used."""
+    error: str | None
+    """Why the image cannot be used; null where it can."""
 
 
 class CostReport(Contract):

@@ -1,0 +1,130 @@
+"""Every number of the evaluation, from scikit-learn and torchmetrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn import metrics as sk
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from schemas.errors import EvaluationError
+from schemas.manifest import Split
+from schemas.results import Metrics
+from stages.evaluate.bootstrap import auc_interval
+
+CALIBRATION_BINS = 10
+"""Equal-width bins of confidence, for the calibration error and the reliability curve."""
+
+Labels = npt.NDArray[np.int64]
+Probabilities = npt.NDArray[np.float64]
+
+
+def compute_metrics(
+    labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    classes: Sequence[str],
+    *,
+    groups: Sequence[str] | None = None,
+    split: Split = "test",
+    skipped: int = 0,
+) -> Metrics:
+    """All metrics of one split.
+
+    Args:
+        labels: (n,) index of each row's label in `classes`.
+        probabilities: (n, C), each in [0, 1].
+        classes: The C label names, in the order of the model's outputs.
+        groups: (n,) patient of each row, the unit of the bootstrap; None: each row by itself.
+        split: Which rows these are; only recorded.
+        skipped: Rows of the split that could not be judged; only recorded.
+
+    Returns:
+        The metrics. What is not defined for these rows (the AUC of a class that does not occur) is null, never NaN.
+
+    Raises:
+        EvaluationError: There are no rows, shapes or labels do not fit, or a probability is not in [0, 1].
+    """
+    y, p = check_predictions(labels, probabilities, classes)
+    units = [str(row) for row in range(len(y))] if groups is None else list(groups)
+    if len(units) != len(y):
+        raise EvaluationError(f"{len(y)} rows were given with {len(units)} groups.")
+    predicted = p.argmax(axis=1)
+    indices = np.arange(len(classes))
+    present = np.unique(y)
+    per_class = [_auc(y == index, p[:, index]) for index in indices]
+    return Metrics(
+        split=split,
+        images=len(y),
+        groups=len(set(units)),
+        skipped=skipped,
+        auc=per_class[1] if len(classes) == 2 else _mean(per_class),
+        auc_interval=auc_interval(y, p, units),
+        accuracy=float(sk.accuracy_score(y, predicted)),
+        balanced_accuracy=float(sk.recall_score(y, predicted, labels=present, average="macro")),
+        f1=float(sk.f1_score(y, predicted, labels=np.union1d(y, predicted), average="macro", zero_division=0.0)),
+        quadratic_kappa=_kappa(y, predicted, indices),
+        brier=_brier(y, p),
+        calibration_error=float(
+            multiclass_calibration_error(
+                torch.from_numpy(p), torch.from_numpy(y), num_classes=len(classes), n_bins=CALIBRATION_BINS, norm="l1"
+            )
+        ),
+        auc_per_class=dict(zip(classes, per_class, strict=True)),
+        absent_classes=tuple(name for index, name in enumerate(classes) if index not in present),
+        confusion=tuple(tuple(int(n) for n in row) for row in sk.confusion_matrix(y, predicted, labels=indices)),
+    )
+
+
+def check_predictions(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, classes: Sequence[str]
+) -> tuple[Labels, Probabilities]:
+    """The rows as arrays (n,) and (n, C), refused where a metric of them would be meaningless."""
+    y, p = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+    if y.size == 0:
+        raise EvaluationError("There are no rows to judge.")
+    if len(classes) < 2:
+        raise EvaluationError(f"Metrics need at least two classes, these rows have {len(classes)}.")
+    if y.ndim != 1 or p.shape != (len(y), len(classes)):
+        raise EvaluationError(
+            f"Labels of shape {y.shape} and probabilities of shape {p.shape} do not fit {len(classes)} classes."
+        )
+    if y.min() < 0 or y.max() >= len(classes):
+        raise EvaluationError(f"A label is not one of the {len(classes)} classes.")
+    broken = np.flatnonzero(~np.isfinite(p).all(axis=1))
+    if broken.size:
+        raise EvaluationError(
+            f"{broken.size} of {len(y)} rows have probabilities that are not finite, the first is row {broken[0]}.",
+            "The weights of the model are damaged, or training diverged.",
+            "Train again, with a lower rate: fpt train --set train.lr=1e-4",
+        )
+    # Sums of float32 probabilities may pass one by a rounding error.
+    if p.min() < -1e-5 or p.max() > 1 + 1e-5:
+        raise EvaluationError("A probability is not between 0 and 1.", "Logits may have been given in its place.")
+    return y, np.clip(p, 0.0, 1.0)
+
+
+def _auc(positive: npt.NDArray[Any], scores: Probabilities) -> float | None:
+    """One-vs-rest AUC; None where only one side occurs."""
+    return float(sk.roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _kappa(y: Labels, predicted: npt.NDArray[Any], indices: npt.NDArray[Any]) -> float | None:
+    """Quadratic kappa; None where labels and predictions are all one class (0 / 0)."""
+    if len(np.union1d(y, predicted)) < 2:
+        return None
+    return float(sk.cohen_kappa_score(y, predicted, labels=indices, weights="quadratic"))
+
+
+def _brier(y: Labels, p: Probabilities) -> float:
+    """Brier score: of the second class with two classes, summed over classes with more."""
+    columns = [1] if p.shape[1] == 2 else range(p.shape[1])
+    return float(sum(sk.brier_score_loss(y == index, p[:, index], pos_label=True) for index in columns))

@@ -1,0 +1,82 @@
+"""`predictions.parquet`: one row per judged image, with the probability of every class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import EvaluationError
+from schemas.manifest import ManifestRow
+from stages.files import atomic_write
+
+PROBABILITY = "p_"
+"""Prefix of a probability column; no other column starts with it."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said about the rows of a split."""
+
+    classes: tuple[str, ...]
+    """Label names in the order of the columns of `probabilities`."""
+    rows: tuple[ManifestRow, ...]
+    """n rows of the manifest."""
+    probabilities: npt.NDArray[np.float32]
+    """(n, C)."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(n,) index of each row's label."""
+        index = {name: position for position, name in enumerate(self.classes)}
+        return np.asarray([index[row.label] for row in self.rows], dtype=np.int64)
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """(n,) index of the most probable class, the first of equals."""
+        return self.probabilities.argmax(axis=1).astype(np.int64)
+
+
+def write_predictions(predictions: Predictions, path: Path) -> None:
+    """Write the table: id, path, label, group, split, predicted and p_<class> for every class.
+
+    The same predictions give the same bytes. Class names in order are in the schema's metadata.
+    """
+    rows, classes = predictions.rows, predictions.classes
+    columns: dict[str, pa.Array] = {
+        name: pa.array([getattr(row, name) for row in rows], pa.string())
+        for name in ("id", "path", "label", "group", "split")
+    }
+    columns["predicted"] = pa.array([classes[index] for index in predictions.predicted], pa.string())
+    for index, name in enumerate(classes):
+        columns[f"{PROBABILITY}{name}"] = pa.array(predictions.probabilities[:, index], pa.float32())
+    table = pa.table(columns).replace_schema_metadata({"classes": json.dumps(classes)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    atomic_write(path, sink.getvalue().to_pybytes())
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote.
+
+    Raises:
+        EvaluationError: The file is missing, damaged, or not such a table.
+    """
+    repair = "Write it again: fpt evaluate"
+    try:
+        table = pq.read_table(path)
+        classes = tuple(json.loads((table.schema.metadata or {})[b"classes"]))
+        names: Sequence[str] = ("id", "path", "label", "group", "split")
+        rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
+        columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
+    except FileNotFoundError as error:
+        raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
+    except (OSError, KeyError, ValueError) as error:
+        raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
+    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False))
