@@ -1,0 +1,240 @@
+"""Fusion and side network against a direct transcription of the published equations, image by image, head by head."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from schemas.results import SideNetworkSpec
+from stages.train.network import PromptedSideNetwork, learnable_parameters
+
+Weights = dict[str, torch.Tensor]
+
+TINY = {
+    "classes": 3,
+    "layers": 3,
+    "lpm_width": 32,
+    "heads": 2,
+    "width": 8,
+    "image_size": 32,
+    "prompts": 4,
+    "dropout": 0.5,
+}
+KEPT = 7
+
+
+def tiny(method: str) -> SideNetworkSpec:
+    return SideNetworkSpec(method=method, **TINY)
+
+
+def build(method: str) -> PromptedSideNetwork:
+    """A network whose every parameter is far from its initial value, so that no term of an equation is hidden."""
+    torch.manual_seed(0)
+    network = PromptedSideNetwork(tiny(method))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(std=1.0 if "prompts" in name else 0.3)
+            if ("norm" in name and name.endswith("weight")) or (name == "fusion.query.weight" and method == "fpt+"):
+                parameter.add_(1.0)
+    return network
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, TINY["layers"], TINY["heads"], KEPT, TINY["lpm_width"] // TINY["heads"])
+    image = torch.randn(batch, 3, TINY["image_size"], TINY["image_size"], generator=generator)
+    return image, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+# The transcription. x: vectors and matrices of one image in float64; w: the weights of the module by name.
+
+
+def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def layer_norm(x: torch.Tensor, w: Weights, name: str, eps: float) -> torch.Tensor:
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """softmax(q . k / sqrt(d)) v for one query (d,) and (T, d) keys and values."""
+    scores = torch.stack([(query * key).sum() / math.sqrt(len(query)) for key in keys])
+    shares = (scores - scores.max()).exp()
+    shares = shares / shares.sum()
+    return sum((share * value for share, value in zip(shares, values, strict=True)), torch.zeros_like(query))
+
+
+def fuse(method: str, layer: int, keys: torch.Tensor, values: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Prompts for one side block, before dropout. keys, values: (H, T, d) of one image."""
+    heads, _, dim = keys.shape
+    fused = []
+    for prompt in w["fusion.prompts"][layer]:
+        if method == "fpt":
+            query = linear(prompt, w, "fusion.query")
+        else:
+            query = layer_norm(prompt, w, "fusion.query", eps=1e-5)
+        parts = [attend(query[h * dim : (h + 1) * dim], keys[h], values[h]) for h in range(heads)]
+        context = torch.cat(parts)
+        if method == "fpt":
+            fused.append(linear(context, w, "fusion.out") + prompt)
+        else:
+            fused.append(linear(context + prompt, w, "fusion.out"))
+    return torch.stack(fused)
+
+
+def side_block(tokens: torch.Tensor, layer: int, heads: int, w: Weights) -> torch.Tensor:
+    name, width = f"side.blocks.{layer}", tokens.shape[-1]
+    dim = width // heads
+    qkv = linear(layer_norm(tokens, w, f"{name}.norm1", 1e-6), w, f"{name}.attn.qkv")
+    query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
+    mixed = torch.stack(
+        [
+            torch.cat(
+                [
+                    attend(
+                        row[h * dim : (h + 1) * dim], key[:, h * dim : (h + 1) * dim], value[:, h * dim : (h + 1) * dim]
+                    )
+                    for h in range(heads)
+                ]
+            )
+            for row in query
+        ]
+    )
+    tokens = tokens + linear(mixed, w, f"{name}.attn.proj")
+    hidden = linear(layer_norm(tokens, w, f"{name}.norm2", 1e-6), w, f"{name}.mlp.0")
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    return tokens + linear(hidden, w, f"{name}.mlp.2")
+
+
+def transcribe(
+    network: PromptedSideNetwork,
+    image: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits (B, classes). mask: (L, B, P, width) of zeros and ones, the prompts' entries that dropout leaves."""
+    spec = network.spec
+    w = {name: value.detach().double() for name, value in network.state_dict().items()}
+    logits = []
+    for index, picture in enumerate(image.double()):
+        tokens = [w["side.cls_token"][0, 0]]
+        for top in range(0, spec.image_size, 16):
+            for left in range(0, spec.image_size, 16):
+                patch = picture[:, top : top + 16, left : left + 16]
+                projected = (w["side.patch_embed.weight"] * patch).sum((1, 2, 3)) + w["side.patch_embed.bias"]
+                tokens.append(projected)
+        state = torch.stack(tokens) + w["side.pos_embed"][0]
+        count = len(state)
+        for layer in range(spec.layers):
+            if spec.method != "side":
+                prompts = fuse(spec.method, layer, keys[index, layer].double(), values[index, layer].double(), w)
+                if mask is not None:
+                    prompts = prompts * mask[layer, index] / (1 - spec.dropout)
+                state = torch.cat([state, prompts])
+            state = side_block(state, layer, spec.heads, w)[:count]
+        logits.append(linear(layer_norm(state, w, "side.norm", 1e-6)[0], w, "side.head"))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
+def test_logits_are_those_of_the_equations(method: str) -> None:
+    network = build(method).eval()
+    batch = inputs()
+    expected = transcribe(network, *batch)
+    with torch.no_grad():
+        found = network(*batch)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+"])
+def test_dropout_falls_on_the_fused_prompts_and_nowhere_else(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(method).train()
+    batch = inputs()
+    mask = (torch.rand(3, 2, TINY["prompts"], TINY["width"], generator=torch.Generator().manual_seed(2)) < 0.5).float()
+    drawn = iter(mask)
+
+    def known(tensor: torch.Tensor, p: float, training: bool, inplace: bool = False) -> torch.Tensor:
+        return tensor * next(drawn) / (1 - p) if training else tensor
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", known)
+    with torch.no_grad():
+        found = network(*batch)
+    assert next(drawn, None) is None
+    torch.testing.assert_close(found.double(), transcribe(network, *batch, mask=mask.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "image_size", "count"), [("fpt+", 6, 128, 900_965), ("fpt", 12, 224, 1_602_341)]
+)
+def test_learnable_parameters_of_vit_base_are_the_published_ones(
+    method: str, layers: int, image_size: int, count: int
+) -> None:
+    spec = SideNetworkSpec(
+        method=method,
+        classes=5,
+        layers=layers,
+        lpm_width=768,
+        heads=12,
+        width=96,
+        image_size=image_size,
+        prompts=16,
+        dropout=0.5,
+    )
+    assert learnable_parameters(PromptedSideNetwork(spec)) == count
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
+def test_gradient_reaches_every_parameter(method: str) -> None:
+    network = build(method).train()
+    torch.nn.functional.cross_entropy(network(*inputs()), torch.tensor([0, 2])).backward()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+"])
+def test_a_fresh_network_learns_from_its_first_step(method: str) -> None:
+    """Prompts start near zero: the projections around them must pass a gradient all the same."""
+    torch.manual_seed(0)
+    network = PromptedSideNetwork(tiny(method)).train()
+    torch.nn.functional.cross_entropy(network(*inputs()), torch.tensor([0, 2])).backward()
+    for name in ("fusion.prompts", "fusion.out.weight", "side.patch_embed.weight"):
+        assert network.get_parameter(name).grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
+def test_features_change_the_logits_unless_the_method_ignores_them(method: str) -> None:
+    network = build(method).eval()
+    image, keys, values = inputs()
+    with torch.no_grad():
+        base = network(image, keys, values)
+        moved_keys = network(image, keys.flip(0), values)
+        moved_values = network(image, keys, values + 1.0)
+    changes = [(moved - base).abs().max() for moved in (moved_keys, moved_values)]
+    assert all(change == 0 for change in changes) if method == "side" else all(change > 1e-3 for change in changes)
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+"])
+def test_half_precision_features_give_the_same_logits_within_rounding(method: str) -> None:
+    network = build(method).eval()
+    image, keys, values = inputs()
+    halves = keys.half(), values.half()
+    with torch.no_grad():
+        stored = network(image, *halves)
+        exact = network(image, *(half.float() for half in halves))
+        single = network(image, keys, values)
+    torch.testing.assert_close(stored, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stored, single, rtol=2e-2, atol=2e-2)
+
+
+def test_side_needs_no_features_and_the_presets_say_that_they_do() -> None:
+    image, _, _ = inputs()
+    assert build("side")(image).shape == (2, TINY["classes"])
+    with pytest.raises(ValueError, match="needs keys and values"):
+        build("fpt+")(image)
