@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
 from schemas.settings import FeatureDtype, Importance
@@ -145,5 +143,30 @@ class ExtractionReceipt(Contract):
     """Digest of the sorted image ids."""
     shards: dict[str, str]
     """Shard number -> digest of its receipt's files, for the shards that hold the manifest's rows."""
-    failures: dict[str, str] = Field(default_factory=dict)
-    """Path -> reason, of images that vanished or broke since `prepare`; empty unless quarantined."""
+
+
+class ExtractionPlan(Contract):
+    """What an extraction would do; nothing is computed to say it."""
+
+    fingerprint: str
+    """Of the features."""
+    store: str
+    """Folder of the store."""
+    images: int
+    """Image contents of the manifest."""
+    cached: int
+    """Of these, in the store already."""
+    to_compute: int
+    """The rest."""
+    bytes_per_image: int
+    """One row."""
+    bytes: int
+    """What the rest will take."""
+    files: int
+    """Files that will be written."""
+    free_bytes: int
+    """Free on the disk of the cache root."""
+    seconds: float
+    """Estimate for the rest."""
+    estimate: Literal["receipts", "probe"]
+    """From the times of earlier shards, or from a short measured matrix product and the LPM's operations."""

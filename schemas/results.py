@@ -57,6 +57,38 @@ class BundleSpec(Contract):
     """Of `model.safetensors`."""
 
 
+class EpochLog(Contract):
+    """One epoch of training, as it is shown, logged and kept in the checkpoint."""
+
+    epoch: int
+    """From 1."""
+    train_loss: float
+    """Mean over the training images, augmented and with dropout."""
+    val_loss: float
+    """Mean over the validation images."""
+    val_auc: float | None
+    """Chooses the best epoch; null where the validation split lacks a class."""
+    val_accuracy: float
+    """Share of the validation images whose most probable class is the label."""
+    lr: float
+    """At the end of the epoch."""
+    seconds: float
+    """Training and validation."""
+
+
+class TrainResult(Contract):
+    """What `train` hands back."""
+
+    best: EpochLog
+    """The epoch whose weights are in the bundle."""
+    epochs: tuple[EpochLog, ...]
+    """All epochs."""
+    resumed_from: int
+    """Epochs that a checkpoint had already; 0 for a fresh run."""
+    learnable: int
+    """Parameters that were trained."""
+
+
 class Metrics(Contract):
     """How good a model is on one split. Averages over classes are unweighted (macro). Null: not defined here."""
 

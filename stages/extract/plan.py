@@ -1,0 +1,113 @@
+"""What an extraction has to do: which images have features already, and what the rest costs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import ExtractionPlan, FeatureSpec, LpmInfo
+from schemas.manifest import Manifest
+from schemas.resolve import feature_spec
+from schemas.settings import Settings
+from stages.extract.lpm import describe_lpm
+from stages.extract.weights import locate_weights
+from stages.files import sha256_file
+from stages.store.layout import Store, array_layouts, open_store_layout, store_path
+from stages.store.reader import read_receipt
+
+PROBE_EFFICIENCY = 0.6
+"""Share of a large matrix product's speed that a ViT's forward pass reaches."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a store holds."""
+
+    rows: dict[str, int]
+    """Image id -> number of the shard that holds it."""
+    broken: tuple[int, ...]
+    """Shards whose receipt or files do not fit; to be computed again."""
+    seconds_per_image: float | None
+    """Median over the shards."""
+
+
+def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
+    """The feature spec of resolved settings; finds and digests the weights file, but loads no model."""
+    weights = locate_weights(settings.lpm, root)
+    return feature_spec(settings, describe_lpm(settings.lpm.name, settings.features.image_size), sha256_file(weights))
+
+
+def take_inventory(store: Store) -> Inventory:
+    """Read every receipt of a store and check it against its files' lengths."""
+    rows: dict[str, int] = {}
+    broken, speeds = [], []
+    for shard in store.finished_shards():
+        try:
+            receipt = read_receipt(store, shard)
+        except (CacheIncompleteError, CacheCorruptError):
+            broken.append(shard)
+            continue
+        speeds.append(receipt.seconds / len(receipt.rows))
+        for image_id in receipt.rows:
+            rows.setdefault(image_id, shard)
+    middle = sorted(speeds)[len(speeds) // 2] if speeds else None
+    return Inventory(rows, tuple(broken), middle)
+
+
+def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: Manifest) -> ExtractionPlan:
+    """Say what `extract` would do.
+
+    Args:
+        settings: Resolved.
+        root: Folder of `params.yaml`.
+        cache_root: Folder of all stores.
+        manifest: From `prepare`.
+    """
+    spec = requested_spec(settings, root)
+    try:
+        store = open_store_layout(cache_root, spec)
+        inventory, shard_size = take_inventory(store), store.shard_size
+    except FileNotFoundError:
+        inventory, shard_size = Inventory({}, (), None), settings.features.shard_size
+    ids = manifest.ids()
+    missing = sum(image_id not in inventory.rows for image_id in ids)
+    known = inventory.seconds_per_image
+    place = cache_root
+    while not place.exists():
+        place = place.parent
+    return ExtractionPlan(
+        fingerprint=spec.fingerprint,
+        store=str(store_path(cache_root, spec.fingerprint)),
+        images=len(ids),
+        cached=len(ids) - missing,
+        to_compute=missing,
+        bytes_per_image=spec.bytes_per_image,
+        bytes=missing * spec.bytes_per_image,
+        files=math.ceil(missing / shard_size) * (len(array_layouts(spec)) + 1),
+        free_bytes=shutil.disk_usage(place).free,
+        seconds=round(missing * (known if known is not None else probe_seconds(spec.lpm) if missing else 0.0), 1),
+        estimate="probe" if known is None else "receipts",
+    )
+
+
+def forward_operations(lpm: LpmInfo) -> float:
+    """Floating-point operations of one image's forward pass: 24 N D^2 + 4 N^2 D per block."""
+    return lpm.depth * (24.0 * lpm.tokens * lpm.width**2 + 4.0 * lpm.tokens**2 * lpm.width)
+
+
+def probe_seconds(lpm: LpmInfo) -> float:
+    """Rough seconds per image on this machine, from a matrix product of some 50 ms."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.rand(1024, 1024, device=device)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return forward_operations(lpm) * best / (2 * 1024**3) / PROBE_EFFICIENCY

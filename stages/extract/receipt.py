@@ -1,0 +1,41 @@
+"""The extraction receipt as a file: what DVC tracks in place of the heavy store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import ExtractionReceipt
+from stages.files import atomic_write
+
+
+def write_extraction_receipt(receipt: ExtractionReceipt, path: Path) -> None:
+    """Write it, whole or not at all."""
+    atomic_write(path, (receipt.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_extraction_receipt(path: Path) -> ExtractionReceipt:
+    """Read it.
+
+    Raises:
+        CacheIncompleteError: If there is none.
+        CacheCorruptError: If it is damaged or contradicts itself.
+    """
+    try:
+        receipt = ExtractionReceipt.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CacheIncompleteError(
+            f"There is no extraction receipt at {path}.", repair="Run `fpt extract` first."
+        ) from None
+    except ValidationError:
+        receipt = None
+    if receipt is None or receipt.fingerprint != receipt.spec.fingerprint:
+        raise CacheCorruptError(
+            f"The extraction receipt {path} is damaged.",
+            path.name,
+            "It was changed, or written by another version.",
+            "Run `fpt extract`: it writes a new one.",
+        )
+    return receipt

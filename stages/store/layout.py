@@ -1,0 +1,208 @@
+"""Where everything in a store lies, and how its arrays are made.
+
+    <cache root>/<first 16 of the fingerprint>/
+        features.zarr/          Zarr v3 group; attributes hold the spec, the fingerprint and the shard size
+            keys values         (row, layer, head, token, channel), float
+            indices             (row, layer, head, token), uint16: position of each kept token
+            pooled              (row, output, width), float32: class token and mean of the patches
+            side                (row, channel, y, x), uint8: the small image
+            sha256              (row, byte), uint8: content digest of the image; all zero: an empty row
+        receipts/000012.json    proof that shard 12 of every array is whole
+        locks/                  held while a shard is written
+
+One shard of an array is one file, one sample and layer is one inner chunk with its CRC32C. Bytes are raw, so that a
+reader that knows the shard index gets a row by `pread`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from filelock import FileLock
+from pydantic import ValidationError
+from zarr.codecs import Crc32cCodec
+
+from schemas.errors import CacheCorruptError, CacheMismatchError
+from schemas.features import FeatureSpec
+from stages.files import storage_errors
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of the store, without its row axis."""
+
+    shape: tuple[int, ...]
+    """Of one row."""
+    dtype: str
+    """numpy name; little endian on disk."""
+    dims: tuple[str, ...]
+    """Names of the axes of one row."""
+    split: int = 0
+    """Leading axes of a row that are cut into single inner chunks."""
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of an inner chunk, without the row axis."""
+        return (1,) * self.split + self.shape[self.split :]
+
+    @property
+    def chunks_per_row(self) -> int:
+        """Inner chunks of one row."""
+        count = 1
+        for length in self.shape[: self.split]:
+            count *= length
+        return count
+
+
+def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
+    """Every array of a store of this spec, by name."""
+    lpm, layers, side = spec.lpm, len(spec.layers), spec.side_image_size
+    tokens = ("layer", "head", "token")
+    kept = (layers, lpm.heads, spec.kept)
+    return {
+        "keys": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel"), split=1),
+        "values": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel"), split=1),
+        "indices": ArrayLayout(kept, "uint16", tokens, split=1),
+        "pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width")),
+        "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
+        "sha256": ArrayLayout((32,), "uint8", ("byte",)),
+    }
+
+
+@dataclass(frozen=True)
+class Store:
+    """An existing store on a local disk."""
+
+    path: Path
+    """`<cache root>/<first 16 of the fingerprint>`."""
+    spec: FeatureSpec
+    """What its features are."""
+    shard_size: int
+    """Rows per shard."""
+
+    @property
+    def group(self) -> Path:
+        """The Zarr group."""
+        return self.path / "features.zarr"
+
+    @property
+    def receipts(self) -> Path:
+        """Folder of the receipts."""
+        return self.path / "receipts"
+
+    def receipt(self, shard: int) -> Path:
+        """Receipt of one shard; it need not exist."""
+        return self.receipts / f"{shard:06d}.json"
+
+    def shard_file(self, array: str, shard: int) -> Path:
+        """File of one shard of one array: chunk key with '.' separators, no nested folders."""
+        zeros = ".0" * len(array_layouts(self.spec)[array].shape)
+        return self.group / array / f"c.{shard}{zeros}"
+
+    def finished_shards(self) -> list[int]:
+        """Numbers of the shards that have a receipt, ascending."""
+        return sorted(int(path.stem) for path in self.receipts.glob("*.json"))
+
+
+def store_path(cache_root: Path, fingerprint: str) -> Path:
+    """Folder of the store of a fingerprint; it need not exist."""
+    return cache_root / fingerprint[:16]
+
+
+def store_lock(path: Path) -> FileLock:
+    """Guards creation and growth of the store in `path`, between processes."""
+    return FileLock(path / "locks" / "store.lock")
+
+
+def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
+    """Open the store of a spec, creating it if need be; an existing store keeps its shard size.
+
+    Raises:
+        StorageError: If the cache root cannot be written.
+    """
+    path = store_path(cache_root, spec.fingerprint)
+    with storage_errors(path):
+        (path / "receipts").mkdir(parents=True, exist_ok=True)
+        (path / "locks").mkdir(exist_ok=True)
+        with store_lock(path):
+            if not (path / "features.zarr").exists():
+                fresh = path / "features.zarr.new"
+                shutil.rmtree(fresh, ignore_errors=True)
+                _create_group(fresh, spec, shard_size)
+                fresh.rename(path / "features.zarr")
+    return open_store_layout(cache_root, spec)
+
+
+def _create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
+    attributes = {
+        "title": "Keys and values of the important tokens of a frozen vision transformer",
+        "fingerprint": spec.fingerprint,
+        "shard_size": shard_size,
+        "spec": spec.model_dump(mode="json"),
+    }
+    group = zarr.create_group(path, zarr_format=3, attributes=attributes)
+    for name, array in array_layouts(spec).items():
+        group.create_array(
+            name,
+            shape=(0, *array.shape),
+            shards=(shard_size, *array.shape),
+            chunks=(1, *array.chunk),
+            dtype=array.dtype,
+            filters=None,
+            compressors=[Crc32cCodec()],
+            dimension_names=("row", *array.dims),
+            chunk_key_encoding={"name": "default", "separator": "."},
+            # A row of zeros must be there as bytes: for the reader a missing chunk is an error, not zeros.
+            config={"write_empty_chunks": True},
+            fill_value=0,
+        )
+
+
+def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
+    """Open an existing store and check that it is the one of this spec.
+
+    Raises:
+        FileNotFoundError: If there is no such store.
+        CacheMismatchError: If the folder holds the features of another spec.
+        CacheCorruptError: If its metadata cannot be read.
+    """
+    path = store_path(cache_root, spec.fingerprint)
+    if not (path / "features.zarr" / "zarr.json").exists():
+        raise FileNotFoundError(path)
+    attributes = _attributes(path)
+    try:
+        found = FeatureSpec.model_validate(attributes.get("spec"))
+        shard_size = int(attributes["shard_size"])
+    except (ValidationError, KeyError, TypeError, ValueError):
+        raise CacheCorruptError(
+            f"The store {path} does not describe itself.",
+            cause="It was written by another version, or its zarr.json was changed.",
+            repair="Move the folder away, then run `fpt extract`.",
+        ) from None
+    if differing := spec.differing(found):
+        raise CacheMismatchError(f"The store {path} holds other features than its name says.", differing)
+    return Store(path, spec, shard_size)
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    try:
+        return dict(zarr.open_group(path / "features.zarr", mode="r").attrs)
+    except Exception as error:  # zarr raises many kinds here; all of them mean unreadable metadata
+        raise CacheCorruptError(
+            f"The metadata of the store {path} cannot be read: {error}",
+            repair="Move the folder away, then run `fpt extract`.",
+        ) from error
+
+
+def grow_store(store: Store, shards: int) -> None:
+    """Make the arrays long enough for `shards` shards; never shrinks. Safe between processes."""
+    with store_lock(store.path):
+        group = zarr.open_group(store.group, mode="r+")
+        for name, layout in array_layouts(store.spec).items():
+            array: Any = group[name]
+            if array.shape[0] < shards * store.shard_size:
+                array.resize((shards * store.shard_size, *layout.shape))

@@ -1,0 +1,112 @@
+"""Writing: one task, one whole shard, then its receipt.
+
+A shard number is claimed by a lock that the operating system frees when its holder dies, so the number of a killed
+writer is taken up again and two writers never meet. Done means: the receipt is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from schemas.features import FileDigest, ShardReceipt
+from stages.files import atomic_write, sha256_file, storage_errors
+from stages.store.layout import Store, array_layouts, grow_store
+
+
+@contextmanager
+def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
+    """Hold the lowest shard number from `start` that has no receipt and no living writer."""
+    finished = set(store.finished_shards())
+    shard = start
+    while True:
+        if shard not in finished:
+            lock = FileLock(store.path / "locks" / f"{shard:06d}.lock")
+            try:
+                with storage_errors(store.path):
+                    lock.acquire(blocking=False)
+            except Timeout:
+                pass
+            else:
+                try:
+                    # Between the listing and the lock another writer may have finished this very shard.
+                    if not store.receipt(shard).exists():
+                        yield shard
+                        return
+                finally:
+                    lock.release()
+        shard += 1
+
+
+def write_shard(
+    store: Store, shard: int, ids: Sequence[str], arrays: dict[str, NDArray[Any]], seconds: float
+) -> ShardReceipt:
+    """Write one claimed shard of every array, then its receipt.
+
+    Args:
+        store: The store.
+        shard: A number held by `claim_shard`.
+        ids: Image ids of the rows, at most `store.shard_size`.
+        arrays: keys, values, indices, pooled and side, each (len(ids), ...) as in `array_layouts`.
+        seconds: What the features took.
+
+    Raises:
+        StorageError: If the disk is full or read-only; the shard is removed again.
+    """
+    if not 0 < len(ids) <= store.shard_size:
+        raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
+    digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)
+    with storage_errors(store.path):
+        remove_shard(store, shard)
+        try:
+            grow_store(store, shard + 1)
+            group = zarr.open_group(store.group, mode="r+")
+            first = shard * store.shard_size
+            files = {}
+            for name, layout in array_layouts(store.spec).items():
+                rows = digests if name == "sha256" else arrays[name]
+                if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
+                    raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
+                # Opened through the group an array forgets its runtime configuration.
+                array: Any = group[name].with_config({"write_empty_chunks": True})
+                array[first : first + len(ids)] = rows
+                files[name] = _seal(store.shard_file(name, shard))
+            receipt = ShardReceipt(
+                shard=shard, fingerprint=store.spec.fingerprint, rows=tuple(ids), files=files, seconds=round(seconds, 3)
+            )
+            atomic_write(store.receipt(shard), receipt.model_dump_json(indent=1).encode())
+        except BaseException:
+            remove_shard(store, shard)
+            raise
+    return receipt
+
+
+def remove_shard(store: Store, shard: int) -> None:
+    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first."""
+    store.receipt(shard).unlink(missing_ok=True)
+    for name in array_layouts(store.spec):
+        for path in (store.group / name).glob(f"c.{shard}.*"):
+            path.unlink(missing_ok=True)
+
+
+def remove_claimed_shards(store: Store, shards: Iterable[int]) -> None:
+    """Delete shards, each under its lock; one that another process holds at the moment is left to it."""
+    for shard in sorted(set(shards)):
+        lock = FileLock(store.path / "locks" / f"{shard:06d}.lock")
+        with storage_errors(store.path), suppress(Timeout), lock.acquire(blocking=False):
+            remove_shard(store, shard)
+
+
+def _seal(path: Path) -> FileDigest:
+    """Force a file to the disk and take its digest: a receipt must outlive a power cut no longer than its bytes."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileDigest(bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -1,0 +1,61 @@
+"""Logits of a trained bundle, from the store or from features computed a moment ago."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stages.extract.features import FeatureBatch, normalise
+from stages.store.reader import StoreReader
+from stages.train.bundle import Bundle
+from stages.train.data import Batch, EpochSampler, FeatureDataset, batches, to_size
+from stages.train.network import PromptedSideNetwork
+
+
+def batch_logits(
+    network: PromptedSideNetwork, batch: Batch, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """(B, classes): the one way from a batch to logits, in training, evaluation and prediction."""
+    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.keys, batch.values)
+    return logits
+
+
+@torch.inference_mode()
+def store_logits(bundle: Bundle, store: StoreReader, ids: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+    """Logits of rows of the store, un-augmented.
+
+    Returns:
+        (len(ids), classes) float32 on the CPU.
+
+    Raises:
+        CacheIncompleteError: If an image has no row.
+    """
+    network, lpm = bundle.network, bundle.spec.features.lpm
+    dataset = FeatureDataset(
+        store, ids, [0] * len(ids), network.spec.image_size, features=network.spec.method != "side"
+    )
+    device = next(network.parameters()).device
+    parts = [
+        batch_logits(network, batch.to(device), lpm.mean, lpm.std).float().cpu()
+        for batch in batches(dataset, EpochSampler(len(ids), batch_size))
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, network.spec.classes)
+
+
+@torch.inference_mode()
+def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
+    """Logits of features that are in memory.
+
+    Returns:
+        (B, classes) float32 on the CPU.
+    """
+    network, lpm = bundle.network, bundle.spec.features.lpm
+    batch = Batch(
+        image=to_size(torch.from_numpy(features.side), network.spec.image_size),
+        keys=torch.from_numpy(features.keys),
+        values=torch.from_numpy(features.values),
+        labels=torch.zeros(len(features), dtype=torch.int64),
+    )
+    device = next(network.parameters()).device
+    return batch_logits(network, batch.to(device), lpm.mean, lpm.std).float().cpu()

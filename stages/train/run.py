@@ -1,0 +1,181 @@
+"""Stage two: train the side network on cached features. Opens no original image and no LPM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from schemas.base import digest
+from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
+from schemas.features import ExtractionReceipt, LpmInfo
+from schemas.manifest import Manifest, Split
+from schemas.resolve import feature_spec, network_spec
+from schemas.results import BundleSpec, EpochLog, TrainResult
+from schemas.settings import Settings
+from stages.device import set_up
+from stages.store.reader import StoreReader, open_store
+from stages.train.bundle import save_bundle, serialise
+from stages.train.data import FeatureDataset
+from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
+from stages.train.network import PromptedSideNetwork, learnable_parameters
+
+
+def train(
+    settings: Settings,
+    lpm: LpmInfo,
+    manifest: Manifest,
+    receipt: ExtractionReceipt,
+    cache_root: Path,
+    output: Path,
+    checkpoints: Path,
+    on_epoch: Callable[[EpochLog], None] | None = None,
+) -> TrainResult:
+    """Train, and write the bundle of the best epoch.
+
+    Args:
+        settings: Resolved.
+        lpm: Shape of the LPM that the settings name.
+        manifest: From `prepare`.
+        receipt: From `extract`.
+        cache_root: Folder of all stores.
+        output: Folder of the bundle.
+        checkpoints: Folder for the checkpoint of an unfinished run; it is removed at the end.
+        on_epoch: Called after each epoch; on resume also for the epochs that were done before.
+
+    Raises:
+        CacheMismatchError: If the features were computed under other settings.
+        CacheIncompleteError: If the store lacks images or shards.
+        CacheCorruptError: If bytes of the store changed.
+        TrainingError: If a class has no training images, or the loss is not finite.
+    """
+    check_features(settings, lpm, receipt)
+    store = open_store(cache_root, receipt)
+    check_rows(manifest, store)
+    device = set_up(settings.compute)
+    classes = manifest.classes
+    spec = network_spec(settings, lpm, len(classes))
+    labels = {split: _labels(manifest, split) for split in ("train", "val")}
+    data = {split: _dataset(settings, manifest, store, split, labels[split]) for split in ("train", "val")}
+    recipe = Recipe(
+        settings=settings.train,
+        mean=lpm.mean,
+        std=lpm.std,
+        class_weights=class_weights(settings, labels["train"], classes, device),
+        device=device,
+        workers=settings.compute.loader_workers,
+    )
+    torch.manual_seed(settings.train.seed)
+    network = PromptedSideNetwork(spec).to(device)
+    state = Fit(network, make_optimizer(network, settings.train))
+    checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
+    resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
+    tell = on_epoch or (lambda _: None)
+    for log in state.epochs:
+        tell(log)
+    fit(state, data["train"], data["val"], labels["val"], recipe, checkpoint, tell)
+    best = state.epochs[state.best - 1]
+    network.load_state_dict(state.best_state)
+    weights, weights_sha256 = serialise(network)
+    bundle = BundleSpec(
+        classes=classes,
+        network=spec,
+        features=receipt.spec,
+        train=settings.train,
+        best_epoch=best.epoch,
+        val_auc=best.val_auc,
+        learnable=learnable_parameters(network),
+        weights_sha256=weights_sha256,
+    )
+    save_bundle(output, bundle, weights)
+    checkpoint.unlink(missing_ok=True)
+    store.close()
+    return TrainResult(best=best, epochs=tuple(state.epochs), resumed_from=resumed, learnable=bundle.learnable)
+
+
+def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
+    """Refuse features that were computed under other settings than these; the differing fields are named."""
+    # Stage two needs no weights file: their digest is the one field that the settings cannot say.
+    expected = feature_spec(settings, lpm, receipt.spec.weights_sha256)
+    if differing := expected.differing(receipt.spec):
+        raise CacheMismatchError(
+            "The extracted features do not fit the settings.",
+            differing,
+            "The settings changed after the features were extracted.",
+            "Run `fpt extract` with these settings, or take the change back.",
+        )
+
+
+def check_rows(manifest: Manifest, store: StoreReader) -> None:
+    """Refuse a store that lacks an image of the manifest."""
+    missing = [image_id for image_id in manifest.ids() if image_id not in store]
+    if missing:
+        raise CacheIncompleteError(
+            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
+            missing,
+            "Images were added after the features were extracted.",
+            "Run `fpt extract`: it computes what is missing.",
+        )
+
+
+def class_weights(
+    settings: Settings, labels: Sequence[int], classes: Sequence[str], device: torch.device
+) -> torch.Tensor | None:
+    """(C,) weights of the loss: none, balanced n / (C * n_c), or the listed ones.
+
+    Raises:
+        TrainingError: If a class has no training images.
+        SettingsError: If the list does not have one weight a class.
+    """
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(classes))
+    if absent := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]:
+        raise TrainingError(
+            f"No training image has the label {', '.join(absent)}.",
+            "The split left the class out.",
+            "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
+        )
+    chosen = settings.train.class_weights
+    if chosen == "none":
+        return None
+    if chosen == "balanced":
+        return (len(labels) / (len(classes) * counts.double())).float().to(device)
+    if len(chosen) != len(classes):
+        problem = f"lists {len(chosen)} weights for {len(classes)} classes ({', '.join(classes)})"
+        raise SettingsError("The settings do not fit the data.", [("train.class_weights", problem)])
+    return torch.tensor(chosen, dtype=torch.float32, device=device)
+
+
+def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:
+    """Names the checkpoint: two runs share it only if they would give the same model."""
+    return digest(
+        {
+            "method": settings.method,
+            "train": settings.train.model_dump(mode="json"),
+            "manifest": manifest.model_dump(mode="json"),
+            "features": receipt.fingerprint,
+            "shards": receipt.shards,
+        }
+    )
+
+
+def _labels(manifest: Manifest, split: Split) -> list[int]:
+    index = {name: position for position, name in enumerate(manifest.classes)}
+    return [index[row.label] for row in manifest.of(split)]
+
+
+def _dataset(
+    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[int]
+) -> FeatureDataset:
+    size = settings.train.side_image_size
+    if size == "auto":
+        raise SettingsError("The settings are not resolved.")
+    return FeatureDataset(
+        store,
+        [row.id for row in manifest.of(split)],
+        labels,
+        size,
+        augment=settings.train.augment if split == "train" else None,
+        seed=settings.train.seed,
+        features=settings.method != "side",
+    )
