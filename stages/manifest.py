@@ -1,0 +1,74 @@
+"""The manifest as a Parquet file: a row per image, the classes in the metadata of the schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from schemas.errors import ManifestError
+from schemas.manifest import Manifest, ManifestRow
+from stages.files import atomic_write
+
+_COLUMNS = ("id", "path", "label", "group", "split")
+_CLASSES = b"fpt.classes"
+_REPAIR = "Run `fpt prepare` (or `dvc repro`) to make it again."
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a manifest; equal manifests give equal bytes, so that DVC sees no change where there is none.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
+    schema = pa.schema(
+        [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS],
+        metadata={_CLASSES: json.dumps(manifest.classes).encode()},
+    )
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    atomic_write(path, buffer.getvalue().to_pybytes())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest and check that it is one.
+
+    Raises:
+        ManifestError: It is missing, damaged, or contradicts itself.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ManifestError(f"There is no manifest at {path}.", "The images were not prepared yet.", _REPAIR) from None
+    except OSError as error:
+        raise ManifestError(f"The manifest {path} cannot be read.", f"{error.strerror}.", _REPAIR) from error
+    try:
+        # From bytes, not from the path: pyarrow would read a folder named "key=value" as a column.
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        classes = json.loads((table.schema.metadata or {})[_CLASSES])
+        rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())
+        manifest = Manifest(classes=tuple(classes), rows=rows)
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, ValidationError) as error:
+        raise ManifestError(f"The manifest {path} is damaged.", f"{type(error).__name__}: {error}", _REPAIR) from error
+    problem = _contradiction(manifest)
+    if problem:
+        raise ManifestError(f"The manifest {path} is damaged.", problem, _REPAIR)
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    paths = [row.path for row in manifest.rows]
+    if paths != sorted(set(paths)):
+        return "Its rows are not sorted by path, each path once."
+    strange = {row.label for row in manifest.rows} - set(manifest.classes)
+    if strange:
+        return f"The label {min(strange)!r} is none of its classes."
+    splits: dict[str, str] = {}
+    for row in manifest.rows:
+        if splits.setdefault(row.id, row.split) != row.split:
+            return f"The content of {row.path} is in two splits."
+    return None

@@ -1,0 +1,83 @@
+"""Is this a data set that a classifier can be trained and judged on?"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from schemas.errors import DataError
+from stages.prepare.listing import counted, did_you_mean, listed
+from stages.prepare.scan import Item
+
+
+def check_classes(items: Sequence[Item], classes: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The labels in the order of the model's outputs.
+
+    Args:
+        items: All images.
+        classes: As listed by the user, or None: the labels found, sorted.
+
+    Raises:
+        DataError: Fewer than two classes, a label that is not listed, or a listed class that no image has.
+    """
+    counts = Counter(item.label for item in items)
+    if classes is not None:
+        problems = [
+            f"{label!r}, {counted(counts[label], 'image')}: not in data.classes{did_you_mean(label, classes)}"
+            for label in sorted(counts.keys() - set(classes))
+        ] + [f"{label!r}: in data.classes, but no image has it" for label in classes if label not in counts]
+        if problems:
+            raise DataError(
+                "data.classes and the labels of the images differ.",
+                listed(problems),
+                "Correct data.classes in params.yaml, or the labels.",
+            )
+    found = tuple(sorted(counts)) if classes is None else classes
+    if len(found) < 2:
+        raise DataError(
+            f"All {counted(len(items), 'image')} have one label: {found[0]!r}.",
+            "A classifier needs at least two classes.",
+            "Correct data.images, data.labels or data.label_column in params.yaml.",
+        )
+    return found
+
+
+def check_left(items: Sequence[Item], classes: Sequence[str], failures: int) -> None:
+    """Refuse a data set that lost a whole class to quarantine.
+
+    Raises:
+        DataError: A class has no readable image.
+    """
+    lost = [label for label in classes if label not in {item.label for item in items}]
+    if lost:
+        raise DataError(
+            f"No image of {', '.join(map(repr, lost))} can be used.",
+            f"{counted(failures, 'image')} cannot be used and would be set aside (data.on_error: quarantine).",
+            "Set data.on_error: fail and run `fpt prepare` to see why.",
+        )
+
+
+def check_conflicts(items: Sequence[Item], ids: Mapping[str, str]) -> None:
+    """Refuse one content under two labels: one of them is wrong, and no rule can know which.
+
+    Args:
+        items: All readable images.
+        ids: Path -> content.
+
+    Raises:
+        DataError: All such contents are listed.
+    """
+    copies: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        copies[ids[item.path]].append(item)
+    conflicts = [
+        " = ".join(f"{item.path} ({item.label})" for item in same)
+        for same in copies.values()
+        if len({item.label for item in same}) > 1
+    ]
+    if conflicts:
+        raise DataError(
+            f"{counted(len(conflicts), 'image')} with two labels: the same content, byte for byte.",
+            listed(conflicts),
+            "Remove or relabel the wrong copies.",
+        )

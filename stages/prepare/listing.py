@@ -1,0 +1,25 @@
+"""How errors about data name what is wrong: a few lines of many, and the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def listed(lines: Iterable[str], shown: int = 20) -> str:
+    """Indent the first lines, one each, and count the rest."""
+    every = list(lines)
+    rest = [f"... and {len(every) - shown} more"] if len(every) > shown else []
+    return "\n".join(f"  {line}" for line in every[:shown] + rest)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 classes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`, did you mean 'label'?` where a word is near (also in other capitals), else an empty text."""
+    by_folded = {known.casefold(): known for known in words}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1)
+    return f", did you mean {by_folded[near[0]]!r}?" if near else ""

@@ -1,0 +1,276 @@
+"""Train, val and test: patients and copies stay together, classes keep their shares.
+
+The unit is a cluster: the images that are joined by a group or by equal content, directly or through others. Clusters
+are dealt out one by one, the largest first, so that
+
+    chi2 = sum over columns c and splits s of (x[s, c] - t[s, c])^2 / (t[s, c] * n[c])
+
+grows least, where x counts images, n[c] is their number, t[s, c] = share[s] * n[c], and the columns are the classes
+and "any class". Then single clusters are moved as long as that lowers chi2, or a class would be missing in a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from schemas.errors import DataError
+from schemas.manifest import SPLITS, Split
+from stages.prepare.listing import counted, listed
+from stages.prepare.scan import Item
+
+_ANY = ""
+"""The column of all images; no label is empty."""
+
+_ATTEMPTS = 20
+"""Orders that are tried where groups of several classes make it hard to have every class everywhere."""
+
+_PASSES = 10
+"""Most rounds of moves; two or three are common."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Images that must share a split."""
+
+    key: str
+    """Least content id: knows neither file names nor order."""
+    paths: tuple[str, ...]
+    """Its images."""
+    counts: Mapping[str, int]
+    """Label -> images, and the column of all images."""
+
+
+def find_clusters(items: Sequence[Item], ids: Mapping[str, str]) -> list[Cluster]:
+    """Join images that share a group or a content (union-find).
+
+    Args:
+        items: Images.
+        ids: Path -> content.
+    """
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for item in items:
+        content = root(("content", ids[item.path]))
+        if item.group is not None:
+            parent[root(("group", item.group))] = content
+    members: dict[tuple[str, str], list[Item]] = defaultdict(list)
+    for item in items:
+        members[root(("content", ids[item.path]))].append(item)
+    return [
+        Cluster(
+            key=min(ids[item.path] for item in cluster),
+            paths=tuple(item.path for item in cluster),
+            counts={**Counter(item.label for item in cluster), _ANY: len(cluster)},
+        )
+        for cluster in members.values()
+    ]
+
+
+def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float, seed: int) -> dict[str, Split]:
+    """Deal clusters to the splits. The same clusters and seed give the same splits, in whatever order they come.
+
+    Args:
+        clusters: Of all images.
+        val_share: Wanted share of images for validation.
+        test_share: Wanted share of images for the test.
+        seed: Decides between what is equally good, which is nearly everything where images stand for themselves.
+
+    Returns:
+        Path -> split.
+
+    Raises:
+        DataError: A class cannot be in all three splits.
+    """
+    _check_enough(clusters)
+    shares: dict[Split, float] = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
+    deal = _Deal(clusters, shares)
+    for attempt in range(_ATTEMPTS):
+        deal.deal(f"{seed}" if attempt == 0 else f"{seed}/{attempt}")
+        deal.improve()
+        if deal.fill_gaps():
+            deal.improve()
+            return {path: deal.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
+    gaps = [f"no {label!r} in {split}" for label, split in deal.gaps()]
+    raise DataError(
+        "No split was found that keeps groups whole and has every class in train, val and test.",
+        listed(gaps),
+        "Too few groups hold these classes: set data.seed to another number, add images, or name a ready split with "
+        "data.split_column.",
+    )
+
+
+def _check_enough(clusters: Sequence[Cluster]) -> None:
+    groups: Counter[str] = Counter()
+    images: Counter[str] = Counter()
+    for cluster in clusters:
+        groups.update(cluster.counts.keys())
+        images.update(cluster.counts)
+    few = [
+        f"{label!r}: {counted(images[label], 'image')} in {counted(number, 'group')}"
+        for label, number in sorted(groups.items())
+        if number < len(SPLITS) and label != _ANY
+    ]
+    if few:
+        raise DataError(
+            f"{counted(len(few), 'class')} with too few groups to be in train, val and test.",
+            listed(few) + "\nImages of one patient (or other group) and copies of an image stay in one split.",
+            "Add images, remove the class, or name a ready split with data.split_column.",
+        )
+
+
+@dataclass
+class _Deal:
+    clusters: Sequence[Cluster]
+    shares: Mapping[Split, float]
+    total: dict[str, int] = field(init=False)
+    split_of: dict[str, Split] = field(init=False)
+    have: dict[Split, Counter[str]] = field(init=False)
+    holders: dict[Split, Counter[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = dict(_sum(cluster.counts for cluster in self.clusters))
+
+    def deal(self, salt: str) -> None:
+        """Give each cluster to the split where chi2 grows least, the largest clusters first."""
+        self.split_of = {}
+        self.have = {split: Counter() for split in SPLITS}
+        self.holders = {split: Counter() for split in SPLITS}
+
+        def order(cluster: Cluster) -> tuple[float, str]:
+            size = math.fsum(number / self.total[label] for label, number in cluster.counts.items())
+            return -size, hashlib.sha256(f"{salt}:{cluster.key}".encode()).hexdigest()
+
+        self.clusters = sorted(self.clusters, key=order)
+        for cluster in self.clusters:
+            # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of SPLITS.
+            self._put(cluster, min(SPLITS, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
+
+    def improve(self) -> None:
+        """Move single clusters as long as chi2 falls and no class leaves a split."""
+        for _ in range(_PASSES):
+            moved = False
+            for cluster in self.clusters:
+                here = self.split_of[cluster.key]
+                if not self._may_leave(cluster, here):
+                    continue
+                cost = {split: self._growth(cluster, split, held=split == here) for split in SPLITS}
+                there = min(SPLITS, key=lambda split: cost[split])
+                # Costs that are equal on paper may differ in the last bits: such moves would go on for ever.
+                if cost[there] < cost[here] * (1.0 - 1e-9):
+                    self._move(cluster, there)
+                    moved = True
+            if not moved:
+                return
+
+    def fill_gaps(self) -> bool:
+        """Bring each class into each split by the moves that cost least; False where one is still missing."""
+        for _ in range(len(self.total) * len(SPLITS)):
+            gaps = self.gaps()
+            if not gaps:
+                return True
+            label, split = gaps[0]
+            donors = [
+                cluster
+                for cluster in self.clusters
+                if label in cluster.counts and self._may_leave(cluster, self.split_of[cluster.key])
+            ]
+            if not donors:
+                return False
+            self._move(min(donors, key=lambda cluster: self._change(cluster, split)), split)
+        return not self.gaps()
+
+    def gaps(self) -> list[tuple[str, Split]]:
+        """Each (class, split) without an image, the rarest class first."""
+        labels = sorted(self.total, key=lambda label: (self.total[label], label))
+        return [(label, split) for label in labels for split in SPLITS if not self.holders[split][label]]
+
+    def _growth(self, cluster: Cluster, split: Split, held: bool = False) -> float:
+        """Growth of chi2 (halved) by the cluster in a split; `held`: it is counted there already.
+
+        Up to a constant, chi2 is the sum of x^2 / (share * n^2): what a cluster of v images adds to it is
+        v * (2 x + v) / (share * n^2), where x does not count the cluster.
+        """
+        have = self.have[split]
+        # fsum: the same value in whatever order the labels come.
+        return math.fsum(
+            number * (have[label] - held * number + number / 2) / self.total[label] ** 2 / self.shares[split]
+            for label, number in cluster.counts.items()
+        )
+
+    def _change(self, cluster: Cluster, there: Split) -> float:
+        return self._growth(cluster, there) - self._growth(cluster, self.split_of[cluster.key], held=True)
+
+    def _may_leave(self, cluster: Cluster, split: Split) -> bool:
+        return all(self.holders[split][label] > 1 for label in cluster.counts)
+
+    def _put(self, cluster: Cluster, split: Split) -> None:
+        self.split_of[cluster.key] = split
+        self.have[split].update(cluster.counts)
+        self.holders[split].update(cluster.counts.keys())
+
+    def _move(self, cluster: Cluster, there: Split) -> None:
+        here = self.split_of[cluster.key]
+        self.have[here].subtract(cluster.counts)
+        self.holders[here].subtract(cluster.counts.keys())
+        self._put(cluster, there)
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return total
+
+
+def ready_splits(items: Sequence[Item], ids: Mapping[str, str], classes: Sequence[str]) -> dict[str, Split]:
+    """The splits that the user's table names, checked.
+
+    Args:
+        items: Images, each with its split.
+        ids: Path -> content.
+        classes: All labels.
+
+    Returns:
+        Path -> split.
+
+    Raises:
+        DataError: A group or a content is in two splits (the test would not be one), or a class is missing in one.
+    """
+    split_of = {item.path: item.split for item in items if item.split is not None}
+    where: dict[str, dict[str, Split]] = defaultdict(dict)
+    for item in items:
+        split = split_of[item.path]
+        where[f"the content of {ids[item.path][:16]}"][item.path] = split
+        if item.group is not None:
+            where[f"group {item.group!r}"][item.path] = split
+    leaks = [
+        f"{name}: " + ", ".join(f"{path} ({split})" for path, split in list(paths.items())[:4])
+        for name, paths in where.items()
+        if len(set(paths.values())) > 1
+    ]
+    if leaks:
+        raise DataError(
+            f"{counted(len(leaks), 'group')} in two splits of data.split_column.",
+            listed(leaks) + "\nA model would be judged on patients or images that it was trained on.",
+            "Correct the split column.",
+        )
+    found = {(item.label, split_of[item.path]) for item in items}
+    gaps = [f"no {label!r} in {split}" for label in classes for split in SPLITS if (label, split) not in found]
+    if gaps:
+        raise DataError(
+            "data.split_column leaves classes out of a split.",
+            listed(gaps),
+            "Correct the split column, or set data.split_column: null to have splits drawn.",
+        )
+    return split_of
