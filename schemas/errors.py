@@ -130,3 +130,7 @@ class BundleError(FptError, ValueError):
 
 class EvaluationError(FptError, ValueError):
     """Nothing to judge, or what should be judged is damaged (an empty split, probabilities that are not finite)."""
+
+
+class PlatformError(FptError, RuntimeError):
+    """This machine, or this build of a library, lacks something that is needed."""

@@ -1,0 +1,177 @@
+"""What a setting costs, from shapes alone: no image, no weights, no accelerator.
+
+Tensor memory is measured, not derived: one training step runs on fake tensors (shapes without data) of the CPU while
+`MemTracker` adds up the storages that live at the same time. The step of stage two is the one that the training loop
+runs. Temporaries inside a kernel and the allocator's rounding are not part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from schemas.errors import PlatformError
+from schemas.features import FeatureSpec, LpmInfo
+from schemas.resolve import feature_spec, network_spec
+from schemas.results import CostReport, SideNetworkSpec
+from schemas.settings import Settings, TrainSettings
+from stages.extract.features import DTYPES
+from stages.train.data import Batch
+from stages.train.loop import Recipe, make_optimizer, training_step
+from stages.train.network import PromptedSideNetwork, learnable_parameters
+
+
+def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
+    """Count parameters, tensor memory and bytes of a setting. Takes seconds.
+
+    Args:
+        settings: Resolved.
+        lpm: Shape of the LPM that they name, at their image size.
+        classes: Outputs of the classifier.
+
+    Raises:
+        PlatformError: If this build of torch cannot track tensor memory.
+    """
+    features = feature_spec(settings, lpm, weights_sha256="0" * 64)
+    spec = network_spec(settings, lpm, classes)
+    with torch.device("meta"):
+        network = PromptedSideNetwork(spec)
+    model = _build_lpm(lpm, classes)
+    learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
+    mib = _side_step_mib(network, spec, features, settings.train, lpm)
+    full_mib = _full_step_mib(model, lpm, settings.train)
+    share = learnable / lpm_parameters
+    return CostReport(
+        lpm=lpm.name,
+        method=settings.method,
+        image_size=lpm.image_size,
+        classes=classes,
+        batch_size=settings.train.batch_size,
+        dtype=settings.features.dtype,
+        learnable=learnable,
+        lpm_parameters=lpm_parameters,
+        learnable_share=share,
+        train_tensor_mib=mib,
+        full_finetune_tensor_mib=full_mib,
+        ppe_factor=efficiency_factor(share),
+        pme_factor=efficiency_factor(mib / full_mib),
+        cache_bytes_per_image=features.bytes_per_image,
+    )
+
+
+def efficiency_factor(share: float) -> float:
+    """exp(-log10(share + 1)): a score times this is its PPE (share of parameters) or PME (share of memory)."""
+    return math.exp(-math.log10(share + 1.0))
+
+
+def _build_lpm(lpm: LpmInfo, classes: int) -> nn.Module:
+    """The LPM with a linear head, as timm builds it for training."""
+    import timm
+
+    options: dict[str, Any] = {"pretrained": False, "img_size": lpm.image_size, "num_classes": classes}
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(lpm.name, **options)
+    except (NotImplementedError, RuntimeError):  # some versions of timm read a number from a tensor while building
+        model = timm.create_model(lpm.name, **options)
+    return model
+
+
+def _side_step_mib(
+    network: PromptedSideNetwork, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings, lpm: LpmInfo
+) -> float:
+    """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
+    recipe = Recipe(train, lpm.mean, lpm.std, class_weights=None, device=torch.device("cpu"), workers=0)
+
+    def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
+        images = torch.empty(train.batch_size, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
+        labels = torch.zeros(train.batch_size, dtype=torch.int64)
+        keys = values = None
+        tensors = [images, labels]
+        if spec.method != "side":
+            shape = (train.batch_size, spec.layers, spec.heads, features.kept, lpm.head_dim)
+            keys, values = (torch.empty(shape, dtype=DTYPES[features.dtype]) for _ in range(2))
+            tensors += [keys, values]
+        batch, optimizer = Batch(images, keys, values, labels), make_optimizer(network, train)
+        return optimizer, tensors, lambda: training_step(network, optimizer, batch, recipe)
+
+    return _peak_mib(network, make_step)
+
+
+def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> float:
+    """A step of full fine-tuning of the LPM: timm's own drop rates, fused attention, the same optimiser."""
+
+    def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
+        images = torch.empty(train.batch_size, 3, lpm.image_size, lpm.image_size)
+        labels = torch.zeros(train.batch_size, dtype=torch.int64)
+        optimizer = make_optimizer(model, train)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+            optimizer.step()
+
+        return optimizer, [images, labels], step
+
+    for module in model.modules():
+        # timm reads this from the environment; what is compared with is always the better one.
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", True)  # noqa: B010
+    return _peak_mib(model, make_step)
+
+
+def _peak_mib(
+    network: nn.Module,
+    make_step: Callable[[], tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]],
+) -> float:
+    """Peak of all tensors that live during one step, MiB.
+
+    Args:
+        network: Is turned into one of fake tensors.
+        make_step: Called under fake tensors; gives the optimiser, the step's inputs and the step.
+    """
+    tracker_class = _mem_tracker()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.train().to_empty(device="cpu")
+        optimizer, inputs, step = make_step()
+        # AdamW makes its states in its first step; a step in the middle of training is what is asked for.
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tracker = tracker_class()
+        tracker.track_external(network, optimizer, *inputs)
+        with tracker:
+            step()
+    peak: dict[torch.device, dict[str, int]] = tracker.get_tracker_snapshot("peak")
+    return peak[torch.device("cpu")]["Total"] / 2**20
+
+
+def _mem_tracker() -> Any:
+    """The class, imported late: it loads torch.distributed, which some builds of torch lack."""
+    try:
+        from torch.distributed._tools.mem_tracker import MemTracker
+        from torch.utils.weak import WeakIdKeyDictionary
+    except ImportError as error:
+        raise PlatformError(
+            f"torch {torch.__version__} cannot track tensor memory here: {error}",
+            "This build of torch lacks torch.distributed, or is older than 2.6.",
+            "Install a regular build of torch (pip install --upgrade torch).",
+        ) from error
+
+    class TotalTracker(MemTracker):  # type: ignore[no-untyped-call]
+        """Keeps the total alone: the peaks of single modules, looked up at every operation, take most of the time."""
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+            super()._update_peak_stats(peak_state)
+            self.memory_tracking = modules
+
+    return TotalTracker
