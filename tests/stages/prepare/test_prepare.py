@@ -1,0 +1,312 @@
+"""`prepare` as a whole: folders and tables in, a manifest or one clear error out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from schemas.errors import DataError, StorageError, UnreadableImagesError
+from schemas.manifest import Manifest, PrepareSummary
+from schemas.settings import DataSettings
+from stages.files import sha256_file
+from stages.manifest import read_manifest
+from stages.prepare import prepare
+
+
+def make(path: Path, number: int, size: int = 24) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Folder of params.yaml with ten images of each of two classes in data/images."""
+    for index, label in enumerate(("benign", "malignant")):
+        for number in range(10):
+            make(tmp_path / f"data/images/{label}/{number}.png", 100 * index + number)
+    return tmp_path
+
+
+def run(study: Path, **settings: object) -> tuple[Manifest, PrepareSummary]:
+    output = study / "outputs" / "manifest"
+    summary = prepare(DataSettings.model_validate(settings), study, output)
+    return read_manifest(output / "manifest.parquet"), summary
+
+
+def fails(study: Path, kind: type[DataError] = DataError, **settings: object) -> str:
+    with pytest.raises(kind) as caught:
+        run(study, **settings)
+    assert caught.value.state and caught.value.repair
+    assert not (study / "outputs").exists(), "nothing is written unless everything is right"
+    return str(caught.value)
+
+
+def table(study: Path, rows: list[dict[str, str]], name: str = "labels.csv") -> str:
+    with (study / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return name
+
+
+def rows_of(study: Path) -> list[dict[str, str]]:
+    """What the class folders say, as a table: two images a patient."""
+    images = study / "data" / "images"
+    return [
+        {
+            "path": path.relative_to(images).as_posix(),
+            "label": path.parent.name,
+            "patient": f"{path.parent.name}-{int(path.stem) // 2}",
+        }
+        for path in sorted(images.rglob("*.png"))
+    ]
+
+
+def test_class_folders(study: Path) -> None:
+    manifest, summary = run(study)
+    images = study / "data" / "images"
+    assert manifest.classes == ("benign", "malignant")
+    assert [row.path for row in manifest.rows] == sorted(f"{c}/{n}.png" for c in manifest.classes for n in range(10))
+    for row in manifest.rows:
+        assert row.id == sha256_file(images / row.path)
+        assert row.label == row.path.split("/")[0]
+        assert row.group == row.path
+    per_class = {"train": 6, "val": 2, "test": 2}
+    assert summary == PrepareSummary(
+        images=20,
+        duplicates=0,
+        groups=20,
+        quarantined=0,
+        counts={split: {"benign": n, "malignant": n} for split, n in per_class.items()},
+    )
+    assert Counter((row.split, row.label) for row in manifest.rows) == {
+        (split, label): n for split, n in per_class.items() for label in manifest.classes
+    }
+    written = json.loads((study / "outputs/manifest/summary.json").read_text())
+    assert PrepareSummary.model_validate(written) == summary
+    assert sorted(file.name for file in (study / "outputs/manifest").iterdir()) == ["manifest.parquet", "summary.json"]
+
+
+def test_deeper_folders_other_suffixes_hidden_files_and_links(study: Path) -> None:
+    images = study / "data" / "images"
+    make(images / "benign/deep/er/x.PNG", 1000)
+    make(images / "benign/y.TIFF", 1001)
+    (images / "benign/notes.txt").write_text("not an image")
+    (images / "benign/._0.png").write_bytes(b"left by an archive")
+    make(images / "benign/.cache/z.png", 1002)
+    make(images / ".hidden/z.png", 1003)
+    (images / "__MACOSX").mkdir()
+    make(study / "elsewhere/linked.png", 1004)
+    (images / "benign/link").symlink_to(study / "elsewhere")
+    (images / "benign/loop").symlink_to(images / "benign")
+    manifest, _ = run(study)
+    extra = {row.path for row in manifest.rows} - {f"{c}/{n}.png" for c in manifest.classes for n in range(10)}
+    assert extra == {"benign/deep/er/x.PNG", "benign/y.TIFF", "benign/link/linked.png"}
+
+
+def test_same_settings_same_bytes(study: Path) -> None:
+    run(study)
+    first = {file.name: file.read_bytes() for file in (study / "outputs/manifest").iterdir()}
+    run(study)
+    assert {file.name: file.read_bytes() for file in (study / "outputs/manifest").iterdir()} == first
+
+
+def test_moved_images_keep_their_split(study: Path) -> None:
+    before, _ = run(study)
+    split_of = {row.id: row.split for row in before.rows}
+    shutil.move(study / "data/images", study / "moved")
+    for number, path in enumerate(sorted((study / "moved").rglob("*.png"))):
+        path.rename(path.with_name(f"renamed-{97 * number % 20}.png"))
+    after, _ = run(study, images="moved")
+    assert {row.id: row.split for row in after.rows} == split_of
+
+
+def test_absolute_folders(study: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    name = table(study, rows_of(study))
+    root = tmp_path_factory.mktemp("root")
+    output = root / "outputs"
+    settings = DataSettings(images=str(study / "data/images"), labels=str(study / name))
+    assert prepare(settings, root, output).images == 20
+
+
+def test_progress_counts_to_the_end(study: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    prepare(DataSettings(), study, study / "out", lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 20) for done in range(1, 21)]
+
+
+def test_copies_share_a_split_and_are_counted(study: Path) -> None:
+    images = study / "data/images/benign"
+    for number in range(5):
+        shutil.copy(images / f"{number}.png", images / f"copy{number}.png")
+    for seed in range(3):
+        manifest, summary = run(study, seed=seed)
+        assert summary.duplicates == 10 and summary.images == 25
+        splits = {row.path: row.split for row in manifest.rows}
+        assert all(splits[f"benign/{n}.png"] == splits[f"benign/copy{n}.png"] for n in range(5))
+
+
+def test_one_content_under_two_labels(study: Path) -> None:
+    images = study / "data/images"
+    shutil.copy(images / "benign/3.png", images / "malignant/x.png")
+    text = fails(study)
+    assert "benign/3.png (benign) = malignant/x.png (malignant)" in text
+    assert "two labels" in fails(study, on_error="quarantine")
+
+
+def test_an_empty_class(study: Path) -> None:
+    (study / "data/images/unclear").mkdir()
+    (study / "data/images/unclear/scan.dcm").write_bytes(b"x")
+    text = fails(study)
+    assert "1 class without any image" in text and "unclear" in text and ".dcm" in text
+
+
+def test_one_class_only(study: Path) -> None:
+    shutil.rmtree(study / "data/images/malignant")
+    assert "one label: 'benign'" in fails(study)
+
+
+def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
+    make(study / "flat/0.png", 0)
+    assert "no class folders" in fails(study, images="flat")
+    make(study / "data/images/stray.png", 0)
+    text = fails(study)
+    assert "stray.png" in text and "beside the class folders" in text
+    assert "data.images" in fails(study, images="nowhere")
+
+
+def test_a_class_with_two_images(study: Path) -> None:
+    for number in range(2):
+        make(study / f"data/images/rare/{number}.png", 500 + number)
+    assert "'rare': 2 images in 2 groups" in fails(study)
+
+
+def test_listed_classes(study: Path) -> None:
+    manifest, summary = run(study, classes=("malignant", "benign"))
+    assert manifest.classes == ("malignant", "benign")
+    assert list(summary.counts["train"]) == ["malignant", "benign"]
+
+
+def test_listed_classes_that_differ_from_the_labels(study: Path) -> None:
+    text = fails(study, classes=("benign", "malignent", "cyst"))
+    assert "'malignant', 10 images: not in data.classes, did you mean 'malignent'?" in text
+    assert "'cyst': in data.classes, but no image has it" in text
+
+
+@pytest.fixture
+def broken(study: Path) -> Path:
+    """The study and five images that cannot be used."""
+    images = study / "data/images"
+    make(images / "benign/truncated.jpg", 1, size=200)
+    whole = (images / "benign/truncated.jpg").read_bytes()
+    (images / "benign/truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (1, 1)).save(images / "benign/dot.png")
+    (images / "malignant/text.png").write_text("not an image")
+    (images / "malignant/empty.png").write_bytes(b"")
+    make(images / "malignant/large.png", 2, size=300)
+    return study
+
+
+REASONS = {
+    "benign/dot.png": "min_side (16)",
+    "benign/truncated.jpg": "the file is truncated",
+    "malignant/empty.png": "the file is empty",
+    "malignant/large.png": "max_pixels",
+    "malignant/text.png": "is not a PNG, JPEG, TIFF, BMP or WebP image",
+}
+
+
+def test_all_unreadable_images_are_listed_at_once(broken: Path) -> None:
+    with pytest.raises(UnreadableImagesError) as caught:
+        run(broken, max_pixels=80_000)
+    assert [path for path, _ in caught.value.failures] == sorted(REASONS)
+    assert all(REASONS[path] in reason for path, reason in caught.value.failures)
+    assert "quarantine" in caught.value.repair
+    assert not (broken / "outputs").exists()
+
+
+def test_quarantine(broken: Path) -> None:
+    manifest, summary = run(broken, max_pixels=80_000, on_error="quarantine")
+    assert summary.quarantined == 5 and summary.images == 20
+    assert not {row.path for row in manifest.rows} & REASONS.keys()
+    quarantine = broken / "outputs/manifest/quarantine.csv"
+    with quarantine.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == sorted(REASONS)
+    assert all(REASONS[row["path"]] in row["reason"] and row["label"] in row["path"] for row in rows)
+
+    for path in REASONS:
+        (broken / "data/images" / path).unlink()
+    run(broken, on_error="quarantine")
+    assert not quarantine.exists(), "a list of an earlier run would accuse images that are gone"
+
+
+def test_quarantine_does_not_take_a_whole_class(study: Path) -> None:
+    for path in (study / "data/images/benign").iterdir():
+        path.write_bytes(b"")
+    text = fails(study, on_error="quarantine")
+    assert "No image of 'benign'" in text and "10 images" in text
+
+
+def test_a_table_with_patients(study: Path) -> None:
+    manifest, summary = run(study, labels=table(study, rows_of(study)), group_column="patient")
+    assert summary.groups == 10
+    splits: dict[str, set[str]] = {}
+    for row in manifest.rows:
+        assert row.group == f"{row.label}-{int(Path(row.path).stem) // 2}"
+        splits.setdefault(row.group, set()).add(row.split)
+    assert all(len(split) == 1 for split in splits.values())
+
+
+def test_the_order_of_a_table_does_not_matter(study: Path) -> None:
+    rows = rows_of(study)
+    first, _ = run(study, labels=table(study, rows), group_column="patient")
+    second, _ = run(study, labels=table(study, rows[::-1]), group_column="patient")
+    assert first == second
+
+
+def test_an_image_without_a_patient_stands_for_itself(study: Path) -> None:
+    rows = [{**row, "patient": "" if row["label"] == "benign" else row["patient"]} for row in rows_of(study)]
+    manifest, summary = run(study, labels=table(study, rows), group_column="patient")
+    assert summary.groups == 15
+    assert all(row.group == row.path for row in manifest.rows if row.label == "benign")
+
+
+def test_missing_files_of_a_table(study: Path) -> None:
+    rows = [*rows_of(study), {"path": "benign/98.png", "label": "benign", "patient": "x"}]
+    rows += [{"path": "benign/99.png", "label": "benign", "patient": "x"}]
+    name = table(study, rows)
+    text = fails(study, labels=name)
+    assert "2 images of 22 rows" in text and "benign/98.png" in text and "benign/99.png" in text
+    _, summary = run(study, labels=name, on_error="quarantine")
+    assert summary.quarantined == 2
+    assert "benign/98.png,benign,,no such file" in (study / "outputs/manifest/quarantine.csv").read_text()
+
+
+def test_a_table_whose_paths_start_higher(study: Path) -> None:
+    rows = [{**row, "path": f"images/{row['path']}"} for row in rows_of(study)]
+    assert "start above" in fails(study, labels=table(study, rows))
+
+
+def test_ready_splits_of_a_table(study: Path) -> None:
+    rows = [{**row, "fold": {"8": "val", "9": "test"}.get(Path(row["path"]).stem, "train")} for row in rows_of(study)]
+    name = table(study, rows)
+    manifest, _ = run(study, labels=name, split_column="fold")
+    assert {row.path: row.split for row in manifest.rows} == {row["path"]: row["fold"] for row in rows}
+    shutil.rmtree(study / "outputs")
+    assert "group 'benign-4'" in fails(study, labels=name, split_column="fold", group_column="patient")
+
+
+def test_a_full_or_unwritable_disk(study: Path) -> None:
+    (study / "outputs").write_text("a file")
+    with pytest.raises(StorageError, match="outputs"):
+        run(study)

@@ -1,0 +1,340 @@
+"""One image file in, one upright RGB image or one reason out."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from schemas.errors import ImageError
+from stages.images import read_image
+
+MAX = 250_000_000
+
+
+def gradient(width: int = 40, height: int = 30) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) % 256], axis=-1).astype(np.uint8)
+
+
+def noise(size: int = 200) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def png(width: int, height: int, depth: int, colour: int, data: bytes) -> bytes:
+    """A PNG with any header, whatever its data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def reason(path: Path, *, max_pixels: int = MAX, min_side: int = 1) -> str:
+    with pytest.raises(ImageError) as caught:
+        read_image(path, max_pixels=max_pixels, min_side=min_side)
+    assert caught.value.path == str(path)
+    return caught.value.reason
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Tests of permissions as a user who has none: root may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "webp"])
+def test_lossless_formats_keep_every_pixel(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(gradient()).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    image = read_image(path, max_pixels=MAX)
+    assert image.mode == "RGB" and image.size == (40, 30)
+    assert np.array_equal(np.asarray(image), gradient())
+
+
+def test_jpeg_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "really_a_jpeg.png"
+    Image.fromarray(gradient()).save(path, "JPEG", quality=95)
+    assert np.abs(np.asarray(read_image(path, max_pixels=MAX)).astype(int) - gradient()).mean() < 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    values = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(values).save(path)
+    grey = np.asarray(read_image(path, max_pixels=MAX))
+    assert np.array_equal(grey[..., 0], np.round(values / 257).astype(np.uint8))
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+    assert grey.min() == 0 and grey.max() == 255
+
+
+def test_16_bit_tiff_of_the_other_byte_order(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 600).reshape(20, 30).astype(">u2")
+    # Width, height, bits, compression none, photometric, offset of the strip, rows, bytes.
+    tags = [(256, 30), (257, 20), (258, 16), (259, 1), (262, 1), (273, 8), (278, 20), (279, 1200)]
+    path = tmp_path / "a.tif"
+    ifd = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(b"MM\x00\x2a" + struct.pack(">I", 8 + 1200) + values.tobytes() + ifd + bytes(4))
+    grey = np.asarray(read_image(path, max_pixels=MAX))[..., 0]
+    assert np.array_equal(grey, np.round(values / 257).astype(np.uint8))
+
+
+def test_16_bit_tiff_whose_zero_is_white_is_inverted(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((20, 20), 65535, np.uint16)).save(path, tiffinfo={262: 0})
+    assert np.asarray(read_image(path, max_pixels=MAX)).max() == 0
+
+
+def test_12_bit_tiff_uses_its_own_range(tmp_path: Path) -> None:
+    # Two white pixels in three bytes, 32 of them in a row.
+    tags = [(256, 32), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (278, 4), (279, 192)]
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II\x2a\x00" + struct.pack("<I", 8 + 192) + b"\xff" * 192 + ifd + bytes(4))
+    assert np.asarray(read_image(path, max_pixels=MAX)).min() == 255
+
+
+def test_16_bit_colour_keeps_the_upper_byte(tmp_path: Path) -> None:
+    rows = b"".join(b"\x00" + struct.pack(">HHH", 0xABCD, 0x1234, 0xFFFF) * 20 for _ in range(20))
+    path = tmp_path / "a.png"
+    path.write_bytes(png(20, 20, 16, 2, zlib.compress(rows)))
+    assert read_image(path, max_pixels=MAX).getpixel((3, 3)) == (0xAB, 0x12, 0xFF)
+
+
+@pytest.mark.parametrize("values", [np.zeros((20, 20), np.float32), np.zeros((20, 20), np.int32)])
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path)
+    assert "no known range" in reason(path)
+
+
+def test_palette(tmp_path: Path) -> None:
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", max_pixels=MAX).getpixel((5, 5)) == (10, 200, 30)
+
+
+def test_palette_with_a_transparent_colour_is_laid_over_black(tmp_path: Path) -> None:
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "a.png", transparency=bytes([255, 0]))
+    assert read_image(tmp_path / "a.png", max_pixels=MAX).getpixel((5, 5)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (200, 100, 50, 255), (200, 100, 50)),
+        ("RGBA", (200, 100, 50, 0), (0, 0, 0)),
+        ("RGBA", (200, 100, 50, 128), (100, 50, 25)),
+        ("LA", (200, 255), (200, 200, 200)),
+        ("LA", (200, 0), (0, 0, 0)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_other_modes_of_png(tmp_path: Path, mode: str, colour: object, expected: tuple[int, int, int]) -> None:
+    Image.new(mode, (20, 20), colour).save(tmp_path / "a.png")  # type: ignore[arg-type]
+    pixel = read_image(tmp_path / "a.png", max_pixels=MAX).getpixel((5, 5))
+    assert np.abs(np.subtract(pixel, expected)).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_cmyk(tmp_path: Path, suffix: str) -> None:
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / f"a.{suffix}")
+    red, green, blue = read_image(tmp_path / f"a.{suffix}", max_pixels=MAX).getpixel((5, 5))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("tif", {}), ("tif", {"compression": "tiff_lzw"})])
+def test_exif_orientation_is_applied(tmp_path: Path, suffix: str, options: dict[str, str], orientation: int) -> None:
+    upright = gradient()
+    # How a camera that was held so stores the upright scene.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright.transpose(1, 0, 2), 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
+    image = read_image(path, max_pixels=MAX)
+    assert np.array_equal(np.asarray(image), upright)
+    assert not image.getexif()
+
+
+def test_exif_rotated_jpeg_and_its_damaged_note(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.jpg"
+    Image.fromarray(gradient(40, 30)).save(path, exif=exif)
+    assert read_image(path, max_pixels=MAX).size == (30, 40)
+    path.write_bytes(path.read_bytes().replace(b"Exif\x00\x00MM", b"Exif\x00\x00XX"))
+    assert read_image(path, max_pixels=MAX).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("jpg", {}),
+        ("jpg", {"progressive": True}),
+        ("png", {}),
+        ("bmp", {}),
+        ("webp", {}),
+        ("tif", {}),
+        ("tif", {"compression": "tiff_lzw"}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_files_are_noticed(tmp_path: Path, suffix: str, options: dict[str, object], share: float) -> None:
+    path = tmp_path / f"a.{suffix}"
+    noise().save(path, **options)
+    read_image(path, max_pixels=MAX)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    assert "truncated" in reason(path) or "damaged" in reason(path)
+
+
+def test_a_truncated_jpeg_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    noise().save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    assert reason(path) == "the file is truncated"
+
+
+def test_every_cut_of_a_small_file_gives_an_image_error_or_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for suffix in ("png", "jpeg", "tiff", "webp", "bmp"):
+        buffer = io.BytesIO()
+        Image.fromarray(gradient(16, 16)).save(buffer, suffix)
+        for cut in range(0, buffer.tell(), 7):
+            path.write_bytes(buffer.getvalue()[:cut])
+            try:
+                read_image(path, max_pixels=MAX)
+            except ImageError as error:
+                assert error.reason
+
+
+def test_a_png_with_flipped_bits_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise().save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    assert "damaged" in reason(path)
+
+
+def test_huge_header_is_refused_before_decoding(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(50_000, 50_000, 8, 2, zlib.compress(bytes(1000))))
+    text = reason(path)
+    assert "50000 x 50000" in text and "max_pixels" in text
+    assert not recwarn.list
+
+
+def test_the_limit_is_ours_and_not_that_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(gradient()).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(path, max_pixels=1200).size == (40, 30)
+    assert "max_pixels" in reason(path, max_pixels=1199)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_more_pixels_than_pillow_would_open(tmp_path: Path) -> None:
+    width = height = 13_500
+    path = tmp_path / "a.png"
+    path.write_bytes(png(width, height, 1, 0, zlib.compress(bytes(height * (1 + -(-width // 8))), 1)))
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
+    with pytest.raises(ImageError, match=r"truncated|damaged"):
+        # Cut short, so that the test needs no gigabyte: the point is that it gets past the header.
+        cut = tmp_path / "b.png"
+        cut.write_bytes(path.read_bytes()[:200])
+        read_image(cut, max_pixels=MAX)
+
+
+def test_small_sides(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", max_pixels=MAX).size == (1, 1)
+    assert "min_side (16)" in reason(tmp_path / "a.png", min_side=16)
+    Image.new("RGB", (100, 15)).save(tmp_path / "b.png")
+    assert "100 x 15" in reason(tmp_path / "b.png", min_side=16)
+
+
+def test_the_first_frame_is_taken(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
+    for suffix, options in {"tif": {}, "png": {}, "webp": {"lossless": True}}.items():
+        path = tmp_path / f"a.{suffix}"
+        red.save(path, save_all=True, append_images=[blue], **options)
+        assert read_image(path, max_pixels=MAX).getpixel((3, 3)) == (255, 0, 0), suffix
+
+
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image at all")
+    (tmp_path / "empty.png").write_bytes(b"")
+    assert reason(tmp_path / "text.png") == "is not a PNG, JPEG, TIFF, BMP or WebP image"
+    assert reason(tmp_path / "empty.png") == "the file is empty"
+    assert reason(tmp_path / "missing.png") == "no such file"
+    assert reason(tmp_path) == "is a folder"
+    os.mkfifo(tmp_path / "pipe.png")
+    assert reason(tmp_path / "pipe.png") == "is not a regular file"
+
+
+def test_permission_denied(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (20, 20)).save(path)
+    path.chmod(0)
+    with nobody():
+        assert reason(path) == "permission denied"
+
+
+def test_threads_read_the_same_images(tmp_path: Path) -> None:
+    for index in range(16):
+        Image.new("RGB", (50, 50), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+
+    def read(index: int) -> int:
+        if index == 16:
+            reason(tmp_path / "bad.png")
+            return 16
+        return read_image(tmp_path / f"{index}.png", max_pixels=MAX).getpixel((0, 0))[0]
+
+    order = list(range(17)) * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, order)) == order
+
+
+def test_the_image_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bmp"
+    Image.fromarray(gradient()).save(path)
+    image = read_image(path, max_pixels=MAX)
+    path.write_bytes(b"")
+    assert not isinstance(image, ImageFile.ImageFile)
+    assert np.array_equal(np.asarray(image), gradient())
