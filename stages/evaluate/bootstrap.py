@@ -77,4 +77,6 @@ def weighted_auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Float
     below = np.add.reduceat(ordered * ~hit, starts, axis=1)
     wins = (above * (below.cumsum(axis=1) - below / 2)).sum(axis=1)
     pairs = above.sum(axis=1) * below.sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    aucs: Floats = np.full(len(pairs), np.nan)
+    np.divide(wins, pairs, out=aucs, where=pairs > 0)
+    return aucs

@@ -55,13 +55,13 @@ def compute_metrics(
     predicted = p.argmax(axis=1)
     indices = np.arange(len(classes))
     present = np.unique(y)
-    per_class = [_auc(y == index, p[:, index]) for index in indices]
+    per_class = auc_per_class(y, p)
     return Metrics(
         split=split,
         images=len(y),
         groups=len(set(units)),
         skipped=skipped,
-        auc=per_class[1] if len(classes) == 2 else _mean(per_class),
+        auc=macro_auc(y, p),
         auc_interval=auc_interval(y, p, units),
         accuracy=float(sk.accuracy_score(y, predicted)),
         balanced_accuracy=float(sk.recall_score(y, predicted, labels=present, average="macro")),
@@ -77,6 +77,25 @@ def compute_metrics(
         absent_classes=tuple(name for index, name in enumerate(classes) if index not in present),
         confusion=tuple(tuple(int(n) for n in row) for row in sk.confusion_matrix(y, predicted, labels=indices)),
     )
+
+
+def auc_per_class(labels: Labels, probabilities: Probabilities) -> list[float | None]:
+    """One-vs-rest area under the ROC curve of each class; None for a class that all rows or none of them have."""
+    return [_auc(labels == index, probabilities[:, index]) for index in range(probabilities.shape[1])]
+
+
+def macro_auc(labels: Labels, probabilities: Probabilities) -> float | None:
+    """The AUC that is reported and that chooses the best epoch: binary with two classes, else macro one-vs-rest.
+
+    Args:
+        labels: (n,) class indices.
+        probabilities: (n, C).
+
+    Returns:
+        None where a class is absent, so that two epochs or splits are never compared on different classes.
+    """
+    per_class = auc_per_class(labels, probabilities)
+    return per_class[1] if len(per_class) == 2 else _mean(per_class)
 
 
 def check_predictions(

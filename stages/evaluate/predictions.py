@@ -40,7 +40,7 @@ class Predictions:
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
         """(n,) index of the most probable class, the first of equals."""
-        return self.probabilities.argmax(axis=1).astype(np.int64)
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:

@@ -1,0 +1,91 @@
+"""The curves of an evaluation, as numbers: ROC and reliability, for the report and for `dvc plots`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_curve
+
+from stages.evaluate.metrics import CALIBRATION_BINS, Labels, Probabilities
+from stages.files import atomic_write
+
+GRID = np.linspace(0.0, 1.0, 201)
+"""False-positive rates at which one-vs-rest curves are averaged."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Roc:
+    """ROC curves of one split."""
+
+    classes: dict[str, tuple[Floats, Floats]]
+    """Class -> (false-positive rate, true-positive rate), one-vs-rest; without classes that have no curve."""
+    mean: tuple[Floats, Floats] | None
+    """Two classes: the curve of the second. More: the mean true-positive rate over classes; None if one is absent."""
+
+
+def roc_curves(labels: Labels, probabilities: Probabilities, classes: Sequence[str]) -> Roc:
+    """ROC curves from labels (n,) and probabilities (n, C)."""
+    found: dict[str, tuple[Floats, Floats]] = {}
+    for index, name in enumerate(classes):
+        positive = labels == index
+        if 0 < positive.sum() < len(positive):
+            fpr, tpr, _ = roc_curve(positive, probabilities[:, index])
+            found[name] = (np.asarray(fpr, dtype=np.float64), np.asarray(tpr, dtype=np.float64))
+    if len(found) < len(classes):
+        return Roc(found, None)
+    if len(classes) == 2:
+        return Roc(found, found[classes[1]])
+    mean = np.mean([np.interp(GRID, fpr, tpr) for fpr, tpr in found.values()], axis=0)
+    # The step at a false-positive rate of zero belongs to the curve, so it starts at the origin.
+    return Roc(found, (np.r_[0.0, GRID], np.r_[0.0, mean]))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence (the highest probability of a row) against how often it is right."""
+
+    confidence: Floats
+    """Mean confidence of each bin that has rows."""
+    accuracy: Floats
+    """Share of these rows that are right."""
+    rows: npt.NDArray[np.int64]
+    """How many they are."""
+
+
+def reliability(labels: Labels, probabilities: Probabilities) -> Reliability:
+    """The reliability curve over equal-width bins, from labels (n,) and probabilities (n, C)."""
+    confidence = np.clip(probabilities.max(axis=1), 0.0, 1.0)
+    right = (probabilities.argmax(axis=1) == labels).astype(np.int64)
+    accuracy, mean = calibration_curve(right, confidence, n_bins=CALIBRATION_BINS, pos_label=1)
+    # The same side of an edge as `calibration_curve`, which puts a value on an edge into the lower bin.
+    edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
+    rows = np.bincount(np.searchsorted(edges[1:-1], confidence), minlength=CALIBRATION_BINS)
+    return Reliability(mean, accuracy, rows[rows > 0].astype(np.int64))
+
+
+def write_plots(labels: Labels, predicted: Labels, roc: Roc, classes: Sequence[str], folder: Path) -> None:
+    """Write what `dvc plots` draws: `confusion.csv` (actual, predicted) and `roc.csv` (fpr, tpr).
+
+    `roc.csv` has one curve whatever the classes are, so that experiments can be laid over each other; where there is
+    none (a class is absent) it holds the header alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(classes[label], classes[guess]) for label, guess in zip(labels, predicted, strict=True)]
+    atomic_write(folder / "confusion.csv", _csv(("actual", "predicted"), pairs))
+    points = [] if roc.mean is None else [(f"{x:.6g}", f"{y:.6g}") for x, y in zip(*roc.mean, strict=True)]
+    atomic_write(folder / "roc.csv", _csv(("fpr", "tpr"), points))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode()

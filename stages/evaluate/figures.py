@@ -1,0 +1,163 @@
+"""Figures of the report: matplotlib, as SVG elements that take their colours and font from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from stages.evaluate.curves import Reliability, Roc
+
+SERIES = 6
+"""Colours that the page defines, --c1 to --c6; further series repeat them with another dash."""
+
+# Colours that no one would draw with stand for the page's own, so that one figure serves light, dark and print.
+_INK, _LINE = "#010101", "#020202"
+_COLOURS = [f"#0{n}0{n}0{n}" for n in range(3, 3 + SERIES)]
+_PAGE = {_INK: "currentColor", _LINE: "var(--line)"} | {
+    stand_in: f"var(--c{number})" for number, stand_in in enumerate(_COLOURS, start=1)
+}
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
+
+# Any: matplotlib types the keys one by one in some versions and not at all in others.
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fpt",
+    "font.size": 9.5,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.5,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 2.4,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+}
+
+
+def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, limit: int = 8) -> str:
+    """ROC curves; with two classes that of the second alone, with more than `limit` the worst of them."""
+    with rc_context(_STYLE):
+        figure, axes = _figure(4.6, 4.1)
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
+        names = list(roc.classes)
+        if len(auc) == 2 and roc.mean is not None:
+            names = names[1:]
+        names = sorted(sorted(names, key=lambda name: auc[name] or 0.0)[:limit], key=names.index)
+        for number, name in enumerate(names):
+            axes.plot(*roc.classes[name], label=_legend(name, auc[name]), **_series(number))
+        if roc.mean is not None and len(auc) > 2:
+            axes.plot(*roc.mean, color=_INK, linewidth=2.4, label=_legend("mean", mean_auc))
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="False-positive rate", ylabel="True-positive rate")
+        axes.legend(loc="lower right")
+        return _svg(figure, "roc")
+
+
+def draw_reliability(curve: Reliability) -> str:
+    """Accuracy against confidence; the area of a dot is the number of rows in its bin."""
+    with rc_context(_STYLE):
+        figure, axes = _figure(4.6, 4.1)
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6, label="as it should be")
+        axes.plot(curve.confidence, curve.accuracy, color=_COLOURS[0], label="this model")
+        axes.scatter(curve.confidence, curve.accuracy, s=20 + 160 * curve.rows / curve.rows.sum(), color=_COLOURS[0])
+        for x, rows in zip(curve.confidence, curve.rows, strict=True):
+            axes.annotate(f"{rows}", (x, 0.0), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(xlim=(-0.01, 1.03), ylim=(-0.01, 1.04), xlabel="Confidence", ylabel="Share that is right")
+        axes.legend(loc="upper left")
+        return _svg(figure, "reliability")
+
+
+def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int | None, ylabel: str) -> str:
+    """Values by epoch; `curves` maps a name to (epochs, 2): epoch from 1 and value."""
+    with rc_context(_STYLE):
+        figure, axes = _figure(4.6, 3.1)
+        for number, (name, points) in enumerate(curves.items()):
+            marker = "o" if len(points) == 1 else ""
+            axes.plot(points[:, 0], points[:, 1], label=name, marker=marker, **_series(number))
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), label="epoch that is kept")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="Epoch", ylabel=ylabel)
+        axes.legend(loc="best")
+        return _svg(figure, re.sub(r"\W", "", ylabel))
+
+
+def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
+    """The series that DVCLive wrote under `plots/metrics`: name ("train/loss") -> (epochs, 2), epoch from 1 and value.
+
+    A file without numbers (a metric that was never defined) is left out.
+    """
+    root, found = folder / "plots" / "metrics", {}
+    for path in sorted(root.rglob("*.tsv")):
+        points = []
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            try:
+                step, value = (float(part) for part in line.split("\t")[-2:])
+            except ValueError:
+                continue
+            if np.isfinite(value):
+                points.append((step, value))
+        if points:
+            found[path.relative_to(root).with_suffix("").as_posix()] = np.asarray(points, dtype=np.float64)
+    return found
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _series(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number % SERIES], "linestyle": _DASHES[number % len(_DASHES)]}
+
+
+def _legend(name: str, auc: float | None, longest: int = 24) -> str:
+    short = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    # A leading underscore would hide the label, and a dollar sign would start a formula.
+    return f"\u200b{short}".replace("$", r"\$") + ("" if auc is None else f"  {auc:.3f}")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` for a page: no size of its own, no ids that another figure has too, no font."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    for stand_in, colour in _PAGE.items():
+        text = text.replace(stand_in, colour)
+    return re.sub(r"\n\s*\n", "\n", text)
+
+
+def group_curves(curves: Mapping[str, npt.NDArray[np.float64]]) -> Sequence[tuple[str, dict[str, Any]]]:
+    """Training series by what they share an axis with: losses, and shares between 0 and 1."""
+    losses = {name: points for name, points in curves.items() if name.endswith("loss")}
+    shares = {name: points for name, points in curves.items() if name.endswith(("auc", "accuracy"))}
+    return [(title, group) for title, group in (("Loss", losses), ("Validation", shares)) if group]

@@ -1,0 +1,256 @@
+"""`report.html`: one file for people, with figures and thumbnails inside it, readable on a screen and on paper."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+
+from schemas.manifest import SPLITS, Manifest
+from schemas.results import BundleSpec, Metrics
+from stages.evaluate.curves import reliability, roc_curves
+from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
+from stages.evaluate.predictions import Predictions
+
+MISTAKES = 12
+"""Mistakes that the report shows."""
+
+ROC_CURVES = 8
+"""One-vs-rest curves that one figure can still show."""
+
+METHODS = {"fpt": "FPT", "fpt+": "FPT+", "side": "side network alone"}
+NOT_DEFINED = "not defined"
+
+
+def confident_mistakes(predictions: Predictions, limit: int = MISTAKES) -> list[int]:
+    """Positions of the wrong rows, the surest first; equals in the order of their paths."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    sureness = predictions.probabilities.max(axis=1)
+    return sorted(wrong.tolist(), key=lambda row: (-float(sureness[row]), predictions.rows[row].path))[:limit]
+
+
+def render_report(
+    metrics: Metrics,
+    predictions: Predictions,
+    manifest: Manifest,
+    spec: BundleSpec,
+    *,
+    thumbnails: Mapping[str, npt.NDArray[np.uint8]] | None = None,
+    train_dir: Path | None = None,
+) -> str:
+    """The report as one HTML text without a script and without a reference to another file.
+
+    Args:
+        metrics: Of these predictions.
+        predictions: The judged rows.
+        manifest: All rows of the study, for the table of the data set.
+        spec: Of the judged bundle.
+        thumbnails: Image id -> (3, S, S) uint8, for the mistakes; those without one are shown as text.
+        train_dir: DVCLive's folder of the training run; None or a folder without metrics: no training curves.
+    """
+    labels, probabilities = predictions.labels, predictions.probabilities.astype(np.float64)
+    classes = predictions.classes
+    roc, calibration = roc_curves(labels, probabilities, classes), reliability(labels, probabilities)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        files("stages.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8"),
+    )
+    mistakes = confident_mistakes(predictions)
+    total = int((labels != predictions.predicted).sum())
+    return template.render(
+        title=f"{METHODS[spec.network.method]} on {spec.features.lpm.name}",
+        judged=_judged(metrics),
+        metrics=metrics,
+        classes=classes,
+        table=_table(metrics),
+        per_class=_per_class(metrics, predictions),
+        roc_figure=draw_roc(roc, metrics.auc_per_class, metrics.auc, ROC_CURVES) if roc.classes else None,
+        roc_alt=_roc_alt(metrics),
+        roc_note=_roc_note(metrics),
+        reliability_figure=draw_reliability(calibration),
+        reliability_alt="Reliability curve: "
+        + "; ".join(
+            f"{rows} images of mean confidence {confidence:.2f} are right in {share:.0%}"
+            for confidence, share, rows in zip(
+                calibration.confidence, calibration.accuracy, calibration.rows, strict=True
+            )
+        ),
+        mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
+        mistakes_note=f"{len(mistakes)} of {total} wrong images, the surest first: predicted class and its "
+        "probability, then the label and what the model gave it.",
+        training=_training(train_dir, spec.best_epoch),
+        splits=SPLITS,
+        data=_data(manifest),
+        recipe=_recipe(spec),
+    )
+
+
+def _judged(metrics: Metrics) -> str:
+    text = (
+        f"Judged on the {metrics.split} split: {_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
+    )
+    text += f", {len(metrics.confusion)} classes."
+    if metrics.skipped:
+        text += f" {_count(metrics.skipped, 'image')} of the split could not be read: not judged."
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return NOT_DEFINED if value is None else f"{value:.{digits}f}"
+
+
+def _table(metrics: Metrics) -> list[dict[str, str]]:
+    classes = len(metrics.confusion)
+    counts = [sum(row) for row in metrics.confusion]
+    name = tuple(metrics.auc_per_class)[int(np.argmax(counts))]
+    constant = max(counts) / metrics.images
+    brier = "0 is best, 1 is worst" if classes == 2 else f"summed over {classes} classes, 0 is best, 2 is worst"
+    rows = (
+        (
+            "AUC",
+            metrics.auc,
+            "Chance that an image of a class is ranked above one of another; 0.5 is guessing, 1 is best.",
+        ),
+        (
+            "Accuracy",
+            metrics.accuracy,
+            f"Share of images whose most probable class is the label. Always answering {name} gives {constant:.3f}.",
+        ),
+        (
+            "Balanced accuracy",
+            metrics.balanced_accuracy,
+            f"Mean recall of the classes; guessing gives {1 / classes:.3f}.",
+        ),
+        ("Macro F1", metrics.f1, "Harmonic mean of precision and recall, mean over classes; 1 is best."),
+        (
+            "Quadratic kappa",
+            metrics.quadratic_kappa,
+            "Agreement beyond chance for ordered grades, far misses weigh more; 0 is chance, 1 is best."
+            " Ignore it where the order of the classes has no meaning.",
+        ),
+        ("Brier score", metrics.brier, f"Mean squared error of the probabilities; {brier}."),
+        (
+            "Calibration error",
+            metrics.calibration_error,
+            "Mean distance of confidence from accuracy over ten bins (ECE); 0 is best, 1 is worst.",
+        ),
+    )
+    return [{"name": name, "value": _number(value), "meaning": meaning} for name, value, meaning in rows]
+
+
+def _per_class(metrics: Metrics, predictions: Predictions) -> list[dict[str, str]]:
+    indices = list(range(len(predictions.classes)))
+    precision, recall, _, support = precision_recall_fscore_support(
+        predictions.labels, predictions.predicted, labels=indices, zero_division=np.nan
+    )
+    return [
+        {
+            "name": name,
+            "images": f"{int(support[index]):,}",
+            "auc": _number(metrics.auc_per_class[name]),
+            "recall": _number(None if np.isnan(recall[index]) else float(recall[index])),
+            "precision": _number(None if np.isnan(precision[index]) else float(precision[index])),
+        }
+        for index, name in zip(indices, predictions.classes, strict=True)
+    ]
+
+
+def _roc_alt(metrics: Metrics) -> str:
+    aucs = ", ".join(f"{name} {_number(value)}" for name, value in metrics.auc_per_class.items())
+    return f"ROC curves. Area under the curve, one-vs-rest: {aucs}"
+
+
+def _roc_note(metrics: Metrics) -> str:
+    names = list(metrics.auc_per_class)
+    if len(names) == 2:
+        return f"{names[1]} against {names[0]}; the figure in the legend is the AUC."
+    shown = f"The {ROC_CURVES} classes with the lowest AUC. " if len(names) > ROC_CURVES else ""
+    return f"{shown}Each class against all others; figures in the legend are AUCs."
+
+
+def _mistake(
+    predictions: Predictions, row: int, thumbnails: Mapping[str, npt.NDArray[np.uint8]]
+) -> dict[str, str | None]:
+    item, p = predictions.rows[row], predictions.probabilities[row]
+    guess, label = predictions.predicted[row], predictions.labels[row]
+    pixels = thumbnails.get(item.id)
+    return {
+        "path": item.path,
+        "label": item.label,
+        "predicted": predictions.classes[guess],
+        "probability": f"{p[guess]:.1%}",
+        "of_label": f"{p[label]:.1%}",
+        "image": None if pixels is None else _data_uri(pixels),
+    }
+
+
+def _data_uri(pixels: npt.NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _training(train_dir: Path | None, best_epoch: int) -> list[dict[str, str]]:
+    if train_dir is None:
+        return []
+    figures = []
+    for title, group in group_curves(read_training_curves(train_dir)):
+        last = ", ".join(f"{name} {points[-1, 1]:.3f}" for name, points in group.items())
+        alt = f"{title} by epoch. Last values: {last}. The weights of epoch {best_epoch} are kept."
+        figures.append({"svg": draw_curves(group, best_epoch, title), "alt": alt})
+    return figures
+
+
+def _data(manifest: Manifest) -> list[dict[str, Any]]:
+    counts = {name: dict.fromkeys(SPLITS, 0) for name in manifest.classes}
+    for row in manifest.rows:
+        counts[row.label][row.split] += 1
+    columns = {name: list(by_split.values()) for name, by_split in counts.items()}
+    columns["all classes"] = [sum(column) for column in zip(*columns.values(), strict=True)]
+    return [{"name": name, "counts": column} for name, column in columns.items()]
+
+
+def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
+    features, lpm, train = spec.features, spec.features.lpm, spec.train
+    augment = train.augment
+    return (
+        ("Method", METHODS[spec.network.method]),
+        ("LPM", f"{lpm.name}, frozen: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
+        ("LPM weights, sha256", features.weights_sha256),
+        ("Input of the LPM", f"{lpm.image_size} x {lpm.image_size} pixels, {lpm.tokens:,} tokens"),
+        ("Tapped blocks, from 0", ", ".join(str(layer) for layer in features.layers)),
+        ("Kept tokens", f"{features.kept} per head and block, {features.importance.replace('_', ' ')} importance"),
+        ("Type of the features", features.dtype),
+        ("Feature fingerprint", features.fingerprint),
+        ("Input of the side network", f"{spec.network.image_size} x {spec.network.image_size} pixels"),
+        ("Width of the side network", str(spec.network.width)),
+        ("Prompts per block", f"{spec.network.prompts}, dropout {spec.network.dropout:g}"),
+        ("Learnable parameters", f"{spec.learnable:,}"),
+        ("Optimiser", f"AdamW, learning rate {train.lr:g} to zero by a cosine, weight decay {train.weight_decay:g}"),
+        (
+            "Training",
+            f"{train.epochs} epochs, batches of {train.batch_size}, gradient norm at most {train.clip_norm:g}",
+        ),
+        ("Kept epoch", f"{spec.best_epoch}, validation AUC {_number(spec.val_auc)}"),
+        ("Class weights", str(train.class_weights)),
+        (
+            "Augmentation",
+            f"flip {augment.flip:g}, brightness {augment.brightness:g}, contrast {augment.contrast:g}, "
+            f"crops of {augment.crop_scale[0]:g} to {augment.crop_scale[1]:g} of the area",
+        ),
+        ("Seed", str(train.seed)),
+        ("Model, sha256", spec.weights_sha256),
+    )
