@@ -74,7 +74,7 @@ class StoreReader:
                 rows = out[name][: len(ids)]
             else:
                 rows = np.empty((len(ids), *layout.shape), layout.dtype)
-            flat = memoryview(rows.reshape(-1).view(np.uint8))
+            flat = rows.reshape(-1).view(np.uint8).data
             count, size = layout.chunks_per_row, rows[:1].nbytes // layout.chunks_per_row
             for row, (shard, slot) in enumerate(places):
                 file = self._file(name, shard, count, size)

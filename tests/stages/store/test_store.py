@@ -1,0 +1,244 @@
+"""The store: what is read is exactly what was written, or a clear error."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
+from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
+from stages.store.layout import Store, array_layouts, create_store, store_path
+from stages.store.reader import StoreReader, open_store, read_receipt, receipt_digest
+from stages.store.verify import damaged_shards
+from stages.store.writer import claim_shard, write_shard
+
+LPM = LpmInfo(
+    name="tiny", depth=4, width=12, heads=3, patch=16, prefix_tokens=1, has_class_token=True, image_size=64,
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+)  # fmt: skip
+SPEC = FeatureSpec(
+    lpm=LPM, weights_sha256="0" * 64, layers=(1, 3), importance="global", kept=5, dtype="float16", side_image_size=16
+)
+
+
+def image_id(number: int) -> str:
+    return f"{number:064x}"
+
+
+def random_rows(count: int, seed: int = 0, spec: FeatureSpec = SPEC) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    rows = {}
+    for name, layout in array_layouts(spec).items():
+        if name != "sha256":
+            rows[name] = rng.integers(0, 200, (count, *layout.shape)).astype(layout.dtype)
+    rows["keys"][0] = 0  # a row of zeros is a row, not a hole
+    return rows
+
+
+def filled(cache: Path, sizes: tuple[int, ...] = (4, 4, 3), shard_size: int = 4) -> tuple[Store, dict[str, Any]]:
+    """A store with one shard per size, and all rows by name."""
+    store = create_store(cache, SPEC, shard_size)
+    parts, first = [], 1
+    for number, size in enumerate(sizes):
+        rows = random_rows(size, seed=number)
+        with claim_shard(store) as shard:
+            assert shard == number
+            write_shard(store, shard, [image_id(first + i) for i in range(size)], rows, 1.0)
+        parts.append(rows)
+        first += size
+    return store, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def receipt_of(store: Store) -> ExtractionReceipt:
+    receipts = [read_receipt(store, shard) for shard in store.finished_shards()]
+    return ExtractionReceipt(
+        fingerprint=SPEC.fingerprint,
+        spec=SPEC,
+        images=sum(len(receipt.rows) for receipt in receipts),
+        manifest_sha256="",
+        shards={str(receipt.shard): receipt_digest(receipt) for receipt in receipts},
+    )
+
+
+def test_rows_come_back_in_the_asked_order(tmp_path: Path) -> None:
+    store, rows = filled(tmp_path)
+    reader = open_store(tmp_path, receipt_of(store))
+    order = [7, 1, 11, 1, 4]
+    found = reader.read([image_id(n) for n in order], rows)
+    for name, values in rows.items():
+        assert found[name].dtype == values.dtype
+        assert np.array_equal(found[name], values[[n - 1 for n in order]]), name
+
+
+def test_a_buffer_is_reused(tmp_path: Path) -> None:
+    store, rows = filled(tmp_path)
+    reader = open_store(tmp_path, receipt_of(store))
+    first = reader.read([image_id(1), image_id(2)], ["keys"])
+    again = reader.read([image_id(9)], ["keys"], out=first)
+    assert again["keys"].base is first["keys"] or again["keys"].base is first["keys"].base
+    assert np.array_equal(first["keys"][0], rows["keys"][8])
+
+
+def test_zarr_reads_every_array_with_dimension_names(tmp_path: Path) -> None:
+    store, rows = filled(tmp_path)
+    group = zarr.open_group(store.group, mode="r")
+    assert set(group.array_keys()) == {*rows, "sha256"}
+    for name, values in rows.items():
+        array: Any = group[name]
+        assert np.array_equal(array[: len(values)], values)
+        assert array.metadata.dimension_names == ("row", *array_layouts(SPEC)[name].dims)
+    digests: Any = group["sha256"]
+    assert bytes(digests[4]).hex() == image_id(5)
+    assert not np.asarray(digests[11]).any(), "the last row of a partly filled shard is empty"
+
+
+def test_a_partly_filled_shard_costs_no_bytes_for_empty_rows(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path, sizes=(4, 1))
+    full, part = (store.shard_file("values", shard).stat().st_size for shard in (0, 1))
+    assert part < full / 2
+
+
+def test_few_files(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path)
+    files = [path for path in store.path.rglob("*") if path.is_file()]
+    arrays = len(array_layouts(SPEC))
+    metadata_and_store_lock = arrays + 1 + 1
+    assert len(files) == 3 * (arrays + 1) + metadata_and_store_lock
+    assert max(len(path.relative_to(store.path).parts) for path in files) == 3
+
+
+def test_a_reader_survives_pickling(tmp_path: Path) -> None:
+    store, rows = filled(tmp_path)
+    reader = open_store(tmp_path, receipt_of(store))
+    reader.read([image_id(1)], ["keys"])
+    copy: StoreReader = pickle.loads(pickle.dumps(reader))
+    assert np.array_equal(copy.read([image_id(6)], ["side"])["side"][0], rows["side"][5])
+
+
+def test_many_shards_are_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.store.reader.OPEN_FILES", 3)
+    store, rows = filled(tmp_path, sizes=(1, 1, 1, 1, 1), shard_size=1)
+    reader = open_store(tmp_path, receipt_of(store))
+    for _ in range(2):
+        found = reader.read([image_id(n) for n in (5, 4, 3, 2, 1)], ["keys", "side"])
+        assert np.array_equal(found["keys"], rows["keys"][::-1])
+    assert len(reader._files) == 3
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    store, rows = filled(tmp_path, sizes=(3,))
+    receipt = receipt_of(store)
+    path = store.shard_file("keys", 0)
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.choice(len(good), 60, replace=False):
+        bad = bytearray(good)
+        bad[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        reader = open_store(tmp_path, receipt)
+        try:
+            found = reader.read([image_id(n) for n in (1, 2, 3)], ["keys"])["keys"]
+        except (CacheCorruptError, CacheIncompleteError):
+            pass
+        else:
+            # Only bytes that no row needs may change unnoticed by a read; `damaged_shards` sees those too.
+            assert np.array_equal(found, rows["keys"])
+        assert damaged_shards(store) == [0]
+        reader.close()
+    path.write_bytes(good)
+    assert damaged_shards(store) == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, 500])
+def test_a_truncated_shard_is_refused_when_the_store_is_opened(tmp_path: Path, cut: int) -> None:
+    store, _ = filled(tmp_path)
+    receipt = receipt_of(store)
+    path = store.shard_file("values", 1)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(CacheCorruptError, match="bytes instead of"):
+        open_store(tmp_path, receipt)
+
+
+def test_missing_pieces_are_named(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path)
+    receipt = receipt_of(store)
+    reader = open_store(tmp_path, receipt)
+    with pytest.raises(CacheIncompleteError, match="fpt extract") as caught:
+        reader.read([image_id(99)], ["keys"])
+    assert caught.value.missing == (image_id(99),)
+    store.shard_file("values", 1).unlink()
+    with pytest.raises(CacheIncompleteError, match="is gone"):
+        open_store(tmp_path, receipt)
+    store.receipt(2).unlink()
+    with pytest.raises(CacheIncompleteError):
+        open_store(tmp_path, receipt)
+    with pytest.raises(CacheIncompleteError, match="FPT_CACHE_DIR"):
+        open_store(tmp_path / "elsewhere", receipt)
+
+
+def test_a_shard_of_another_extraction_is_refused(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path)
+    receipt = receipt_of(store)
+    store.receipt(1).unlink()
+    with claim_shard(store) as shard:
+        assert shard == 1
+        write_shard(store, shard, [image_id(70)], random_rows(1, seed=9), 1.0)
+    with pytest.raises(CacheCorruptError, match="Shard 1"):
+        open_store(tmp_path, receipt)
+
+
+def test_a_store_of_another_spec_is_refused(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path)
+    other = SPEC.model_copy(update={"kept": 6, "dtype": "float32"})
+    store.path.rename(store_path(tmp_path, other.fingerprint))
+    with pytest.raises(CacheMismatchError) as caught:
+        create_store(tmp_path, other, 4)
+    assert caught.value.differing == {"kept": (6, 5), "dtype": ("float32", "float16")}
+
+
+def test_two_writers_never_get_one_shard(tmp_path: Path) -> None:
+    store = create_store(tmp_path, SPEC, 4)
+    with claim_shard(store) as first, claim_shard(store) as second:
+        assert (first, second) == (0, 1)
+    with claim_shard(store) as again:
+        assert again == 0, "the number of a writer that gave up is taken up again"
+
+
+def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path, sizes=(4,))
+    for name in ("keys", "side"):
+        store.shard_file(name, 1).write_bytes(b"half a shard")
+        store.shard_file(name, 1).with_suffix(".1234.partial").write_bytes(b"less")
+    rows = random_rows(2, seed=5)
+    with claim_shard(store) as shard:
+        write_shard(store, shard, [image_id(50), image_id(51)], rows, 1.0)
+    assert not list(store.group.rglob("*.partial"))
+    found = open_store(tmp_path, receipt_of(store)).read([image_id(51)], ["keys"])
+    assert np.array_equal(found["keys"][0], rows["keys"][1])
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = filled(tmp_path, sizes=(4,))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stages.store.writer.atomic_write", full)
+    with claim_shard(store) as shard, pytest.raises(StorageError, match="full"):
+        write_shard(store, shard, [image_id(60)], random_rows(1), 1.0)
+    assert store.finished_shards() == [0]
+    assert not list(store.group.rglob("c.1.*"))
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    store = create_store(tmp_path, SPEC, 4)
+    rows = random_rows(2)
+    rows["values"] = rows["values"].astype(np.float32)
+    with claim_shard(store) as shard, pytest.raises(ValueError, match="values"):
+        write_shard(store, shard, [image_id(1), image_id(2)], rows, 1.0)
+    assert store.finished_shards() == []

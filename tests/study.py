@@ -1,0 +1,94 @@
+"""A tiny study on disk: 64-pixel images, timm's test ViT with random weights, resolved settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from schemas.features import ExtractionReceipt, LpmInfo
+from schemas.manifest import Manifest
+from schemas.parse import parse_settings
+from schemas.resolve import resolve
+from schemas.settings import Settings
+from stages.extract.lpm import describe_lpm
+from stages.extract.run import extract
+from stages.manifest import read_manifest
+from stages.prepare import prepare
+
+CLASSES = ("grid", "plain", "stripe")
+
+
+def make_images(folder: Path, per_class: int, seed: int = 0) -> None:
+    """Noise with a pattern that tells the class, 72 x 64 pixels, PNG."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(72), np.arange(64))
+    patterns = {"plain": 0 * x, "stripe": 60 * (x // 6 % 2), "grid": 60 * ((x // 6 + y // 6) % 2)}
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            pixels = patterns[name] + rng.integers(40, 160, (64, 72))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{seed}-{number:03d}.png")
+
+
+def save_weights(path: Path, seed: int = 0) -> Path:
+    """Random weights of timm's `test_vit`."""
+    torch.manual_seed(seed)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), path)
+    return path
+
+
+@dataclass
+class Study:
+    root: Path
+    settings: Settings
+    lpm: LpmInfo
+    manifest: Manifest
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "outputs/features"
+
+    def changed(self, **sections: dict[str, Any]) -> Settings:
+        """Settings with some keys of some sections changed."""
+        update = {name: getattr(self.settings, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.settings.model_copy(update=update)
+
+    def prepare(self) -> Manifest:
+        prepare(self.settings.data, self.root, self.root / "outputs/manifest")
+        self.manifest = read_manifest(self.root / "outputs/manifest/manifest.parquet")
+        return self.manifest
+
+    def extract(self, **keywords: Any) -> ExtractionReceipt:
+        return extract(self.settings, self.root, self.cache, self.manifest, self.features, **keywords)
+
+
+def make_study(root: Path, per_class: int = 8, method: str = "fpt+", **sections: dict[str, Any]) -> Study:
+    """Images, weights and settings; prepared, not extracted."""
+    make_images(root / "images", per_class)
+    save_weights(root / "lpm.safetensors")
+    raw: dict[str, Any] = {
+        "method": method,
+        "data": {"images": "images"},
+        "lpm": {"name": "test_vit", "weights": "lpm.safetensors"},
+        "features": {"image_size": 64, "shard_size": 4, "side_image_size": 40},
+        "train": {"side_image_size": 32, "epochs": 2, "batch_size": 8, "side_reduction": 4},
+        "compute": {"threads": 1, "device": "cpu"},
+    }
+    for name, keys in sections.items():
+        raw[name] = {**raw.get(name, {}), **keys}
+    settings = parse_settings(raw)
+    lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
+    study = Study(root, resolve(settings, lpm), lpm, Manifest(classes=(), rows=()))
+    study.prepare()
+    return study
