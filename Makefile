@@ -1,0 +1,47 @@
+# make demo    the whole pipeline on images that it draws itself; prints a test AUC
+# make test    all tests
+# make check   style and types
+#
+# Each sets up .venv by itself. PYTHON chooses the interpreter; TORCH="torch==x.y" is installed before the rest, for
+# a machine that needs a certain build; everything else honours the user's pip configuration.
+
+PYTHON ?= python3
+TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# dvc runs `fpt`, and both must be the ones of the virtual environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check setup clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	@# From an archive there is no Git to find; DVC has to be told.
+	@git rev-parse --is-inside-work-tree >/dev/null 2>&1 || dvc config --local core.no_scm true
+	dvc repro
+	@fpt demo summary
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 pytest
+
+check: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "$(PYTHON) is missing or older than Python 3.11. Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+ifneq ($(TORCH),)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+endif
+	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs data weights dvc.lock

@@ -1,0 +1,1 @@
+"""One file a verb. Stages are imported inside the verb: `fpt --help` waits for no torch."""

@@ -1,0 +1,90 @@
+"""`fpt cost`: what a setting costs, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.console import show_json, show_pairs, size
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+
+if TYPE_CHECKING:
+    from schemas.results import CostReport
+    from schemas.settings import Settings
+
+CLASSES = 2
+"""Assumed where neither a flag, nor the settings, nor a manifest says how many classes there are."""
+
+
+def cost(
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    lpm: Annotated[str | None, typer.Option("--lpm", help="timm model name.", show_default=False)] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Input of the LPM, in pixels.", show_default=False)
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="fpt, fpt+ or side.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the cached features: float16 or float32.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images per training step.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=2, help="Outputs; else those of the study.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learnable parameters, memory of a training step and cache size. Needs no images and no weights.
+
+    Inside a study the options override params.yaml; outside of one they override the defaults.
+    """
+    from pipeline.params import override, read_optional_params
+    from pipeline.project import resolve_aloud
+    from schemas.parse import parse_settings
+    from stages.train.cost import estimate_cost
+
+    flags = {
+        "lpm.name": lpm,
+        "features.image_size": image_size,
+        "method": method,
+        "features.dtype": dtype,
+        "train.batch_size": batch_size,
+    }
+    raw = read_optional_params(params)
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    settings, info = resolve_aloud(parse_settings(override(raw, [*(assignments or []), *given]), source=params.name))
+    report = estimate_cost(settings, info, classes or _classes(settings, params))
+    if as_json:
+        show_json(report.model_dump(mode="json"))
+    else:
+        _show(report)
+
+
+def _classes(settings: Settings, params: Path) -> int:
+    from schemas.settings import OUTPUTS
+    from stages.manifest import read_manifest
+
+    if settings.data.classes is not None:
+        return len(settings.data.classes)
+    manifest = params.absolute().parent / OUTPUTS / "manifest" / "manifest.parquet"
+    return len(read_manifest(manifest).classes) if manifest.exists() else CLASSES
+
+
+def _show(report: CostReport) -> None:
+    memory = report.train_tensor_mib / report.full_finetune_tensor_mib
+    show_pairs(
+        f"{report.method} on {report.lpm}: {report.image_size} pixels, {report.classes} classes, "
+        f"batch {report.batch_size}, {report.dtype}",
+        [
+            ("Learnable parameters", f"{report.learnable:,}"),
+            ("Of full fine-tuning", f"{report.lpm_parameters:,} ({report.learnable_share:.2%} are learnable)"),
+            ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB"),
+            ("Of full fine-tuning", f"{report.full_finetune_tensor_mib:,.1f} MiB ({memory:.2%} are needed)"),
+            ("PPE is the score times", f"{report.ppe_factor:.4f}"),
+            ("PME is the score times", f"{report.pme_factor:.4f}"),
+            ("Cache", f"{size(report.cache_bytes_per_image)} an image"),
+        ],
+    )

@@ -1,0 +1,91 @@
+"""`fpt extract`: stage one, the LPM's features of every image that the cache does not hold yet."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.console import duration, say, show_json, show_pairs, size
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+
+if TYPE_CHECKING:
+    from schemas.features import ExtractionPlan
+    from stages.extract.run import ExtractProgress
+
+
+def extract(
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be computed, and compute nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare every byte of the store with its receipts first.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the LPM once over every image that the cache does not hold yet."""
+    from pipeline.params import write_settings
+    from pipeline.progress import ImageBar
+    from pipeline.project import open_study
+    from stages.extract.plan import plan_extraction
+    from stages.extract.run import extract as run
+    from stages.manifest import read_manifest
+
+    study = open_study(params, assignments or [])
+    manifest = read_manifest(study.manifest)
+    if plan:
+        _show_plan(plan_extraction(study.settings, study.root, study.cache, manifest), as_json)
+        return
+    output, start = study.receipt.parent, time.monotonic()
+    seen: list[ExtractProgress] = []
+    with ImageBar(f"Features of {study.lpm.name}") as bar:
+
+        def follow(progress: ExtractProgress) -> None:
+            if not seen and progress.repaired:
+                say(f"{progress.repaired} damaged shards were removed; their images are computed again.")
+            seen[:] = [progress]
+            bar(progress.done, progress.total)
+
+        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check=check)
+    write_settings(study.settings, output)
+    cached = seen[-1].cached
+    computed, seconds = receipt.images - cached, time.monotonic() - start
+    store = str(study.cache / receipt.fingerprint[:16])
+    if as_json:
+        show_json(
+            {
+                "images": receipt.images,
+                "cached": cached,
+                "computed": computed,
+                "seconds": round(seconds, 1),
+                "fingerprint": receipt.fingerprint,
+                "store": store,
+            }
+        )
+        return
+    spent = f" in {duration(seconds)}" if computed else ""
+    say(f"{receipt.images} images: {cached} were in the cache, computed {computed}{spent}. Store: {store}")
+    say("Next: fpt train")
+
+
+def _show_plan(plan: ExtractionPlan, as_json: bool) -> None:
+    if as_json:
+        show_json(plan.model_dump(mode="json"))
+        return
+    basis = "measured in this store" if plan.estimate == "receipts" else "a rough guess for this machine"
+    show_pairs(
+        "What `fpt extract` would do",
+        [
+            ("Images", f"{plan.images}"),
+            ("In the cache", f"{plan.cached}"),
+            ("To compute", f"{plan.to_compute}"),
+            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} an image)"),
+            ("Files", f"{plan.files}"),
+            ("Free disk", size(plan.free_bytes)),
+            ("Time", f"{duration(plan.seconds)} ({basis})" if plan.to_compute else "none"),
+            ("Store", plan.store),
+        ],
+    )
+    if plan.bytes > plan.free_bytes:
+        say("The disk is too small: free some space, or set FPT_CACHE_DIR to a larger disk.")

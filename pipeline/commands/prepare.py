@@ -1,0 +1,36 @@
+"""`fpt prepare`: images and labels to a manifest."""
+
+from __future__ import annotations
+
+from pipeline.console import say, show_json, show_table
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.manifest import SPLITS, PrepareSummary
+
+
+def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_json: AsJson = False) -> None:
+    """Read images and labels, name every image by its content, draw the splits."""
+    from pipeline.params import write_settings
+    from pipeline.progress import ImageBar
+    from pipeline.project import open_study
+    from stages.prepare import prepare as run
+
+    study = open_study(params, assignments or [])
+    output = study.manifest.parent
+    with ImageBar("Reading images") as bar:
+        summary = run(study.settings.data, study.root, output, bar)
+    write_settings(study.settings, output)
+    if as_json:
+        show_json(summary.model_dump(mode="json"))
+        return
+    _show(summary)
+    if summary.quarantined:
+        say(f"{summary.quarantined} images were set aside: {output / 'quarantine.csv'}")
+    say("Next: fpt extract")
+
+
+def _show(summary: PrepareSummary) -> None:
+    classes = list(dict.fromkeys(name for counts in summary.counts.values() for name in counts))
+    rows = [[name, *(str(summary.counts.get(split, {}).get(name, 0)) for split in SPLITS)] for name in classes]
+    totals = [str(sum(summary.counts.get(split, {}).values())) for split in SPLITS]
+    title = f"{summary.images} images, {summary.groups} groups, {summary.duplicates} duplicates"
+    show_table(title, ["class", *SPLITS], [*rows, ["all", *totals]])

@@ -1,0 +1,48 @@
+"""`fpt train`: stage two, fusion and side network on the cached features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.console import say, score, show_json
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+
+
+def train(
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="fpt, fpt+, or side: no cached features.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder of model/ and train/; else the study's outputs.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on the cached features. Opens no original image and no LPM; a killed run goes on where it was."""
+    from pipeline.live import EpochLogger
+    from pipeline.params import write_settings
+    from pipeline.project import open_study
+    from stages.extract.receipt import read_extraction_receipt
+    from stages.manifest import read_manifest
+    from stages.train.run import train as run
+
+    study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
+    manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
+    folder = study.outputs if output is None else output.absolute()
+    model = folder / "model"
+    with EpochLogger(folder / "train", study.settings.train.epochs) as logger:
+        result = run(study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger)
+        logger.finish(result.best)
+    write_settings(study.settings, model)
+    if as_json:
+        show_json({"model": str(model), **result.model_dump(mode="json")})
+        return
+    if result.resumed_from:
+        say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
+    say(f"Best: epoch {result.best.epoch}, validation AUC {score(result.best.val_auc)}. Model: {model}")
+    say("Next: fpt evaluate" if output is None else f"Next: fpt evaluate --model {output / 'model'}")

@@ -1,0 +1,19 @@
+"""The options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from pipeline.params import PARAMS
+
+Params: TypeAlias = Annotated[Path, typer.Option("--params", metavar="FILE", help="Settings of the study.")]
+Assignments: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, such as train.lr=0.001. Repeatable."),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+PARAMS_FILE = Path(PARAMS)

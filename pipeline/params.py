@@ -1,0 +1,132 @@
+"""`params.yaml`: read safely, override with `--set`, write the resolved settings beside a result."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schemas.errors import ProjectError, SettingsError, StorageError
+from schemas.parse import parse_settings
+from schemas.settings import Settings
+
+PARAMS = "params.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags that run code, and without a key that silently wins over its twin."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """One YAML document.
+
+    Raises:
+        SettingsError: Naming the line of a syntax error or of a key that stands twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not YAML"
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else source
+        raise SettingsError(f"{source} is not valid YAML.", [(where, str(problem))], f"Correct {source}.") from None
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The raw settings tree of a file; an empty file holds all defaults.
+
+    Raises:
+        ProjectError: There is no such file.
+        SettingsError: It is not a YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ProjectError(
+            f"There is no {path.name} in {path.absolute().parent}.",
+            "fpt works inside a study, a folder with a params.yaml.",
+            "Make one with `fpt init my-study --images DIR`, go into it with `cd`, or name its file with --params.",
+        ) from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is not text in UTF-8.", repair="Save it as UTF-8.") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
+    raw = load_yaml(text, str(path))
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(
+            f"{path} holds a {type(raw).__name__}, not keys with values.", repair="Compare it with one from `fpt init`."
+        )
+    return {str(key): value for key, value in raw.items()}
+
+
+def read_optional_params(path: Path) -> dict[str, Any]:
+    """Like `read_params`, but empty outside of a study: where no file was named and the usual one is not there."""
+    return read_params(path) if path != Path(PARAMS) or path.exists() else {}
+
+
+def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """The tree with `key.path=value` assignments applied, later ones last; values are YAML.
+
+    Raises:
+        SettingsError: An assignment has no `=`, an empty key, a value that is not YAML, or a path through a value.
+    """
+    tree = _copy(raw)
+    problems: list[tuple[str, str]] = []
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        parts = path.strip().split(".")
+        if not separator or not all(parts):
+            problems.append((assignment or "(empty)", "must be key.path=value, such as train.lr=0.001"))
+            continue
+        place = tree
+        for depth, part in enumerate(parts[:-1]):
+            if not isinstance(place.setdefault(part, {}), dict):
+                problems.append((path, f"{'.'.join(parts[: depth + 1])} is a value and holds no keys"))
+                break
+            place = place[part]
+        else:
+            place[parts[-1]] = load_yaml(text, f"The value of --set {path}")
+    if problems:
+        raise SettingsError("A --set override cannot be read.", problems)
+    return tree
+
+
+def _copy(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
+
+
+def load_settings(path: Path, assignments: Sequence[str] = ()) -> Settings:
+    """The settings of a file with overrides, valid but not yet resolved.
+
+    Raises:
+        ProjectError: There is no such file.
+        SettingsError: With every problem at once.
+    """
+    return parse_settings(override(read_params(path), assignments), source=path.name)
+
+
+def dump_settings(settings: Settings) -> str:
+    """YAML text of all settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_settings(settings: Settings, folder: Path) -> None:
+    """Write `settings.yaml` beside the result in `folder`."""
+    from stages.files import atomic_write
+
+    head = "# The resolved settings that this result was made with.\n"
+    atomic_write(folder / "settings.yaml", (head + dump_settings(settings)).encode())

@@ -1,0 +1,107 @@
+"""A study: where its files lie, its resolved settings, and the cache that all its copies share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.console import say
+from pipeline.params import load_settings
+from schemas.features import LpmInfo
+from schemas.settings import OUTPUTS, Settings
+
+CACHE_VARIABLE = "FPT_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with resolved settings."""
+
+    root: Path
+    """Folder of `params.yaml`; relative paths of the settings start here."""
+    settings: Settings
+    """Resolved: no "auto" in `features` and `train`."""
+    lpm: LpmInfo
+    """Shape of the LPM at the resolved image size."""
+    cache: Path
+    """Root of the feature stores."""
+
+    @property
+    def outputs(self) -> Path:
+        """Folder of all results."""
+        return self.root / OUTPUTS
+
+    @property
+    def manifest(self) -> Path:
+        """The manifest's file."""
+        return self.outputs / "manifest" / "manifest.parquet"
+
+    @property
+    def receipt(self) -> Path:
+        """The receipt of the extraction."""
+        return self.outputs / "features" / "receipt.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of unfinished trainings, named by what they train; shared with temporary copies."""
+        return original_study(self.root) / ".fpt" / "checkpoints"
+
+
+def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
+    """Read, override, validate and resolve the settings of a study.
+
+    Args:
+        params: Path of `params.yaml`.
+        assignments: `key.path=value` overrides.
+
+    Raises:
+        ProjectError: There is no such file.
+        SettingsError: With every problem at once.
+        UnsupportedModelError: The LPM is unknown or cannot be tapped.
+    """
+    settings = load_settings(params, assignments)
+    root = params.absolute().parent
+    resolved, lpm = resolve_aloud(settings)
+    return Study(root=root, settings=resolved, lpm=lpm, cache=cache_root(root))
+
+
+def resolve_aloud(settings: Settings) -> tuple[Settings, LpmInfo]:
+    """Resolve, and say so where the image size had to move to the LPM's patch grid."""
+    from schemas.resolve import resolve
+    from stages.extract.lpm import describe_lpm
+
+    lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
+    asked = settings.features.image_size
+    if lpm.image_size != asked:
+        say(f"Image size {asked} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
+    return resolve(settings, lpm), lpm
+
+
+def cache_root(root: Path) -> Path:
+    """Folder of the feature stores of the study in `root`.
+
+    `FPT_CACHE_DIR` where it is set, else `.fpt/cache` of the study. An experiment that DVC runs in a temporary copy
+    of the repository uses the cache of the original study: features are paid for once.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser().absolute()
+    return original_study(root) / ".fpt" / "cache"
+
+
+def original_study(root: Path) -> Path:
+    """The study that `root` is a temporary copy of; `root` itself where it is none.
+
+    DVC puts such copies of a repository below `<repository>/.dvc/tmp/exps/`, in one more folder or two, by the kind
+    of queue. The innermost folder with a `.dvc` is the copy's repository root.
+    """
+    here = root.resolve()
+    copy = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), None)
+    if copy is None:
+        return here
+    for folder in copy.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2] / here.relative_to(copy)
+    return here

@@ -1,0 +1,172 @@
+"""The two files of a study, `params.yaml` and `dvc.yaml`: one template for the demo and for `fpt init`."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from schemas.base import Contract
+from schemas.settings import Settings
+
+WIDTH = 110
+"""Longest line of a generated comment."""
+
+STAGES = """\
+  prepare:
+    desc: Read images and labels, name every image by its content, draw the splits.
+    cmd: fpt prepare
+    deps:
+      - ${{data.images}}
+{labels}    params:
+      - data
+    outs:
+      - outputs/manifest
+  extract:
+    # The features lie in the cache, out of DVC's sight; the receipt says which of them the later stages rely on.
+    desc: Run the LPM once over every image that the cache does not hold yet.
+    cmd: fpt extract
+    deps:
+      - outputs/manifest/manifest.parquet
+{weights}    params:
+      - method
+      - lpm
+      - features
+      - train.side_image_size
+    outs:
+      - outputs/features
+  train:
+    desc: Train fusion and side network on the cached features.
+    cmd: fpt train
+    deps:
+      - outputs/manifest/manifest.parquet
+      - outputs/features/receipt.json
+    params:
+      - method
+      - train
+    outs:
+      - outputs/model
+    metrics:
+      - outputs/train/metrics.json
+    plots:
+      - outputs/train/plots/metrics:
+          x: step
+  evaluate:
+    desc: Judge the model on the test split.
+    cmd: fpt evaluate
+    deps:
+      - outputs/manifest/manifest.parquet
+      - outputs/features/receipt.json
+      - outputs/model
+    outs:
+      - outputs/evaluation/predictions.parquet
+      - outputs/evaluation/report.html
+      - outputs/evaluation/settings.yaml
+    metrics:
+      - outputs/evaluation/metrics.json
+    plots:
+      - outputs/evaluation/plots/confusion.csv:
+          template: confusion
+          x: predicted
+          y: actual
+      - outputs/evaluation/plots/roc.csv:
+          x: fpr
+          y: tpr
+          title: ROC
+"""
+"""The four stages of every study. `params` are fine-grained: a change under `train` re-runs train and evaluate."""
+
+DEMO_DATA = """\
+  demo-data:
+    desc: Draw the demo's images and fetch the weights of its LPM.
+    cmd: fpt demo data
+    outs:
+      - ${data.images}
+      - ${lpm.weights}
+"""
+
+BASELINE = """\
+  baseline:
+    desc: The same side network without the cached features, on the same images and splits.
+    cmd:
+      - fpt train --method side --output outputs/baseline
+      - fpt evaluate --model outputs/baseline/model --output outputs/baseline/evaluation
+    deps:
+      - outputs/manifest/manifest.parquet
+      - outputs/features/receipt.json
+    params:
+      - train
+    outs:
+      - outputs/baseline
+"""
+
+HEAD = """\
+# The pipeline of this study: `dvc repro` runs what is out of date, `dvc dag` draws it.
+# Try settings with `dvc exp run -S train.lr=0.001` and compare them with `dvc exp show`.
+"""
+
+
+def four_stages(*, labels: bool, weights: bool) -> str:
+    """Prepare, extract, train and evaluate, in the YAML of `dvc.yaml`.
+
+    Args:
+        labels: Whether `data.labels` names a CSV that DVC should watch.
+        weights: Whether `lpm.weights` names a local file that DVC should watch.
+    """
+    # A dependency that is null or "hub" would be taken for a file of that name.
+    return STAGES.format(labels=_dependency("data.labels", labels), weights=_dependency("lpm.weights", weights))
+
+
+def _dependency(key: str, watched: bool) -> str:
+    entry = f"- ${{{key}}}"
+    return f"      {entry}\n" if watched else f"      # {entry}  # take out the first # once it names a file\n"
+
+
+def dvc_yaml(*, labels: bool, weights: bool) -> str:
+    """`dvc.yaml` of a study."""
+    return f"{HEAD}stages:\n{four_stages(labels=labels, weights=weights)}"
+
+
+def demo_dvc_yaml() -> str:
+    """`dvc.yaml` of the demo study: the data first, and a baseline beside the four stages."""
+    return f"{HEAD}stages:\n{DEMO_DATA}{four_stages(labels=False, weights=True)}{BASELINE}"
+
+
+def params_yaml(settings: Settings, head: str = "") -> str:
+    """`params.yaml` with every key, its value, and its meaning from the schema.
+
+    Args:
+        settings: The values.
+        head: First lines, without `#`.
+    """
+    lines = [f"# {line}".rstrip() for line in head.splitlines()]
+    return "\n".join([*lines, *([""] if lines else []), *_section(settings, "")]) + "\n"
+
+
+def _section(model: Contract, indent: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        meaning = _meaning(field.description or "", field.annotation)
+        if not indent and isinstance(value, Contract) and lines:
+            lines.append("")
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(meaning, WIDTH - len(indent) - 2)]
+        if isinstance(value, Contract):
+            lines += [f"{indent}{name}:", *_section(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {_flow(value)}")
+    return lines
+
+
+def _meaning(description: str, annotation: Any) -> str:
+    choices = [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
+    if all(choice in description for choice in choices):
+        return description
+    return f"{description} Choices: {'|'.join(choices)}."
+
+
+def _flow(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("...\n").strip()
