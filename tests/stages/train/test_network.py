@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from schemas.results import SideNetworkSpec
+from stages.train.fusion import context
 from stages.train.network import PromptedSideNetwork, learnable_parameters
 
 Weights = dict[str, torch.Tensor]
@@ -231,6 +232,47 @@ def test_half_precision_features_give_the_same_logits_within_rounding(method: st
         single = network(image, keys, values)
     torch.testing.assert_close(stored, exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stored, single, rtol=2e-2, atol=2e-2)
+
+
+def plain_context(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The formula in plain operations, whose gradient is autograd's."""
+    heads, head_dim = keys.shape[1], keys.shape[3]
+    split = query.view(-1, heads, head_dim).transpose(0, 1)
+    weights = torch.softmax(torch.einsum("hpd,bhtd->bhpt", split, keys) / math.sqrt(head_dim), dim=-1)
+    return torch.einsum("bhpt,bhtd->bphd", weights, values).flatten(2)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 9])
+def test_context_and_its_gradient(batch: int) -> None:
+    """Also where the batch is no multiple of the images that are widened at a time."""
+    _, keys, values = (part.double() for part in inputs(batch))
+    keys, values = keys[:, 0], values[:, 0]
+    query = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(context(query, keys, values), plain_context(query, keys, values))
+    assert torch.autograd.gradcheck(lambda q: context(q, keys, values), (query,))
+    upstream = torch.randn(batch, 5, 32, dtype=torch.float64)
+    (mine,) = torch.autograd.grad(context(query, keys, values), query, upstream)
+    (plain,) = torch.autograd.grad(plain_context(query, keys, values), query, upstream)
+    torch.testing.assert_close(mine, plain)
+
+
+def test_context_of_halves_has_the_gradient_of_the_widened() -> None:
+    _, keys, values = (part[:, 0].half() if part.dim() == 5 else part for part in inputs(3))
+    query = torch.randn(5, 32, requires_grad=True)
+    (halves,) = torch.autograd.grad(context(query, keys, values).square().sum(), query)
+    (wide,) = torch.autograd.grad(context(query, keys.float(), values.float()).square().sum(), query)
+    assert halves.dtype == torch.float32
+    assert torch.equal(halves, wide)
+
+
+@pytest.mark.parametrize("method", ["fpt", "fpt+"])
+def test_fresh_weights_are_those_of_the_recipe(method: str) -> None:
+    torch.manual_seed(0)
+    network = PromptedSideNetwork(tiny(method))
+    prompts = network.get_parameter("fusion.prompts")
+    assert prompts.std().item() == pytest.approx(1e-6, rel=0.2)
+    assert network.get_parameter("side.blocks.0.attn.qkv.weight").std().item() == pytest.approx(0.02, rel=0.2)
+    assert network.get_parameter("side.blocks.2.mlp.0.bias").abs().max() == 0
 
 
 def test_side_needs_no_features_and_the_presets_say_that_they_do() -> None:
