@@ -29,11 +29,11 @@ def make_images(folder: Path, per_class: int, seed: int = 0) -> None:
     """Noise with a pattern that tells the class, 72 x 64 pixels, PNG."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.arange(72), np.arange(64))
-    patterns = {"plain": 0 * x, "stripe": 60 * (x // 6 % 2), "grid": 60 * ((x // 6 + y // 6) % 2)}
+    patterns = {"plain": 0 * x, "stripe": 90 * (x // 6 % 2), "grid": 90 * ((x // 6 + y // 6) % 2)}
     for name in CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
-            pixels = patterns[name] + rng.integers(40, 160, (64, 72))
+            pixels = patterns[name] + rng.integers(40, 120, (64, 72))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{seed}-{number:03d}.png")
 
 
