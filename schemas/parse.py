@@ -25,41 +25,64 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        problems: dict[str, str] = {}
-        for item in error.errors(include_url=False):
-            path = tuple(str(part) for part in item["loc"])
-            problems.setdefault(_shown(path), _message(path, item["type"], item["msg"], item.get("input")))
+        problems = _problems(error)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         raise SettingsError(
-            f"{source} is not valid: {count}.", tuple(problems.items()), f"Correct {source}, or the --set override."
+            f"{source} is not valid: {count}.", problems, f"Correct {source}, or the --set override."
         ) from None
 
 
-def _message(path: tuple[str, ...], kind: str, message: str, value: object) -> str:
+def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
+    """(dotted path, message) of each problem: one line for all alternatives of a union that were tried in vain."""
+    messages: dict[tuple[str, ...], list[str]] = {}
+    rejected: dict[tuple[str, ...], object] = {}
+    for item in error.errors(include_url=False):
+        path = _written(item["loc"], item["type"])
+        if item["type"] == "extra_forbidden":
+            near = _nearest(path)
+            text = f"unknown key{f', did you mean {near!r}?' if near else ''}"
+        else:
+            text = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+            rejected[path] = item.get("input")
+        known = messages.setdefault(path, [])
+        if text not in known:
+            known.append(text)
+    lines = []
+    for path, texts in messages.items():
+        # [1, "x"] is no "auto" either, but what is wrong is the "x".
+        if isinstance(rejected.get(path), list | tuple) and any(p[: len(path)] == path for p in messages if p != path):
+            continue
+        value = rejected.get(path)
+        plain = path in rejected and (isinstance(value, str | int | float | bool) or value is None)
+        lines.append((".".join(path) or "(top level)", "; or: ".join(texts) + (f" (is {value!r})" if plain else "")))
+    return tuple(lines)
+
+
+def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
+    """The part of a location that the user wrote: unions add their alternatives to it ("literal['auto']")."""
     if kind == "extra_forbidden":
-        near = _nearest(path)
-        return f"unknown key{f', did you mean {near!r}?' if near else ''}"
-    text = message.removeprefix("Value error, ")
-    plain = isinstance(value, str | int | float | bool) or value is None
-    return f"{text} (is {value!r})" if plain else text
-
-
-def _shown(path: tuple[str, ...]) -> str:
-    # A union adds its alternatives to the location ("literal['auto']"); the user wrote none of them.
-    known = [part for part in path if part.isidentifier() or part.isdigit()]
-    return ".".join(part for part in known if part not in {"int", "float", "tuple"}) or "(top level)"
+        return tuple(str(part) for part in location)
+    section: type[BaseModel] | None = Settings
+    path: list[str] = []
+    for part in location:
+        if section is not None or isinstance(part, int):
+            path.append(str(part))
+        section = _child(section, str(part))
+    return tuple(path)
 
 
 def _nearest(path: tuple[str, ...]) -> str | None:
-    """The nearest valid key: in the same section first, then anywhere in the tree."""
+    """The nearest valid key: the same name elsewhere, then the same section, then anywhere in the tree."""
     section: type[BaseModel] | None = Settings
     for part in path[:-1]:
         section = _child(section, part)
+    every = settings_keys()
+    if (same := [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]) and len(same) == 1:
+        return same[0]
     if section is not None:
         here = difflib.get_close_matches(path[-1], list(section.model_fields), n=1)
         if here:
             return ".".join((*path[:-1], here[0]))
-    every = settings_keys()
     leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(every)}
     anywhere = difflib.get_close_matches(path[-1], list(leaves), n=1)
     return leaves[anywhere[0]] if anywhere else None

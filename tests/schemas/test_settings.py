@@ -1,0 +1,95 @@
+"""The settings tree: its defaults are the published recipe, and it cannot be changed in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from schemas.parse import settings_keys
+from schemas.settings import DataSettings, FeatureSettings, Settings, TrainSettings
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    settings = Settings()
+    assert settings.method == "fpt+"
+    assert settings.lpm.name == "vit_base_patch16_384.orig_in21k_ft_in1k"
+    features, train, augment = settings.features, settings.train, settings.train.augment
+    assert (features.image_size, features.ratio, features.importance) == (512, 0.2, "global")
+    assert (train.prompts, train.dropout, train.side_reduction) == (16, 0.5, 8)
+    assert (train.batch_size, train.epochs, train.weight_decay, train.clip_norm) == (16, 20, 0.1, 1.0)
+    assert 5e-5 <= train.lr <= 5e-3
+    assert (augment.flip, augment.brightness, augment.contrast) == (0.5, 0.2, 0.2)
+    assert (augment.crop_scale, augment.crop_ratio) == ((0.8, 1.0), (0.7, 1.3))
+    assert train.class_weights == "none"
+
+
+def test_frozen() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.method = "fpt"
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.train.lr = 1.0
+
+
+CHANGED: dict[str, Any] = {
+    "method": "fpt",
+    "data": {"labels": "labels.csv", "group_column": "patient", "classes": ["b", "a"]},
+    "features": {"layers": [1, 2], "side_image_size": 64, "dtype": "float32"},
+    "train": {"lr": 0.001, "class_weights": [1.0, 2.5], "augment": {"crop_scale": [0.5, 0.9]}},
+    "compute": {"device": "cpu"},
+}
+
+
+@pytest.mark.parametrize("raw", [{}, CHANGED])
+def test_yaml_round_trip(raw: dict[str, Any], tmp_path: Path) -> None:
+    settings = Settings.model_validate(raw)
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    assert Settings.model_validate(yaml.safe_load(file.read_text())) == settings
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        (DataSettings, {"val_share": 0.6, "test_share": 0.4}, "no images to train"),
+        (DataSettings, {"classes": ("a", "a")}, "twice"),
+        (DataSettings, {"group_column": "patient"}, "labels CSV"),
+        (FeatureSettings, {"layers": ()}, "at least one"),
+        (FeatureSettings, {"layers": (2, 1)}, "ascending"),
+        (FeatureSettings, {"layers": (1, 1)}, "ascending"),
+        (FeatureSettings, {"ratio": 0.0}, "greater than 0"),
+        (FeatureSettings, {"ratio": 1.1}, "less than or equal to 1"),
+        (TrainSettings, {"side_image_size": 100}, "multiple of 16"),
+        (TrainSettings, {"dropout": 1.0}, "less than 1"),
+        (TrainSettings, {"augment": {"crop_scale": (1.0, 0.8)}}, "lowest, highest"),
+        (TrainSettings, {"lr": float("nan")}, "finite"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(section: Any, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        section(**values)
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(model: Any, prefix: str = "") -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            if not field.description:
+                found.append(prefix + name)
+            if hasattr(field.annotation, "model_fields"):
+                found += undocumented(field.annotation, f"{prefix}{name}.")
+        return found
+
+    assert undocumented(Settings) == []
+
+
+def test_keys_are_the_leaves() -> None:
+    keys = settings_keys()
+    assert {"method", "lpm.name", "train.augment.crop_ratio", "compute.threads"} <= set(keys)
+    assert "train" not in keys
+    assert "train.augment" not in keys
+    assert len(keys) == len(set(keys))
