@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from schemas.errors import FptError, StorageError
+from schemas.errors import StorageError
 
 _AGAIN = "then run the same command again: finished work is kept."
 
@@ -79,7 +79,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FptError) or error.errno not in _MEANING:
+        # A `StorageError` from within is told already: it carries no errno, so it passes as it is.
+        if error.errno not in _MEANING:
             raise
         raise _storage_error(path, error.errno) from error
 
