@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -104,12 +104,14 @@ class FeatureDataset(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Batch:
-        """Read a batch. Its tensors are valid until the next batch is read."""
+        """Read a batch. Outside a loader's worker its keys and values are valid until the next batch is read."""
         ids = [self._ids[position] for _, position in indices]
-        if self._buffers and len(next(iter(self._buffers.values()))) < len(ids):
+        # A worker's batch waits in a queue while the next one is read: there each batch needs its own memory.
+        reuse = get_worker_info() is None
+        if not reuse or (self._buffers and len(next(iter(self._buffers.values()))) < len(ids)):
             self._buffers = {}
         rows = self._store.read(ids, self._names, self._buffers or None)
-        if not self._buffers:
+        if reuse and not self._buffers:
             self._buffers = rows
         side = torch.from_numpy(rows["side"])
         if self._augment is None:
