@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-RESAMPLES = 2000
-"""Bootstrap samples; the ends of a 95% interval then rest on 50 samples each."""
+RESAMPLES = 1000
+"""Bootstrap samples; the ends of a 95% interval then rest on 25 samples each."""
 
-_ROWS_AT_ONCE = 4_000_000
-"""Weights held in memory at a time (resamples times rows), 32 MB."""
+_WEIGHTS_AT_ONCE = 4_000_000
+"""Weights held in memory at a time (rows times resamples), 32 MB."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,12 +40,14 @@ def auc_interval(
         return None
     generator = np.random.default_rng(seed)
     judged = [1] if classes == 2 else list(range(classes))
-    step = max(1, _ROWS_AT_ONCE // len(labels))
+    step = max(1, _WEIGHTS_AT_ONCE // len(labels))
     values: list[Floats] = []
     for start in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - start)
-        drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
-        weights = drawn[:, unit].astype(np.float64)
+        drawn = np.empty((len(names), count))
+        for number in range(count):
+            drawn[:, number] = np.bincount(generator.integers(0, len(names), len(names)), minlength=len(names))
+        weights = drawn[unit]
         aucs = [weighted_auc(labels == index, probabilities[:, index], weights) for index in judged]
         values.append(np.mean(aucs, axis=0))
     sample = np.concatenate(values)
@@ -59,24 +61,29 @@ def auc_interval(
 def weighted_auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """AUC under many weightings of the same rows at once.
 
-    The probability that a positive row scores above a negative one, ties counting half. It equals scikit-learn's
-    `roc_auc_score(positive, scores, sample_weight=...)`, which takes 2 ms a call: half a minute for one interval.
+    The share of (positive, negative) pairs in which the positive row scores higher, ties counting half. It equals
+    scikit-learn's `roc_auc_score(positive, scores, sample_weight=...)`, which takes some milliseconds a call: half a
+    minute for one interval.
 
     Args:
         positive: (n,) which rows are positive.
         scores: (n,).
-        weights: (r, n), how often each row occurs.
+        weights: (n, r), how often each row occurs.
 
     Returns:
         (r,), NaN where one side has no weight.
     """
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    ordered, hit = weights[:, order], positive[order]
-    above = np.add.reduceat(ordered * hit, starts, axis=1)
-    below = np.add.reduceat(ordered * ~hit, starts, axis=1)
-    wins = (above * (below.cumsum(axis=1) - below / 2)).sum(axis=1)
-    pairs = above.sum(axis=1) * below.sum(axis=1)
+    ranked, hit = scores[order], np.flatnonzero(positive[order])
+    below = np.zeros((len(scores) + 1, weights.shape[1]))
+    np.cumsum(weights[order], axis=0, out=below[1:])
+    first, behind = np.searchsorted(ranked, ranked[hit], "left"), np.searchsorted(ranked, ranked[hit], "right")
+    own = weights[order[hit]]
+    wins = (own * (below[first] + below[behind])).sum(axis=0) / 2
+    total, positives = below[-1], own.sum(axis=0)
+    # Positive rows were compared with all rows; among themselves they win exactly half.
+    wins -= positives**2 / 2
+    pairs = positives * (total - positives)
     aucs: Floats = np.full(len(pairs), np.nan)
     np.divide(wins, pairs, out=aucs, where=pairs > 0)
     return aucs

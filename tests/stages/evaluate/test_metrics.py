@@ -44,9 +44,11 @@ def test_more_classes_equal_scikit_learn() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    # Confidence 0.8 in all rows, right in half of them.
-    p = np.array([[0.8, 0.2]] * 4)
-    assert compute_metrics([0, 0, 1, 1], p, "ab").calibration_error == pytest.approx(0.3)
+    # Confidence 0.85 is right in half of four rows (0.35 off), 0.65 in two of two (0.35 off), 0.55 in one of two.
+    confidence = np.array([0.85] * 4 + [0.65] * 2 + [0.55] * 2)
+    labels = [0, 0, 1, 1, 0, 0, 0, 1]
+    metrics = compute_metrics(labels, np.stack([confidence, 1 - confidence], axis=1), "ab")
+    assert metrics.calibration_error == pytest.approx((4 * 0.35 + 2 * 0.35 + 2 * 0.05) / 8)
 
 
 def test_an_absent_class_makes_its_auc_and_the_macro_auc_null() -> None:
@@ -104,7 +106,7 @@ def test_weighted_auc_equals_scikit_learn(data: st.DataObject) -> None:
     positive = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     scores = np.array(data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))) / 5
     weights = np.array([data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)) for _ in range(2)], dtype=float)
-    for row, found in zip(weights, weighted_auc(positive, scores, weights), strict=True):
+    for row, found in zip(weights, weighted_auc(positive, scores, weights.T), strict=True):
         kept = row > 0
         if len(np.unique(positive[kept])) < 2:
             assert np.isnan(found)
