@@ -74,6 +74,7 @@ def _manifest(data: DataSettings, items: Sequence[Item], classes: tuple[str, ...
         split_of = draw_splits(clusters, data.val_share, data.test_share, data.seed)
     else:
         split_of = ready_splits(items, digests.ids, classes)
+    # In the order of the items, which is that of the paths.
     rows = (
         ManifestRow(
             id=digests.ids[item.path],
@@ -84,7 +85,7 @@ def _manifest(data: DataSettings, items: Sequence[Item], classes: tuple[str, ...
         )
         for item in items
     )
-    return Manifest(classes=classes, rows=tuple(sorted(rows, key=lambda row: row.path)))
+    return Manifest(classes=classes, rows=tuple(rows))
 
 
 def _summary(manifest: Manifest, quarantined: int) -> PrepareSummary:

@@ -6,7 +6,7 @@ are dealt out one by one, the largest first, so that
     chi2 = sum over columns c and splits s of (x[s, c] - t[s, c])^2 / (t[s, c] * n[c])
 
 grows least, where x counts images, n[c] is their number, t[s, c] = share[s] * n[c], and the columns are the classes
-and "any class". Then single clusters are moved as long as that lowers chi2, or a class would be missing in a split.
+and "any class". Where a class is then missing in a split, the clusters that cost least are moved there.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ _ANY = ""
 
 _ATTEMPTS = 20
 """Orders that are tried where groups of several classes make it hard to have every class everywhere."""
-
-_PASSES = 10
-"""Most rounds of moves; two or three are common."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,7 @@ def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float
     deal = _Deal(clusters, shares)
     for attempt in range(_ATTEMPTS):
         deal.deal(f"{seed}" if attempt == 0 else f"{seed}/{attempt}")
-        deal.improve()
         if deal.fill_gaps():
-            deal.improve()
             return {path: deal.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
     gaps = [f"no {label!r} in {split}" for label, split in deal.gaps()]
     raise DataError(
@@ -155,23 +150,6 @@ class _Deal:
         for cluster in self.clusters:
             # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of SPLITS.
             self._put(cluster, min(SPLITS, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
-
-    def improve(self) -> None:
-        """Move single clusters as long as chi2 falls and no class leaves a split."""
-        for _ in range(_PASSES):
-            moved = False
-            for cluster in self.clusters:
-                here = self.split_of[cluster.key]
-                if not self._may_leave(cluster, here):
-                    continue
-                cost = {split: self._growth(cluster, split, held=split == here) for split in SPLITS}
-                there = min(SPLITS, key=lambda split: cost[split])
-                # Costs that are equal on paper may differ in the last bits: such moves would go on for ever.
-                if cost[there] < cost[here] * (1.0 - 1e-9):
-                    self._move(cluster, there)
-                    moved = True
-            if not moved:
-                return
 
     def fill_gaps(self) -> bool:
         """Bring each class into each split by the moves that cost least; False where one is still missing."""

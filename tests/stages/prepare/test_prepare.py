@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.manifest import read_manifest
 from stages.prepare import prepare
+from stages.prepare.scan import scan_folders
 
 
 def make(path: Path, number: int, size: int = 24) -> Path:
@@ -182,6 +184,36 @@ def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
     text = fails(study)
     assert "stray.png" in text and "beside the class folders" in text
     assert "data.images" in fails(study, images="nowhere")
+
+
+def test_a_folder_that_may_not_be_read(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(study / "data/images/benign/locked/x.png", 700)
+    (study / "data/images/benign/locked").chmod(0)
+    # Root may read everything: the test needs a user who may not, and starts where that user may be.
+    study.chmod(0o755)
+    monkeypatch.chdir(study)
+    uid = os.geteuid()
+    try:
+        if uid == 0:
+            os.seteuid(65534)
+        with pytest.raises(DataError) as caught:
+            scan_folders(Path("data/images"))
+    finally:
+        if uid == 0:
+            os.seteuid(0)
+        (study / "data/images/benign/locked").chmod(0o755)
+    assert "locked cannot be read" in caught.value.state and "Permission denied" in caught.value.cause
+
+
+def test_a_name_that_is_no_text(study: Path) -> None:
+    images = study / "data/images/benign"
+    try:
+        (images / "0.png").rename(images / os.fsdecode(b"\xff.png"))
+    except OSError:
+        pytest.skip("this file system has only names that are text")
+    text = fails(study)
+    assert "not text" in text and r"benign/\udcff.png" in text
+    text.encode()
 
 
 def test_a_class_with_two_images(study: Path) -> None:

@@ -142,6 +142,14 @@ def test_one_group_with_most_images_goes_to_train() -> None:
     assert counts["val"] == pytest.approx(10, abs=1) and counts["test"] == pytest.approx(10, abs=1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_large_groups_are_dealt_first(seed: int) -> None:
+    items = [Item(f"big/{n}.png", "ab"[n % 2], "big") for n in range(60)]
+    items += [Item(f"{n}.png", "ab"[n % 2], f"g{n}") for n in range(100)]
+    ids = {item.path: content(item.path) for item in items}
+    assert Counter(draw(items, ids, seed=seed).values()) == {"train": 96, "val": 32, "test": 32}
+
+
 def test_large_groups_are_not_all_in_train() -> None:
     items = [Item(f"{g}/{n}.png", "ab"[g % 2], f"g{g}") for g in range(40) for n in range(10 if g < 20 else 1)]
     ids = {item.path: content(item.path) for item in items}
@@ -209,6 +217,15 @@ def test_mixed_groups_are_split_wherever_they_can_be(seed: int) -> None:
         return
     split_of = draw(items, ids)
     assert {(item.label, split_of[item.path]) for item in items} == set(itertools.product(labels, SPLITS))
+
+
+def test_other_orders_are_tried() -> None:
+    # Eight groups of five classes: the order of the first attempt ends without a way out.
+    groups = {"0": "ad", "1": "ac", "2": "e", "3": "b", "4": "abcd", "5": "bcde", "6": "acde", "7": "e"}
+    for salt in range(40):
+        items, ids = of_groups(groups, salt)
+        split_of = draw(items, ids)
+        assert {(item.label, split_of[item.path]) for item in items} == set(itertools.product("abcde", SPLITS))
 
 
 def test_an_impossible_arrangement_is_an_error() -> None:
