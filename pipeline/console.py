@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,12 @@ def talk() -> Console:
 def say(message: str) -> None:
     """One line for people, without markup."""
     talk().print(message, markup=False)
+
+
+def say_next(command: str) -> None:
+    """The next command, for who runs the verbs by hand; inside `dvc repro` the next stage starts by itself."""
+    if "DVC_STAGE" not in os.environ:
+        say(f"Next: {command}")
 
 
 def show(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import duration, say, show_json, show_pairs, size
+from pipeline.console import duration, say, say_next, show_json, show_pairs, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def extract(
         return
     spent = f" in {duration(seconds)}" if computed else ""
     say(f"{receipt.images} images: {cached} were in the cache, computed {computed}{spent}. Store: {store}")
-    say("Next: fpt train")
+    say_next("fpt train")
 
 
 def _show_plan(plan: ExtractionPlan, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.console import say, show_json, show_table
+from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.manifest import SPLITS, PrepareSummary
 
@@ -25,7 +25,7 @@ def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_js
     _show(summary)
     if summary.quarantined:
         say(f"{summary.quarantined} images were set aside: {output / 'quarantine.csv'}")
-    say("Next: fpt extract")
+    say_next("fpt extract")
 
 
 def _show(summary: PrepareSummary) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import say, score, show_json
+from pipeline.console import say, say_next, score, show_json
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 
 
@@ -45,4 +45,4 @@ def train(
     if result.resumed_from:
         say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
     say(f"Best: epoch {result.best.epoch}, validation AUC {score(result.best.val_auc)}. Model: {model}")
-    say("Next: fpt evaluate" if output is None else f"Next: fpt evaluate --model {output / 'model'}")
+    say_next("fpt evaluate" if output is None else f"fpt evaluate --model {output / 'model'}")

@@ -1,31 +1,18 @@
 """Tiny studies: a ViT of random weights and small images of two classes."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from study_tools import Run, draw_images
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BIN = Path(sys.executable).parent
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def draw_images(folder: Path, per_class: int = 20, seed: int = 0, prefix: str = "") -> Path:
-    """Small images in class folders; the classes differ in brightness."""
-    rng = np.random.default_rng(seed)
-    for index, name in enumerate(("bright", "dark")):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(per_class):
-            pixels = rng.integers(0, 128, (72, 80, 3), dtype=np.uint8) + (0 if index else 100)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{prefix}{number:03d}.png")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +28,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings(weights: Path) -> list[str]:
     """`--set` values of a study that runs in seconds."""
     return [
@@ -55,17 +42,17 @@ def settings(weights: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a user has who activated the virtual environment, without anything of this machine's user."""
-    home = tmp_path / "home"
-    home.mkdir()
+    home = tmp_path_factory.mktemp("home")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FPT_", "DVC", "GIT_"))}
     return kept | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(home),
-        "OMP_NUM_THREADS": "1",
+        "DVC_SITE_CACHE_DIR": str(home / "site"),
         "DVC_NO_ANALYTICS": "1",
+        "OMP_NUM_THREADS": "1",
         "GIT_AUTHOR_NAME": "Ada",
         "GIT_AUTHOR_EMAIL": "ada@example.org",
         "GIT_COMMITTER_NAME": "Ada",
@@ -74,7 +61,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(environment: dict[str, str]) -> Run:
     """Run a command as a user would; the exit code must be the expected one."""
 
@@ -88,11 +75,21 @@ def run(environment: dict[str, str]) -> Run:
     return command
 
 
-@pytest.fixture
-def study(tmp_path: Path, run: Run, settings: list[str]) -> Path:
-    """A scaffolded study of 40 images, committed."""
-    images = draw_images(tmp_path / "images")
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, run: Run, settings: list[str]) -> Path:
+    """A folder with `images` and a scaffolded `study` of them that `dvc repro` has finished; tests work on copies."""
+    folder = tmp_path_factory.mktemp("finished")
+    draw_images(folder / "images")
     words = [word for assignment in settings for word in ("--set", assignment)]
-    run(["fpt", "init", "study", "--images", images, *words], cwd=tmp_path)
-    run(["git", "commit", "--quiet", "-m", "A new study"], cwd=tmp_path / "study")
-    return tmp_path / "study"
+    run(["fpt", "init", "study", "--images", "images", *words], cwd=folder)
+    run(["git", "commit", "--quiet", "-m", "A new study"], cwd=folder / "study")
+    run(["dvc", "repro"], cwd=folder / "study")
+    run(["git", "add", "dvc.lock"], cwd=folder / "study")
+    run(["git", "commit", "--quiet", "-m", "First results"], cwd=folder / "study")
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path, finished: Path) -> Path:
+    """A copy of the finished study, still on the images of the first one."""
+    return Path(shutil.copytree(finished / "study", tmp_path / "study", symlinks=True))
