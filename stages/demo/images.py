@@ -15,12 +15,13 @@ from stages.progress import Progress
 
 ORIENTATIONS = (0, 60, 120)
 """Degrees; each is a class."""
-PERIODS = (4.0, 5.0)
-"""Pixels, (shortest, longest). A reduction by 518/144 ends at a period of 7.2: these are beyond it."""
-AMPLITUDE = 7.0
+PERIODS = (3.6, 4.2)
+"""Pixels, (shortest, longest). A bicubic reduction from 518 to 144 pixels leaves nothing of a period of 3.6, and of
+4.2 in the obliquest direction, where it is 4.9 along the rows or columns, a tenth at most."""
+AMPLITUDE = 10.0
 """Of the grating, in grey levels of 255."""
-GRAIN = 4.0
-"""Standard deviation of the pixel noise, in grey levels: drowns what an imperfect reduction leaves of the grating."""
+GRAIN = 5.0
+"""Standard deviation of the pixel noise, in grey levels: drowns what the reduction leaves of the grating."""
 _JITTER = 6.0  # degrees: one orientation is a range, not one frequency to memorise
 _BLOBS = ((5, 34.0), (13, 20.0), (33, 12.0))  # smooth noise: (cells a side, standard deviation in grey levels)
 

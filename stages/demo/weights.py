@@ -15,7 +15,7 @@ from safetensors.torch import save
 from schemas.errors import WeightsError
 from schemas.settings import LpmSettings
 from stages.demo.dinov2_onnx import timm_weights
-from stages.extract.weights import hub_reachable, locate_weights
+from stages.extract.weights import locate_weights
 from stages.files import atomic_write
 
 DEMO_LPM = "vit_small_patch14_dinov2.lvd142m"
@@ -40,9 +40,11 @@ def fetch_demo_weights(path: Path) -> str:
     """
     if (source := _source_of(path)) is not None:
         return source
-    hub = LpmSettings(name=DEMO_LPM)
-    if hub_reachable():
-        fetched = locate_weights(hub, path.parent)
+    try:
+        fetched = locate_weights(LpmSettings(name=DEMO_LPM), path.parent)
+    except WeightsError:
+        fetched = None
+    if fetched is not None and fetched.suffix == ".safetensors":
         atomic_write(path, fetched.read_bytes())
         return f"the hub ({DEMO_LPM})"
     with tempfile.TemporaryDirectory(prefix="fpt-demo-") as folder:

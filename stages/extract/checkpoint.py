@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +121,29 @@ def _pickled_shapes(path: Path) -> Shapes:
         with torch.serialization.safe_globals([argparse.Namespace]):
             torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
-            raise
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        # torch's own text advises to switch the protection off: it is not passed on.
+        if wanted is None:
+            raise ValueError("not a PyTorch file of tensors") from error
         raise WeightsError(
-            f"{path} holds more than tensors: loading it would run code from the file.",
-            f"It was probably saved as a whole model, not as its state_dict. ({_unsupported(error)})",
+            f"{path} holds more than tensors: loading it would run code from the file ({wanted.group(1)}).",
+            "It was probably saved as a whole model, not as its state_dict.",
             "Save the state_dict of a model that you trust as .safetensors, and set lpm.weights to that file.",
         ) from error
     state: Mapping[str, Any] = load_state_dict(str(path), device="meta")  # unwraps state_dict, model, EMA as timm does
-    shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, torch.Tensor)}
+    shapes = dict(_tensor_shapes(state))
     if not shapes:
         raise WeightsError(f"{path} holds no tensors.", "", _OTHER_FILE)
     return shapes
 
 
-def _unsupported(error: Exception) -> str:
-    found = re.search(r"Unsupported [^.]*\S*", str(error))
-    return found.group(0).strip() if found else "Unsupported content"
+def _tensor_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Also of one dictionary within the other: some checkpoints hold an encoder beside its optimiser."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield key, tuple(value.shape)
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{k}", tuple(v.shape)) for k, v in value.items() if isinstance(v, torch.Tensor))
 
 
 def _first_line(error: Exception) -> str:
