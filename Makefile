@@ -7,13 +7,14 @@
 
 PYTHON ?= python3
 TORCH ?=
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # dvc runs `fpt`, and both must be the ones of the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -23,7 +24,8 @@ demo: $(STAMP)
 	@fpt demo summary
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 pytest
+	@# One torch thread a test process: many tests start processes, and threads of two would fight for the cores.
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist worksteal
 
 check: $(STAMP)
 	ruff check .
@@ -42,6 +44,3 @@ ifneq ($(TORCH),)
 endif
 	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
 	@touch $@
-
-clean:
-	rm -rf $(VENV) outputs data weights dvc.lock

@@ -105,3 +105,19 @@ def original_study(root: Path) -> Path:
         if folder.parts[-3:] == (".dvc", "tmp", "exps"):
             return folder.parents[2] / here.relative_to(copy)
     return here
+
+
+def remind_to_watch(study: Study, key: str, value: str) -> None:
+    """Say so where DVC does not watch a file that the settings name: its changes would go unnoticed.
+
+    Args:
+        study: The study.
+        key: Of the setting, such as `data.labels`.
+        value: Path of the file.
+    """
+    path = study.root / "dvc.yaml"
+    if not path.is_file():
+        return
+    active = "\n".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines())
+    if f"${{{key}}}" not in active and value not in active:
+        say(f"DVC does not watch {value}. Add this line to the deps in {path}: - ${{{key}}}")

@@ -27,7 +27,7 @@ def extract(
     """Run the LPM once over every image that the cache does not hold yet."""
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
-    from pipeline.project import open_study
+    from pipeline.project import open_study, remind_to_watch
     from stages.extract.plan import plan_extraction
     from stages.extract.run import extract as run
     from stages.manifest import read_manifest
@@ -37,6 +37,8 @@ def extract(
     if plan:
         _show_plan(plan_extraction(study.settings, study.root, study.cache, manifest), as_json)
         return
+    if study.settings.lpm.weights != "hub":
+        remind_to_watch(study, "lpm.weights", study.settings.lpm.weights)
     output, start = study.receipt.parent, time.monotonic()
     seen: list[ExtractProgress] = []
     with ImageBar(f"Features of {study.lpm.name}") as bar:

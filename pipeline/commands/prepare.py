@@ -11,10 +11,12 @@ def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_js
     """Read images and labels, name every image by its content, draw the splits."""
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
-    from pipeline.project import open_study
+    from pipeline.project import open_study, remind_to_watch
     from stages.prepare import prepare as run
 
     study = open_study(params, assignments or [])
+    if study.settings.data.labels is not None:
+        remind_to_watch(study, "data.labels", study.settings.data.labels)
     output = study.manifest.parent
     with ImageBar("Reading images") as bar:
         summary = run(study.settings.data, study.root, output, bar)

@@ -12,6 +12,9 @@ from PIL import Image
 
 from pipeline import cli
 
+# The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
+pytestmark = pytest.mark.timeout(600)
+
 Fpt = Callable[..., tuple[int, str, str]]
 
 

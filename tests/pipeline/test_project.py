@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.project import CACHE_VARIABLE, cache_root, open_study, original_study
+from pipeline.project import CACHE_VARIABLE, cache_root, open_study, original_study, remind_to_watch
 from schemas.errors import SettingsError
 
 
@@ -70,3 +70,19 @@ def test_settings_that_do_not_fit_the_lpm(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("lpm: {name: test_vit}\nfeatures: {image_size: 64, layers: [99]}\n")
     with pytest.raises(SettingsError, match=r"features\.layers"):
         open_study(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("deps", "said"),
+    [("- ${data.labels}", False), ("- labels.csv", False), ("# - ${data.labels}  # later", True), ("- x", True)],
+)
+def test_a_file_that_dvc_does_not_watch_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], deps: str, said: bool
+) -> None:
+    (tmp_path / "params.yaml").write_text("lpm: {name: test_vit}\nfeatures: {image_size: 64}\n")
+    study = open_study(tmp_path / "params.yaml")
+    remind_to_watch(study, "data.labels", "labels.csv")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  prepare:\n    deps:\n      {deps}\n")
+    remind_to_watch(study, "data.labels", "labels.csv")
+    assert ("- ${data.labels}" in capsys.readouterr().err) is said
