@@ -16,7 +16,7 @@ PARAMS_HEAD = """\
 Settings of this study: what is not listed here does not exist, what is left out has the value shown here.
 `dvc repro` runs what a change touches; `fpt cost` tells what a setting costs before anything runs."""
 
-IGNORED_BY_GIT = ("# what fpt computes", f"/{OUTPUTS}/", "/.fpt/")
+IGNORED_BY_GIT = ("# what fpt computes", f"/{OUTPUTS}/", "/.fpt/", "/dvc_plots/")
 IGNORED_BY_DVC = ("# the cache and checkpoints of fpt: large, and not DVC's business", "/.fpt/")
 
 

@@ -98,7 +98,14 @@ BASELINE = """\
     params:
       - train
     outs:
-      - outputs/baseline
+      - outputs/baseline/model
+      - outputs/baseline/train
+      - outputs/baseline/evaluation/plots
+      - outputs/baseline/evaluation/predictions.parquet
+      - outputs/baseline/evaluation/report.html
+      - outputs/baseline/evaluation/settings.yaml
+    metrics:
+      - outputs/baseline/evaluation/metrics.json
 """
 
 HEAD = """\

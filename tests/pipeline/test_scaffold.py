@@ -38,7 +38,8 @@ def test_results_of_an_older_study_are_kept(tmp_path: Path, name: str) -> None:
 def test_ignore_files_are_added_to(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("mine\n/outputs/")
     write_study(tmp_path, Settings())
-    assert (tmp_path / ".gitignore").read_text().splitlines() == ["mine", "/outputs/", "# what fpt computes", "/.fpt/"]
+    lines = (tmp_path / ".gitignore").read_text().splitlines()
+    assert lines == ["mine", "/outputs/", "# what fpt computes", "/.fpt/", "/dvc_plots/"]
 
 
 def test_init_makes_a_repository_with_staged_files(tmp_path: Path, images: Path, run: Run) -> None:
