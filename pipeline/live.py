@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import duration, say, score
+from stages.files import storage_errors
 
 if TYPE_CHECKING:
     from schemas.results import EpochLog
@@ -34,18 +35,26 @@ class EpochLogger:
             self._live.end()
 
     def __call__(self, log: EpochLog) -> None:
-        """Show and record one epoch."""
-        if self._live is None:
-            self._live = _open_live(self.folder)
-        live = self._live
-        live.step = log.epoch
-        live.log_metric("train/loss", log.train_loss)
-        live.log_metric("val/loss", log.val_loss)
-        live.log_metric("val/accuracy", log.val_accuracy)
-        if log.val_auc is not None:
-            live.log_metric("val/auc", log.val_auc)
-        live.log_metric("lr", log.lr)
-        live.make_summary()
+        """Show and record one epoch.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        values = {
+            "train/loss": log.train_loss,
+            "val/loss": log.val_loss,
+            "val/accuracy": log.val_accuracy,
+            "val/auc": log.val_auc,
+            "lr": log.lr,
+        }
+        with storage_errors(self.folder):
+            if self._live is None:
+                self._live = _open_live(self.folder)
+            self._live.step = log.epoch
+            for name, value in values.items():
+                if value is not None:
+                    self._live.log_metric(name, value)
+            self._live.make_summary()
         say(
             f"Epoch {log.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {log.train_loss:.4f}  "
             f"val loss {log.val_loss:.4f}  val AUC {score(log.val_auc)}  val accuracy {score(log.val_accuracy)}  "
@@ -56,7 +65,8 @@ class EpochLogger:
         """Record which epoch the model is of."""
         if self._live is not None:
             self._live.summary["best"] = {"epoch": best.epoch} | ({} if best.val_auc is None else {"auc": best.val_auc})
-            self._live.make_summary()
+            with storage_errors(self.folder):
+                self._live.make_summary()
 
 
 def _open_live(folder: Path) -> Any:
