@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import generate_default_cfgs, register_model
+from timm.models.vision_transformer import _create_vision_transformer
 
 from schemas.errors import UnsupportedModelError, WeightsError
 from schemas.settings import LpmSettings
@@ -286,3 +288,26 @@ def test_the_file_is_left_as_it_was(tmp_path: Path) -> None:
     load("test_vit", tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_bytes() == before
     assert load_file(tmp_path / "w.safetensors").keys() == weights.keys()
+
+
+default_cfgs = generate_default_cfgs({"tiny_siglip_vit": {"input_size": (3, 32, 32), "classifier": "head"}})
+
+
+def tiny_siglip_vit(pretrained: bool = False, **options: Any) -> torch.nn.Module:
+    """timm loads models of this kind leniently: parameters that the file lacks stay random, with a line in its log."""
+    shape = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+    model: torch.nn.Module = _create_vision_transformer(
+        "tiny_siglip_vit", pretrained=pretrained, **{**shape, **options}
+    )
+    return model
+
+
+def test_a_parameter_that_timm_leaves_random_is_refused(tmp_path: Path) -> None:
+    register_model(tiny_siglip_vit)
+    weights = state("tiny_siglip_vit", size=32)
+    save_file(weights, tmp_path / "whole.safetensors")
+    assert_from(load("tiny_siglip_vit", tmp_path / "whole.safetensors", size=32), weights)
+    del weights["blocks.1.mlp.fc1.bias"]
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"not in the file: blocks\.1\.mlp\.fc1\.bias\n"):
+        load("tiny_siglip_vit", tmp_path / "w.safetensors", size=32)
