@@ -157,6 +157,8 @@ def _peak_mib(
 def _mem_tracker() -> Any:
     """The class, imported late: it loads torch.distributed, which some builds of torch lack."""
     try:
+        if not torch.distributed.is_available():
+            raise ImportError("torch.distributed is not available")
         from torch.distributed._tools.mem_tracker import MemTracker
         from torch.utils.weak import WeakIdKeyDictionary
     except ImportError as error:
