@@ -73,6 +73,7 @@ STAGES = """\
       - outputs/evaluation/plots/roc.csv:
           x: fpr
           y: tpr
+          template: simple
           title: ROC
 """
 """The four stages of every study. `params` are fine-grained: a change under `train` re-runs train and evaluate."""

@@ -98,8 +98,6 @@ class Metrics(Contract):
     """Rows judged."""
     groups: int
     """Patients (or other groups) that they come from."""
-    skipped: int
-    """Rows of the split that have no features and were not judged; 0 unless `data.on_error` is quarantine."""
     auc: float | None
     """Area under the ROC curve: binary with two classes, macro one-vs-rest with more."""
     auc_interval: tuple[float, float] | None

@@ -92,5 +92,3 @@ def _show(metrics: Metrics) -> None:
         for name, counts in zip(classes, metrics.confusion, strict=True)
     ]
     show_table("Labels (rows) and predictions (columns)", ["label", *classes, "AUC"], rows)
-    if metrics.skipped:
-        say(f"{metrics.skipped} images of the split have no features and were not judged.")

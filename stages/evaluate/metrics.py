@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn import metrics as sk
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from schemas.errors import EvaluationError
 from schemas.manifest import Split
@@ -30,7 +29,6 @@ def compute_metrics(
     *,
     groups: Sequence[str] | None = None,
     split: Split = "test",
-    skipped: int = 0,
 ) -> Metrics:
     """All metrics of one split.
 
@@ -40,7 +38,6 @@ def compute_metrics(
         classes: The C label names, in the order of the model's outputs.
         groups: (n,) patient of each row, the unit of the bootstrap; None: each row by itself.
         split: Which rows these are; only recorded.
-        skipped: Rows of the split that could not be judged; only recorded.
 
     Returns:
         The metrics. What is not defined for these rows (the AUC of a class that does not occur) is null, never NaN.
@@ -48,6 +45,9 @@ def compute_metrics(
     Raises:
         EvaluationError: There are no rows, shapes or labels do not fit, or a probability is not in [0, 1].
     """
+    # Seconds of import that training, which needs the AUC alone, does not pay.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     y, p = check_predictions(labels, probabilities, classes)
     units = [str(row) for row in range(len(y))] if groups is None else list(groups)
     if len(units) != len(y):
@@ -60,7 +60,6 @@ def compute_metrics(
         split=split,
         images=len(y),
         groups=len(set(units)),
-        skipped=skipped,
         auc=macro_auc(y, p),
         auc_interval=auc_interval(y, p, units),
         accuracy=float(sk.accuracy_score(y, predicted)),

@@ -99,8 +99,6 @@ def _judged(metrics: Metrics) -> str:
         f"Judged on the {metrics.split} split: {_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
     )
     text += f", {len(metrics.confusion)} classes."
-    if metrics.skipped:
-        text += f" {_count(metrics.skipped, 'image')} of the split could not be read: not judged."
     return text
 
 

@@ -98,7 +98,12 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
     """Refuse features that were computed under other settings than these; the differing fields are named."""
     # Stage two needs no weights file: their digest is the one field that the settings cannot say.
     expected = feature_spec(settings, lpm, receipt.spec.weights_sha256)
-    if differing := expected.differing(receipt.spec):
+    differing = expected.differing(receipt.spec)
+    size = settings.train.side_image_size
+    if settings.method == "side" and size != "auto" and size <= receipt.spec.side_image_size:
+        # The side network alone reads nothing but the small images: whatever lies beside them will do.
+        return
+    if differing:
         raise CacheMismatchError(
             "The extracted features do not fit the settings.",
             differing,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from schemas.resolve import SIDE_PATCH
 from schemas.results import SideNetworkSpec
@@ -22,13 +23,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, width) -> (B, N, width)."""
+    def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
+        """(B, N, width) -> (B, kept, width): the first tokens, which attend to all."""
         batch, count, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        mixed = F.scaled_dot_product_attention(query[:, :, :kept], key, value)
+        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, kept, width))
         return projected
 
 
@@ -42,11 +43,17 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, width) -> (B, N, width)."""
-        tokens = tokens + self.attn(self.norm1(tokens))
-        mixed: torch.Tensor = tokens + self.mlp(self.norm2(tokens))
-        return mixed
+    def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
+        """(B, N, width) -> (B, kept, width): what follows attention is computed for the first tokens alone."""
+        tokens = tokens[:, :kept] + self.attn(self.norm1(tokens), kept)
+        hidden = self.mlp[0](self.norm2(tokens))
+        # Four times as wide as a token: the activation is cheaper to compute again than to keep.
+        mixed: torch.Tensor = checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
+        return tokens + mixed
+
+    def _narrow(self, hidden: torch.Tensor) -> torch.Tensor:
+        narrow: torch.Tensor = self.mlp[2](self.mlp[1](hidden))
+        return narrow
 
 
 class SideNetwork(nn.Module):
@@ -79,12 +86,13 @@ class SideNetwork(nn.Module):
         return tokens + self.pos_embed
 
     def block(self, layer: int, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
-        """Run one block with the prompts (B, P, width) appended to the tokens, and drop them after it."""
-        if prompts is None:
-            plain: torch.Tensor = self.blocks[layer](tokens)
-            return plain
-        mixed: torch.Tensor = self.blocks[layer](torch.cat([tokens, prompts], dim=1))
-        return mixed[:, : tokens.shape[1]]
+        """Run one block with the prompts (B, P, width) appended to the tokens, and drop them after it.
+
+        What nothing reads is not computed: the prompts' outputs, and after the last block all but the class token.
+        """
+        kept = 1 if layer == len(self.blocks) - 1 else tokens.shape[1]
+        mixed: torch.Tensor = self.blocks[layer](tokens if prompts is None else torch.cat([tokens, prompts], 1), kept)
+        return mixed
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> logits (B, classes), from the normalised class token."""

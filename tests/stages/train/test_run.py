@@ -123,6 +123,16 @@ def test_features_of_other_settings_are_refused_by_field(study: Study) -> None:
     }
 
 
+def test_the_side_network_alone_takes_the_small_images_of_any_features(tmp_path: Path) -> None:
+    study = make_study(tmp_path, method="fpt")
+    receipt = study.extract()
+    side = make_study(tmp_path / "side", method="side").settings
+    run(study, receipt, settings=side)
+    larger = side.model_copy(update={"train": side.train.model_copy(update={"side_image_size": 48})})
+    with pytest.raises(CacheMismatchError):
+        run(study, receipt, settings=larger)
+
+
 def test_images_without_features_are_refused(study: Study) -> None:
     receipt = study.extract()
     rows = study.manifest.rows
