@@ -52,6 +52,7 @@ def train(
     """
     check_features(settings, lpm, receipt)
     store = open_store(cache_root, receipt)
+    store.require_whole()
     check_rows(manifest, store)
     device = set_up(settings.compute)
     classes = manifest.classes
@@ -114,7 +115,7 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
 
 def check_rows(manifest: Manifest, store: StoreReader) -> None:
     """Refuse a store that lacks an image of the manifest."""
-    missing = [image_id for image_id in manifest.ids() if image_id not in store]
+    missing = store.missing(manifest.ids())
     if missing:
         raise CacheIncompleteError(
             f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
