@@ -50,7 +50,7 @@ class Inventory:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """The images that no whole shard holds, in their order."""
-        return [ids[position] for position in np.flatnonzero(self.shards_of(ids) < 0)]
+        return [ids[position] for position in np.flatnonzero(self.shards_of(ids) < 0).tolist()]
 
 
 def requested_spec(settings: Settings, root: Path) -> FeatureSpec:

@@ -7,6 +7,7 @@ reader compares a shard's receipt with what it expects before it reads the shard
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -106,7 +107,9 @@ class RowIndex:
         wanted = np.frombuffer(bytes.fromhex("".join(ids)), "S32")
         at = np.searchsorted(self.ids, wanted)
         last = len(self.ids) - 1
-        rows = np.where(self.ids[np.minimum(at, last)] == wanted, self.places[np.minimum(at, last)].astype(np.int64), -1)
+        rows = np.where(
+            self.ids[np.minimum(at, last)] == wanted, self.places[np.minimum(at, last)].astype(np.int64), -1
+        )
         if allowed is not None:
             for position in np.flatnonzero((rows >= 0) & ~_of(allowed, rows // self.shard_size)):
                 rows[position] = self._next_allowed(int(at[position]), allowed)
@@ -158,7 +161,7 @@ def load_index(store: Store) -> RowIndex | None:
         or int(head["crc"]) != _checksum(head, raw[HEADER.itemsize :])
     ):
         return None
-    table, ids, places = (raw[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True))
+    table, ids, places = (raw[a:b] for a, b in itertools.pairwise(starts))
     return RowIndex(store.shard_size, table.view(record), ids.view("S32"), places.view("<u4"))
 
 

@@ -22,7 +22,7 @@ from stages.store.index import (
     refresh_index,
 )
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
-from stages.store.sources import MappedArray, Source, open_source
+from stages.store.sources import MappedArray, open_source
 
 __all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]
 
@@ -90,7 +90,7 @@ class StoreReader:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """The images that have no row here."""
-        return [ids[position] for position in np.flatnonzero(self.find(ids) < 0)]
+        return [ids[position] for position in np.flatnonzero(self.find(ids) < 0).tolist()]
 
     def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Row of each image; for `read_rows`.
@@ -100,7 +100,7 @@ class StoreReader:
         """
         rows = self.find(ids)
         if len(rows) and int(rows.min()) < 0:
-            missing = [ids[position] for position in np.flatnonzero(rows < 0)]
+            missing = [ids[position] for position in np.flatnonzero(rows < 0).tolist()]
             raise CacheIncompleteError(
                 f"The store {self.store.path} has no features of image {missing[0][:16]}.",
                 missing,

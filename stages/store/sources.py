@@ -194,7 +194,10 @@ class ZarrArray:
 
     def _missing(self, row: int) -> CacheIncompleteError:
         return CacheIncompleteError(
-            f"Row {row} of {self._group}/{self._name} was never written.", (self._name,), repair=REPAIR
+            f"Row {row} of {self._group}/{self._name} was never written, at least not all of it.",
+            (self._name,),
+            "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
+            f"{REPAIR} Other programs: write with `write_empty_chunks`.",
         )
 
 
