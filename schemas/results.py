@@ -76,6 +76,19 @@ class EpochLog(Contract):
     """Training and validation."""
 
 
+class StoreMemory(Contract):
+    """Whether training holds the features of its images in memory."""
+
+    held: bool
+    """True: the disk is read once; False: in every epoch."""
+    rows: int
+    """Images of training and validation."""
+    needed: int
+    """Bytes of their features."""
+    budget: int
+    """Bytes that they may take."""
+
+
 class TrainResult(Contract):
     """What `train` hands back."""
 

@@ -6,6 +6,7 @@ the resolved settings are written beside each result. Nothing here depends on th
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -157,6 +158,37 @@ class TrainSettings(Contract):
         return value
 
 
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Bytes of a unit."""
+
+
+class StoreSettings(Contract):
+    """How stage two reads the feature store. Never part of a fingerprint; DVC does not watch it."""
+
+    memory_budget: Annotated[int, Field(ge=0)] | str = "auto"
+    """Features of the study's images are held in memory if they take no more than this: bytes, or text such as 2GB or
+    1.5GiB; 0: never; auto: half of the memory that is free when training starts."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _check_budget(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value != "auto" and _bytes(value) is None:
+            raise ValueError("must be auto, a number of bytes, or text such as 2GB or 1.5GiB")
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The budget in bytes; None: auto."""
+        return _bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
+
+
+def _bytes(text: str) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        return None
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
 class ComputeSettings(Contract):
     """How to use this machine. Never part of a fingerprint; DVC does not watch it."""
 
@@ -183,6 +215,8 @@ class Settings(Contract):
     """What stage one keeps."""
     train: TrainSettings = TrainSettings()
     """Stage two."""
+    store: StoreSettings = StoreSettings()
+    """The feature store."""
     compute: ComputeSettings = ComputeSettings()
     """This machine."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import say, say_next, score, show_json
+from pipeline.console import say, say_next, score, show_json, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+
+if TYPE_CHECKING:
+    from schemas.results import StoreMemory
 
 
 def train(
@@ -36,7 +39,10 @@ def train(
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
     with EpochLogger(folder / "train", study.settings.train.epochs) as logger:
-        result = run(study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger)
+        result = run(
+            study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger,
+            on_memory=None if as_json else _say_memory,
+        )  # fmt: skip
         logger.finish(result.best)
     write_settings(study.settings, model)
     if as_json:
@@ -46,3 +52,11 @@ def train(
         say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
     say(f"Best: epoch {result.best.epoch}, validation AUC {score(result.best.val_auc)}. Model: {model}")
     say_next("fpt evaluate" if output is None else f"fpt evaluate --model {output / 'model'}")
+
+
+def _say_memory(memory: StoreMemory) -> None:
+    need, budget = f"Features of {memory.rows} images: {size(memory.needed)}", size(memory.budget)
+    if memory.held:
+        say(f"{need}, held in memory (store.memory_budget allows {budget}): the disk is read once.")
+    else:
+        say(f"{need}, read from the disk in every epoch (store.memory_budget allows {budget}).")

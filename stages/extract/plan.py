@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionPlan, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
 from schemas.resolve import feature_spec
@@ -18,8 +20,8 @@ from schemas.settings import Settings
 from stages.extract.lpm import describe_lpm
 from stages.extract.weights import locate_weights
 from stages.files import sha256_file
+from stages.store.index import RowIndex, misfits, refresh_index
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
-from stages.store.reader import read_receipt
 
 PROBE_EFFICIENCY = 0.6
 """Share of a large matrix product's speed that a ViT's forward pass reaches."""
@@ -29,12 +31,26 @@ PROBE_EFFICIENCY = 0.6
 class Inventory:
     """What a store holds."""
 
-    rows: dict[str, int]
-    """Image id -> number of the shard that holds it."""
+    index: RowIndex | None
+    """Where its rows lie; None: there is no store."""
     broken: tuple[int, ...]
     """Shards whose receipt or files do not fit; to be computed again."""
     seconds_per_image: float | None
     """Median over the shards."""
+
+    def shards_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Number of the whole shard that holds each image, -1 where none does."""
+        if self.index is None:
+            return np.full(len(ids), -1, np.int64)
+        whole = np.zeros(int(self.index.shards["number"].max(initial=0)) + 1, bool)
+        whole[self.index.shards["number"]] = True
+        whole[[number for number in self.broken if number < len(whole)]] = False
+        rows = self.index.find(ids, whole)
+        return np.where(rows < 0, -1, rows // self.index.shard_size)
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """The images that no whole shard holds, in their order."""
+        return [ids[position] for position in np.flatnonzero(self.shards_of(ids) < 0).tolist()]
 
 
 def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
@@ -44,20 +60,12 @@ def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
 
 
 def take_inventory(store: Store) -> Inventory:
-    """Read every receipt of a store and check it against its files' lengths."""
-    rows: dict[str, int] = {}
-    broken, speeds = [], []
-    for shard in store.finished_shards():
-        try:
-            receipt = read_receipt(store, shard)
-        except (CacheIncompleteError, CacheCorruptError):
-            broken.append(shard)
-            continue
-        speeds.append(receipt.seconds / len(receipt.rows))
-        for image_id in receipt.rows:
-            rows.setdefault(image_id, shard)
-    middle = sorted(speeds)[len(speeds) // 2] if speeds else None
-    return Inventory(rows, tuple(broken), middle)
+    """Read the receipts that are new since the last time, and compare all files with their lengths."""
+    index, unusable = refresh_index(store)
+    broken = sorted({*unusable, *misfits(store, index)})
+    shards = index.shards[~np.isin(index.shards["number"], broken)]
+    speeds = np.sort(shards["seconds"] / shards["rows"])
+    return Inventory(index, tuple(broken), float(speeds[len(speeds) // 2]) if len(speeds) else None)
 
 
 def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: Manifest) -> ExtractionPlan:
@@ -74,9 +82,9 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
         store = open_store_layout(cache_root, spec)
         inventory, shard_size = take_inventory(store), store.shard_size
     except FileNotFoundError:
-        inventory, shard_size = Inventory({}, (), None), settings.features.shard_size
+        inventory, shard_size = Inventory(None, (), None), settings.features.shard_size
     ids = manifest.ids()
-    missing = sum(image_id not in inventory.rows for image_id in ids)
+    missing = len(inventory.missing(ids))
     known = inventory.seconds_per_image
     place = cache_root
     while not place.exists():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.base import digest
-from schemas.errors import ImageError, StorageError, UnreadableImagesError
+from schemas.errors import CacheIncompleteError, ImageError, StorageError, UnreadableImagesError
 from schemas.features import ExtractionReceipt, FeatureSpec
 from schemas.manifest import Manifest
 from schemas.settings import DataSettings, Settings
@@ -27,7 +27,6 @@ from stages.extract.receipt import write_extraction_receipt
 from stages.files import sha256_file
 from stages.images import read_image
 from stages.store.layout import Store, create_store
-from stages.store.reader import read_receipt, receipt_digest
 from stages.store.verify import damaged_shards
 from stages.store.writer import claim_shard, remove_claimed_shards, write_shard
 
@@ -82,7 +81,7 @@ def extract(
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)
     paths = {row.id: row.path for row in reversed(manifest.rows)}
-    missing = [image_id for image_id in manifest.ids() if image_id not in inventory.rows]
+    missing = inventory.missing(manifest.ids())
     total = len(manifest.ids())
     cached = total - len(missing)
 
@@ -96,13 +95,17 @@ def extract(
         folder = (root / settings.data.images).resolve()
         _fill(settings, root, store, [(image_id, folder / paths[image_id]) for image_id in missing], cached, tell)
         inventory = take_inventory(store)
-    shards = sorted({inventory.rows[image_id] for image_id in manifest.ids()})
+    if inventory.index is None or (gone := inventory.missing(manifest.ids())):
+        raise CacheIncompleteError(
+            "Features that were written are gone.", gone, "Another process removed them.", "Run `fpt extract` again."
+        )
+    digests = inventory.index.digests()
     receipt = ExtractionReceipt(
         fingerprint=spec.fingerprint,
         spec=spec,
         images=total,
         manifest_sha256=manifest_digest(manifest),
-        shards={str(shard): receipt_digest(read_receipt(store, shard)) for shard in shards},
+        shards={str(shard): digests[shard] for shard in np.unique(inventory.shards_of(manifest.ids())).tolist()},
     )
     write_extraction_receipt(receipt, output / "receipt.json")
     return receipt

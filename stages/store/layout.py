@@ -8,10 +8,11 @@
             side                (row, channel, y, x), uint8: the small image
             sha256              (row, byte), uint8: content digest of the image; all zero: an empty row
         receipts/000012.json    proof that shard 12 of every array is whole
+        index/rows.bin          where each row lies; made from the receipts, and made again when it does not fit them
         locks/                  held while a shard is written
 
-One shard of an array is one file, one sample and layer is one inner chunk with its CRC32C. Bytes are raw, so that a
-reader that knows the shard index gets a row by `pread`.
+One shard of an array is one file, one row is one inner chunk with its CRC32C. Bytes are raw, so that a reader that
+knows the shard index gets a row by one `pread`.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     tokens = ("layer", "head", "token")
     kept = (layers, lpm.heads, spec.kept)
     return {
-        "keys": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel"), split=1),
-        "values": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel"), split=1),
-        "indices": ArrayLayout(kept, "uint16", tokens, split=1),
+        "keys": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel")),
+        "values": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel")),
+        "indices": ArrayLayout(kept, "uint16", tokens),
         "pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width")),
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
         "sha256": ArrayLayout((32,), "uint8", ("byte",)),

@@ -2,51 +2,112 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from schemas.base import digest
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt, ShardReceipt
+from stages.store.index import (
+    ID_BYTES,
+    REPAIR,
+    RowIndex,
+    load_index,
+    misfits,
+    read_shard_receipt,
+    receipt_digest,
+    refresh_index,
+)
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
-from stages.store.shards import ShardFile
+from stages.store.sources import MappedArray, open_source
 
-OPEN_FILES = 256
-"""Shard files held open at once, well below the usual limit of 1,024 per process."""
+__all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]
 
 
 class StoreReader:
     """Random access to the rows of a store.
 
-    File handles are opened on first use and never carried into another process by pickling; `pread` keeps no
-    position, so a forked worker may share them.
+    Opening reads no receipt: that of a shard, and the lengths of its files, are compared when a row of it is read for
+    the first time. File handles are opened on first use and never carried into another process by pickling; `pread`
+    keeps no position, so a forked worker may share them.
     """
 
-    def __init__(self, store: Store, rows: dict[str, tuple[int, int]]) -> None:
-        """Use `open_store` instead, which checks the receipts.
+    def __init__(self, store: Store, expected: Mapping[str, str], index: RowIndex) -> None:
+        """Use `open_store` instead, which finds the index.
 
         Args:
             store: The store.
-            rows: Image id -> (shard, slot in the shard).
+            expected: Shard number -> digest of its receipt, as in the extraction receipt.
+            index: Covers these shards.
         """
-        self.store, self._rows = store, rows
+        self.store, self._expected = store, dict(expected)
         self._layouts = array_layouts(store.spec)
-        self._files: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
+        self._sources = {
+            name: open_source(store.group, name, layout, store.shard_size) for name, layout in self._layouts.items()
+        }
+        self._index: RowIndex | None = index
+        self._checked: dict[int, bytes] = {}
+        numbers = np.array([int(number) for number in self._expected], np.int64)
+        self._allowed = np.zeros(int(numbers.max(initial=-1)) + 1, bool)
+        self._allowed[numbers] = True
 
     def __len__(self) -> int:
-        return len(self._rows)
+        shards = self.index.shards
+        numbers = shards["number"]
+        inside = numbers < len(self._allowed)
+        return int(shards["rows"][inside][self._allowed[numbers[inside]]].sum())
 
     def __contains__(self, image_id: str) -> bool:
-        return image_id in self._rows
+        return bool(self.find([image_id])[0] >= 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        # A copy of the mapped index would weigh tens of megabytes; its file is there for every process.
+        return {**self.__dict__, "_index": None, "_checked": {}}
+
+    @property
+    def index(self) -> RowIndex:
+        """Where every row lies."""
+        if self._index is None:
+            self._index = _covering_index(self.store, self._expected)
+        return self._index
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every array is read by `pread`; else some go through zarr."""
+        return all(source.mapped for source in self._sources.values())
+
+    @property
+    def layouts(self) -> dict[str, Any]:
+        """Shape and type of one row of each array."""
+        return dict(self._layouts)
+
+    def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Row of each image, -1 where there is none; for `read_rows`."""
+        return self.index.find(ids, self._allowed)
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """The images that have no row here."""
+        return [ids[position] for position in np.flatnonzero(self.find(ids) < 0).tolist()]
+
+    def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Row of each image; for `read_rows`.
+
+        Raises:
+            CacheIncompleteError: If an image has no row.
+        """
+        rows = self.find(ids)
+        if len(rows) and int(rows.min()) < 0:
+            missing = [ids[position] for position in np.flatnonzero(rows < 0).tolist()]
+            raise CacheIncompleteError(
+                f"The store {self.store.path} has no features of image {missing[0][:16]}.",
+                missing,
+                "The image was added after the features were extracted.",
+                REPAIR,
+            )
+        return rows
 
     def read(
         self, ids: Sequence[str], names: Iterable[str], out: dict[str, NDArray[Any]] | None = None
@@ -66,52 +127,75 @@ class StoreReader:
             CacheIncompleteError: If an image has no row.
             CacheCorruptError: If bytes changed since they were written.
         """
-        places = [self._place(image_id) for image_id in ids]
+        return self.read_rows(self.locate(ids), ids, names, out)
+
+    def read_rows(
+        self,
+        rows: NDArray[np.int64],
+        ids: Sequence[str],
+        names: Iterable[str],
+        out: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Like `read`, for images that were located before."""
+        names, places = tuple(names), rows.tolist()
+        for row, image_id in zip(places, ids, strict=True):
+            shard, slot = divmod(row, self.store.shard_size)
+            held = self._checked.get(shard) or self._check(shard)
+            if held[slot * ID_BYTES : (slot + 1) * ID_BYTES] != bytes.fromhex(image_id):
+                raise self._other_row(row, image_id)
+        if places and not all(self._sources[name].mapped for name in names):
+            # Another layout has its own idea of where row n lies: it must be the row of this image there.
+            digests = np.empty((len(places), ID_BYTES), np.uint8)
+            self._sources["sha256"].read(places, digests)
+            for row, image_id, found in zip(places, ids, digests, strict=True):
+                if found.tobytes().hex() != image_id:
+                    raise self._other_row(row, image_id)
         result = {}
         for name in names:
             layout = self._layouts[name]
             if out is not None and name in out:
-                rows = out[name][: len(ids)]
+                target = out[name][: len(ids)]
             else:
-                rows = np.empty((len(ids), *layout.shape), layout.dtype)
-            flat = rows.reshape(-1).view(np.uint8).data
-            count, size = layout.chunks_per_row, rows[:1].nbytes // layout.chunks_per_row
-            for row, (shard, slot) in enumerate(places):
-                file = self._file(name, shard, count, size)
-                for part in range(count):
-                    start = (row * count + part) * size
-                    file.read_into(slot * count + part, flat[start : start + size])
-            result[name] = rows
+                target = np.empty((len(ids), *layout.shape), layout.dtype)
+            if places:
+                self._sources[name].read(places, target)
+            result[name] = target
         return result
+
+    def require_whole(self) -> None:
+        """Check that every shard of the extraction receipt is there with its receipt and its lengths; reads neither.
+
+        Raises:
+            CacheIncompleteError: If a receipt or a file is gone.
+            CacheCorruptError: If one was changed.
+        """
+        for number in misfits(self.store, self.index, [int(number) for number in self._expected]):
+            self._check(number)
+
+    def open_files(self) -> int:
+        """How many file handles are held."""
+        return sum(source.open_files() for source in self._sources.values() if isinstance(source, MappedArray))
 
     def close(self) -> None:
         """Release every file handle."""
-        while self._files:
-            self._files.popitem()[1].close()
+        for source in self._sources.values():
+            source.close()
 
-    def _place(self, image_id: str) -> tuple[int, int]:
-        try:
-            return self._rows[image_id]
-        except KeyError:
-            raise CacheIncompleteError(
-                f"The store {self.store.path} has no features of image {image_id[:16]}.",
-                (image_id,),
-                "The image was added after the features were extracted.",
-                "Run `fpt extract`: it computes what is missing.",
-            ) from None
+    def _other_row(self, row: int, image_id: str) -> CacheCorruptError:
+        return CacheCorruptError(
+            f"Row {row} of {self.store.path} is not the one of image {image_id[:16]}.",
+            str(row // self.store.shard_size),
+            "The index of rows or the metadata of the store was changed.",
+            f"Delete {self.store.path / 'index'}, which is made again, and run `fpt extract --check`.",
+        )
 
-    def _file(self, name: str, shard: int, chunks_per_row: int, chunk_bytes: int) -> ShardFile:
-        key = (name, shard)
-        file = self._files.get(key)
-        if file is None:
-            path = self.store.shard_file(name, shard)
-            file = ShardFile(path, self.store.shard_size * chunks_per_row, chunk_bytes)
-            self._files[key] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        else:
-            self._files.move_to_end(key)
-        return file
+    def _check(self, shard: int) -> bytes:
+        """Compare a shard with the extraction receipt, before the first of its rows is read."""
+        receipt = read_receipt(self.store, shard)
+        if receipt_digest(receipt) != self._expected.get(str(shard)):
+            raise _foreign(self.store, str(shard))
+        self._checked[shard] = bytes.fromhex("".join(receipt.rows))
+        return self._checked[shard]
 
 
 def read_receipt(store: Store, shard: int) -> ShardReceipt:
@@ -121,48 +205,30 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
         CacheIncompleteError: If the receipt or a file is gone.
         CacheCorruptError: If the receipt is damaged or a file has another length.
     """
-    path = store.receipt(shard)
-    repair = "Run `fpt extract`: it computes what is missing."
-    try:
-        receipt = ShardReceipt.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CacheIncompleteError(f"The receipt {path} is gone.", (path.name,), repair=repair) from None
-    except ValidationError:
-        raise CacheCorruptError(f"The receipt {path} is damaged.", path.name, repair=repair) from None
-    if (
-        receipt.fingerprint != store.spec.fingerprint
-        or receipt.shard != shard
-        or receipt.files.keys() != array_layouts(store.spec).keys()
-        or not 0 < len(receipt.rows) <= store.shard_size
-    ):
-        raise CacheCorruptError(f"The receipt {path} belongs to another shard or store.", path.name, repair=repair)
+    receipt = read_shard_receipt(store, shard)
     for name, expected in receipt.files.items():
         file = store.shard_file(name, shard)
         try:
             length = file.stat().st_size
         except FileNotFoundError:
-            raise CacheIncompleteError(f"The shard file {file} is gone.", (file.name,), repair=repair) from None
+            raise CacheIncompleteError(f"The shard file {file} is gone.", (file.name,), repair=REPAIR) from None
         if length != expected.bytes:
             raise CacheCorruptError(
-                f"The shard file {file} has {length} bytes instead of {expected.bytes}.", file.name, repair=repair
+                f"The shard file {file} has {length} bytes instead of {expected.bytes}.", file.name, repair=REPAIR
             )
     return receipt
 
 
-def receipt_digest(receipt: ShardReceipt) -> str:
-    """What an extraction receipt remembers of a shard: rows and file digests, not times."""
-    return digest(receipt.model_dump(mode="json", include={"shard", "fingerprint", "rows", "files"}))
-
-
 def open_store(cache_root: Path, receipt: ExtractionReceipt) -> StoreReader:
-    """Open the store behind an extraction receipt and check that it is whole: every shard, receipt and length.
+    """Open the store behind an extraction receipt. Takes milliseconds, however many rows it has.
+
+    Shards are compared with the receipt when they are first read; `StoreReader.require_whole` looks at all of them.
 
     Raises:
-        CacheIncompleteError: If the store or a shard is gone.
-        CacheCorruptError: If a receipt or a file was changed.
+        CacheIncompleteError: If the store or a receipt is gone.
+        CacheCorruptError: If a receipt was changed.
         CacheMismatchError: If the folder holds other features.
     """
-    repair = "Run `fpt extract`: it computes what is missing."
     try:
         store = open_store_layout(cache_root, receipt.spec)
     except FileNotFoundError:
@@ -170,18 +236,31 @@ def open_store(cache_root: Path, receipt: ExtractionReceipt) -> StoreReader:
         raise CacheIncompleteError(
             f"The feature store {path} behind the extraction receipt is gone.",
             cause="It was deleted, or FPT_CACHE_DIR points to another place than during the extraction.",
-            repair=repair,
+            repair=REPAIR,
         ) from None
-    rows: dict[str, tuple[int, int]] = {}
-    for number, expected in receipt.shards.items():
-        found = read_receipt(store, int(number))
-        if receipt_digest(found) != expected:
-            raise CacheCorruptError(
-                f"Shard {number} of {store.path} is not the one that this study extracted.",
-                number,
-                "The store was rebuilt or changed since.",
-                "Run `fpt extract`: it writes a new extraction receipt.",
-            )
-        for slot, image_id in enumerate(found.rows):
-            rows.setdefault(image_id, (found.shard, slot))
-    return StoreReader(store, rows)
+    if not all(number.isdecimal() for number in receipt.shards):
+        raise CacheCorruptError("The extraction receipt names a shard that is no number.", repair="Run `fpt extract`.")
+    return StoreReader(store, receipt.shards, _covering_index(store, receipt.shards))
+
+
+def _covering_index(store: Store, expected: Mapping[str, str]) -> RowIndex:
+    """The index on the disk where it fits an extraction receipt, else one made anew from the receipts."""
+    index = load_index(store)
+    if index is None or not index.covers(expected):
+        index, _ = refresh_index(store)
+    if not index.covers(expected):
+        here = index.digests()
+        for number, digest in expected.items():
+            if here.get(int(number)) != digest:
+                read_receipt(store, int(number))
+                raise _foreign(store, number)
+    return index
+
+
+def _foreign(store: Store, shard: str) -> CacheCorruptError:
+    return CacheCorruptError(
+        f"Shard {shard} of {store.path} is not the one that this study extracted.",
+        shard,
+        "The store was rebuilt or changed since.",
+        "Run `fpt extract`: it writes a new extraction receipt.",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -17,10 +18,14 @@ from schemas.errors import CacheCorruptError, CacheIncompleteError
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+"""Flag of a read that fails rather than waits for the disk; 0 where the system has none."""
+AHEAD = 128 * 1024
+"""Bytes per read-ahead request: a kernel may cut a longer one to the read-ahead window of the disk."""
 
 
 class ShardFile:
-    """One open shard of one array."""
+    """One shard of one array. The file handle is opened when it is needed and may be released in between."""
 
     def __init__(self, path: Path, chunks: int, chunk_bytes: int) -> None:
         """Open the file and check its index.
@@ -34,59 +39,94 @@ class ShardFile:
             CacheIncompleteError: If the file is not there.
             CacheCorruptError: If the index is damaged or points outside the file.
         """
-        self.path, self._chunk_bytes = path, chunk_bytes
+        self.path, self._chunk_bytes, self._fd = path, chunk_bytes, -1
+        self._length: int | None = None
+        self._stored = bytearray(CRC_BYTES)
+        self.open()
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            raise CacheIncompleteError(
-                f"The shard {path} is gone.",
-                (path.name,),
-                "The store was changed after its receipt was written.",
-                "Run `fpt extract`: it computes what is missing.",
-            ) from None
-        try:
-            self._offsets = self._read_index(chunks)
+            self._offsets: list[int] = self._read_index(chunks)
         except BaseException:
             self.close()
             raise
         # A chunk is checked the first time it is read; later reads of a checked chunk are plain copies.
-        self._checked = np.zeros(chunks, dtype=bool)
+        self._checked = bytearray(chunks)
+
+    def open(self) -> None:
+        """Open the file, if it is not open."""
+        if self._fd >= 0:
+            return
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError:
+            raise CacheIncompleteError(
+                f"The shard {self.path} is gone.",
+                (self.path.name,),
+                "The store was changed after its receipt was written.",
+                "Run `fpt extract`: it computes what is missing.",
+            ) from None
+        length = os.fstat(self._fd).st_size
+        if self._length not in (None, length):
+            self.close()
+            raise self._corrupt("its length changed while it was in use")
+        self._length = length
 
     def close(self) -> None:
-        """Release the file handle."""
+        """Release the file handle; offsets and what was checked stay."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def read_into(self, chunk: int, target: memoryview) -> None:
-        """Fill `target` (chunk_bytes long, writable) with one chunk.
+    def read_cached(self, chunk: int, target: NDArray[np.uint8]) -> bool:
+        """Fill `target` with a checked chunk that the system holds in memory; False where it would have to wait."""
+        if not NOWAIT or not self._checked[chunk]:
+            return False
+        try:
+            return os.preadv(self._fd, [target], self._offsets[chunk], NOWAIT) == self._chunk_bytes
+        except OSError:  # EAGAIN; a file system without the flag refuses it
+            return False
+
+    def expect(self, chunk: int) -> None:
+        """Ask the system to fetch a chunk that will be read soon, without waiting for it."""
+        start = self._offsets[chunk]
+        if start < 0 or not hasattr(os, "posix_fadvise"):
+            return
+        stop = start + self._chunk_bytes + CRC_BYTES
+        for begin in range(start, stop, AHEAD):
+            os.posix_fadvise(self._fd, begin, min(AHEAD, stop - begin), os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, chunk: int, target: NDArray[np.uint8]) -> None:
+        """Fill `target` (chunk_bytes long, contiguous) with one chunk.
 
         Raises:
             CacheIncompleteError: If the chunk was never written.
             CacheCorruptError: If its checksum does not fit.
         """
-        offset = int(self._offsets[chunk])
+        offset = self._offsets[chunk]
         if offset < 0:
             raise CacheIncompleteError(
                 f"Chunk {chunk} of the shard {self.path} was never written.",
                 (self.path.name,),
                 repair="Run `fpt extract`: it computes what is missing.",
             )
-        if self._checked[chunk]:
-            got = os.preadv(self._fd, [target], offset)
-            if got != self._chunk_bytes:
-                raise self._corrupt(f"chunk {chunk} is cut off")
-            return
-        stored = bytearray(CRC_BYTES)
-        got = os.preadv(self._fd, [target, stored], offset)
-        if got != self._chunk_bytes + CRC_BYTES:
+        wanted = self._chunk_bytes
+        buffers: list[Any] = [target]
+        if not self._checked[chunk]:
+            buffers.append(self._stored)
+            wanted += CRC_BYTES
+        try:
+            got = os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            raise self._corrupt(f"chunk {chunk} cannot be read ({error.strerror})") from error
+        if got != wanted:
             raise self._corrupt(f"chunk {chunk} is cut off")
-        if google_crc32c.value(bytes(target)) != int.from_bytes(stored, "little"):
-            raise self._corrupt(f"the checksum of chunk {chunk} does not fit its bytes")
-        self._checked[chunk] = True
+        if not self._checked[chunk]:
+            # The array itself: of its memoryview the library wants a copy.
+            if google_crc32c.value(target) != int.from_bytes(self._stored, "little"):
+                raise self._corrupt(f"the checksum of chunk {chunk} does not fit its bytes")
+            self._checked[chunk] = 1
 
-    def _read_index(self, chunks: int) -> NDArray[np.int64]:
-        length = os.fstat(self._fd).st_size
+    def _read_index(self, chunks: int) -> list[int]:
+        length = self._length or 0
         index_bytes = 16 * chunks
         start = length - index_bytes - CRC_BYTES
         tail = os.pread(self._fd, index_bytes + CRC_BYTES, max(start, 0))
@@ -97,7 +137,8 @@ class ShardFile:
         fits = (index[:, 1] == self._chunk_bytes + CRC_BYTES) & (index[:, 0] + index[:, 1] <= start)
         if not bool(fits[present].all()):
             raise self._corrupt("its index does not fit the layout of the store")
-        return np.where(present, index[:, 0], 0).astype(np.int64) - np.where(present, 0, 1)
+        offsets: list[int] = (np.where(present, index[:, 0], 0).astype(np.int64) - np.where(present, 0, 1)).tolist()
+        return offsets
 
     def _corrupt(self, what: str) -> CacheCorruptError:
         return CacheCorruptError(

@@ -14,7 +14,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from schemas.settings import AugmentSettings
-from stages.store.reader import StoreReader
+from stages.shared import SharedArrays
+from stages.store.memory import Rows
+
+PREFETCH = 2
+"""Batches that a worker prepares ahead."""
 
 SideTransform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,6 +64,21 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
+def array_names(features: bool) -> tuple[str, ...]:
+    """Arrays of the store that a data set reads."""
+    return ("keys", "values", "side") if features else ("side",)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a worker sends through the queue: the batch itself lies in shared memory."""
+
+    slot: int
+    """Number of its memory."""
+    labels: list[int]
+    """Of its rows."""
+
+
 class FeatureDataset(Dataset[Batch]):
     """Map-style data set over rows of the store that hands out whole batches.
 
@@ -69,7 +88,7 @@ class FeatureDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        store: StoreReader,
+        store: Rows,
         ids: Sequence[str],
         labels: Sequence[int],
         size: int,
@@ -87,43 +106,80 @@ class FeatureDataset(Dataset[Batch]):
             augment: None: the un-augmented image.
             seed: Of the augmentation.
             features: Whether keys and values are read.
+
+        Raises:
+            CacheIncompleteError: If an image has no row.
         """
         self._store, self._ids, self._labels, self._size, self._seed = store, tuple(ids), tuple(labels), size, seed
-        self._names = ("keys", "values", "side") if features else ("side",)
+        self._names = array_names(features)
         self._augment = None if augment is None else augmentation(augment, size)
+        self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
+        self._slots: tuple[SharedArrays, ...] = ()
+        self._read = 0
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}}
+        return {**self.__dict__, "_buffers": {}, "_read": 0}
 
     def __getitem__(self, index: tuple[int, int]) -> Batch:
         """A batch of one."""
         return self.__getitems__([index])
 
+    def share(self, workers: int, batch_size: int) -> tuple[SharedArrays, ...]:
+        """Allocate the memory that a loader's workers write their batches to.
+
+        One more slot a worker than it prepares ahead: a worker is asked for its next batch when an earlier one is
+        handed out, and by then nobody uses the one before that.
+
+        Args:
+            workers: Of the loader.
+            batch_size: Largest number of rows in a batch.
+        """
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {"image": ((batch_size, 3, self._size, self._size), "uint8")}
+        for name in self._names:
+            layout = self._store.layouts[name]
+            shapes[name] = ((batch_size, *layout.shape), layout.dtype)
+        self._slots = tuple(SharedArrays(shapes) for _ in range(workers * (PREFETCH + 1)))
+        return self._slots
+
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Batch:
-        """Read a batch. Outside a loader's worker its keys and values are valid until the next batch is read."""
-        ids = [self._ids[position] for _, position in indices]
-        # A worker's batch waits in a queue while the next one is read: there each batch needs its own memory.
-        reuse = get_worker_info() is None
-        if not reuse or (self._buffers and len(next(iter(self._buffers.values()))) < len(ids)):
+        """Read a batch. Its keys and values are valid until the next batch is read."""
+        if self._buffers and len(next(iter(self._buffers.values()))) < len(indices):
             self._buffers = {}
-        rows = self._store.read(ids, self._names, self._buffers or None)
-        if reuse and not self._buffers:
-            self._buffers = rows
+        batch, rows = self._fill(indices, self._buffers)
+        self._buffers = self._buffers or rows
+        return batch
+
+    def write_slot(self, indices: Sequence[tuple[int, int]], worker: int) -> Ticket:
+        """In a loader's worker: read a batch into the next of its slots."""
+        slot = worker * (PREFETCH + 1) + self._read % (PREFETCH + 1)
+        self._read += 1
+        shared = self._slots[slot].arrays
+        batch, _ = self._fill(indices, shared)
+        shared["image"][: len(indices)] = batch.image.numpy()
+        return Ticket(slot, batch.labels.tolist())
+
+    def _fill(
+        self, indices: Sequence[tuple[int, int]], out: dict[str, NDArray[Any]]
+    ) -> tuple[Batch, dict[str, NDArray[Any]]]:
+        positions = [position for _, position in indices]
+        ids = [self._ids[position] for position in positions]
+        rows = self._store.read_rows(self._rows[positions], ids, self._names, out or None)
         side = torch.from_numpy(rows["side"])
         if self._augment is None:
             image = to_size(side, self._size)
         else:
             image = torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
-        return Batch(
+        batch = Batch(
             image=image,
             keys=torch.from_numpy(rows["keys"]) if "keys" in rows else None,
             values=torch.from_numpy(rows["values"]) if "values" in rows else None,
-            labels=torch.tensor([self._labels[position] for _, position in indices]),
+            labels=torch.tensor([self._labels[position] for position in positions]),
         )
+        return batch, rows
 
     def _augmented(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         if self._augment is None:
@@ -145,32 +201,80 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             batch_size: Rows per batch; the last batch may be smaller.
             seed: None: in order.
         """
-        self._length, self._batch_size, self._seed = length, batch_size, seed
+        self._length, self.batch_size, self._seed = length, batch_size, seed
         self.epoch = 0
         """Set before each epoch."""
 
     def __len__(self) -> int:
-        return -(-self._length // self._batch_size)
+        return -(-self._length // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self._length)
         if self._seed is not None:
             np.random.default_rng((self._seed, self.epoch)).shuffle(order)
-        for start in range(0, self._length, self._batch_size):
-            yield [(self.epoch, int(position)) for position in order[start : start + self._batch_size]]
+        for start in range(0, self._length, self.batch_size):
+            yield [(self.epoch, int(position)) for position in order[start : start + self.batch_size]]
 
 
-def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> DataLoader[Batch]:
+class _InWorker(Dataset[Any]):
+    """The data set as a worker sees it."""
+
+    def __init__(self, data: FeatureDataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: tuple[int, int]) -> Ticket:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Ticket:
+        worker = get_worker_info()
+        return self._data.write_slot(indices, 0 if worker is None else worker.id)
+
+
+class BatchLoader:
+    """Batches of an epoch, in the order of a sampler; iterate once an epoch. A batch is valid until the next one."""
+
+    def __init__(
+        self, data: FeatureDataset, sampler: EpochSampler, workers: int = 0, start: str = "forkserver"
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            data: What is read.
+            sampler: Order and size of the batches.
+            workers: Processes that read; they live as long as this loader. 0: this process.
+            start: How they are started: forkserver, spawn, or fork.
+        """
+        self._slots = data.share(workers, sampler.batch_size) if workers else ()
+        self._loader: DataLoader[Any] = DataLoader(
+            _InWorker(data) if workers else data,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            # Not fork by default: threads of torch and zarr do not survive it.
+            multiprocessing_context=start if workers else None,
+            persistent_workers=bool(workers),
+            prefetch_factor=PREFETCH if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            yield self._open(item) if isinstance(item, Ticket) else item
+
+    def _open(self, ticket: Ticket) -> Batch:
+        arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
+        tensors = {name: torch.from_numpy(array[:count]) for name, array in arrays.items()}
+        return Batch(tensors["image"], tensors.get("keys"), tensors.get("values"), torch.tensor(ticket.labels))
+
+
+def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:
     """A loader over whole batches; workers are separate processes that open the store themselves."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        # forkserver: torch's and the checksum library's threads do not survive a fork.
-        multiprocessing_context="forkserver" if workers else None,
-        persistent_workers=False,
-    )
+    return BatchLoader(dataset, sampler, workers)
 
 
 def _as_it_is(batch: Any) -> Any:

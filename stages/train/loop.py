@@ -24,7 +24,7 @@ from schemas.results import EpochLog
 from schemas.settings import TrainSettings
 from stages.evaluate.metrics import macro_auc
 from stages.files import storage_errors
-from stages.train.data import Batch, EpochSampler, FeatureDataset, batches
+from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import batch_logits
 from stages.train.network import PromptedSideNetwork
 
@@ -102,13 +102,16 @@ def fit(
     """
     settings = recipe.settings
     sampler = EpochSampler(len(train), settings.batch_size, settings.seed)
+    # One loader for all epochs: a worker takes seconds to start.
+    train_batches = batches(train, sampler, recipe.workers)
+    val_batches = batches(val, EpochSampler(len(val), settings.batch_size), recipe.workers)
     for epoch in range(len(state.epochs) + 1, settings.epochs + 1):
         start = time.perf_counter()
         sampler.epoch = epoch
         # Dropout draws from the global generator: seeded per epoch it does not depend on what ran before.
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch)).generate_state(1)[0]))
-        train_loss = _train_epoch(state, train, sampler, recipe, epoch)
-        val_loss, auc, accuracy = _validate(state.network, val, val_labels, recipe)
+        train_loss = _train_epoch(state, train_batches, recipe, epoch)
+        val_loss, auc, accuracy = _validate(state.network, val_batches, val_labels, recipe)
         log = EpochLog(
             epoch=epoch,
             train_loss=train_loss,
@@ -126,11 +129,11 @@ def fit(
         on_epoch(log)
 
 
-def _train_epoch(state: Fit, train: FeatureDataset, sampler: EpochSampler, recipe: Recipe, epoch: int) -> float:
+def _train_epoch(state: Fit, loader: BatchLoader, recipe: Recipe, epoch: int) -> float:
     state.network.train()
     total, seen = torch.zeros((), device=recipe.device), 0
-    steps = len(sampler)
-    for step, batch in enumerate(batches(train, sampler, recipe.workers)):
+    steps = len(loader)
+    for step, batch in enumerate(loader):
         progress = ((epoch - 1) * steps + step) / (recipe.settings.epochs * steps)
         for group in state.optimizer.param_groups:
             group["lr"] = recipe.settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -149,15 +152,11 @@ def _train_epoch(state: Fit, train: FeatureDataset, sampler: EpochSampler, recip
 
 @torch.inference_mode()
 def _validate(
-    network: PromptedSideNetwork, val: FeatureDataset, labels: Sequence[int], recipe: Recipe
+    network: PromptedSideNetwork, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
 ) -> tuple[float, float | None, float]:
     """Loss, AUC and accuracy of the validation images."""
     network.eval()
-    sampler = EpochSampler(len(val), 4 * recipe.settings.batch_size)
-    parts = [
-        batch_logits(network, batch.to(recipe.device), recipe.mean, recipe.std).float().cpu()
-        for batch in batches(val, sampler, recipe.workers)
-    ]
+    parts = [batch_logits(network, batch.to(recipe.device), recipe.mean, recipe.std).float().cpu() for batch in loader]
     logits, target = torch.cat(parts), torch.tensor(labels)
     auc = macro_auc(target.numpy(), logits.double().softmax(dim=1).numpy())
     weight = None if recipe.class_weights is None else recipe.class_weights.cpu()

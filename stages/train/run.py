@@ -12,14 +12,18 @@ from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsErr
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest, Split
 from schemas.resolve import feature_spec, network_spec
-from schemas.results import BundleSpec, EpochLog, TrainResult
+from schemas.results import BundleSpec, EpochLog, StoreMemory, TrainResult
 from schemas.settings import Settings
 from stages.device import set_up
+from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader, open_store
 from stages.train.bundle import save_bundle, serialise
-from stages.train.data import FeatureDataset
+from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
 from stages.train.network import PromptedSideNetwork, learnable_parameters
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+"""What training reads."""
 
 
 def train(
@@ -31,6 +35,7 @@ def train(
     output: Path,
     checkpoints: Path,
     on_epoch: Callable[[EpochLog], None] | None = None,
+    on_memory: Callable[[StoreMemory], None] | None = None,
 ) -> TrainResult:
     """Train, and write the bundle of the best epoch.
 
@@ -43,6 +48,7 @@ def train(
         output: Folder of the bundle.
         checkpoints: Folder for the checkpoint of an unfinished run; it is removed at the end.
         on_epoch: Called after each epoch; on resume also for the epochs that were done before.
+        on_memory: Told before the first epoch whether the features are held in memory.
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
@@ -52,12 +58,14 @@ def train(
     """
     check_features(settings, lpm, receipt)
     store = open_store(cache_root, receipt)
+    store.require_whole()
     check_rows(manifest, store)
     device = set_up(settings.compute)
     classes = manifest.classes
     spec = network_spec(settings, lpm, len(classes))
-    labels = {split: _labels(manifest, split) for split in ("train", "val")}
-    data = {split: _dataset(settings, manifest, store, split, labels[split]) for split in ("train", "val")}
+    labels = {split: _labels(manifest, split) for split in SPLITS}
+    rows = _rows(settings, manifest, store, on_memory)
+    data = {split: _dataset(settings, manifest, rows, split, labels[split]) for split in SPLITS}
     recipe = Recipe(
         settings=settings.train,
         mean=lpm.mean,
@@ -114,7 +122,7 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
 
 def check_rows(manifest: Manifest, store: StoreReader) -> None:
     """Refuse a store that lacks an image of the manifest."""
-    missing = [image_id for image_id in manifest.ids() if image_id not in store]
+    missing = store.missing(manifest.ids())
     if missing:
         raise CacheIncompleteError(
             f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
@@ -169,8 +177,20 @@ def _labels(manifest: Manifest, split: Split) -> list[int]:
     return [index[row.label] for row in manifest.of(split)]
 
 
+def _rows(
+    settings: Settings, manifest: Manifest, store: StoreReader, tell: Callable[[StoreMemory], None] | None
+) -> Rows:
+    """The store, or in memory what training reads of it."""
+    ids = tuple(dict.fromkeys(row.id for split in SPLITS for row in manifest.of(split)))
+    names = array_names(settings.method != "side")
+    memory = decide(store, ids, names, settings.store)
+    if tell is not None:
+        tell(memory)
+    return MemoryRows(store, ids, names) if memory.held else store
+
+
 def _dataset(
-    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[int]
+    settings: Settings, manifest: Manifest, store: Rows, split: Split, labels: Sequence[int]
 ) -> FeatureDataset:
     size = settings.train.side_image_size
     if size == "auto":

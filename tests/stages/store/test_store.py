@@ -12,6 +12,7 @@ import zarr
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
+from stages.store.index import refresh_index
 from stages.store.layout import Store, array_layouts, create_store, store_path
 from stages.store.reader import StoreReader, open_store, read_receipt, receipt_digest
 from stages.store.verify import damaged_shards
@@ -121,13 +122,13 @@ def test_a_reader_survives_pickling(tmp_path: Path) -> None:
 
 
 def test_many_shards_are_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.store.reader.OPEN_FILES", 3)
+    monkeypatch.setattr("stages.store.sources.OPEN_FILES", 3)
     store, rows = filled(tmp_path, sizes=(1, 1, 1, 1, 1), shard_size=1)
     reader = open_store(tmp_path, receipt_of(store))
     for _ in range(2):
         found = reader.read([image_id(n) for n in (5, 4, 3, 2, 1)], ["keys", "side"])
         assert np.array_equal(found["keys"], rows["keys"][::-1])
-    assert len(reader._files) == 3
+    assert reader.open_files() == 2 * 3
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -155,13 +156,16 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 20, 500])
-def test_a_truncated_shard_is_refused_when_the_store_is_opened(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_shard_is_refused_before_it_is_read(tmp_path: Path, cut: int) -> None:
     store, _ = filled(tmp_path)
     receipt = receipt_of(store)
     path = store.shard_file("values", 1)
     path.write_bytes(path.read_bytes()[:-cut])
+    reader = open_store(tmp_path, receipt)
     with pytest.raises(CacheCorruptError, match="bytes instead of"):
-        open_store(tmp_path, receipt)
+        reader.require_whole()
+    with pytest.raises(CacheCorruptError, match="bytes instead of"):
+        reader.read([image_id(5)], ["side"])
 
 
 def test_missing_pieces_are_named(tmp_path: Path) -> None:
@@ -172,11 +176,13 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         reader.read([image_id(99)], ["keys"])
     assert caught.value.missing == (image_id(99),)
     store.shard_file("values", 1).unlink()
-    with pytest.raises(CacheIncompleteError, match="is gone"):
-        open_store(tmp_path, receipt)
+    with pytest.raises(CacheIncompleteError, match=r"shard file .* is gone"):
+        open_store(tmp_path, receipt).require_whole()
+    with pytest.raises(CacheIncompleteError, match=r"shard file .* is gone"):
+        reader.read([image_id(5)], ["side"])
     store.receipt(2).unlink()
-    with pytest.raises(CacheIncompleteError):
-        open_store(tmp_path, receipt)
+    with pytest.raises(CacheIncompleteError, match=r"receipt .* is gone"):
+        reader.read([image_id(9)], ["side"])
     with pytest.raises(CacheIncompleteError, match="FPT_CACHE_DIR"):
         open_store(tmp_path / "elsewhere", receipt)
 
@@ -188,6 +194,9 @@ def test_a_shard_of_another_extraction_is_refused(tmp_path: Path) -> None:
     with claim_shard(store) as shard:
         assert shard == 1
         write_shard(store, shard, [image_id(70)], random_rows(1, seed=9), 1.0)
+    with pytest.raises(CacheCorruptError, match="Shard 1"):
+        open_store(tmp_path, receipt)
+    refresh_index(store)
     with pytest.raises(CacheCorruptError, match="Shard 1"):
         open_store(tmp_path, receipt)
 

@@ -195,7 +195,7 @@ def test_workers_give_the_batches_of_the_process_itself(study: Study) -> None:
     sampler = EpochSampler(len(data), 5, seed=1)
     sampler.epoch = 2
     alone = [(b.image.clone(), b.keys.clone(), b.labels) for b in batches(data, sampler)]
-    helped = [(b.image, b.keys, b.labels) for b in batches(data, sampler, workers=2)]
+    helped = [(b.image.clone(), b.keys.clone(), b.labels) for b in batches(data, sampler, workers=2)]
     assert len(alone) == len(helped) == 5
     for left, right in zip(alone, helped, strict=True):
         for a, b in zip(left, right, strict=True):

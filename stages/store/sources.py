@@ -1,0 +1,256 @@
+"""One array of a store as a source of rows: by `pread` where its bytes lie raw, else through zarr-python."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError
+from stages.store.layout import ArrayLayout
+from stages.store.shards import ShardFile
+
+OPEN_FILES = 256
+"""Shard files of one array held open at once: three arrays stay below the usual limit of 1,024 per process."""
+KNOWN_FILES = 16_384
+"""Shard files of one array whose index is remembered while they are closed."""
+REPAIR = "Run `fpt extract --check`: it removes damaged shards and computes their images again."
+
+
+class Source(Protocol):
+    """Rows of one array."""
+
+    mapped: bool
+    """Whether rows are read by `pread`."""
+
+    def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
+        """Fill out[i] with row rows[i]."""
+
+    def close(self) -> None:
+        """Release every file handle."""
+
+
+class MappedArray:
+    """Raw little-endian inner chunks with CRC32C in shards on a local disk: what `layout` writes."""
+
+    mapped = True
+
+    def __init__(self, folder: Path, layout: ArrayLayout, shard_size: int, parts: int) -> None:
+        """Open nothing yet.
+
+        Args:
+            folder: Of the array.
+            layout: Of the array.
+            shard_size: Rows per shard.
+            parts: Inner chunks of one row.
+        """
+        self._pattern = str(folder / "c.{}") + ".0" * len(layout.shape)
+        self._shard_size, self._parts = shard_size, parts
+        self._bytes = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize // parts
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._known: OrderedDict[int, ShardFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict(), "_known": OrderedDict()}
+
+    def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
+        """Fill out[i] with row rows[i].
+
+        What the system holds in memory is read first; for the rest the disk is asked for everything at once.
+        """
+        targets = out.reshape(len(rows) * self._parts, -1).view(np.uint8)
+        cold: list[tuple[ShardFile, int, NDArray[np.uint8]]] = []
+        for position, row in enumerate(rows):
+            shard, slot = divmod(row, self._shard_size)
+            file = self._file(shard)
+            for part in range(self._parts):
+                chunk, target = slot * self._parts + part, targets[position * self._parts + part]
+                if not file.read_cached(chunk, target):
+                    cold.append((file, chunk, target))
+        if len(cold) > 1:
+            for file, chunk, _ in cold:
+                file.open()
+                file.expect(chunk)
+        for file, chunk, target in cold:
+            file.open()
+            file.read_into(chunk, target)
+        self._trim()
+
+    def close(self) -> None:
+        """Release every file handle."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def open_files(self) -> int:
+        """How many file handles are held."""
+        return len(self._files)
+
+    def _file(self, shard: int) -> ShardFile:
+        file = self._files.get(shard)
+        if file is not None:
+            return file
+        file = self._known.get(shard)
+        if file is None:
+            file = ShardFile(Path(self._pattern.format(shard)), self._shard_size * self._parts, self._bytes)
+            self._known[shard] = file
+        else:
+            file.open()
+        self._files[shard] = file
+        return file
+
+    def _trim(self) -> None:
+        while len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        while len(self._known) > KNOWN_FILES:
+            shard, file = self._known.popitem(last=False)
+            file.close()
+            self._files.pop(shard, None)
+
+
+class ZarrArray:
+    """Any other codec, chunking or place: slices of zarr-python, one row each."""
+
+    mapped = False
+
+    def __init__(self, group: str, name: str, layout: ArrayLayout) -> None:
+        """Open nothing yet.
+
+        Args:
+            group: Path or URL of the Zarr group.
+            name: Of the array.
+            layout: What one row must look like.
+        """
+        self._group, self._name, self._layout = group, name, layout
+        self._array: Any = None
+        self._present: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None, "_present": set()}
+
+    def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
+        """Fill out[i] with row rows[i].
+
+        Raises:
+            CacheIncompleteError: If a chunk of a row was never written.
+            CacheCorruptError: If zarr cannot read it.
+        """
+        try:
+            if self._array is None:
+                self._array = self._open()
+            for position, row in enumerate(rows):
+                self._require(row)
+                out[position] = self._array[row]
+        except FptError:
+            raise
+        except Exception as error:  # zarr and its codecs raise many kinds; all of them mean unreadable bytes
+            raise CacheCorruptError(
+                f"The array {self._group}/{self._name} cannot be read: {error}",
+                self._name,
+                "Its bytes or its metadata changed after they were written.",
+                REPAIR,
+            ) from error
+
+    def close(self) -> None:
+        """Forget the array."""
+        self._array = None
+
+    def _open(self) -> Any:
+        import zarr
+
+        array: Any = zarr.open_array(f"{self._group}/{self._name}", mode="r")
+        if array.shape[1:] != self._layout.shape or array.dtype != np.dtype(self._layout.dtype):
+            raise CacheCorruptError(
+                f"The array {self._group}/{self._name} has rows {array.shape[1:]} of {array.dtype} instead of"
+                f" {self._layout.shape} of {self._layout.dtype}.",
+                self._name,
+                "It was written for other features, or its metadata was changed.",
+                REPAIR,
+            )
+        return array
+
+    def _require(self, row: int) -> None:
+        """Zarr gives the fill value for a chunk that is not there: a reader has to ask."""
+        if not 0 <= row < self._array.shape[0]:
+            raise self._missing(row)
+        grid = self._array.shards or self._array.chunks
+        cells = [range(-(-length // step)) for length, step in zip(self._layout.shape, grid[1:], strict=True)]
+        keys: list[tuple[int, ...]] = [(row // grid[0],)]
+        for cell in cells:
+            keys = [(*key, index) for key in keys for index in cell]
+        for key in keys:
+            name = self._array.metadata.encode_chunk_key(key)
+            if name not in self._present:
+                if not _exists(self._array, name):
+                    raise self._missing(row)
+                self._present.add(name)
+
+    def _missing(self, row: int) -> CacheIncompleteError:
+        return CacheIncompleteError(
+            f"Row {row} of {self._group}/{self._name} was never written, at least not all of it.",
+            (self._name,),
+            "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
+            f"{REPAIR} Other programs: write with `write_empty_chunks`.",
+        )
+
+
+def _exists(array: Any, key: str) -> bool:
+    from zarr.core.sync import sync
+
+    return bool(sync((array.store_path / key).exists()))
+
+
+def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) -> Source:
+    """The fastest source that the metadata of an array allows.
+
+    Raises:
+        CacheIncompleteError: If the array has no metadata.
+        CacheCorruptError: If its metadata is not JSON.
+    """
+    path = group / name / "zarr.json"
+    try:
+        metadata = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CacheIncompleteError(f"The metadata {path} is gone.", (name,), repair=REPAIR) from None
+    except ValueError:
+        raise CacheCorruptError(
+            f"The metadata {path} cannot be read.", name, "The file was changed.", "Move the store away, then extract."
+        ) from None
+    parts = raw_parts(metadata, layout, shard_size)
+    if parts and sys.byteorder == "little" and hasattr(os, "preadv"):
+        return MappedArray(group / name, layout, shard_size, parts)
+    return ZarrArray(str(group), name, layout)
+
+
+def raw_parts(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
+    """Inner chunks of a row where the metadata says that rows lie raw in shards; else 0."""
+    number = np.dtype(layout.dtype)
+    raw: dict[str, Any] = {"name": "bytes"}
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    plain = [[little, {"name": "crc32c"}]] + ([[raw, {"name": "crc32c"}]] if number.itemsize == 1 else [])
+    try:
+        shape, (sharding,) = list(layout.shape), metadata["codecs"]
+        inner = sharding["configuration"]["chunk_shape"]
+        fits = (
+            metadata["data_type"] == number.name
+            and metadata["shape"][1:] == shape
+            and metadata["chunk_grid"]["configuration"]["chunk_shape"] == [shard_size, *shape]
+            and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+            and sharding["name"] == "sharding_indexed"
+            and sharding["configuration"]["codecs"] in plain
+            and sharding["configuration"]["index_codecs"] == [little, {"name": "crc32c"}]
+            and sharding["configuration"]["index_location"] == "end"
+            and inner[0] == 1
+        )
+    except (KeyError, TypeError, ValueError):
+        return 0
+    # Chunks that cut a row along its leading axes alone are contiguous runs of its bytes.
+    lead = next((n for n in range(len(shape) + 1) if inner[1:] == [1] * n + shape[n:]), None)
+    return math.prod(shape[:lead]) if fits and lead is not None else 0
