@@ -14,7 +14,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from schemas.settings import AugmentSettings
+from stages.store.layout import CACHED, array_layouts
 from stages.store.reader import StoreReader
+from stages.train.cached import Cached
 
 SideTransform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,19 +27,16 @@ class Batch:
 
     image: torch.Tensor
     """(B, 3, S, S) uint8, at the side network's size."""
-    keys: torch.Tensor | None
-    """(B, L, H, T, d) in the store's type; None where the method uses no features."""
-    values: torch.Tensor | None
-    """(B, L, H, T, d)."""
+    cached: Cached | None
+    """Keys and values of all tapped layers; None where the method uses no features."""
     labels: torch.Tensor
     """(B,) int64."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
-        values = None if self.values is None else self.values.to(device, non_blocking=True)
+        cached = None if self.cached is None else self.cached.to(device)
         image, labels = self.image.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(image, keys, values, labels)
+        return Batch(image, cached, labels)
 
 
 def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
@@ -89,7 +88,8 @@ class FeatureDataset(Dataset[Batch]):
             features: Whether keys and values are read.
         """
         self._store, self._ids, self._labels, self._size, self._seed = store, tuple(ids), tuple(labels), size, seed
-        self._names = ("keys", "values", "side") if features else ("side",)
+        stored = array_layouts(store.store.spec)
+        self._names = (*(name for name in CACHED if features and name in stored), "side")
         self._augment = None if augment is None else augmentation(augment, size)
         self._buffers: dict[str, NDArray[Any]] = {}
 
@@ -120,8 +120,7 @@ class FeatureDataset(Dataset[Batch]):
             image = torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
         return Batch(
             image=image,
-            keys=torch.from_numpy(rows["keys"]) if "keys" in rows else None,
-            values=torch.from_numpy(rows["values"]) if "values" in rows else None,
+            cached=Cached.of(rows),
             labels=torch.tensor([self._labels[position] for _, position in indices]),
         )
 
