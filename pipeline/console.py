@@ -59,6 +59,15 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     Console(highlight=False).print(table)
 
 
+def show_sizes(by_dtype: Mapping[str, int], chosen: str) -> None:
+    """Bytes of an image in the cache for each type of its features."""
+    rows = [
+        (name + (" (chosen)" if name == chosen else ""), f"{count:,}", f"{by_dtype['float32'] / count:.1f}x")
+        for name, count in by_dtype.items()
+    ]
+    show_table("Cache for each features.dtype", ("dtype", "bytes an image", "smaller"), rows)
+
+
 def size(count: float) -> str:
     """Bytes for people: `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

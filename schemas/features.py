@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureDtype, Importance
+from schemas.settings import FeatureCodec, FeatureDtype, Importance
 
 FEATURE_VERSION = 1
 """Raised by hand when the definition of a feature changes; part of every fingerprint."""
 
 STORE_VERSION = 1
 """Raised by hand when the layout of the store changes; part of every fingerprint."""
+
+LATER_FIELDS: dict[str, Any] = {"codec": "none", "bitround": None}
+"""Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
 
 
 class LpmInfo(Contract):
@@ -71,13 +74,18 @@ class FeatureSpec(Contract):
     """T = int(ratio * N): tokens kept per head."""
     dtype: FeatureDtype
     """Type of keys and values."""
+    codec: FeatureCodec = "none"
+    """Compression of the chunks."""
+    bitround: int | None = None
+    """Mantissa bits that keys and values keep; None: all."""
     side_image_size: int
     """Side of the stored small image, in pixels."""
 
     @property
     def fingerprint(self) -> str:
         """Sha256 (hex) of the canonical JSON of all fields; the store is named by its first 16 characters."""
-        return digest(self.model_dump(mode="json"))
+        fields = self.model_dump(mode="json")
+        return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
 
     def differing(self, found: FeatureSpec) -> dict[str, tuple[Any, Any]]:
         """Dotted fields in which `found` differs from this, expected first."""
@@ -90,10 +98,18 @@ class FeatureSpec(Contract):
 
     @property
     def bytes_per_image(self) -> int:
-        """Bytes of one row in the store without checksums and shard indices."""
-        lpm, size = self.lpm, {"float16": 2, "float32": 4}[self.dtype]
-        per_layer = lpm.heads * self.kept * (2 * lpm.head_dim * size + 2)
+        """Bytes of one row in the store without checksums and shard indices, before compression."""
+        lpm, dim = self.lpm, self.lpm.head_dim
+        token = {"float32": 4 * dim, "float16": 2 * dim, "int8": dim, "int4": -(-dim // 2)}[self.dtype]
+        # Beside int8 codes a byte of scale per token, beside int4 codes one per channel; a half of offset per channel.
+        side_data = {"int8": self.kept + 2 * dim, "int4": dim + 2 * dim}.get(self.dtype, 0)
+        per_layer = lpm.heads * (2 * (self.kept * token + side_data) + 2 * self.kept)
         return len(self.layers) * per_layer + 2 * lpm.width * 4 + 3 * self.side_image_size**2 + 32
+
+    @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """`bytes_per_image` of the same features in every dtype."""
+        return {name: self.model_copy(update={"dtype": name}).bytes_per_image for name in get_args(FeatureDtype)}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -160,6 +176,8 @@ class ExtractionPlan(Contract):
     """The rest."""
     bytes_per_image: int
     """One row."""
+    cache_bytes_by_dtype: dict[str, int]
+    """One row, were it stored in another dtype."""
     bytes: int
     """What the rest will take."""
     files: int

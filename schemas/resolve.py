@@ -93,6 +93,8 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
         importance=features.importance,
         kept=int(features.ratio * lpm.tokens),
         dtype=features.dtype,
+        codec=features.codec,
+        bitround=features.bitround,
         side_image_size=features.side_image_size,
     )
 

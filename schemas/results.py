@@ -179,3 +179,5 @@ class CostReport(Contract):
     """exp(-log10(m / m_full + 1)): performance-memory efficiency is the score times this."""
     cache_bytes_per_image: int
     """One row of the store."""
+    cache_bytes_by_dtype: dict[str, int]
+    """One row, were it stored in another dtype."""

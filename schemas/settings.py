@@ -16,7 +16,8 @@ from schemas.base import Contract
 
 Method = Literal["fpt", "fpt+", "side"]
 Importance = Literal["global", "class_token"]
-FeatureDtype = Literal["float16", "float32"]
+FeatureDtype = Literal["float32", "float16", "int8", "int4"]
+FeatureCodec = Literal["none", "zstd", "blosc"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -83,11 +84,24 @@ class FeatureSettings(Contract):
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the tokens that is kept per head."""
     dtype: FeatureDtype = "float16"
-    """Type of the cached keys and values."""
+    """Type of the cached keys and values: float32, float16, int8 (a quarter of float32) or int4 (an eighth, coarse)."""
+    codec: FeatureCodec = "none"
+    """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
+    bitround: Annotated[int, Field(ge=1, le=23)] | None = None
+    """Mantissa bits that floats keep, so that a codec finds more to compress; null: all. Only for float dtypes."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Images per shard: what one task computes, and what a crash costs."""
+
+    @model_validator(mode="after")
+    def _check_bitround(self) -> FeatureSettings:
+        if self.bitround is not None:
+            if self.dtype not in ("float32", "float16"):
+                raise ValueError(f"bitround is for float dtypes, not for {self.dtype}")
+            if self.dtype == "float16" and self.bitround > 10:
+                raise ValueError(f"bitround must be at most 10 for float16 (is {self.bitround})")
+        return self
 
     @field_validator("layers")
     @classmethod

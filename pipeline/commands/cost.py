@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import show_json, show_pairs, size
+from pipeline.console import show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def cost(
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="fpt, fpt+ or side.", show_default=False)] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Of the cached features: float16 or float32.", show_default=False)
+        str | None,
+        typer.Option("--dtype", help="Of the cached features: float32, float16, int8, int4.", show_default=False),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images per training step.", show_default=False)
@@ -88,3 +89,4 @@ def _show(report: CostReport) -> None:
             ("Cache", f"{size(report.cache_bytes_per_image)} an image"),
         ],
     )
+    show_sizes(report.cache_bytes_by_dtype, report.dtype)

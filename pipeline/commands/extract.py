@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import duration, say, say_next, show_json, show_pairs, size
+from pipeline.console import duration, say, say_next, show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def extract(
     study = open_study(params, assignments or [])
     manifest = read_manifest(study.manifest)
     if plan:
-        _show_plan(plan_extraction(study.settings, study.root, study.cache, manifest), as_json)
+        found = plan_extraction(study.settings, study.root, study.cache, manifest)
+        _show_plan(found, study.settings.features.dtype, as_json)
         return
     if study.settings.lpm.weights != "hub":
         remind_to_watch(study, "lpm.weights", study.settings.lpm.weights)
@@ -71,7 +72,7 @@ def extract(
     say_next("fpt train")
 
 
-def _show_plan(plan: ExtractionPlan, as_json: bool) -> None:
+def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
     if as_json:
         show_json(plan.model_dump(mode="json"))
         return
@@ -89,5 +90,6 @@ def _show_plan(plan: ExtractionPlan, as_json: bool) -> None:
             ("Store", plan.store),
         ],
     )
+    show_sizes(plan.cache_bytes_by_dtype, dtype)
     if plan.bytes > plan.free_bytes:
         say("The disk is too small: free some space, or set FPT_CACHE_DIR to a larger disk.")

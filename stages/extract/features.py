@@ -15,6 +15,7 @@ from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from stages.extract.lpm import LoadedLpm
 from stages.extract.taps import Taps
+from stages.store.quantise import encode
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -22,7 +23,6 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,19 @@ class Pixels:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Rows of the store, by array name; on the CPU."""
+    """Rows of the store, on the CPU."""
 
-    keys: NDArray[np.floating]
-    """(B, L, H, T, d) in the store's type."""
-    values: NDArray[np.floating]
-    """(B, L, H, T, d) in the store's type."""
-    indices: NDArray[np.uint16]
-    """(B, L, H, T)."""
-    pooled: NDArray[np.float32]
-    """(B, 2, D): class token (or the mean, where there is none) and mean of the patches, after the final norm."""
-    side: NDArray[np.uint8]
-    """(B, 3, s, s)."""
+    arrays: dict[str, NDArray[Any]]
+    """Array name -> (B, ...), as `array_layouts` of the spec has it; without keys: for the side network alone.
+
+    `pooled` holds the class token (or the mean, where there is none) and the mean of the patches, after the final norm.
+    """
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.arrays["side"])
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.arrays[name]
 
 
 def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
@@ -82,30 +80,28 @@ def compute_features(
         device: Where the model is.
 
     Raises:
-        DataError: If a feature is not finite in the store's type.
+        DataError: If a feature is not finite in the store's type, or too large for it.
     """
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
     with Taps(lpm.model, spec) as taps:
         model: Any = lpm.model
         tokens: torch.Tensor = model.forward_features(normalise(stacked, spec.lpm.mean, spec.lpm.std))
         layers = taps.take()
-    kind = DTYPES[spec.dtype]
-    keys = torch.stack([layer.keys for layer in layers], dim=1).to(kind)
-    values = torch.stack([layer.values for layer in layers], dim=1).to(kind)
+    keys = torch.stack([layer.keys for layer in layers], dim=1)
+    values = torch.stack([layer.values for layer in layers], dim=1)
+    arrays = encode(keys, values, spec)
     indices = torch.stack([layer.indices for layer in layers], dim=1)
     mean = tokens[:, spec.lpm.prefix_tokens :].mean(dim=1)
     pooled = torch.stack([tokens[:, 0] if spec.lpm.has_class_token else mean, mean], dim=1).float()
-    for name, tensor in (("keys", keys), ("values", values), ("pooled outputs", pooled)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise DataError(
-                f"The {name} of the LPM are not finite in {spec.dtype}.",
-                "Its activations exceed the range of the type, or the weights are damaged.",
-                "Set features.dtype to float32, or check lpm.weights.",
-            )
+    if not bool(torch.isfinite(pooled).all()):
+        raise DataError(
+            "The pooled outputs of the LPM are not finite.", "The weights are damaged.", "Check lpm.weights."
+        )
     return FeatureBatch(
-        keys=keys.cpu().numpy(),
-        values=values.cpu().numpy(),
-        indices=indices.cpu().numpy().astype(np.uint16),
-        pooled=pooled.cpu().numpy(),
-        side=np.stack([image.side for image in images]),
+        {
+            **{name: array.cpu().numpy() for name, array in arrays.items()},
+            "indices": indices.cpu().numpy().astype(np.uint16),
+            "pooled": pooled.cpu().numpy(),
+            "side": np.stack([image.side for image in images]),
+        }
     )

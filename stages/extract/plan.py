@@ -96,6 +96,7 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
         cached=len(ids) - missing,
         to_compute=missing,
         bytes_per_image=spec.bytes_per_image,
+        cache_bytes_by_dtype=spec.bytes_by_dtype,
         bytes=missing * spec.bytes_per_image,
         files=math.ceil(missing / shard_size) * (len(array_layouts(spec)) + 1),
         free_bytes=shutil.disk_usage(place).free,

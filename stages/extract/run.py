@@ -170,10 +170,10 @@ class _Rows:
 
     def take(self, count: int) -> tuple[list[str], dict[str, NDArray[Any]]]:
         """The first `count` rows (or all); the others stay."""
-        names = ("keys", "values", "indices", "pooled", "side")
-        arrays = {name: np.concatenate([getattr(batch, name) for batch in self._batches]) for name in names}
+        names = self._batches[0].arrays
+        arrays = {name: np.concatenate([batch[name] for batch in self._batches]) for name in names}
         ids, self._ids = self._ids[:count], self._ids[count:]
-        self._batches = [FeatureBatch(**{name: arrays[name][count:] for name in names})] if self._ids else []
+        self._batches = [FeatureBatch({name: arrays[name][count:] for name in names})] if self._ids else []
         return ids, {name: arrays[name][:count] for name in names}
 
 

@@ -128,11 +128,4 @@ def _predict_batch(
 
 def _side_images(pixels: Sequence[Pixels]) -> FeatureBatch:
     """A batch for a network that reads nothing but the side image."""
-    count = len(pixels)
-    return FeatureBatch(
-        keys=np.empty((count, 0), dtype=np.float16),
-        values=np.empty((count, 0), dtype=np.float16),
-        indices=np.empty((count, 0), dtype=np.uint16),
-        pooled=np.empty((count, 0), dtype=np.float32),
-        side=np.stack([image.side for image in pixels]),
-    )
+    return FeatureBatch({"side": np.stack([image.side for image in pixels])})

@@ -2,7 +2,8 @@
 
     <cache root>/<first 16 of the fingerprint>/
         features.zarr/          Zarr v3 group; attributes hold the spec, the fingerprint and the shard size
-            keys values         (row, layer, head, token, channel), float
+            keys values         (row, layer, head, token, channel), float, int8, or two int4 codes a byte
+            scale offset        only beside int8 and int4: see `stages.store.quantise`
             indices             (row, layer, head, token), uint16: position of each kept token
             pooled              (row, output, width), float32: class token and mean of the patches
             side                (row, channel, y, x), uint8: the small image
@@ -11,8 +12,8 @@
         index/rows.bin          where each row lies; made from the receipts, and made again when it does not fit them
         locks/                  held while a shard is written
 
-One shard of an array is one file, one row is one inner chunk with its CRC32C. Bytes are raw, so that a reader that
-knows the shard index gets a row by one `pread`.
+One shard of an array is one file, one row is one inner chunk with its CRC32C. Without a codec bytes are raw, so that a
+reader that knows the shard index gets a row by one `pread`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 from filelock import FileLock
 from pydantic import ValidationError
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from schemas.errors import CacheCorruptError, CacheMismatchError
 from schemas.features import FeatureSpec
 from stages.files import storage_errors
+
+DEQUANTISE = {
+    "int8": (
+        "x[layer, head, token, channel] = 2 ** (scale[layer, part, head, token] / 8 - 24) * code"
+        " + offset[layer, part, head, channel]; part 0: keys, 1: values"
+    ),
+    "int4": (
+        "x[layer, head, token, channel] = 2 ** (scale[layer, part, head, channel] / 8 - 24) * (code - 7.5)"
+        " + offset[layer, part, head, channel]; part 0: keys, 1: values; the byte of channel pair j holds the codes of"
+        " channel j (low four bits) and of channel j + number of pairs (high four bits)"
+    ),
+}
+"""Attribute of quantised groups: how anyone gets the keys and values back."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +74,40 @@ class ArrayLayout:
         return count
 
 
+CACHED = ("keys", "values", "scale", "offset")
+"""Arrays that hold the cached tokens; the last two only in quantised stores."""
+
+
 def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     """Every array of a store of this spec, by name."""
-    lpm, layers, side = spec.lpm, len(spec.layers), spec.side_image_size
+    side = spec.side_image_size
+    lpm, layers = spec.lpm, len(spec.layers)
     tokens = ("layer", "head", "token")
     kept = (layers, lpm.heads, spec.kept)
     return {
-        "keys": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel")),
-        "values": ArrayLayout((*kept, lpm.head_dim), spec.dtype, (*tokens, "channel")),
+        **_cached_layouts(spec),
         "indices": ArrayLayout(kept, "uint16", tokens),
         "pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width")),
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
         "sha256": ArrayLayout((32,), "uint8", ("byte",)),
     }
+
+
+def _cached_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
+    layers, heads, kept, dim = len(spec.layers), spec.lpm.heads, spec.kept, spec.lpm.head_dim
+    packed = spec.dtype == "int4"
+    codes = ArrayLayout(
+        (layers, heads, kept, -(-dim // 2) if packed else dim),
+        "uint8" if packed else spec.dtype,
+        ("layer", "head", "token", "channel_pair" if packed else "channel"),
+    )
+    layouts = {"keys": codes, "values": codes}
+    if spec.dtype in ("int8", "int4"):
+        axis, length = ("channel", dim) if packed else ("token", kept)
+        # Keys and values together, and the layer first as in every other array.
+        layouts["scale"] = ArrayLayout((layers, 2, heads, length), "uint8", ("layer", "part", "head", axis))
+        layouts["offset"] = ArrayLayout((layers, 2, heads, dim), "float16", ("layer", "part", "head", "channel"))
+    return layouts
 
 
 @dataclass(frozen=True)
@@ -145,6 +181,8 @@ def _create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
         "shard_size": shard_size,
         "spec": spec.model_dump(mode="json"),
     }
+    if spec.dtype in DEQUANTISE:
+        attributes["dequantise"] = DEQUANTISE[spec.dtype]
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     for name, array in array_layouts(spec).items():
         group.create_array(
@@ -154,13 +192,23 @@ def _create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
             chunks=(1, *array.chunk),
             dtype=array.dtype,
             filters=None,
-            compressors=[Crc32cCodec()],
+            compressors=[*_codecs(spec, array), Crc32cCodec()],
             dimension_names=("row", *array.dims),
             chunk_key_encoding={"name": "default", "separator": "."},
             # A row of zeros must be there as bytes: for the reader a missing chunk is an error, not zeros.
             config={"write_empty_chunks": True},
             fill_value=0,
         )
+
+
+def _codecs(spec: FeatureSpec, array: ArrayLayout) -> list[Any]:
+    """What compresses a chunk before its checksum."""
+    if spec.codec == "zstd":
+        return [ZstdCodec(level=3)]
+    if spec.codec == "blosc":
+        size = np.dtype(array.dtype).itemsize
+        return [BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=size)]
+    return []
 
 
 def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:

@@ -21,7 +21,8 @@ from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec, network_spec
 from schemas.results import CostReport, SideNetworkSpec
 from schemas.settings import Settings, TrainSettings
-from stages.extract.features import DTYPES
+from stages.store.layout import CACHED, array_layouts
+from stages.train.cached import Cached
 from stages.train.data import Batch
 from stages.train.loop import Recipe, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork, learnable_parameters
@@ -44,7 +45,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
         network = PromptedSideNetwork(spec)
     model = _build_lpm(lpm, classes)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
-    mib = _side_step_mib(network, spec, features, settings.train, lpm)
+    mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
     share = learnable / lpm_parameters
     return CostReport(
@@ -62,6 +63,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
         ppe_factor=efficiency_factor(share),
         pme_factor=efficiency_factor(mib / full_mib),
         cache_bytes_per_image=features.bytes_per_image,
+        cache_bytes_by_dtype=features.bytes_by_dtype,
     )
 
 
@@ -84,21 +86,27 @@ def _build_lpm(lpm: LpmInfo, classes: int) -> nn.Module:
 
 
 def _side_step_mib(
-    network: PromptedSideNetwork, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings, lpm: LpmInfo
+    network: PromptedSideNetwork, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings
 ) -> float:
     """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
-    recipe = Recipe(train, lpm.mean, lpm.std, class_weights=None, device=torch.device("cpu"), workers=0)
+    mean, std = features.lpm.mean, features.lpm.std
+    recipe = Recipe(train, mean, std, class_weights=None, device=torch.device("cpu"), workers=0)
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
         images = torch.empty(train.batch_size, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
         labels = torch.zeros(train.batch_size, dtype=torch.int64)
-        keys = values = None
+        cached = None
         tensors = [images, labels]
         if spec.method != "side":
-            shape = (train.batch_size, spec.layers, spec.heads, features.kept, lpm.head_dim)
-            keys, values = (torch.empty(shape, dtype=DTYPES[features.dtype]) for _ in range(2))
-            tensors += [keys, values]
-        batch, optimizer = Batch(images, keys, values, labels), make_optimizer(network, train)
+            stored = {name: layout for name, layout in array_layouts(features).items() if name in CACHED}
+            cached = Cached(
+                **{
+                    name: torch.empty((train.batch_size, *layout.shape), dtype=getattr(torch, layout.dtype))
+                    for name, layout in stored.items()
+                }
+            )
+            tensors += cached.tensors()
+        batch, optimizer = Batch(images, cached, labels), make_optimizer(network, train)
         return optimizer, tensors, lambda: training_step(network, optimizer, batch, recipe)
 
     return _peak_mib(network, make_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from schemas.settings import AugmentSettings
 from stages.shared import SharedArrays
+from stages.store.layout import CACHED
 from stages.store.memory import Rows
+from stages.train.cached import Cached
 
 PREFETCH = 2
 """Batches that a worker prepares ahead."""
@@ -29,19 +31,16 @@ class Batch:
 
     image: torch.Tensor
     """(B, 3, S, S) uint8, at the side network's size."""
-    keys: torch.Tensor | None
-    """(B, L, H, T, d) in the store's type; None where the method uses no features."""
-    values: torch.Tensor | None
-    """(B, L, H, T, d)."""
+    cached: Cached | None
+    """Keys and values of all tapped layers; None where the method uses no features."""
     labels: torch.Tensor
     """(B,) int64."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
-        values = None if self.values is None else self.values.to(device, non_blocking=True)
+        cached = None if self.cached is None else self.cached.to(device)
         image, labels = self.image.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(image, keys, values, labels)
+        return Batch(image, cached, labels)
 
 
 def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
@@ -64,9 +63,10 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def array_names(features: bool) -> tuple[str, ...]:
-    """Arrays of the store that a data set reads."""
-    return ("keys", "values", "side") if features else ("side",)
+def array_names(stored: Iterable[str], features: bool) -> tuple[str, ...]:
+    """Of the arrays of a store, those that a data set reads."""
+    wanted = {*CACHED, "side"} if features else {"side"}
+    return tuple(name for name in stored if name in wanted)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FeatureDataset(Dataset[Batch]):
             CacheIncompleteError: If an image has no row.
         """
         self._store, self._ids, self._labels, self._size, self._seed = store, tuple(ids), tuple(labels), size, seed
-        self._names = array_names(features)
+        self._names = array_names(store.layouts, features)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -175,8 +175,7 @@ class FeatureDataset(Dataset[Batch]):
             image = torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
         batch = Batch(
             image=image,
-            keys=torch.from_numpy(rows["keys"]) if "keys" in rows else None,
-            values=torch.from_numpy(rows["values"]) if "values" in rows else None,
+            cached=Cached.of(rows),
             labels=torch.tensor([self._labels[position] for position in positions]),
         )
         return batch, rows
@@ -268,8 +267,8 @@ class BatchLoader:
 
     def _open(self, ticket: Ticket) -> Batch:
         arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
-        tensors = {name: torch.from_numpy(array[:count]) for name, array in arrays.items()}
-        return Batch(tensors["image"], tensors.get("keys"), tensors.get("values"), torch.tensor(ticket.labels))
+        rows = {name: array[:count] for name, array in arrays.items()}
+        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels))
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:

@@ -15,7 +15,6 @@ Wq, Wo and LayerNorm are shared by all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -23,26 +22,26 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from schemas.results import SideNetworkSpec
-
-CHUNK = 4
-"""Images whose keys and values are widened to the type of the query at a time: bounds memory, and fits the caches."""
+from stages.train.cached import CHUNK, Cached
 
 
-def context(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def context(query: torch.Tensor, cached: Cached) -> torch.Tensor:
     """Cross-attention of prompts to cached tokens.
 
     Args:
         query: (P, D), the same for every image of the batch.
-        keys: (B, H, T, d) in any float type; D = H * d. A constant: no gradient is computed for it.
-        values: (B, H, T, d). A constant too.
+        cached: One layer, D = H * d. A constant: no gradient is computed for it.
 
     Returns:
         (B, P, D) in the type of `query`.
     """
-    _, heads, _, head_dim = keys.shape
+    heads = cached.keys.shape[1]
+    head_dim = query.shape[1] // heads
     # The query carries no batch axis: the scale and the head split are applied once, not per image.
     split = (query * head_dim**-0.5).view(-1, heads, head_dim).transpose(0, 1)
-    return cast("torch.Tensor", _Attend.apply(split, keys, values)).flatten(2)
+    return cast("torch.Tensor", _Attend.apply(split, cached.keys, cached.values, cached.scale, cached.offset)).flatten(
+        2
+    )
 
 
 class _Attend(torch.autograd.Function):
@@ -53,34 +52,32 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(H, P, d), (B, H, T, d), (B, H, T, d) -> (B, P, H, d)."""
-        ctx.save_for_backward(query, keys, values)
+    def forward(ctx: Any, query: torch.Tensor, *cached: Any) -> torch.Tensor:
+        """(H, P, d) and keys, values, scale, offset of `Cached` -> (B, P, H, d)."""
+        ctx.save_for_backward(query, *cached)
         heads, count, head_dim = query.shape
-        mixed = query.new_empty(len(keys), count, heads, head_dim)
-        for out, k, v in _chunks(mixed, keys, values):
-            weights = torch.softmax(query @ k.to(query.dtype).mT, dim=-1)
-            out.copy_((weights @ v.to(query.dtype)).transpose(1, 2))
+        mixed = query.new_empty(len(cached[0]), count, heads, head_dim)
+        for out, tokens in zip(torch.split(mixed, CHUNK), Cached(*cached).chunks(query), strict=True):
+            weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
+            out.copy_(tokens.mix(weights).transpose(1, 2))
         return mixed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Gradient of the query: dS = A (dA - sum_j A dA), dq = dS k, with A = softmax(q k^T) and dA = dO v^T."""
-        query, keys, values = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the query: dS = A (dA - sum_j A dA), dq = dS k, with A = softmax(q k^T) and dA = dO v^T.
+
+        Offsets drop out: dO . o is the same for every token, and each row of dS sums to 0.
+        """
+        query, *cached = ctx.saved_tensors
         total = torch.zeros_like(query)
-        for grad, k, v in _chunks(grads[0], keys, values):
-            wide = k.to(query.dtype)
-            weights = torch.softmax(query @ wide.mT, dim=-1)
-            inner = grad.transpose(1, 2) @ v.to(query.dtype).mT
+        for grad, tokens in zip(torch.split(grads[0], CHUNK), Cached(*cached).chunks(query), strict=True):
+            wide = tokens.wide_keys()
+            weights = torch.softmax(tokens.scores(query, wide), dim=-1)
+            inner = tokens.unmix(grad.transpose(1, 2))
             inner -= (inner * weights).sum(dim=-1, keepdim=True)
-            total += (inner.mul_(weights) @ wide).sum(dim=0)
-        return total, None, None
-
-
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few images of each (B, ...), as views."""
-    return zip(*(torch.split(tensor, CHUNK) for tensor in tensors), strict=True)
+            total += tokens.unscore(inner.mul_(weights), wide).sum(dim=0)
+        return total, None, None, None, None
 
 
 class Fusion(nn.Module):
@@ -100,19 +97,18 @@ class Fusion(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         nn.init.normal_(self.prompts, std=1e-6)
 
-    def forward(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, cached: Cached) -> torch.Tensor:
         """Prompts for side block `layer`.
 
         Args:
             layer: Position among the tapped layers, from 0.
-            keys: (B, H, T, d) of that layer.
-            values: (B, H, T, d) of that layer.
+            cached: Keys and values of that layer.
 
         Returns:
             (B, P, width of the side network).
         """
         prompts = self.prompts[layer]
-        mixed = context(self.query(prompts), keys, values)
+        mixed = context(self.query(prompts), cached)
         fused = self.out(mixed + prompts) if self.wide else self.out(mixed) + prompts
         dropped: torch.Tensor = self.dropout(fused)
         return dropped

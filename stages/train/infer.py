@@ -9,6 +9,7 @@ import torch
 from stages.extract.features import FeatureBatch, normalise
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
+from stages.train.cached import Cached
 from stages.train.data import Batch, EpochSampler, FeatureDataset, batches, to_size
 from stages.train.network import PromptedSideNetwork
 
@@ -17,7 +18,7 @@ def batch_logits(
     network: PromptedSideNetwork, batch: Batch, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
     """(B, classes): the one way from a batch to logits, in training, evaluation and prediction."""
-    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.keys, batch.values)
+    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.cached)
     return logits
 
 
@@ -52,9 +53,8 @@ def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
     """
     network, lpm = bundle.network, bundle.spec.features.lpm
     batch = Batch(
-        image=to_size(torch.from_numpy(features.side), network.spec.image_size),
-        keys=torch.from_numpy(features.keys),
-        values=torch.from_numpy(features.values),
+        image=to_size(torch.from_numpy(features["side"]), network.spec.image_size),
+        cached=Cached.of(features.arrays),
         labels=torch.zeros(len(features), dtype=torch.int64),
     )
     device = next(network.parameters()).device

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from schemas.results import SideNetworkSpec
+from stages.train.cached import Cached
 from stages.train.fusion import Fusion
 from stages.train.side_network import SideNetwork
 
@@ -22,15 +23,12 @@ class PromptedSideNetwork(nn.Module):
         self.side = SideNetwork(spec)
         self.fusion = None if spec.method == "side" else Fusion(spec)
 
-    def forward(
-        self, image: torch.Tensor, keys: torch.Tensor | None = None, values: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, cached: Cached | None = None) -> torch.Tensor:
         """Run one batch.
 
         Args:
             image: (B, 3, S, S), normalised.
-            keys: (B, L, H, T, d) in the type of the store; may be None for method "side".
-            values: (B, L, H, T, d).
+            cached: Keys and values in the type of the store; may be None for method "side".
 
         Returns:
             Logits (B, classes).
@@ -39,9 +37,9 @@ class PromptedSideNetwork(nn.Module):
         for layer in range(self.spec.layers):
             prompts = None
             if self.fusion is not None:
-                if keys is None or values is None:
+                if cached is None:
                     raise ValueError(f"method {self.spec.method} needs keys and values")
-                prompts = self.fusion(layer, keys[:, layer], values[:, layer])
+                prompts = self.fusion(layer, cached.layer(layer))
             tokens = self.side.block(layer, tokens, prompts)
         return self.side.classify(tokens)
 

@@ -182,7 +182,7 @@ def _rows(
 ) -> Rows:
     """The store, or in memory what training reads of it."""
     ids = tuple(dict.fromkeys(row.id for split in SPLITS for row in manifest.of(split)))
-    names = array_names(settings.method != "side")
+    names = array_names(store.layouts, settings.method != "side")
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
         tell(memory)

@@ -43,6 +43,8 @@ SPEC: dict[str, Any] = {
     "kept": 205,
     "dtype": "float16",
     "side_image_size": 144,
+    "codec": "none",
+    "bitround": None,
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -53,6 +55,8 @@ OTHER_SPEC: dict[str, Any] = {
     "kept": 204,
     "dtype": "float32",
     "side_image_size": 160,
+    "codec": "zstd",
+    "bitround": 7,
 }
 
 

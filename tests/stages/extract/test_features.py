@@ -99,14 +99,14 @@ def test_features_of_images_equal_the_formulas_in_single_precision() -> None:
     pixels = torch.stack([((torch.tensor(x) / 255 - mean) / std).permute(2, 0, 1) for x in resized])
     for position, layer in enumerate(spec.layers):
         keys, values, indices = direct(lpm.model, pixels, layer, "global", 20)
-        assert np.array_equal(batch.indices[:, position], indices.numpy())
-        np.testing.assert_allclose(batch.keys[:, position], keys.numpy(), atol=1e-5, rtol=0)
-        np.testing.assert_allclose(batch.values[:, position], values.numpy(), atol=1e-5, rtol=0)
+        assert np.array_equal(batch["indices"][:, position], indices.numpy())
+        np.testing.assert_allclose(batch["keys"][:, position], keys.numpy(), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(batch["values"][:, position], values.numpy(), atol=1e-5, rtol=0)
     tokens = lpm.model.forward_features(pixels)
-    np.testing.assert_allclose(batch.pooled[:, 0], tokens[:, 0].numpy(), atol=1e-5)
-    np.testing.assert_allclose(batch.pooled[:, 1], tokens[:, 1:].mean(1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(batch["pooled"][:, 0], tokens[:, 0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(batch["pooled"][:, 1], tokens[:, 1:].mean(1).numpy(), atol=1e-5)
     expected = np.asarray(images[1].resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert np.array_equal(batch.side[1], expected)
+    assert np.array_equal(batch["side"][1], expected)
 
 
 def test_a_batch_gives_what_single_images_give() -> None:
@@ -115,11 +115,11 @@ def test_a_batch_gives_what_single_images_give() -> None:
     rng = np.random.default_rng(0)
     images = [to_pixels(Image.fromarray(rng.integers(0, 255, (160, 160, 3), dtype=np.uint8)), spec) for _ in range(3)]
     together = compute_features(lpm, spec, images)
-    assert together.keys.dtype == np.float16
+    assert together["keys"].dtype == np.float16
     for row, image in enumerate(images):
         alone = compute_features(lpm, spec, [image])
-        assert np.array_equal(alone.indices[0], together.indices[row])
-        np.testing.assert_allclose(alone.keys[0], together.keys[row], atol=2e-3)
+        assert np.array_equal(alone["indices"][0], together["indices"][row])
+        np.testing.assert_allclose(alone["keys"][0], together["keys"][row], atol=2e-3)
 
 
 def test_importance_is_a_distribution_over_tokens() -> None:

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from schemas.features import FeatureSpec, LpmInfo
 from schemas.results import SideNetworkSpec
+from stages.store.quantise import dequantise, encode
+from stages.train.cached import Cached
 from stages.train.fusion import context
 from stages.train.network import PromptedSideNetwork, learnable_parameters
 
@@ -149,7 +152,7 @@ def test_logits_are_those_of_the_equations(method: str) -> None:
     batch = inputs()
     expected = transcribe(network, *batch)
     with torch.no_grad():
-        found = network(*batch)
+        found = network(batch[0], Cached(*batch[1:]))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -166,7 +169,7 @@ def test_dropout_falls_on_the_fused_prompts_and_nowhere_else(method: str, monkey
 
     monkeypatch.setattr(torch.nn.functional, "dropout", known)
     with torch.no_grad():
-        found = network(*batch)
+        found = network(batch[0], Cached(*batch[1:]))
     assert next(drawn, None) is None
     torch.testing.assert_close(found.double(), transcribe(network, *batch, mask=mask.double()), rtol=1e-5, atol=1e-5)
 
@@ -194,7 +197,7 @@ def test_learnable_parameters_of_vit_base_are_the_published_ones(
 @pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
 def test_gradient_reaches_every_parameter(method: str) -> None:
     network = build(method).train()
-    torch.nn.functional.cross_entropy(network(*inputs()), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(network(inputs()[0], Cached(*inputs()[1:])), torch.tensor([0, 2])).backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
 
@@ -204,7 +207,7 @@ def test_a_fresh_network_learns_from_its_first_step(method: str) -> None:
     """Prompts start near zero: the projections around them must pass a gradient all the same."""
     torch.manual_seed(0)
     network = PromptedSideNetwork(tiny(method)).train()
-    torch.nn.functional.cross_entropy(network(*inputs()), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(network(inputs()[0], Cached(*inputs()[1:])), torch.tensor([0, 2])).backward()
     for name in ("fusion.prompts", "fusion.out.weight", "side.patch_embed.weight"):
         assert network.get_parameter(name).grad.abs().sum() > 0, name
 
@@ -214,9 +217,9 @@ def test_features_change_the_logits_unless_the_method_ignores_them(method: str) 
     network = build(method).eval()
     image, keys, values = inputs()
     with torch.no_grad():
-        base = network(image, keys, values)
-        moved_keys = network(image, keys.flip(0), values)
-        moved_values = network(image, keys, values + 1.0)
+        base = network(image, Cached(keys, values))
+        moved_keys = network(image, Cached(keys.flip(0), values))
+        moved_values = network(image, Cached(keys, values + 1.0))
     changes = [(moved - base).abs().max() for moved in (moved_keys, moved_values)]
     assert all(change == 0 for change in changes) if method == "side" else all(change > 1e-3 for change in changes)
 
@@ -227,9 +230,9 @@ def test_half_precision_features_give_the_same_logits_within_rounding(method: st
     image, keys, values = inputs()
     halves = keys.half(), values.half()
     with torch.no_grad():
-        stored = network(image, *halves)
-        exact = network(image, *(half.float() for half in halves))
-        single = network(image, keys, values)
+        stored = network(image, Cached(*halves))
+        exact = network(image, Cached(*(half.float() for half in halves)))
+        single = network(image, Cached(keys, values))
     torch.testing.assert_close(stored, exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stored, single, rtol=2e-2, atol=2e-2)
 
@@ -248,10 +251,10 @@ def test_context_and_its_gradient(batch: int) -> None:
     _, keys, values = (part.double() for part in inputs(batch))
     keys, values = keys[:, 0], values[:, 0]
     query = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(context(query, keys, values), plain_context(query, keys, values))
-    assert torch.autograd.gradcheck(lambda q: context(q, keys, values), (query,))
+    torch.testing.assert_close(context(query, Cached(keys, values)), plain_context(query, keys, values))
+    assert torch.autograd.gradcheck(lambda q: context(q, Cached(keys, values)), (query,))
     upstream = torch.randn(batch, 5, 32, dtype=torch.float64)
-    (mine,) = torch.autograd.grad(context(query, keys, values), query, upstream)
+    (mine,) = torch.autograd.grad(context(query, Cached(keys, values)), query, upstream)
     (plain,) = torch.autograd.grad(plain_context(query, keys, values), query, upstream)
     torch.testing.assert_close(mine, plain)
 
@@ -259,10 +262,47 @@ def test_context_and_its_gradient(batch: int) -> None:
 def test_context_of_halves_has_the_gradient_of_the_widened() -> None:
     _, keys, values = (part[:, 0].half() if part.dim() == 5 else part for part in inputs(3))
     query = torch.randn(5, 32, requires_grad=True)
-    (halves,) = torch.autograd.grad(context(query, keys, values).square().sum(), query)
-    (wide,) = torch.autograd.grad(context(query, keys.float(), values.float()).square().sum(), query)
+    (halves,) = torch.autograd.grad(context(query, Cached(keys, values)).square().sum(), query)
+    (wide,) = torch.autograd.grad(context(query, Cached(keys.float(), values.float())).square().sum(), query)
     assert halves.dtype == torch.float32
     assert torch.equal(halves, wide)
+
+
+def quantised(dtype: str, batch: int, head_dim: int = 16) -> tuple[Cached, torch.Tensor, torch.Tensor]:
+    """One layer as codes, and its dequantised keys and values in double precision."""
+    lpm = LpmInfo(
+        name="tiny", depth=1, width=2 * head_dim, heads=2, patch=16, prefix_tokens=1, has_class_token=True,
+        image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic",
+    )  # fmt: skip
+    spec = FeatureSpec(
+        lpm=lpm, weights_sha256="0" * 64, layers=(0,), importance="global", kept=KEPT, dtype=dtype, side_image_size=16
+    )
+    generator = torch.Generator().manual_seed(2)
+    shape = (batch, 1, 2, KEPT, head_dim)
+    keys, values = (torch.randn(shape, generator=generator) + 3 * torch.randn(head_dim) for _ in range(2))
+    arrays = {name: array.numpy() for name, array in encode(keys, values, spec).items()}
+    cached = Cached.of(arrays)
+    assert cached is not None
+    wide = [torch.from_numpy(array[:, 0]).double() for array in dequantise(arrays, spec)]
+    return cached.layer(0), wide[0], wide[1]
+
+
+@pytest.mark.parametrize("head_dim", [16, 5])
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_context_of_codes_is_that_of_the_dequantised(dtype: str, batch: int, head_dim: int) -> None:
+    cached, keys, values = quantised(dtype, batch, head_dim)
+    query = torch.randn(5, 2 * head_dim, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(context(query, cached), plain_context(query, keys, values), rtol=0, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda q: context(q, cached), (query,))
+    upstream = torch.randn(batch, 5, 2 * head_dim, dtype=torch.float64)
+    (mine,) = torch.autograd.grad(context(query, cached), query, upstream)
+    (plain,) = torch.autograd.grad(plain_context(query, keys, values), query, upstream)
+    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+    single = query.detach().float().requires_grad_()
+    torch.testing.assert_close(context(single, cached).double(), plain_context(query, keys, values), rtol=0, atol=1e-5)
+    (narrow,) = torch.autograd.grad(context(single, cached), single, upstream.float())
+    torch.testing.assert_close(narrow.double(), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fpt", "fpt+"])

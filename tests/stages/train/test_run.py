@@ -194,8 +194,8 @@ def test_workers_give_the_batches_of_the_process_itself(study: Study) -> None:
     data = dataset(study, study.extract(), augment=True)
     sampler = EpochSampler(len(data), 5, seed=1)
     sampler.epoch = 2
-    alone = [(b.image.clone(), b.keys.clone(), b.labels) for b in batches(data, sampler)]
-    helped = [(b.image.clone(), b.keys.clone(), b.labels) for b in batches(data, sampler, workers=2)]
+    alone = [(b.image.clone(), b.cached.keys.clone(), b.labels) for b in batches(data, sampler)]
+    helped = [(b.image.clone(), b.cached.keys.clone(), b.labels) for b in batches(data, sampler, workers=2)]
     assert len(alone) == len(helped) == 5
     for left, right in zip(alone, helped, strict=True):
         for a, b in zip(left, right, strict=True):
@@ -207,7 +207,7 @@ def test_only_the_side_image_is_augmented(study: Study) -> None:
     plain, augmented = dataset(study, receipt, False), dataset(study, receipt, True)
     index = [(1, 4), (1, 9)]
     a, b = plain.__getitems__(index), augmented.__getitems__(index)
-    assert torch.equal(a.keys, b.keys)
+    assert torch.equal(a.cached.keys, b.cached.keys)
     assert not torch.equal(a.image, b.image)
     first = b.image.clone()
     again = augmented.__getitems__(index[::-1]).image.clone()
@@ -248,6 +248,5 @@ def test_the_side_network_alone_does_not_read_features(study: Study) -> None:
     store = open_store(study.cache, receipt)
     data = FeatureDataset(store, [study.manifest.rows[0].id], [0], 32, features=False)
     batch = data[(1, 0)]
-    assert batch.keys is None
-    assert batch.values is None
+    assert batch.cached is None
     assert np.array_equal(batch.labels, [0])
