@@ -20,6 +20,7 @@ from stages.extract.weights import locate_weights
 from stages.files import sha256_file
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
 from stages.store.reader import read_receipt
+from stages.store.reuse import reusable_rows
 
 PROBE_EFFICIENCY = 0.6
 """Share of a large matrix product's speed that a ViT's forward pass reaches."""
@@ -76,7 +77,9 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
     except FileNotFoundError:
         inventory, shard_size = Inventory({}, (), None), settings.features.shard_size
     ids = manifest.ids()
-    missing = sum(image_id not in inventory.rows for image_id in ids)
+    absent = [image_id for image_id in ids if image_id not in inventory.rows]
+    reused = len(reusable_rows(cache_root, spec, absent)) if absent else 0
+    missing, written = len(absent) - reused, len(absent)
     known = inventory.seconds_per_image
     place = cache_root
     while not place.exists():
@@ -86,10 +89,11 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
         store=str(store_path(cache_root, spec.fingerprint)),
         images=len(ids),
         cached=len(ids) - missing,
+        reused=reused,
         to_compute=missing,
         bytes_per_image=spec.bytes_per_image,
-        bytes=missing * spec.bytes_per_image,
-        files=math.ceil(missing / shard_size) * (len(array_layouts(spec)) + 1),
+        bytes=written * spec.bytes_per_image,
+        files=(math.ceil(missing / shard_size) + math.ceil(reused / shard_size)) * (len(array_layouts(spec)) + 1),
         free_bytes=shutil.disk_usage(place).free,
         seconds=round(missing * (known if known is not None else probe_seconds(spec.lpm) if missing else 0.0), 1),
         estimate="probe" if known is None else "receipts",

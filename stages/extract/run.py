@@ -28,6 +28,8 @@ from stages.files import sha256_file
 from stages.images import read_image
 from stages.store.layout import Store, create_store
 from stages.store.reader import read_receipt, receipt_digest
+from stages.store.reuse import copy_rows
+from stages.store.uses import at_work, register_use
 from stages.store.verify import damaged_shards
 from stages.store.writer import claim_shard, remove_claimed_shards, write_shard
 
@@ -47,6 +49,8 @@ class ExtractProgress:
     """Found in the store at the start."""
     repaired: int
     """Shards that were removed because their files did not fit their receipts."""
+    reused: int = 0
+    """Of the cached, copied from a store of more layers."""
 
 
 def extract(
@@ -76,36 +80,59 @@ def extract(
     """
     spec = requested_spec(settings, root)
     store = create_store(cache_root, spec, settings.features.shard_size)
+    with at_work(store.path):
+        # Garbage collection may have taken an unused store between the two lines above; now it cannot.
+        store = create_store(cache_root, spec, settings.features.shard_size)
+        register_use(cache_root, spec.fingerprint, root, output / "receipt.json", None)
+        receipt = _extract(settings, root, store, manifest, progress, check)
+        write_extraction_receipt(receipt, output / "receipt.json")
+        shards = [int(shard) for shard in receipt.shards]
+        register_use(cache_root, spec.fingerprint, root, output / "receipt.json", shards)
+    return receipt
+
+
+def _extract(
+    settings: Settings,
+    root: Path,
+    store: Store,
+    manifest: Manifest,
+    progress: Callable[[ExtractProgress], None] | None,
+    check: bool,
+) -> ExtractionReceipt:
+    spec = store.spec
     inventory = take_inventory(store)
     broken = [*inventory.broken, *(damaged_shards(store) if check else ())]
     if broken:
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)
     paths = {row.id: row.path for row in reversed(manifest.rows)}
-    missing = [image_id for image_id in manifest.ids() if image_id not in inventory.rows]
     total = len(manifest.ids())
-    cached = total - len(missing)
+    missing = [image_id for image_id in manifest.ids() if image_id not in inventory.rows]
+    cached = here = total - len(missing)
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress(ExtractProgress(done, total, cached, len(broken)))
+            progress(ExtractProgress(done, total, cached, len(broken), cached - here))
 
-    tell(cached)
     if missing:
         _require_space(store, len(missing) * spec.bytes_per_image)
+        if copy_rows(store.path.parent, store, missing, lambda _: None):
+            inventory = take_inventory(store)
+            missing = [image_id for image_id in manifest.ids() if image_id not in inventory.rows]
+            cached = total - len(missing)
+    tell(cached)
+    if missing:
         folder = (root / settings.data.images).resolve()
         _fill(settings, root, store, [(image_id, folder / paths[image_id]) for image_id in missing], cached, tell)
         inventory = take_inventory(store)
     shards = sorted({inventory.rows[image_id] for image_id in manifest.ids()})
-    receipt = ExtractionReceipt(
+    return ExtractionReceipt(
         fingerprint=spec.fingerprint,
         spec=spec,
         images=total,
         manifest_sha256=manifest_digest(manifest),
         shards={str(shard): receipt_digest(read_receipt(store, shard)) for shard in shards},
     )
-    write_extraction_receipt(receipt, output / "receipt.json")
-    return receipt
 
 
 def manifest_digest(manifest: Manifest) -> str:

@@ -121,6 +121,27 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
         CacheIncompleteError: If the receipt or a file is gone.
         CacheCorruptError: If the receipt is damaged or a file has another length.
     """
+    receipt, repair = parse_receipt(store, shard), "Run `fpt extract`: it computes what is missing."
+    for name, expected in receipt.files.items():
+        file = store.shard_file(name, shard)
+        try:
+            length = file.stat().st_size
+        except FileNotFoundError:
+            raise CacheIncompleteError(f"The shard file {file} is gone.", (file.name,), repair=repair) from None
+        if length != expected.bytes:
+            raise CacheCorruptError(
+                f"The shard file {file} has {length} bytes instead of {expected.bytes}.", file.name, repair=repair
+            )
+    return receipt
+
+
+def parse_receipt(store: Store, shard: int) -> ShardReceipt:
+    """The receipt of a finished shard, without a look at its files.
+
+    Raises:
+        CacheIncompleteError: If the receipt is gone.
+        CacheCorruptError: If it is damaged or belongs elsewhere.
+    """
     path = store.receipt(shard)
     repair = "Run `fpt extract`: it computes what is missing."
     try:
@@ -136,16 +157,6 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
         or not 0 < len(receipt.rows) <= store.shard_size
     ):
         raise CacheCorruptError(f"The receipt {path} belongs to another shard or store.", path.name, repair=repair)
-    for name, expected in receipt.files.items():
-        file = store.shard_file(name, shard)
-        try:
-            length = file.stat().st_size
-        except FileNotFoundError:
-            raise CacheIncompleteError(f"The shard file {file} is gone.", (file.name,), repair=repair) from None
-        if length != expected.bytes:
-            raise CacheCorruptError(
-                f"The shard file {file} has {length} bytes instead of {expected.bytes}.", file.name, repair=repair
-            )
     return receipt
 
 
