@@ -117,6 +117,10 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
     target, count = remote.store(store.spec, store.shard_size), _Count()
     ours = sound_receipts(store)
     with transfer_errors(remote):
+        group = target.place("features.zarr/zarr.json")
+        if remote.fs.isfile(group):
+            found = json.loads(remote.fs.cat_file(group))["attributes"]["shard_size"]
+            _same_shards(store.shard_size, found, remote.url)
         theirs = _whole(target, target.receipts())
         there = {row for receipt in theirs.values() for row in receipt.rows}
         above = max([-1, *ours, *theirs]) + 1
@@ -242,10 +246,9 @@ def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
         place = target.place(f"features.zarr/{name}zarr.json")
         metadata = json.loads((store.group / f"{name}zarr.json").read_bytes())
         if fs.isfile(place):
-            there = json.loads(fs.cat_file(place))
             if not name:
-                _same_shards(store.shard_size, int(there["attributes"]["shard_size"]), target.remote.url)
                 continue
+            there = json.loads(fs.cat_file(place))
             metadata["shape"][0] = max(there["shape"][0], shards * store.shard_size)
             if metadata["shape"] == there["shape"]:
                 continue

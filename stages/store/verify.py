@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def verify_store(
         wanted: Image ids that are named where a shard is gone without a trace of its rows.
         progress: Called with shards.
     """
+    store = _with_agreed_size(store)
     checked = _check_shards(store, progress)
     damages = [damage for shard in checked for damage in shard.damages]
     damages += _metadata_damage(store, [shard.shard for shard in checked])
@@ -95,6 +96,7 @@ def repair_store(store: Store, verification: Verification) -> None:
     Raises:
         StorageError: If the store cannot be written.
     """
+    store = _with_agreed_size(store)
     with storage_errors(store.path):
         for damage in verification.damages:
             path = store.path / damage.file
@@ -245,6 +247,18 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
                 shard=None,
                 reason="It does not describe the arrays of this store.",
             )
+
+
+def _with_agreed_size(store: Store) -> Store:
+    """The store in the shard size that all its arrays have: one flipped digit in the group must not condemn them."""
+    sizes = set()
+    for name in array_layouts(store.spec):
+        try:
+            metadata = json.loads((store.group / name / "zarr.json").read_bytes())
+            sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            continue
+    return replace(store, shard_size=sizes.pop()) if len(sizes) == 1 else store
 
 
 def _write_metadata(store: Store) -> None:
