@@ -19,8 +19,8 @@ class ImageBar:
     The rate counts only what was done since the bar was opened: what earlier runs left behind took no time.
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, unit: str = "image") -> None:
+        self.what, self.unit = what, unit
         self._start = self._last_line = time.monotonic()
         self._first: int | None = None
         self._task: TaskID | None = None
@@ -55,7 +55,7 @@ class ImageBar:
             self._first, self._start = done, now
         seconds = now - self._start
         rate = (done - self._first) / seconds if seconds > 0 else 0.0
-        shown = f"{rate:.1f} images/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s/image"
+        shown = f"{rate:.1f} {self.unit}s/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s/{self.unit}"
         if self._progress is not None:
             if self._task is None:
                 self._task = self._progress.add_task(self.what, total=total, rate="")

@@ -95,6 +95,10 @@ class StorageError(FptError, OSError):
         return "\n".join(part for part in (self.state, self.cause, self.repair) if part)
 
 
+class TransferError(StorageError):
+    """The other side of a push or pull cannot be reached, or bytes that arrived are not those that were sent."""
+
+
 class CacheMismatchError(FptError, ValueError):
     """Features were computed under other settings. `differing` maps a field to (expected, found)."""
 

@@ -171,7 +171,9 @@ class ExtractionPlan(Contract):
     images: int
     """Image contents of the manifest."""
     cached: int
-    """Of these, in the store already."""
+    """Of these, in the cache already."""
+    reused: int = 0
+    """Of the cached, in a store of more layers, from which they are copied."""
     to_compute: int
     """The rest."""
     bytes_per_image: int
@@ -179,7 +181,7 @@ class ExtractionPlan(Contract):
     cache_bytes_by_dtype: dict[str, int]
     """One row, were it stored in another dtype."""
     bytes: int
-    """What the rest will take."""
+    """What the rows that will be computed or copied take."""
     files: int
     """Files that will be written."""
     free_bytes: int

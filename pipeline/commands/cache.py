@@ -1,13 +1,30 @@
-"""`fpt cache`: where the features lie."""
+"""`fpt cache`: where the features lie, whether they are whole, who needs them, and how they travel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from pipeline.console import show
-from pipeline.options import PARAMS_FILE, Params
+from pipeline.console import say, say_next, show, show_json, show_pairs, show_table, size
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+
+if TYPE_CHECKING:
+    from schemas.cache import Transfer, Verification
+    from stages.store.inventory import FoundStore
+    from stages.store.remote import Remote, RemoteStore
 
 cache = typer.Typer(help="The cache of features.", no_args_is_help=True)
+
+Fingerprints = Annotated[
+    list[str] | None, typer.Argument(metavar="[FINGERPRINT]...", help="Beginnings of fingerprints.", show_default=False)
+]
+Url = Annotated[str, typer.Argument(metavar="URL", help="A directory, or any URL that fsspec knows.")]
+
+SHOWN = 20
+"""Lines of a long list that people get to see; --json has all."""
 
 
 @cache.command()
@@ -16,3 +33,279 @@ def path(params: Params = PARAMS_FILE) -> None:
     from pipeline.project import cache_root
 
     show(str(cache_root(params.absolute().parent)))
+
+
+@cache.command(name="ls")
+def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
+    """List the stores: what their features are, how large they are, and who used them last."""
+    from pipeline.project import cache_root
+    from stages.store.inventory import list_stores
+
+    root = cache_root(params.absolute().parent)
+    stores = list_stores(root)
+    if as_json:
+        show_json({"cache": str(root), "stores": [store.model_dump(mode="json") for store in stores]})
+        return
+    for store in stores:
+        used = "never noted" if store.last_used is None else f"{store.last_used.astimezone():%Y-%m-%d %H:%M}"
+        spec = store.spec
+        show_pairs(
+            store.fingerprint[:16],
+            [("LPM", "cannot be read: see `fpt cache verify`")]
+            if spec is None
+            else [
+                ("LPM", f"{spec.lpm.name} at {spec.lpm.image_size}"),
+                ("Layers", ", ".join(map(str, spec.layers))),
+                ("Type", spec.dtype),
+                ("Rows", f"{store.rows:,} in {store.shards:,} shards"),
+                ("Size", size(store.bytes)),
+                ("Last used", used),
+                ("Studies", ", ".join(store.studies) or "none"),
+            ],
+        )
+    say(f"{len(stores)} store{'' if len(stores) == 1 else 's'}, {size(sum(s.bytes for s in stores))}, in {root}")
+
+
+@cache.command()
+def verify(
+    fingerprints: Fingerprints = None,
+    params: Params = PARAMS_FILE,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged; `fpt extract` computes it again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every byte of the stores with their receipts. Exits with 2 where something is wrong."""
+    from pipeline.progress import ImageBar
+    from pipeline.project import cache_root
+    from schemas.settings import OUTPUTS
+    from stages.manifest import read_manifest
+    from stages.store.uses import live_uses, study_use
+    from stages.store.verify import repair_store, verify_store
+
+    study = params.absolute().parent
+    root = cache_root(study)
+    mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
+    manifest = study / OUTPUTS / "manifest" / "manifest.parquet"
+    paths = {row.id: row.path for row in read_manifest(manifest).rows} if manifest.is_file() else {}
+    results, unreadable = [], []
+    if mine is not None and not fingerprints and not (root / mine.use.fingerprint[:16]).is_dir():
+        unreadable.append(f"The store {mine.use.fingerprint[:16]} of this study is gone: run `fpt extract`.")
+    for found in _chosen(root, fingerprints):
+        if found.store is None:
+            unreadable.append(str(found.problem))
+            continue
+        uses = live_uses(found.path, other_hosts=False)
+        of_study = mine is not None and mine.use.fingerprint == found.store.spec.fingerprint
+        if mine is not None and of_study and all(live.use.receipt != mine.use.receipt for live in uses):
+            uses.append(mine)
+        with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
+            results.append(verify_store(found.store, uses, paths if of_study else (), bar))
+        if repair:
+            repair_store(found.store, results[-1])
+    damaged = any(result.damages for result in results) or bool(unreadable)
+    if as_json:
+        stores = [_with_paths(result, paths) for result in results]
+        show_json({"cache": str(root), "whole": not damaged, "stores": stores, "unreadable": unreadable})
+    else:
+        for line in unreadable:
+            show(line)
+        for result in results:
+            _show_verification(result, paths)
+    if damaged:
+        if not as_json:
+            again = "The damaged shards are removed. `fpt extract` computes their images again."
+            say(again if repair else "Run `fpt cache verify --repair`, then `fpt extract`.")
+        raise typer.Exit(2)
+
+
+@cache.command()
+def gc(
+    params: Params = PARAMS_FILE,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show.")] = False,
+    other_hosts: Annotated[
+        bool, typer.Option("--other-hosts", help="Also drop what only studies of other machines refer to.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Drop the stores and shards that no study refers to. Shows them; deletes with --yes."""
+    from pipeline.project import cache_root
+    from stages.store.gc import drop_garbage, find_garbage
+
+    root = cache_root(params.absolute().parent)
+    garbage = find_garbage(root, other_hosts=not other_hosts)
+    freed = drop_garbage(root, garbage, other_hosts=not other_hosts) if yes else 0
+    if as_json:
+        show_json({"cache": str(root), "freed": freed, "garbage": [item.model_dump(mode="json") for item in garbage]})
+        return
+    if not garbage:
+        say(f"Nothing to drop in {root}: a study refers to every shard, or an extraction is at work.")
+        return
+    rows = []
+    for item in garbage:
+        what = "the whole store" if item.whole else f"{len(item.shards)} shards"
+        used = "never noted" if item.last_used is None else f"{item.last_used.astimezone():%Y-%m-%d %H:%M}"
+        rows.append((Path(item.store).name, what, size(item.bytes), used))
+    show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
+    if yes:
+        say(f"Deleted: {size(freed)}.")
+    else:
+        say("Nothing is deleted yet.")
+        say_next("fpt cache gc --yes")
+
+
+@cache.command()
+def push(url: Url, fingerprints: Fingerprints = None, params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
+    """Copy stores to a URL: those named, else the study's, else all. Resumable; every file is read back."""
+    from pipeline.progress import ImageBar
+    from pipeline.project import cache_root
+    from schemas.settings import OUTPUTS
+    from stages.store.remote import open_remote
+    from stages.store.transfer import push as run
+    from stages.store.uses import study_use
+
+    study = params.absolute().parent
+    mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
+    if not fingerprints and mine is not None:
+        fingerprints = [mine.use.fingerprint]
+    remote, transfers = open_remote(url), []
+    for found in _chosen(cache_root(study), fingerprints):
+        if found.store is None:
+            raise found.problem or RuntimeError(found.path)
+        with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
+            transfers.append(run(found.store, remote, bar))
+    _report(transfers, url, as_json)
+
+
+@cache.command()
+def pull(
+    url: Url,
+    fingerprints: Fingerprints = None,
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy stores from a URL: those named, else those that fit the study, else all. Resumable and verified."""
+    from pipeline.progress import ImageBar
+    from pipeline.project import cache_root
+    from stages.store.remote import open_remote
+    from stages.store.transfer import pull as run
+
+    remote = open_remote(url)
+    stores = _offered(remote, fingerprints, params, assignments or [])
+    transfers = []
+    for store in stores:
+        with ImageBar(f"Shards of {store.spec.fingerprint[:16]}", unit="shard") as bar:
+            transfers.append(run(store, cache_root(params.absolute().parent), bar))
+    _report(transfers, url, as_json)
+    if params.is_file() and not as_json:
+        _tell_weights(params, assignments or [], stores)
+
+
+def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
+    """The stores whose fingerprints begin as asked; all where nothing is asked."""
+    from schemas.errors import CacheIncompleteError
+    from stages.store.inventory import find_stores
+
+    stores = find_stores(root)
+    if not fingerprints:
+        return stores
+    asked = [word[:16] for word in fingerprints]
+    for word in asked:
+        if not any(found.path.name.startswith(word) for found in stores):
+            raise CacheIncompleteError(
+                f"No store in {root} has a fingerprint that begins with {word}.", repair="`fpt cache ls` lists them."
+            )
+    return [found for found in stores if found.path.name.startswith(tuple(asked))]
+
+
+def _offered(
+    remote: Remote, fingerprints: Sequence[str] | None, params: Path, assignments: Sequence[str]
+) -> list[RemoteStore]:
+    from pipeline.project import open_study
+    from schemas.errors import CacheIncompleteError
+    from schemas.resolve import feature_spec
+    from stages.store.remote import remote_stores
+    from stages.store.reuse import serves
+
+    stores = remote_stores(remote)
+    there = ", ".join(store.spec.fingerprint[:16] for store in stores) or "none"
+    if fingerprints:
+        asked = tuple(word[:16] for word in fingerprints)
+        fitting = [store for store in stores if store.spec.fingerprint.startswith(asked)]
+    elif params.is_file():
+        study = open_study(params, assignments)
+        # The weights file need not be here: its digest is the one field that the settings cannot say.
+        pairs = [(s, feature_spec(study.settings, study.lpm, s.spec.weights_sha256)) for s in stores]
+        fitting = [store for store, spec in pairs if spec == store.spec]
+        fitting = fitting or [store for store, spec in pairs if serves(spec, store.spec)]
+    else:
+        fitting = stores
+    if not fitting:
+        raise CacheIncompleteError(
+            f"{remote.url} has no store of these features.",
+            cause=f"Stores there: {there}.",
+            repair="Name a fingerprint, correct the URL or the settings, or push from where the features are.",
+        )
+    return fitting
+
+
+def _tell_weights(params: Path, assignments: Sequence[str], stores: Sequence[RemoteStore]) -> None:
+    """Say what `fpt extract` still needs: the weights file, of which the digest is part of the fingerprint."""
+    from pipeline.project import open_study
+    from stages.files import sha256_file
+
+    study = open_study(params, assignments)
+    if study.settings.lpm.weights != "hub":
+        weights = study.root / study.settings.lpm.weights
+        if not weights.is_file():
+            say(f"The weights file {weights} is not here. `fpt extract` computes nothing with it, but needs it to name")
+            say("the features: put it there first.")
+            return
+        found = sha256_file(weights)
+        if all(store.spec.weights_sha256 != found for store in stores):
+            say(f"The weights file {weights} is not the one that these features were computed with: `fpt extract`")
+            say("would compute all images again.")
+            return
+    say_next("fpt extract")
+
+
+def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
+    from stages.store.transfer import require_arrival
+
+    if as_json:
+        show_json({"url": url, "stores": [transfer.model_dump(mode="json") for transfer in transfers]})
+    else:
+        for done in transfers:
+            renumbered = f" ({done.renumbered} under other numbers)" if done.renumbered else ""
+            say(
+                f"{done.fingerprint[:16]}: {done.copied} shards copied{renumbered}, {size(done.bytes)}; "
+                f"{done.present} were there."
+            )
+    require_arrival(transfers, url)
+
+
+def _with_paths(result: Verification, paths: dict[str, str]) -> dict[str, object]:
+    return {
+        **result.model_dump(mode="json"),
+        "paths": [paths[image_id] for image_id in result.images if image_id in paths],
+    }
+
+
+def _show_verification(result: Verification, paths: dict[str, str]) -> None:
+    name = result.fingerprint[:16]
+    if not result.damages:
+        show(f"{name}: whole, {result.rows:,} rows in {result.shards:,} shards.")
+        return
+    count = len(result.damages)
+    show(f"{name}: {count} thing{'' if count == 1 else 's'} wrong.")
+    for damage in result.damages[:SHOWN]:
+        show(f"  {damage.kind}: {damage.file}. {damage.reason}")
+    if count > SHOWN:
+        show(f"  ... and {count - SHOWN} more; --json has all")
+    images = len(result.images)
+    show(f"{images} image{'' if images == 1 else 's'} to compute again{':' if images else '.'}")
+    for image_id in result.images[:SHOWN]:
+        show(f"  {image_id[:16]} {paths.get(image_id, '')}".rstrip())
+    if images > SHOWN:
+        show(f"  ... and {images - SHOWN} more; --json has all")

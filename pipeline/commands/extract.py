@@ -60,6 +60,7 @@ def extract(
             {
                 "images": receipt.images,
                 "cached": cached,
+                "reused": seen[-1].reused,
                 "computed": computed,
                 "seconds": round(seconds, 1),
                 "fingerprint": receipt.fingerprint,
@@ -68,7 +69,8 @@ def extract(
         )
         return
     spent = f" in {duration(seconds)}" if computed else ""
-    say(f"{receipt.images} images: {cached} were in the cache, computed {computed}{spent}. Store: {store}")
+    copied = f" ({seen[-1].reused} copied from a store of more layers)" if seen[-1].reused else ""
+    say(f"{receipt.images} images: {cached} were in the cache{copied}, computed {computed}{spent}. Store: {store}")
     say_next("fpt train")
 
 
@@ -81,7 +83,7 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
         "What `fpt extract` would do",
         [
             ("Images", f"{plan.images}"),
-            ("In the cache", f"{plan.cached}"),
+            ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
             ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} an image)"),
             ("Files", f"{plan.files}"),

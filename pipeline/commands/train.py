@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from pipeline.console import say, say_next, score, show_json, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.errors import StorageError
 
 if TYPE_CHECKING:
     from schemas.results import StoreMemory
@@ -32,10 +34,13 @@ def train(
     from pipeline.project import open_study
     from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
+    from stages.store.uses import register_use
     from stages.train.run import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
     manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
+    with suppress(StorageError):  # A store that cannot be written can be trained from all the same.
+        register_use(study.cache, receipt.fingerprint, study.root, study.receipt, [int(n) for n in receipt.shards])
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
     with EpochLogger(folder / "train", study.settings.train.epochs) as logger:

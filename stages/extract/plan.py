@@ -22,6 +22,7 @@ from stages.extract.weights import locate_weights
 from stages.files import sha256_file
 from stages.store.index import RowIndex, misfits, refresh_index
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
+from stages.store.reuse import reusable_rows
 
 PROBE_EFFICIENCY = 0.6
 """Share of a large matrix product's speed that a ViT's forward pass reaches."""
@@ -84,7 +85,9 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
     except FileNotFoundError:
         inventory, shard_size = Inventory(None, (), None), settings.features.shard_size
     ids = manifest.ids()
-    missing = len(inventory.missing(ids))
+    absent = inventory.missing(ids)
+    reused = len(reusable_rows(cache_root, spec, absent)) if absent else 0
+    missing, written = len(absent) - reused, len(absent)
     known = inventory.seconds_per_image
     place = cache_root
     while not place.exists():
@@ -94,11 +97,12 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
         store=str(store_path(cache_root, spec.fingerprint)),
         images=len(ids),
         cached=len(ids) - missing,
+        reused=reused,
         to_compute=missing,
         bytes_per_image=spec.bytes_per_image,
         cache_bytes_by_dtype=spec.bytes_by_dtype,
-        bytes=missing * spec.bytes_per_image,
-        files=math.ceil(missing / shard_size) * (len(array_layouts(spec)) + 1),
+        bytes=written * spec.bytes_per_image,
+        files=(math.ceil(missing / shard_size) + math.ceil(reused / shard_size)) * (len(array_layouts(spec)) + 1),
         free_bytes=shutil.disk_usage(place).free,
         seconds=round(missing * (known if known is not None else probe_seconds(spec.lpm) if missing else 0.0), 1),
         estimate="probe" if known is None else "receipts",

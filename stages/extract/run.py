@@ -27,6 +27,8 @@ from stages.extract.receipt import write_extraction_receipt
 from stages.files import sha256_file
 from stages.images import read_image
 from stages.store.layout import Store, create_store
+from stages.store.reuse import copy_rows
+from stages.store.uses import at_work, register_use
 from stages.store.verify import damaged_shards
 from stages.store.writer import claim_shard, remove_claimed_shards, write_shard
 
@@ -46,6 +48,8 @@ class ExtractProgress:
     """Found in the store at the start."""
     repaired: int
     """Shards that were removed because their files did not fit their receipts."""
+    reused: int = 0
+    """Of the cached, copied from a store of more layers."""
 
 
 def extract(
@@ -75,6 +79,26 @@ def extract(
     """
     spec = requested_spec(settings, root)
     store = create_store(cache_root, spec, settings.features.shard_size)
+    with at_work(store.path):
+        # Garbage collection may have taken an unused store between the two lines above; now it cannot.
+        store = create_store(cache_root, spec, settings.features.shard_size)
+        register_use(cache_root, spec.fingerprint, root, output / "receipt.json", None)
+        receipt = _extract(settings, root, store, manifest, progress, check)
+        write_extraction_receipt(receipt, output / "receipt.json")
+        shards = [int(shard) for shard in receipt.shards]
+        register_use(cache_root, spec.fingerprint, root, output / "receipt.json", shards)
+    return receipt
+
+
+def _extract(
+    settings: Settings,
+    root: Path,
+    store: Store,
+    manifest: Manifest,
+    progress: Callable[[ExtractProgress], None] | None,
+    check: bool,
+) -> ExtractionReceipt:
+    spec = store.spec
     inventory = take_inventory(store)
     broken = [*inventory.broken, *(damaged_shards(store) if check else ())]
     if broken:
@@ -83,15 +107,20 @@ def extract(
     paths = {row.id: row.path for row in reversed(manifest.rows)}
     missing = inventory.missing(manifest.ids())
     total = len(manifest.ids())
-    cached = total - len(missing)
+    cached = here = total - len(missing)
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress(ExtractProgress(done, total, cached, len(broken)))
+            progress(ExtractProgress(done, total, cached, len(broken), cached - here))
 
-    tell(cached)
     if missing:
         _require_space(store, len(missing) * spec.bytes_per_image)
+        if copy_rows(store.path.parent, store, missing, lambda _: None):
+            inventory = take_inventory(store)
+            missing = inventory.missing(manifest.ids())
+            cached = total - len(missing)
+    tell(cached)
+    if missing:
         folder = (root / settings.data.images).resolve()
         _fill(settings, root, store, [(image_id, folder / paths[image_id]) for image_id in missing], cached, tell)
         inventory = take_inventory(store)
@@ -100,15 +129,13 @@ def extract(
             "Features that were written are gone.", gone, "Another process removed them.", "Run `fpt extract` again."
         )
     digests = inventory.index.digests()
-    receipt = ExtractionReceipt(
+    return ExtractionReceipt(
         fingerprint=spec.fingerprint,
         spec=spec,
         images=total,
         manifest_sha256=manifest_digest(manifest),
         shards={str(shard): digests[shard] for shard in np.unique(inventory.shards_of(manifest.ids())).tolist()},
     )
-    write_extraction_receipt(receipt, output / "receipt.json")
-    return receipt
 
 
 def manifest_digest(manifest: Manifest) -> str:

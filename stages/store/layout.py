@@ -142,7 +142,9 @@ class Store:
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that have a receipt, ascending."""
-        return sorted(int(path.stem) for path in self.receipts.glob("*.json"))
+        names = (path.name for path in self.receipts.glob("*.json"))
+        numbers = (int(name[:-5]) for name in names if name[:-5].isdecimal() and name == f"{int(name[:-5]):06d}.json")
+        return sorted(numbers)
 
 
 def store_path(cache_root: Path, fingerprint: str) -> Path:
@@ -169,12 +171,13 @@ def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
             if not (path / "features.zarr").exists():
                 fresh = path / "features.zarr.new"
                 shutil.rmtree(fresh, ignore_errors=True)
-                _create_group(fresh, spec, shard_size)
+                create_group(fresh, spec, shard_size)
                 fresh.rename(path / "features.zarr")
     return open_store_layout(cache_root, spec)
 
 
-def _create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
+def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
+    """Make an empty group with every array of a spec."""
     attributes = {
         "title": "Keys and values of the important tokens of a frozen vision transformer",
         "fingerprint": spec.fingerprint,
@@ -222,7 +225,7 @@ def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
     path = store_path(cache_root, spec.fingerprint)
     if not (path / "features.zarr" / "zarr.json").exists():
         raise FileNotFoundError(path)
-    attributes = _attributes(path)
+    attributes = store_attributes(path)
     try:
         found = FeatureSpec.model_validate(attributes.get("spec"))
         shard_size = int(attributes["shard_size"])
@@ -237,7 +240,12 @@ def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
     return Store(path, spec, shard_size)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def store_attributes(path: Path) -> dict[str, Any]:
+    """What the group of the store in `path` says about itself.
+
+    Raises:
+        CacheCorruptError: If its metadata cannot be read.
+    """
     try:
         return dict(zarr.open_group(path / "features.zarr", mode="r").attrs)
     except Exception as error:  # zarr raises many kinds here; all of them mean unreadable metadata

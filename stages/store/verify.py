@@ -1,22 +1,285 @@
-"""Comparing every byte of a store with its receipts."""
+"""Comparing every byte of a store with its receipts, and removing what does not fit."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas.cache import Damage, DamageKind, Verification
 from schemas.errors import CacheCorruptError, CacheIncompleteError
-from stages.files import sha256_file
-from stages.store.layout import Store
-from stages.store.reader import read_receipt
+from schemas.features import ShardReceipt
+from stages.files import atomic_write, sha256_file, storage_errors
+from stages.progress import Progress
+from stages.store.index import read_shard_receipt, receipt_digest
+from stages.store.layout import Store, array_layouts, create_group, store_lock
+from stages.store.shards import ShardFile
+from stages.store.uses import LiveUse, is_held, shard_is_held
+from stages.store.writer import remove_claimed_shards
+
+THREADS = min(8, os.cpu_count() or 1)
+"""Digests at a time: hashing leaves Python's lock."""
+
+_SHARD_FILE = re.compile(r"c\.(\d+)\.")
+
+_CORE = (
+    "zarr_format", "node_type", "attributes", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value",
+    "dimension_names",
+)  # fmt: skip
+"""Fields of zarr.json that say how bytes are read; other versions of zarr may add more."""
 
 
-def damaged_shards(store: Store) -> list[int]:
+@dataclass
+class _Checked:
+    """One finished shard after the comparison."""
+
+    shard: int
+    receipt: ShardReceipt | None
+    rows: tuple[str, ...]
+    """Image ids as far as they are known, also where the receipt is damaged."""
+    damages: list[Damage] = field(default_factory=list)
+
+
+def damaged_shards(store: Store, progress: Progress | None = None) -> list[int]:
     """Numbers of the finished shards of which a receipt or a file differs from what was written."""
-    damaged = []
-    for shard in store.finished_shards():
+    return [checked.shard for checked in _check_shards(store, progress) if checked.damages]
+
+
+def verify_store(
+    store: Store,
+    uses: Sequence[LiveUse] = (),
+    wanted: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Verification:
+    """Find every byte that is not what a writer wrote. What living writers hold is left out.
+
+    Args:
+        store: The store.
+        uses: Studies that rely on it: a shard of theirs that is gone with its receipt is missed for them.
+        wanted: Image ids that are named where a shard is gone without a trace of its rows.
+        progress: Called with shards.
+    """
+    store = _with_agreed_size(store)
+    checked = _check_shards(store, progress)
+    damages = [damage for shard in checked for damage in shard.damages]
+    damages += _metadata_damage(store, [shard.shard for shard in checked])
+    damages += _foreign(store, {shard.shard: shard.receipt for shard in checked})
+    expected = _expected(store, uses, {shard.shard: shard for shard in checked})
+    damages += expected
+    whole = {row for shard in checked if not shard.damages for row in shard.rows}
+    lost = {row for shard in checked if shard.damages for row in shard.rows}
+    if any(damage.kind == "missing" for damage in expected) or any(
+        shard.damages and not shard.rows for shard in checked
+    ):
+        lost |= set(wanted)
+    return Verification(
+        store=str(store.path),
+        fingerprint=store.spec.fingerprint,
+        shards=len(checked),
+        rows=len(whole),
+        damages=tuple(damages),
+        images=tuple(sorted(lost - whole)),
+    )
+
+
+def repair_store(store: Store, verification: Verification) -> None:
+    """Remove damaged shards and foreign files, and write damaged metadata anew; nothing of a living writer is touched.
+
+    `fpt extract` computes the removed shards again.
+
+    Raises:
+        StorageError: If the store cannot be written.
+    """
+    store = _with_agreed_size(store)
+    with storage_errors(store.path):
+        for damage in verification.damages:
+            path = store.path / damage.file
+            if damage.kind == "metadata":
+                _write_metadata(store)
+            elif damage.kind == "foreign" and not _in_work(store, damage.shard):
+                path.unlink(missing_ok=True)
+        gone = ("foreign", "metadata", "replaced")
+        remove_claimed_shards(
+            store, [d.shard for d in verification.damages if d.shard is not None and d.kind not in gone]
+        )
+
+
+def _check_shards(store: Store, progress: Progress | None) -> list[_Checked]:
+    shards = store.finished_shards()
+    checked = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for shard in pool.map(lambda number: _check_shard(store, number), shards):
+            checked.append(shard)
+            if progress is not None:
+                progress(len(checked), len(shards))
+    return checked
+
+
+def _check_shard(store: Store, shard: int) -> _Checked:
+    def damage(kind: DamageKind, path: Path, reason: str) -> Damage:
+        return Damage(kind=kind, file=str(path.relative_to(store.path)), shard=shard, reason=reason)
+
+    try:
+        receipt = read_shard_receipt(store, shard)
+    except (CacheCorruptError, CacheIncompleteError) as error:
+        rows = stored_rows(store, shard, store.shard_size) or ()
+        return _Checked(shard, None, rows, [damage("receipt", store.receipt(shard), error.state)])
+    found = _Checked(shard, receipt, receipt.rows)
+    for name, expected in receipt.files.items():
+        path = store.shard_file(name, shard)
         try:
-            receipt = read_receipt(store, shard)
-        except (CacheCorruptError, CacheIncompleteError):
-            damaged.append(shard)
+            length = path.stat().st_size
+            if length != expected.bytes:
+                reason = f"It has {length} bytes instead of {expected.bytes}."
+                found.damages.append(damage("truncated", path, reason))
+            elif sha256_file(path) != expected.sha256:
+                found.damages.append(damage("flipped", path, "Its bytes are not those that were written."))
+        except FileNotFoundError:
+            found.damages.append(damage("missing", path, "The file is gone."))
+        except OSError as error:
+            found.damages.append(damage("flipped", path, f"It cannot be read: {error.strerror}."))
+    if not found.damages and stored_rows(store, shard, len(receipt.rows)) != receipt.rows:
+        # The digests hold the files; the ids are held by the digests of the images among them.
+        found.rows = stored_rows(store, shard, store.shard_size) or receipt.rows
+        reason = "It names other images than the shard holds."
+        found.damages.append(damage("receipt", store.receipt(shard), reason))
+    return found
+
+
+def stored_rows(store: Store, shard: int, count: int) -> tuple[str, ...] | None:
+    """Image ids that the shard itself holds; None where it cannot be read. Ends before the first empty row."""
+    rows = []
+    try:
+        file = ShardFile(store.shard_file("sha256", shard), store.shard_size, 32)
+    except (CacheCorruptError, CacheIncompleteError, OSError):
+        return None
+    try:
+        row = np.empty(32, np.uint8)
+        for slot in range(count):
+            file.read_into(slot, row)
+            rows.append(row.tobytes().hex())
+    except CacheIncompleteError:
+        pass
+    except (CacheCorruptError, OSError):
+        return None
+    finally:
+        file.close()
+    return tuple(rows)
+
+
+def _foreign(store: Store, receipts: dict[int, ShardReceipt | None]) -> Iterator[Damage]:
+    """Files of the group that no receipt names, without those that a living writer is at work on."""
+    arrays = array_layouts(store.spec)
+    named = {store.group / "zarr.json"} | {store.group / name / "zarr.json" for name in arrays}
+    named |= {store.shard_file(name, shard) for shard in receipts for name in arrays}
+    named |= {store.receipt(shard) for shard in receipts}
+    files = [path for folder in (store.group, store.receipts) for path in folder.rglob("*") if not path.is_dir()]
+    for path in sorted(set(files) - named):
+        match = _SHARD_FILE.match(path.name) if path.parent.name in arrays else None
+        shard = int(match[1]) if match else None
+        if _in_work(store, shard) or not path.exists():
             continue
-        if any(sha256_file(store.shard_file(name, shard)) != file.sha256 for name, file in receipt.files.items()):
-            damaged.append(shard)
-    return damaged
+        # A writer may have finished this very shard since the receipts were listed.
+        if shard is not None and shard not in receipts and store.receipt(shard).exists():
+            continue
+        yield Damage(
+            kind="foreign",
+            file=str(path.relative_to(store.path)),
+            shard=shard,
+            reason="No receipt names it: a writer that was stopped left it, or it came from elsewhere.",
+        )
+
+
+def _in_work(store: Store, shard: int | None) -> bool:
+    if shard is not None:
+        return shard_is_held(store.path, shard)
+    return is_held(store.path / "locks" / "store.lock")
+
+
+def _expected(store: Store, uses: Sequence[LiveUse], checked: dict[int, _Checked]) -> list[Damage]:
+    """Shards that a study relies on and that are gone, or are others now."""
+    damages: dict[tuple[DamageKind, int], Damage] = {}
+    for live in uses:
+        digests = {} if live.receipt is None else live.receipt.shards
+        for shard in sorted(live.shards or ()):
+            file = str(store.receipt(shard).relative_to(store.path))
+            found = checked.get(shard)
+            if found is None:
+                # Held: somebody computes it again at this moment.
+                if shard_is_held(store.path, shard) or store.receipt(shard).exists():
+                    continue
+                reason = f"The shard that {live.use.study} relies on is gone."
+                damages[("missing", shard)] = Damage(kind="missing", file=file, shard=shard, reason=reason)
+            elif (
+                found.receipt is not None
+                and not found.damages
+                and str(shard) in digests
+                and receipt_digest(found.receipt) != digests[str(shard)]
+            ):
+                reason = f"It is not the shard that {live.use.study} extracted; `fpt extract` there takes it over."
+                damages[("replaced", shard)] = Damage(kind="replaced", file=file, shard=shard, reason=reason)
+    return list(damages.values())
+
+
+def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
+    """Metadata of the group and of each array, compared with those of a fresh store of the same spec."""
+    rows = (max(shards, default=-1) + 1) * store.shard_size
+    for file, expected in _fresh_metadata(store).items():
+        path = store.group / file
+        try:
+            found = json.loads(path.read_bytes())
+            enough = "shape" not in expected or (
+                found["shape"][0] >= rows and found["shape"][0] % store.shard_size == 0
+            )
+            same = _without_rows(found) == _without_rows(expected)
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            enough = same = False
+        if not (enough and same):
+            yield Damage(
+                kind="metadata",
+                file=str(path.relative_to(store.path)),
+                shard=None,
+                reason="It does not describe the arrays of this store.",
+            )
+
+
+def _with_agreed_size(store: Store) -> Store:
+    """The store in the shard size that all its arrays have: one flipped digit in the group must not condemn them."""
+    sizes = set()
+    for name in array_layouts(store.spec):
+        try:
+            metadata = json.loads((store.group / name / "zarr.json").read_bytes())
+            sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            continue
+    return replace(store, shard_size=sizes.pop()) if len(sizes) == 1 else store
+
+
+def _write_metadata(store: Store) -> None:
+    rows = (max(store.finished_shards(), default=-1) + 1) * store.shard_size
+    with store_lock(store.path):
+        for file, expected in _fresh_metadata(store).items():
+            if "shape" in expected:
+                expected["shape"][0] = rows
+            atomic_write(store.group / file, json.dumps(expected, indent=2).encode())
+
+
+def _fresh_metadata(store: Store) -> dict[str, dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        group = Path(folder) / "features.zarr"
+        create_group(group, store.spec, store.shard_size)
+        return {str(path.relative_to(group)): json.loads(path.read_bytes()) for path in group.rglob("zarr.json")}
+
+
+def _without_rows(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in the metadata of two stores of one spec: all but the number of rows."""
+    core = {key: metadata.get(key) for key in _CORE}
+    return {**core, "shape": metadata["shape"][1:] if "shape" in metadata else None}

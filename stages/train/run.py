@@ -181,7 +181,7 @@ def _rows(
     settings: Settings, manifest: Manifest, store: StoreReader, tell: Callable[[StoreMemory], None] | None
 ) -> Rows:
     """The store, or in memory what training reads of it."""
-    ids = tuple(dict.fromkeys(row.id for split in SPLITS for row in manifest.of(split)))
+    ids = tuple(dict.fromkeys(row.id for row in manifest.rows if row.split != "test"))
     names = array_names(store.layouts, settings.method != "side")
     memory = decide(store, ids, names, settings.store)
     if tell is not None:

@@ -21,6 +21,7 @@ MAKE: dict[str, Callable[[], FptError]] = {
     "UnsupportedModelError": lambda: errors.UnsupportedModelError(*SAID),
     "WeightsError": lambda: errors.WeightsError(*SAID),
     "StorageError": lambda: errors.StorageError(*SAID),
+    "TransferError": lambda: errors.TransferError(*SAID),
     "CacheMismatchError": lambda: errors.CacheMismatchError(
         "The state.", {"lpm.depth": (12, 6)}, "The cause.", "The repair."
     ),

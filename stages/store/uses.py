@@ -1,0 +1,175 @@
+"""Who uses a store: a small file a study, and locks of the processes that work in it at the moment."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from schemas.base import digest
+from schemas.cache import StoreUse
+from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import ExtractionReceipt
+from stages.extract.receipt import read_extraction_receipt
+from stages.files import atomic_write, storage_errors
+from stages.store.layout import store_lock, store_path
+
+USES = "used-by"
+
+
+@dataclass(frozen=True)
+class LiveUse:
+    """A use that still holds."""
+
+    use: StoreUse
+    """The note."""
+    shards: frozenset[int] | None
+    """Shards that the study needs; None: all of them."""
+    receipt: ExtractionReceipt | None
+    """The study's receipt as it is now, if it can be read from here."""
+
+
+def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path, shards: list[int] | None) -> None:
+    """Note in a store that a study uses it; the study's older note there is replaced. Nothing where there is no store.
+
+    Args:
+        cache_root: Folder of all stores.
+        fingerprint: Of the store.
+        study: Folder of the study.
+        receipt: Path of its extraction receipt.
+        shards: Those of the receipt; None at the start of an extraction, when they are not known yet.
+
+    Raises:
+        StorageError: If the store cannot be written.
+    """
+    path = store_path(cache_root, fingerprint)
+    if not (path / "features.zarr").exists():
+        return
+    study, receipt = study.absolute(), receipt.absolute()
+    use = StoreUse(
+        study=str(study),
+        receipt=str(receipt),
+        host=platform.node(),
+        fingerprint=fingerprint,
+        shards=tuple(shards or ()),
+        finished=shards is not None,
+        time=datetime.now(UTC).replace(microsecond=0),
+    )
+    name = f"{digest(str(receipt))[:16]}.json"
+    atomic_write(path / USES / name, (use.model_dump_json(indent=1) + "\n").encode())
+    if use.finished:
+        # A stopped extraction of other features holds its whole store until the study has decided for these.
+        for other in cache_root.glob(f"*/{USES}/{name}"):
+            old = read_use(other)
+            if other.parent.parent != path and old is not None and not old.finished:
+                with suppress(OSError):
+                    other.unlink()
+
+
+def noted_uses(store: Path) -> list[StoreUse]:
+    """Every note in a store, of studies that are gone too."""
+    return [use for path in sorted((store / USES).glob("*.json")) if (use := read_use(path)) is not None]
+
+
+def live_uses(store: Path, other_hosts: bool = True) -> list[LiveUse]:
+    """The uses that still hold.
+
+    A study whose receipt is gone or names other features does not refer to the store any more. What studies of other
+    machines do cannot be seen from here: they count as users unless `other_hosts` is False.
+    """
+    found = (_alive(use, other_hosts) for use in noted_uses(store))
+    return [live for live in found if live is not None]
+
+
+def study_use(study: Path, receipt: Path) -> LiveUse | None:
+    """What a study's extraction receipt says it needs, whether or not the store has a note of it.
+
+    Returns:
+        None where there is no receipt that can be read.
+    """
+    try:
+        found = read_extraction_receipt(receipt)
+    except (CacheCorruptError, CacheIncompleteError):
+        return None
+    shards = tuple(sorted(map(int, found.shards)))
+    use = StoreUse(
+        study=str(study.absolute()),
+        receipt=str(receipt.absolute()),
+        host=platform.node(),
+        fingerprint=found.fingerprint,
+        shards=shards,
+        finished=True,
+        time=datetime.now(UTC).replace(microsecond=0),
+    )
+    return LiveUse(use, frozenset(shards), found)
+
+
+def _alive(use: StoreUse, other_hosts: bool) -> LiveUse | None:
+    noted = frozenset(use.shards) if use.finished else None
+    if use.host != platform.node():
+        return LiveUse(use, noted, None) if other_hosts else None
+    if not use.finished:
+        return LiveUse(use, None, None) if Path(use.study).is_dir() else None
+    try:
+        receipt = read_extraction_receipt(Path(use.receipt))
+    except CacheIncompleteError:
+        return None
+    except (CacheCorruptError, OSError):
+        return LiveUse(use, noted, None)
+    if receipt.fingerprint != use.fingerprint:
+        return None
+    return LiveUse(use, frozenset(map(int, receipt.shards)), receipt)
+
+
+def read_use(path: Path) -> StoreUse | None:
+    """One note; None where it cannot be read."""
+    try:
+        return StoreUse.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError):
+        return None
+
+
+@contextmanager
+def at_work(store: Path) -> Iterator[None]:
+    """Keep garbage collection away from a store while this process fills it."""
+    lock = FileLock(store / "locks" / f"at-work-{uuid4().hex}.lock")
+    with storage_errors(store), store_lock(store):
+        lock.acquire(blocking=False)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds a lock file. A writer makes the file: where there is none, there is no writer."""
+    if not lock.exists():
+        return False
+    probe = FileLock(lock)
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return True
+    probe.release()
+    return False
+
+
+def shard_is_held(store: Path, shard: int) -> bool:
+    """Whether a living process is writing this shard."""
+    return is_held(store / "locks" / f"{shard:06d}.lock")
+
+
+def is_at_work(store: Path) -> bool:
+    """Whether a living process fills the store or writes a shard of it."""
+    return any(is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")

@@ -1,0 +1,135 @@
+"""`fpt cache`: every verb on a finished study, as a user sees it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+
+pytestmark = pytest.mark.timeout(600)
+
+Fpt = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
+    monkeypatch.delenv("FPT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*words: object, cwd: Path, code: int = 0) -> tuple[str, str]:
+        monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert stopped.value.code == code, captured.err
+        return captured.out, captured.err
+
+    return command
+
+
+def stores(study: Path) -> list[Path]:
+    return sorted((study / ".fpt" / "cache").iterdir())
+
+
+def test_ls_and_path(study: Path, fpt: Fpt) -> None:
+    assert fpt("cache", "path", cwd=study)[0].strip() == str(study / ".fpt" / "cache")
+    fpt("extract", cwd=study)
+    (listed,) = json.loads(fpt("cache", "ls", "--json", cwd=study)[0])["stores"]
+    assert (listed["rows"], listed["shards"], listed["spec"]["lpm"]["name"]) == (40, 10, "test_vit.r160_in1k")
+    assert str(study) in listed["studies"]
+    out, err = fpt("cache", "ls", cwd=study)
+    assert all(word in out for word in ("test_vit", "float16", "40 in 10 shards", listed["fingerprint"][:16]))
+    assert "1 store," in err
+
+
+def test_verify_names_the_images_and_repair_costs_just_those(study: Path, fpt: Fpt) -> None:
+    out, _ = fpt("cache", "verify", cwd=study)
+    assert "whole, 40 rows in 10 shards" in out
+    shard = next(stores(study)[0].rglob("keys/c.3.*"))
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1
+    shard.write_bytes(content)
+    report = json.loads(fpt("cache", "verify", "--json", cwd=study, code=2)[0])
+    assert not report["whole"]
+    (store,) = report["stores"]
+    assert [damage["kind"] for damage in store["damages"]] == ["flipped"]
+    assert len(store["images"]) == len(store["paths"]) == 4
+    out, err = fpt("cache", "verify", stores(study)[0].name[:6], cwd=study, code=2)
+    assert "flipped: features.zarr/keys/c.3" in out
+    assert store["paths"][0] in out
+    assert "--repair" in err
+    fpt("cache", "verify", "--repair", cwd=study, code=2)
+    assert "36 were in the cache, computed 4 " in fpt("extract", cwd=study)[1]
+    fpt("cache", "verify", cwd=study)
+    assert "begins with zz" in fpt("cache", "verify", "zz", cwd=study, code=2)[1]
+
+
+def test_verify_misses_a_store_that_is_gone_and_tells_one_that_cannot_be_read(study: Path, fpt: Fpt) -> None:
+    (stores(study)[0] / "features.zarr" / "zarr.json").write_text("{")
+    assert "cannot be read" in fpt("cache", "verify", cwd=study, code=2)[0]
+    assert "cannot be read" in fpt("cache", "ls", cwd=study)[0]
+    shutil.rmtree(stores(study)[0])
+    assert "is gone" in fpt("cache", "verify", cwd=study, code=2)[0]
+
+
+def test_gc_shows_first_and_deletes_on_yes(study: Path, fpt: Fpt) -> None:
+    fpt("extract", cwd=study)
+    assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=study)[1]
+    fpt("extract", "--set", "features.ratio=0.1", cwd=study)
+    first, second = (path for path in stores(study))
+    assert first.name != second.name
+    out, err = fpt("cache", "gc", cwd=study)
+    assert "the whole store" in out
+    assert "Next: fpt cache gc --yes" in err
+    assert len(stores(study)) == 2
+    report = json.loads(fpt("cache", "gc", "--yes", "--json", cwd=study)[0])
+    assert report["freed"] > 0
+    (left,) = stores(study)
+    assert left.name == json.loads((study / "outputs/features/receipt.json").read_text())["fingerprint"][:16]
+
+
+def test_train_registers_the_study(study: Path, fpt: Fpt) -> None:
+    shutil.rmtree(stores(study)[0] / "used-by")
+    fpt("train", cwd=study)
+    (listed,) = json.loads(fpt("cache", "ls", "--json", cwd=study)[0])["stores"]
+    assert listed["studies"] == [str(study)]
+
+
+def test_one_machine_extracts_and_another_trains(study: Path, tmp_path: Path, fpt: Fpt) -> None:
+    _, err = fpt("cache", "push", tmp_path / "shared", cwd=study)
+    assert "10 shards copied" in err
+    cold = Path(shutil.copytree(study, tmp_path / "cold", symlinks=True))
+    shutil.rmtree(cold / ".fpt")
+    (cold / "outputs" / "features" / "receipt.json").unlink()
+    fpt("extract", "--set", "features.ratio=0.1", cwd=study)
+    fpt("cache", "push", tmp_path / "shared", cwd=study)
+    report = json.loads(fpt("cache", "pull", tmp_path / "shared", "--json", cwd=cold)[0])
+    assert [(store["copied"], store["failures"]) for store in report["stores"]] == [(10, [])], "what fits the study"
+    _, err = fpt("cache", "pull", tmp_path / "shared", cwd=cold)
+    assert "0 shards copied" in err
+    assert "Next: fpt extract" in err
+    assert "40 were in the cache, computed 0." in fpt("extract", cwd=cold)[1]
+    fpt("train", cwd=cold)
+    _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={tmp_path / 'none'}", cwd=cold)
+    assert "is not here" in err
+    other = cold / "other.safetensors"
+    other.write_bytes(b"other")
+    _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={other}", cwd=cold)
+    assert "not the one" in err
+
+
+def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path, tmp_path: Path, fpt: Fpt) -> None:
+    fpt("cache", "push", tmp_path / "shared", stores(study)[0].name, cwd=study)
+    _, err = fpt("cache", "pull", tmp_path / "shared", "--set", "features.ratio=0.5", cwd=study, code=2)
+    assert f"Stores there: {stores(study)[0].name}" in err
+    shard = next((tmp_path / "shared").rglob("keys/c.3.*"))
+    shard.write_bytes(b"!" * shard.stat().st_size)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    _, err = fpt("cache", "pull", tmp_path / "shared", cwd=elsewhere, code=2)
+    assert "9 shards copied" in err
+    assert "shard 3: its file of keys is damaged" in err
+    assert "nothing://x" in fpt("cache", "pull", "nothing://x", cwd=elsewhere, code=2)[1]

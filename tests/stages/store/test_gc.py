@@ -1,0 +1,141 @@
+"""Garbage collection: what a study refers to stays, and so does what a living process works in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_store import SPEC, filled, receipt_of
+
+from schemas.features import ExtractionReceipt
+from stages.extract.receipt import write_extraction_receipt
+from stages.store.gc import drop_garbage, find_garbage
+from stages.store.inventory import list_stores
+from stages.store.layout import Store, create_store
+from stages.store.uses import USES, at_work, live_uses, register_use
+from stages.store.verify import verify_store
+from stages.store.writer import claim_shard
+
+
+def study_of(cache: Path, store: Store, root: Path, shards: list[int]) -> Path:
+    """A study with a receipt that names some shards of the store, noted in the store."""
+    whole = receipt_of(store)
+    receipt: ExtractionReceipt = whole.model_copy(update={"shards": {str(n): whole.shards[str(n)] for n in shards}})
+    path = root / "receipt.json"
+    write_extraction_receipt(receipt, path)
+    register_use(cache, SPEC.fingerprint, root, path, shards)
+    return path
+
+
+def test_a_store_without_a_study_goes_as_a_whole(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    (garbage,) = find_garbage(cache)
+    assert (garbage.whole, garbage.shards, garbage.last_used) == (True, (0, 1, 2), None)
+    assert store.path.exists(), "finding deletes nothing"
+    assert drop_garbage(cache, [garbage]) == garbage.bytes
+    assert list(cache.iterdir()) == []
+
+
+def test_only_shards_that_no_study_needs_go(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0])
+    gone = study_of(cache, store, tmp_path / "b", [1, 2])
+    assert find_garbage(cache) == []
+    gone.unlink()
+    (garbage,) = find_garbage(cache)
+    assert (garbage.whole, garbage.shards) == (False, (1, 2))
+    assert drop_garbage(cache, [garbage]) == garbage.bytes > 0
+    assert store.finished_shards() == [0]
+    assert verify_store(store, live_uses(store.path)).damages == ()
+    assert len(list((store.path / USES).iterdir())) == 1, "the note of the study that is gone went too"
+
+
+def test_a_study_that_moved_on_to_other_features_refers_no_more(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    path = study_of(cache, store, tmp_path / "a", [0, 1, 2])
+    other = SPEC.model_copy(update={"kept": 2})
+    receipt = receipt_of(store).model_copy(update={"spec": other, "fingerprint": other.fingerprint, "shards": {}})
+    write_extraction_receipt(receipt, path)
+    assert [garbage.whole for garbage in find_garbage(cache)] == [True]
+
+
+def test_a_damaged_receipt_counts_as_it_was_noted(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0, 1]).write_text("{")
+    assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
+
+
+def test_nothing_goes_while_somebody_works_in_the_store(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    (garbage,) = find_garbage(cache)
+    with at_work(store.path):
+        assert find_garbage(cache) == []
+        assert drop_garbage(cache, [garbage]) == 0
+    with claim_shard(store):
+        assert find_garbage(cache) == []
+        assert drop_garbage(cache, [garbage]) == 0
+    assert verify_store(store).rows == 11
+    assert len(find_garbage(cache)) == 1
+
+
+def test_an_extraction_that_was_stopped_keeps_its_store_until_the_study_finishes_another(tmp_path: Path) -> None:
+    cache, root = tmp_path / "cache", tmp_path / "a"
+    root.mkdir()
+    store, _ = filled(cache)
+    register_use(cache, SPEC.fingerprint, root, root / "receipt.json", None)
+    assert find_garbage(cache) == []
+    other = create_store(cache, SPEC.model_copy(update={"kept": 2}), 4)
+    register_use(cache, other.spec.fingerprint, root, root / "receipt.json", [])
+    assert str(store.path) in [garbage.store for garbage in find_garbage(cache)]
+
+
+def test_studies_of_other_machines_count_unless_told_otherwise(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0, 1]).unlink()
+    (note,) = (store.path / USES).iterdir()
+    note.write_text(json.dumps({**json.loads(note.read_text()), "host": "elsewhere"}))
+    assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
+    assert [garbage.whole for garbage in find_garbage(cache, other_hosts=False)] == [True]
+
+
+def test_what_is_needed_again_since_it_was_shown_stays(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    shown = find_garbage(cache)
+    study_of(cache, store, tmp_path / "a", [0])
+    assert drop_garbage(cache, shown) == 0
+    assert store.finished_shards() == [0, 1, 2]
+
+
+def test_the_list_tells_rows_bytes_and_studies(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0])
+    (cache / "notes").mkdir()
+    damaged = cache / ("0" * 16)
+    (damaged / "features.zarr").mkdir(parents=True)
+    broken, listed = list_stores(cache)
+    assert (broken.spec, broken.rows) == (None, 0)
+    assert (listed.rows, listed.shards, listed.studies) == (11, 3, (str(tmp_path / "a"),))
+    assert listed.bytes == sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    assert listed.last_used is not None
+
+
+def test_a_note_in_a_store_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    register_use(tmp_path, SPEC.fingerprint, tmp_path, tmp_path / "receipt.json", [0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{}"])
+def test_an_unreadable_note_is_no_use(tmp_path: Path, content: str) -> None:
+    store, _ = filled(tmp_path)
+    (store.path / USES).mkdir()
+    (store.path / USES / "1.json").write_text(content)
+    assert live_uses(store.path) == []
