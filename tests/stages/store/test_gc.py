@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_store import SPEC, filled, receipt_of
+from stores import SPEC, filled, receipt_of
 
 from schemas.features import ExtractionReceipt
 from stages.extract.receipt import write_extraction_receipt

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from test_store import SPEC, filled, image_id, random_rows, receipt_of
+from stores import SPEC, filled, image_id, random_rows, receipt_of
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from test_store import SPEC, filled, image_id, random_rows, receipt_of
+from stores import SPEC, filled, image_id, random_rows, receipt_of
 
 from schemas.errors import CacheMismatchError, TransferError
 from stages.store import transfer

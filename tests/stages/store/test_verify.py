@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import SPEC, filled, image_id, random_rows, receipt_of
+from stores import SPEC, filled, image_id, random_rows, receipt_of
 
 from stages.extract.receipt import write_extraction_receipt
 from stages.store.layout import Store, create_store

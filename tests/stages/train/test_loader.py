@@ -53,7 +53,7 @@ def test_an_epoch_that_is_left_early_does_not_disturb_the_next(study: Study) -> 
             if step == 3:
                 break
     for helped, own in zip(loader, BatchLoader(data, sampler), strict=True):
-        assert torch.equal(helped.keys, own.keys)
+        assert torch.equal(helped.cached.keys, own.cached.keys)
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_workers_read_from_shared_memory(study: Study) -> None:
     data = dataset(study, held)
     sampler = EpochSampler(len(data), 5, seed=1)
     for helped, own in zip(BatchLoader(data, sampler, workers=1), BatchLoader(data, sampler), strict=True):
-        assert torch.equal(helped.keys, own.keys)
+        assert torch.equal(helped.cached.keys, own.cached.keys)
         assert torch.equal(helped.image, own.image)
 
 
