@@ -55,6 +55,10 @@ def test_plan_computes_nothing(study: Path, fpt: Fpt) -> None:
     assert not Path(plan["store"]).exists()
     _, out, _ = fpt("extract", "--plan", cwd=study)
     assert "Free disk" in out
+    for dtype, count in plan["cache_bytes_by_dtype"].items():
+        assert dtype in out
+        assert count > 0
+    assert "float16 (chosen)" in out
     assert "none" in out
 
 
@@ -175,6 +179,9 @@ def test_cost_in_a_study_knows_its_classes_and_obeys_options(study: Path, fpt: F
     assert other["cache_bytes_per_image"] > report["cache_bytes_per_image"]
     _, out, _ = fpt("cost", cwd=study)
     assert f"{report['learnable']:,}" in out
+    for dtype, count in report["cache_bytes_by_dtype"].items():
+        assert dtype in out
+        assert f"{count:,}" in out
 
 
 @pytest.mark.slow

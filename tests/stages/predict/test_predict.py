@@ -24,8 +24,8 @@ class Trained:
     """Path of each training image -> (C,) probabilities through the store."""
 
 
-def trained_study(root: Path, method: str) -> Trained:
-    study = make_study(root, method=method)
+def trained_study(root: Path, method: str, dtype: str = "float16") -> Trained:
+    study = make_study(root, method=method, features={"dtype": dtype})
     receipt, model = study.extract(), root / "outputs/model"
     train(study.settings, study.lpm, study.manifest, receipt, study.cache, model, root / "checkpoints")
     evaluate(study.manifest, receipt, model, study.cache, root / "evaluation", "train")
@@ -43,9 +43,12 @@ def run(trained: Trained, images: list[Path], **keywords: object) -> list[Predic
     return predict(trained.model, images, study.settings.lpm, study.root, "cpu", **keywords)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
-def test_a_training_image_gives_what_the_store_gives(method: str, tmp_path: Path) -> None:
-    trained = trained_study(tmp_path, method)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("fpt", "float16"), ("fpt+", "float16"), ("side", "float16"), ("fpt+", "int8"), ("fpt+", "int4")],
+)
+def test_a_training_image_gives_what_the_store_gives(method: str, dtype: str, tmp_path: Path) -> None:
+    trained = trained_study(tmp_path, method, dtype)
     folder = tmp_path / "images"
     rows = run(trained, [folder / name for name in trained.from_store], batch_size=5)
     for row, (name, expected) in zip(rows, trained.from_store.items(), strict=True):

@@ -93,6 +93,18 @@ def test_features_count_in_the_type_of_the_store() -> None:
     assert single.cache_bytes_per_image - half.cache_bytes_per_image == 2 * (values // 16) * 2
 
 
+def test_codes_take_a_half_and_a_quarter_of_the_batch_of_float16(published: dict[str, CostReport]) -> None:
+    half, int8, int4 = tiny(dtype="float16"), tiny(dtype="int8"), tiny(dtype="int4")
+    assert half.train_tensor_mib > int8.train_tensor_mib > int4.train_tensor_mib
+    by_dtype = published["fpt+"].cache_bytes_by_dtype
+    assert list(by_dtype) == ["float32", "float16", "int8", "int4"]
+    assert by_dtype["float16"] == published["fpt+"].cache_bytes_per_image
+    # Codes, a byte of scale per token and head, a half of offset per channel, and what is beside keys and values.
+    beside = 6 * 12 * 205 * 2 + 2 * 768 * 4 + 3 * 144**2 + 32
+    assert by_dtype["int8"] == 2 * 6 * 12 * (205 * 64 + 205 + 64 * 2) + beside
+    assert by_dtype["int4"] == 2 * 6 * 12 * (205 * 32 + 64 + 64 * 2) + beside
+
+
 def test_side_network_alone_holds_no_features() -> None:
     alone, fused = tiny(method="side"), tiny(method="fpt+")
     assert alone.learnable < fused.learnable
