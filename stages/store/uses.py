@@ -141,6 +141,9 @@ def at_work(store: Path) -> Iterator[None]:
     """Keep garbage collection away from a store while this process fills it."""
     lock = FileLock(store / "locks" / f"at-work-{uuid4().hex}.lock")
     with storage_errors(store), store_lock(store):
+        for left in (store / "locks").glob("at-work-*.lock"):
+            if not is_held(left):
+                left.unlink(missing_ok=True)
         lock.acquire(blocking=False)
     try:
         yield

@@ -76,6 +76,7 @@ def test_verify_misses_a_store_that_is_gone_and_tells_one_that_cannot_be_read(st
 
 
 def test_gc_shows_first_and_deletes_on_yes(study: Path, fpt: Fpt) -> None:
+    shutil.rmtree(stores(study)[0] / "used-by")  # the study that this one is a copy of
     fpt("extract", cwd=study)
     assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=study)[1]
     fpt("extract", "--set", "features.ratio=0.1", cwd=study)
@@ -113,6 +114,13 @@ def test_one_machine_extracts_and_another_trains(study: Path, tmp_path: Path, fp
     assert "Next: fpt extract" in err
     assert "40 were in the cache, computed 0." in fpt("extract", cwd=cold)[1]
     fpt("train", cwd=cold)
+    (listed,) = json.loads(fpt("cache", "ls", "--json", cwd=cold)[0])["stores"]
+    fewer = ["--set", f"features.layers=[{listed['spec']['layers'][-1]}]"]
+    report = json.loads(fpt("cache", "pull", tmp_path / "shared", *fewer, "--json", cwd=cold)[0])
+    assert [store["present"] for store in report["stores"]] == [10], "a store of more layers will do"
+    assert "40 (from another store: 40)" in fpt("extract", "--plan", *fewer, cwd=cold)[0]
+    _, err = fpt("extract", *fewer, cwd=cold)
+    assert "40 were in the cache (40 copied from a store of more layers), computed 0." in err
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={tmp_path / 'none'}", cwd=cold)
     assert "is not here" in err
     other = cold / "other.safetensors"

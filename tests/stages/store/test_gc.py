@@ -74,7 +74,11 @@ def test_nothing_goes_while_somebody_works_in_the_store(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     (garbage,) = find_garbage(cache)
-    with at_work(store.path):
+    killed = store.path / "locks" / "at-work-1.lock"
+    killed.touch()
+    assert len(find_garbage(cache)) == 1, "nobody holds it"
+    with at_work(store.path), at_work(store.path):
+        assert not killed.exists()
         assert find_garbage(cache) == []
         assert drop_garbage(cache, [garbage]) == 0
     with claim_shard(store):

@@ -165,6 +165,20 @@ def test_damage_here_is_replaced_by_a_pull(tmp_path: Path, remote: Remote) -> No
     assert np.array_equal(row(store, 6), rows["keys"][5])
 
 
+def test_a_file_that_was_left_in_the_right_length_is_not_believed(tmp_path: Path, memory: Remote) -> None:
+    store, _ = filled(tmp_path / "a")
+    push(store, memory)
+    copy = create_store(tmp_path / "b", SPEC, 4)
+    for array, byte in (("keys", b"!"), ("side", b"")):
+        good = store.shard_file(array, 1).read_bytes()
+        copy.shard_file(array, 1).write_bytes(byte + good[len(byte) :])
+    expected = sum(path.stat().st_size for path in store.group.glob("*/c.*"))
+    result = pull(offered(memory), tmp_path / "b")
+    assert result.failures == ()
+    assert result.bytes == expected - store.shard_file("side", 1).stat().st_size, "what was right is kept"
+    assert verify_store(copy).damages == ()
+
+
 @pytest.mark.parametrize("after", [0, 1, 8, 17])
 def test_an_interrupted_pull_leaves_a_consistent_store_and_goes_on(
     tmp_path: Path, memory: Remote, monkeypatch: pytest.MonkeyPatch, after: int
