@@ -46,7 +46,7 @@ class SharedArrays:
             start += _padded(shape, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shapes": self._shapes, "_size": self._size, "_handle": reduction.DupFd(self._fd)}  # type: ignore[attr-defined]
+        return {"_shapes": self._shapes, "_size": self._size, "_handle": reduction.DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._shapes, self._size, self._fd = state["_shapes"], state["_size"], state["_handle"].detach()

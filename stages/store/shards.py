@@ -81,7 +81,8 @@ class ShardFile:
         if not NOWAIT or not self._checked[chunk]:
             return False
         try:
-            return os.preadv(self._fd, [target], self._offsets[chunk], NOWAIT) == self._chunk_bytes
+            buffers: list[Any] = [target]
+            return os.preadv(self._fd, buffers, self._offsets[chunk], NOWAIT) == self._chunk_bytes
         except OSError:  # EAGAIN; a file system without the flag refuses it
             return False
 
