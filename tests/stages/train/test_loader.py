@@ -82,7 +82,9 @@ def test_memory_holds_the_rows_of_the_store(study: Study) -> None:
         assert np.array_equal(found[name], values)
 
 
-@pytest.mark.parametrize(("budget", "held"), [("auto", True), (0, False), ("1KB", False), ("1.5GiB", True), (None, True)])
+@pytest.mark.parametrize(
+    ("budget", "held"), [("auto", True), (0, False), ("1KB", False), ("1.5GiB", True), (None, True)]
+)
 def test_the_budget_decides(study: Study, budget: Any, held: bool) -> None:
     store = opened(study)
     ids, names = study.manifest.ids(), ("keys", "values", "side")
