@@ -77,4 +77,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         begin = time.monotonic()
         done, compared = soak(Path(name), int(sys.argv[1]) if len(sys.argv) > 1 else 50)
-        print(f"{done} kills, {compared} stores equal, {time.monotonic() - begin:.0f} s")
+        sys.stdout.write(f"{done} kills, {compared} stores equal, {time.monotonic() - begin:.0f} s\n")
