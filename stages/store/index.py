@@ -85,9 +85,9 @@ class RowIndex:
         if not expected:
             return True
         try:
-            numbers = np.array(list(expected), dtype="U10").astype(np.uint32)
+            numbers = np.fromiter(map(int, expected), np.uint32, len(expected))
             wanted = np.frombuffer(bytes.fromhex("".join(expected.values())), "V32")
-        except ValueError:
+        except (ValueError, OverflowError):
             return False
         if len(wanted) != len(numbers) or not len(self.shards):
             return False

@@ -50,7 +50,7 @@ class StoreReader:
         }
         self._index: RowIndex | None = index
         self._checked: dict[int, bytes] = {}
-        numbers = np.array([int(number) for number in self._expected], np.int64)
+        numbers = np.fromiter(map(int, self._expected), np.int64, len(self._expected))
         self._allowed = np.zeros(int(numbers.max(initial=-1)) + 1, bool)
         self._allowed[numbers] = True
 
