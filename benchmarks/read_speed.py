@@ -226,9 +226,9 @@ def million(folder: Path) -> None:
     """Opening a store whose index knows a million rows."""
     import sys
 
-    sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "stages" / "store"), "tests"]
-    from test_index import million as make
-    from test_store import image_id as real_id
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from stores import image_id as real_id
+    from stores import million as make
 
     from stages.extract.receipt import read_extraction_receipt, write_extraction_receipt
     from stages.store.index import load_index

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from stores import SPEC, filled, image_id, random_rows, receipt_of
+from stores import SPEC, filled, image_id, million, random_rows, receipt_of
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
-from schemas.features import ExtractionReceipt
-from stages.store.index import build_index, index_path, load_index, refresh_index, shard_record, write_index
-from stages.store.layout import array_layouts, create_store
+from stages.store.index import build_index, index_path, load_index, refresh_index, write_index
+from stages.store.layout import array_layouts
 from stages.store.reader import open_store
 from stages.store.writer import claim_shard, write_shard
 
@@ -39,30 +38,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     OPENED.clear()
     monkeypatch.setattr(sys.modules[__name__], "COUNTING", True)
     return OPENED
-
-
-def million(cache: Path, shards: int = 31_250, size: int = 32) -> tuple[ExtractionReceipt, dict[str, Any]]:
-    """A store whose index knows a million rows; its first shard is real."""
-    store = create_store(cache, SPEC, size)
-    rows = random_rows(size)
-    with claim_shard(store) as shard:
-        write_shard(store, shard, [image_id(n) for n in range(size)], rows, 1.0)
-    real, _ = refresh_index(store)
-    table = np.zeros(shards, shard_record(len(array_layouts(SPEC))))
-    table[:] = real.shards[0]
-    table["number"] = np.arange(shards)
-    rng = np.random.default_rng(0)
-    digests = rng.integers(0, 256, (shards, 32), np.uint8)
-    digests[0] = np.frombuffer(bytes(real.shards["digest"][0]), np.uint8)
-    table["digest"] = digests.view("V32")[:, 0]
-    ids = rng.integers(0, 256, ((shards - 1) * size, 32), np.uint8).view("S32")[:, 0]
-    places = np.arange(shards * size, dtype=np.uint32)
-    write_index(store, build_index(store, table, np.concatenate([real.ids[np.argsort(real.places)], ids]), places))
-    receipt = ExtractionReceipt(
-        fingerprint=SPEC.fingerprint, spec=SPEC, images=shards * size, manifest_sha256="",
-        shards={str(number): digest.tobytes().hex() for number, digest in enumerate(digests)},
-    )  # fmt: skip
-    return receipt, rows
 
 
 def test_a_million_rows_open_with_a_handful_of_files(tmp_path: Path, opened: Counter[str]) -> None:

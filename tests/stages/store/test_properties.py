@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from test_store import SPEC, image_id, receipt_of
+from stores import SPEC, image_id, receipt_of
 
 from schemas.errors import FptError
 from stages.extract.plan import take_inventory
