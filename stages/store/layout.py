@@ -57,21 +57,6 @@ class ArrayLayout:
     """numpy name; little endian on disk."""
     dims: tuple[str, ...]
     """Names of the axes of one row."""
-    split: int = 0
-    """Leading axes of a row that are cut into single inner chunks."""
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        """Shape of an inner chunk, without the row axis."""
-        return (1,) * self.split + self.shape[self.split :]
-
-    @property
-    def chunks_per_row(self) -> int:
-        """Inner chunks of one row."""
-        count = 1
-        for length in self.shape[: self.split]:
-            count *= length
-        return count
 
 
 CACHED = ("keys", "values", "scale", "offset")
@@ -192,7 +177,7 @@ def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
             name,
             shape=(0, *array.shape),
             shards=(shard_size, *array.shape),
-            chunks=(1, *array.chunk),
+            chunks=(1, *array.shape),
             dtype=array.dtype,
             filters=None,
             compressors=[*_codecs(spec, array), Crc32cCodec()],
