@@ -83,7 +83,7 @@ class FeatureSettings(Contract):
     """Token importance: attention received from all queries, or from the class token."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the tokens that is kept per head."""
-    dtype: FeatureDtype = "float16"
+    dtype: FeatureDtype = "int8"
     """Type of the cached keys and values: float32, float16, int8 (a quarter of float32) or int4 (an eighth, coarse)."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""

@@ -81,7 +81,7 @@ def make_study(root: Path, per_class: int = 8, method: str = "fpt+", **sections:
         "method": method,
         "data": {"images": "images"},
         "lpm": {"name": "test_vit", "weights": "lpm.safetensors"},
-        "features": {"image_size": 64, "shard_size": 4, "side_image_size": 40},
+        "features": {"image_size": 64, "shard_size": 4, "side_image_size": 40, "dtype": "float16"},
         "train": {"side_image_size": 32, "epochs": 2, "batch_size": 8, "side_reduction": 4},
         "compute": {"threads": 1, "device": "cpu"},
     }

@@ -41,7 +41,7 @@ def test_ls_and_path(study: Path, fpt: Fpt) -> None:
     assert (listed["rows"], listed["shards"], listed["spec"]["lpm"]["name"]) == (40, 10, "test_vit.r160_in1k")
     assert str(study) in listed["studies"]
     out, err = fpt("cache", "ls", cwd=study)
-    assert all(word in out for word in ("test_vit", "float16", "40 in 10 shards", listed["fingerprint"][:16]))
+    assert all(word in out for word in ("test_vit", "int8", "40 in 10 shards", listed["fingerprint"][:16]))
     assert "1 store," in err
 
 

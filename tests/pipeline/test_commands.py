@@ -58,7 +58,7 @@ def test_plan_computes_nothing(study: Path, fpt: Fpt) -> None:
     for dtype, count in plan["cache_bytes_by_dtype"].items():
         assert dtype in out
         assert count > 0
-    assert "float16 (chosen)" in out
+    assert "int8 (chosen)" in out
     assert "none" in out
 
 

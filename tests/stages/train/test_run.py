@@ -41,9 +41,11 @@ def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywo
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
-def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str) -> None:
-    study = make_study(tmp_path, method=method, train={"epochs": 3, "lr": 2e-3})
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("fpt", "float16"), ("fpt+", "int8"), ("fpt+", "float32"), ("fpt+", "int4"), ("side", "int8")]
+)
+def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str, dtype: str) -> None:
+    study = make_study(tmp_path, method=method, train={"epochs": 3, "lr": 2e-3}, features={"dtype": dtype})
     receipt = study.extract()
     shutil.rmtree(study.root / "images")  # stage two opens no original image ...
     (study.root / "lpm.safetensors").unlink()  # ... and no LPM
