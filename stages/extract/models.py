@@ -76,15 +76,15 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     return found or difflib.get_close_matches(name.partition(".")[0], names, n=3, cutoff=0.4)
 
 
-def build_on_meta(name: str) -> nn.Module:
-    """The model without weights and, where timm allows it, without memory."""
+def build_on_meta(name: str, num_classes: int = 0, **options: Any) -> nn.Module:
+    """The model without weights and, where timm allows it, without memory; options are timm's."""
     import timm
 
     try:
         with torch.device("meta"):
-            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     except (NotImplementedError, RuntimeError):  # some versions of timm read a number from a tensor while building
-        model = timm.create_model(name, pretrained=False, num_classes=0)
+        model = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     return model
 
 

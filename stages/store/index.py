@@ -25,10 +25,10 @@ from schemas.errors import CacheCorruptError, CacheIncompleteError, StorageError
 from schemas.features import ShardReceipt
 from stages.files import atomic_write
 from stages.store.layout import Store, array_layouts
+from stages.store.shards import REPAIR
 
 MAGIC = b"fptrows1"
 ID_BYTES = 32
-REPAIR = "Run `fpt extract`: it computes what is missing."
 LISTING_SHARE = 8
 """One listing of a folder beats a call a file where at least one in this many of its files is asked for."""
 

@@ -13,7 +13,6 @@ from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt, ShardReceipt
 from stages.store.index import (
     ID_BYTES,
-    REPAIR,
     RowIndex,
     load_index,
     misfits,
@@ -22,6 +21,7 @@ from stages.store.index import (
     refresh_index,
 )
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
+from stages.store.shards import REPAIR
 from stages.store.sources import MappedArray, open_source
 
 __all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]

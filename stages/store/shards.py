@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 
 CRC_BYTES = 4
+REPAIR = "Run `fpt extract`: it computes what is missing."
+"""The way back from anything that is not there."""
 ABSENT = np.uint64(2**64 - 1)
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """Flag of a read that fails rather than waits for the disk; 0 where the system has none."""
@@ -62,7 +64,7 @@ class ShardFile:
                 f"The shard {self.path} is gone.",
                 (self.path.name,),
                 "The store was changed after its receipt was written.",
-                "Run `fpt extract`: it computes what is missing.",
+                REPAIR,
             ) from None
         length = os.fstat(self._fd).st_size
         if self._length not in (None, length):
@@ -107,7 +109,7 @@ class ShardFile:
             raise CacheIncompleteError(
                 f"Chunk {chunk} of the shard {self.path} was never written.",
                 (self.path.name,),
-                repair="Run `fpt extract`: it computes what is missing.",
+                repair=REPAIR,
             )
         wanted = self._chunk_bytes
         buffers: list[Any] = [target]

@@ -21,6 +21,7 @@ from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec, network_spec
 from schemas.results import CostReport, SideNetworkSpec
 from schemas.settings import Settings, TrainSettings
+from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
 from stages.train.data import Batch
@@ -43,7 +44,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
         network = PromptedSideNetwork(spec)
-    model = _build_lpm(lpm, classes)
+    model = build_on_meta(lpm.name, classes, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
@@ -70,19 +71,6 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
 def efficiency_factor(share: float) -> float:
     """exp(-log10(share + 1)): a score times this is its PPE (share of parameters) or PME (share of memory)."""
     return math.exp(-math.log10(share + 1.0))
-
-
-def _build_lpm(lpm: LpmInfo, classes: int) -> nn.Module:
-    """The LPM with a linear head, as timm builds it for training."""
-    import timm
-
-    options: dict[str, Any] = {"pretrained": False, "img_size": lpm.image_size, "num_classes": classes}
-    try:
-        with torch.device("meta"):
-            model: nn.Module = timm.create_model(lpm.name, **options)
-    except (NotImplementedError, RuntimeError):  # some versions of timm read a number from a tensor while building
-        model = timm.create_model(lpm.name, **options)
-    return model
 
 
 def _side_step_mib(

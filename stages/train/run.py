@@ -17,6 +17,7 @@ from schemas.settings import Settings
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader, open_store
+from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
@@ -106,12 +107,11 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
     """Refuse features that were computed under other settings than these; the differing fields are named."""
     # Stage two needs no weights file: their digest is the one field that the settings cannot say.
     expected = feature_spec(settings, lpm, receipt.spec.weights_sha256)
-    differing = expected.differing(receipt.spec)
     size = settings.train.side_image_size
     if settings.method == "side" and size != "auto" and size <= receipt.spec.side_image_size:
         # The side network alone reads nothing but the small images: whatever lies beside them will do.
         return
-    if differing:
+    if differing := expected.differing(receipt.spec):
         raise CacheMismatchError(
             "The extracted features do not fit the settings.",
             differing,
@@ -128,7 +128,7 @@ def check_rows(manifest: Manifest, store: StoreReader) -> None:
             f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
             missing,
             "Images were added after the features were extracted.",
-            "Run `fpt extract`: it computes what is missing.",
+            REPAIR,
         )
 
 
