@@ -151,6 +151,14 @@ def test_a_store_that_is_gone_is_refused(study: Study) -> None:
         run(study, receipt)
 
 
+def test_a_store_that_is_not_whole_is_refused_before_the_first_epoch(study: Study) -> None:
+    receipt = study.extract()
+    # Training reads no pooled outputs: only the check of the whole store can miss them.
+    next(study.cache.glob("*/features.zarr/pooled/c.2.*")).unlink()
+    with pytest.raises(CacheIncompleteError, match="fpt extract"):
+        run(study, receipt)
+
+
 def test_a_loss_that_is_not_finite_is_said(study: Study) -> None:
     receipt = study.extract()
     with pytest.raises(TrainingError, match=r"train\.lr"):
