@@ -151,10 +151,13 @@ def test_a_store_that_is_gone_is_refused(study: Study) -> None:
         run(study, receipt)
 
 
-def test_a_store_that_is_not_whole_is_refused_before_the_first_epoch(study: Study) -> None:
+def test_a_store_that_is_not_whole_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    study = make_study(tmp_path, per_class=5, features={"shard_size": 1})
     receipt = study.extract()
-    # Training reads no pooled outputs: only the check of the whole store can miss them.
-    next(study.cache.glob("*/features.zarr/pooled/c.2.*")).unlink()
+    # Training reads no test image: only the check of the whole store can miss the shard of one.
+    unread = next(study.manifest.of("test")).id
+    path = next(path for path in study.cache.glob("*/receipts/*.json") if unread in path.read_text())
+    path.unlink()
     with pytest.raises(CacheIncompleteError, match="fpt extract"):
         run(study, receipt)
 
