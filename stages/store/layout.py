@@ -5,7 +5,7 @@
             keys values         (row, layer, head, token, channel), float, int8, or two int4 codes a byte
             scale offset        only beside int8 and int4: see `stages.store.quantise`
             indices             (row, layer, head, token), uint16: position of each kept token
-            pooled              (row, output, width), float32: class token and mean of the patches
+            pooled              (row, output, width), float32: class token and mean of the patches; where it is kept
             side                (row, channel, y, x), uint8: the small image
             sha256              (row, byte), uint8: content digest of the image; all zero: an empty row
         receipts/000012.json    proof that shard 12 of every array is whole
@@ -69,10 +69,11 @@ def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     lpm, layers = spec.lpm, len(spec.layers)
     tokens = ("layer", "head", "token")
     kept = (layers, lpm.heads, spec.kept)
+    pooled = {"pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width"))} if spec.pooled else {}
     return {
         **_cached_layouts(spec),
         "indices": ArrayLayout(kept, "uint16", tokens),
-        "pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width")),
+        **pooled,
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
         "sha256": ArrayLayout((32,), "uint8", ("byte",)),
     }
