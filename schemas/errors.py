@@ -136,7 +136,7 @@ class EvaluationError(FptError, ValueError):
     """Nothing to judge, or what should be judged is damaged (an empty split, probabilities that are not finite)."""
 
 
-class DeviceMemoryError(FptError, MemoryError):
+class DeviceMemoryError(FptError, RuntimeError):
     """The memory of the device is too small for what was asked."""
 
 
