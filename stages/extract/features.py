@@ -90,7 +90,8 @@ def compute_features(
 
     def keep(layer: Tapped) -> dict[str, torch.Tensor]:
         # Encoded at once: in a small type the kept tokens of all layers weigh little beside one layer's activations.
-        return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
+        with torch.autocast(pixels.device.type, enabled=False):
+            return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
 
     with Taps(lpm.model, spec, keep) as taps, in_precision(spec.precision, pixels.device):
         tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
