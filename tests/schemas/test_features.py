@@ -45,6 +45,7 @@ SPEC: dict[str, Any] = {
     "side_image_size": 144,
     "codec": "none",
     "bitround": None,
+    "resize": "squash",
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -57,6 +58,7 @@ OTHER_SPEC: dict[str, Any] = {
     "side_image_size": 160,
     "codec": "zstd",
     "bitround": 7,
+    "resize": "letterbox",
 }
 
 
