@@ -108,6 +108,19 @@ def test_srgb_pixels_are_kept_bit_for_bit(tmp_path: Path, mode: str) -> None:
     assert np.array_equal(found, np.asarray(image.convert("RGB")))
 
 
+def test_another_text_of_the_srgb_curve_counts_as_srgb_and_gamma_does_not(tmp_path: Path) -> None:
+    levels = np.linspace(0, 1, 256)
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 256) + np.round(linear * 65535).astype(">u2").tobytes()
+    tags = common()
+    for letter, primary in zip("rgb", SRGB, strict=True):
+        tags |= {f"{letter}XYZ".encode(): xyz(primary), f"{letter}TRC".encode(): curve}
+    pixels = colours()
+    assert np.array_equal(read(saved(tmp_path / "a.png", Image.fromarray(pixels), profile(b"RGB ", tags))), pixels)
+    found = read(saved(tmp_path / "b.png", Image.fromarray(pixels), rgb_profile(SRGB, 2.2)))
+    assert 2 < np.abs(found - pixels).max() < 20
+
+
 def test_grey_with_a_profile_of_its_own(tmp_path: Path) -> None:
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(2).reshape(16, 32))
     found = read(saved(tmp_path / "a.png", ramp, grey_profile(1.0)))
