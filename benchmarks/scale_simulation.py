@@ -173,8 +173,6 @@ class Run:
     """Without scheduler, lock and failures."""
     scheduler: float
     """Share of the time in which the scheduler works."""
-    lock: float
-    """Share of the time in which the store's lock is held."""
     repeated: int
     """Attempts that were lost."""
 
@@ -197,12 +195,11 @@ def simulate(
     # (time, what, worker): "ask" for a task, "store" its rows.
     events = [(0.0, "ask", worker) for worker in range(workers)]
     waiting, handled, locked, lost, done = tasks, 0.0, 0.0, 0, 0
-    busy = held = 0.0
+    busy = 0.0
     while done < tasks:
         now, what, worker = heapq.heappop(events)
         if what == "store":
             locked = max(locked, now) + lock_seconds
-            held += lock_seconds
             done += 1
             heapq.heappush(events, (locked, "ask", worker))
         elif waiting:
@@ -216,18 +213,26 @@ def simulate(
                 waiting -= 1
                 heapq.heappush(events, (handled + length, "store", worker))
     end = max(locked, handled)
-    return Run(end, tasks * task_seconds / workers, busy / end, held / end, lost)
+    return Run(end, tasks * task_seconds / workers, busy / end, lost)
 
 
 def show_simulations(lock_seconds: float) -> None:
-    """Print how the scheduler and the lock bound the run as tasks get shorter."""
-    print("seconds a task | tasks | hours | of ideal | scheduler busy | lock held | attempts lost")
+    """Print how the scheduler bounds the run as tasks get shorter, and what one growth a shard would do to it.
+
+    Args:
+        lock_seconds: For which one growth of the arrays holds the store's lock.
+    """
+    print(
+        "a task | tasks | hours | of ideal | scheduler busy | attempts lost | of ideal, if each shard grew the arrays"
+    )
     for size, seconds in ((32, 0.02), (32, 0.05), (32, 0.2), (32, 1.0), (32, 5.0), (1024, 1.7), (1024, 32.0)):
         tasks = -(-IMAGES // size)
-        run = simulate(tasks, GPUS, seconds, lock_seconds, 1e-3, 60.0)
+        growths = len({capacity(shards) for shards in range(1, tasks + 1)})
+        run = simulate(tasks, GPUS, seconds, lock_seconds * growths / tasks, 1e-3, 60.0)
+        each = simulate(tasks, GPUS, seconds, lock_seconds, 1e-3, 60.0)
         print(
-            f"{seconds:g} ({size} images) | {tasks:,} | {run.seconds / 3600:.2f} | {run.seconds / run.ideal:.2f}x | "
-            f"{run.scheduler:.0%} | {run.lock:.0%} | {run.repeated:,}"
+            f"{seconds:g} s ({size} images) | {tasks:,} | {run.seconds / 3600:.2f} | {run.seconds / run.ideal:.2f}x | "
+            f"{run.scheduler:.0%} | {run.repeated:,} | {each.seconds / each.ideal:.2f}x"
         )
 
 
