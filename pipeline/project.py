@@ -64,7 +64,13 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     settings = load_settings(params, assignments)
     root = params.absolute().parent
     resolved, lpm = resolve_aloud(settings)
-    return Study(root=root, settings=resolved, lpm=lpm, cache=cache_root(root))
+    cache = cache_root(root)
+    if settings.features.precision == "auto":
+        from stages.extract.precision import choose_precision
+
+        chosen = choose_precision(resolved, lpm, cache)
+        resolved = resolved.model_copy(update={"features": resolved.features.model_copy(update={"precision": chosen})})
+    return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
 
 
 def resolve_aloud(settings: Settings) -> tuple[Settings, LpmInfo]:

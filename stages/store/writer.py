@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from schemas.features import FileDigest, ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
-from stages.store.layout import Store, array_layouts, grow_store
+from stages.store.layout import Store, grow_store
 
 LOOKAHEAD = 256
 """Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
@@ -78,14 +78,15 @@ def write_shard(
         raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
     digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)
     with storage_errors(store.path):
-        for name in array_layouts(store.spec):
+        store.receipt(shard).unlink(missing_ok=True)
+        for name in store.layouts:
             store.shard_file(name, shard).unlink(missing_ok=True)
         try:
             grow_store(store, shard + 1)
             group = zarr.open_group(store.group, mode="r+")
             first = shard * store.shard_size
             files = {}
-            for name, layout in array_layouts(store.spec).items():
+            for name, layout in store.layouts.items():
                 rows = digests if name == "sha256" else arrays[name]
                 if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
                     raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
@@ -110,14 +111,14 @@ def remove_shard(store: Store, shard: int) -> None:
     Lists every array's folder to find what has a name of its own: for what went wrong, not for every shard.
     """
     store.receipt(shard).unlink(missing_ok=True)
-    for name in array_layouts(store.spec):
+    for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*"):
             path.unlink(missing_ok=True)
 
 
 def _remove_fragments(store: Store, shard: int) -> None:
     """Delete what zarr-python had not yet renamed when a writer was killed; no later write would replace it."""
-    for name in array_layouts(store.spec):
+    for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*.partial"):
             path.unlink(missing_ok=True)
 

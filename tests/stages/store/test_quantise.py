@@ -237,7 +237,7 @@ def test_bitround_makes_floats_compress(tmp_path: Path) -> None:
     assert sizes[1] < 0.5 * sizes[0]
 
 
-def test_stores_from_before_there_were_codecs_keep_their_names() -> None:
+def test_stores_from_before_there_were_later_fields_keep_their_names() -> None:
     old = spec("float16").model_dump(mode="json", exclude=set(LATER_FIELDS))
     assert spec("float16").fingerprint == digest(old)
     assert FeatureSpec.model_validate(old) == spec("float16")
