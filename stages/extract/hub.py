@@ -29,10 +29,12 @@ def fetch(repo: str, names: Sequence[str], what: str, otherwise: str) -> Path:
     from huggingface_hub import constants, errors
 
     repo, _, revision = repo.partition("@")
-    for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
+    try:
+        cached = [huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None) for name in names]
+    except errors.HFValidationError as error:
+        raise WeightsError(f"{what} are not on the hub, for this is not a repository: {repo}.", str(error)) from error
+    if found := [path for path in cached if isinstance(path, str)]:
+        return Path(found[0])
     state, command = f"{what} are not on this machine", f"{otherwise[0].upper()}{otherwise[1:]}"
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{state}, and HF_HUB_OFFLINE forbids to fetch them.", "", f"Unset it, or {otherwise}.")

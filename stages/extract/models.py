@@ -64,13 +64,26 @@ class FoundModel:
     """Whether the name is `hf-hub:`."""
 
     def build(self, num_classes: int = 0, **options: Any) -> nn.Module:
-        """timm's model; options are timm's and come before those of the configuration."""
+        """timm's model; options are timm's and come before those of the configuration.
+
+        Raises:
+            UnsupportedModelError: The architecture does not take the arguments of the configuration.
+        """
         import timm
 
         known: dict[str, Any] = {**self.args, **options}
         if self.folder is not None or self.is_repository:
             known["pretrained_cfg"] = self.cfg.to_dict()
-        model: nn.Module = timm.create_model(self.architecture, num_classes=num_classes, **known)
+        try:
+            model: nn.Module = timm.create_model(self.architecture, num_classes=num_classes, **known)
+        except (TypeError, AssertionError) as error:
+            if not self.args:
+                raise
+            raise UnsupportedModelError(
+                f"{self.architecture} cannot be built with the model_args of its config.json.",
+                f"{self.args}: {type(error).__name__}: {error}",
+                "Correct the config.json.",
+            ) from error
         return model
 
     def build_on_meta(self, num_classes: int = 0, **options: Any) -> nn.Module:

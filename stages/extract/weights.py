@@ -45,9 +45,8 @@ def locate_weights(lpm: LpmSettings, root: Path) -> Path:
     if model.cfg.hf_hub_id:
         # Of timm's own repositories it is known that they have these two names only.
         names = _NAMES if model.is_repository else (_NAMES[0], _NAMES[2])
-        return fetch(
-            model.cfg.hf_hub_id, [model.cfg.hf_hub_filename] if model.cfg.hf_hub_filename else names, what, LOCAL
-        )
+        named = model.cfg.hf_hub_filename
+        return fetch(model.cfg.hf_hub_id, [named] if named else names, what, LOCAL)
     if model.cfg.url:
         return _from_url(what, model.cfg.url)
     raise WeightsError(
