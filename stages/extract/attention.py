@@ -105,18 +105,19 @@ def finish(attention: Any, mixed: torch.Tensor, gate: torch.Tensor | None = None
 
 
 def _kinds() -> dict[type[nn.Module], Kind]:
-    from timm.layers import AttentionRope
+    from timm import layers
     from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 
-    known: list[tuple[Any, Kind]] = [
-        (vision_transformer.Attention, _plain),
-        (beit.Attention, _biased),
-        (vision_transformer_relpos.RelPosAttention, _relative),
-        (eva.EvaAttention, _rotated),
-        (AttentionRope, _rotated),
+    # Where a class is defined has moved between versions; older ones lack AttentionRope.
+    known: list[tuple[Any, str, Kind]] = [
+        (vision_transformer, "Attention", _plain),
+        (beit, "Attention", _biased),
+        (vision_transformer_relpos, "RelPosAttention", _relative),
+        (eva, "EvaAttention", _rotated),
+        (layers, "AttentionRope", _rotated),
     ]
     # Exactly these classes: subclasses and look-alikes change what attention is.
-    return dict(known)
+    return {getattr(module, name): kind for module, name, kind in known if hasattr(module, name)}
 
 
 def _plain(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
@@ -159,11 +160,12 @@ def _rotated(attention: Any, tokens: torch.Tensor, options: Options) -> Projecte
 
 
 def _rotate(attention: Any, part: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    from timm.layers import apply_rot_embed_cat
+    from timm import layers
 
+    timm: Any = layers
     prefix = attention.num_prefix_tokens
     layout = {"half": True} if getattr(attention, "rotate_half", False) else {}  # older versions know one layout
-    rotated = apply_rot_embed_cat(part[:, :, prefix:], rope, **layout)
+    rotated = timm.apply_rot_embed_cat(part[:, :, prefix:], rope, **layout)
     return torch.cat([part[:, :, :prefix], rotated], dim=2)
 
 
@@ -180,8 +182,9 @@ def _fused(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _heads(attention: Any, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 H d) -> three of (B, H, N, d)."""
-    query, key, value = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
+    batch, count, _ = projected.shape
+    apart = projected.reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return apart[0], apart[1], apart[2]
 
 
 def _gate(attention: Any, tokens: torch.Tensor) -> torch.Tensor | None:

@@ -224,7 +224,7 @@ def check_supported(model: Any, name: str) -> None:
 
 
 def _obstacle(model: Any) -> str | None:
-    from timm.layers import PatchEmbed
+    from timm import layers
     from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 
     plain: Any = (
@@ -236,7 +236,7 @@ def _obstacle(model: Any) -> str | None:
     if not isinstance(model, plain):
         family = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _REASONS), "")
         return _REASONS.get(family, _ANY)
-    if type(model.patch_embed) is not PatchEmbed:
+    if type(model.patch_embed) is not vars(layers)["PatchEmbed"]:
         return "Its patches come from a convolutional network; that is not supported."
     height, width = model.patch_embed.patch_size
     if height != width:

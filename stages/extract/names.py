@@ -228,5 +228,5 @@ class _Fit:
         for kind in ("weight", "bias"):
             (fused,) = self._take([f"attn_pool.in_proj_{kind}"])
             if fused is not None:
-                query, rest = fused.split([len(fused) // 3, 2 * len(fused) // 3])
-                self.state |= {f"attn_pool.q.{kind}": query, f"attn_pool.kv.{kind}": rest}
+                third = len(fused) // 3
+                self.state |= {f"attn_pool.q.{kind}": fused[:third], f"attn_pool.kv.{kind}": fused[third:]}
