@@ -122,9 +122,7 @@ def _kinds() -> dict[type[nn.Module], Kind]:
 
 def _plain(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
     query, key, value = _heads(attention, attention.qkv(tokens))
-    return Projected(
-        attention.q_norm(query), attention.k_norm(key), value, _mask(options, query), _gate(attention, tokens)
-    )
+    return Projected(*_normed(attention, query, key), value, _mask(options, query), _gate(attention, tokens))
 
 
 def _biased(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
@@ -139,7 +137,7 @@ def _biased(attention: Any, tokens: torch.Tensor, options: Options) -> Projected
 def _relative(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
     query, key, value = _heads(attention, attention.qkv(tokens))
     bias = options.get("shared_rel_pos") if attention.rel_pos is None else attention.rel_pos.get_bias()
-    return Projected(attention.q_norm(query), attention.k_norm(key), value, _batched(bias))
+    return Projected(*_normed(attention, query, key), value, _batched(bias))
 
 
 def _rotated(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
@@ -147,11 +145,12 @@ def _rotated(attention: Any, tokens: torch.Tensor, options: Options) -> Projecte
     if attention.qkv is not None:
         query, key, value = _heads(attention, _fused(attention, tokens))
     else:
+        dim = attention.q_proj.out_features // attention.num_heads
         query, key, value = (
-            part(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            part(tokens).unflatten(-1, (-1, dim)).transpose(1, 2)
             for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-    query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = _normed(attention, query, key)
     if (rope := options.get("rope")) is not None:
         query, key = (_rotate(attention, part, rope).type_as(value) for part in (query, key))
     if (groups := query.shape[1] // key.shape[1]) > 1:
@@ -185,6 +184,12 @@ def _heads(attention: Any, projected: torch.Tensor) -> tuple[torch.Tensor, torch
     batch, count, _ = projected.shape
     apart = projected.reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     return apart[0], apart[1], apart[2]
+
+
+def _normed(attention: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not hasattr(attention, "q_norm"):  # older versions of EvaAttention
+        return query, key
+    return attention.q_norm(query), attention.k_norm(key)
 
 
 def _gate(attention: Any, tokens: torch.Tensor) -> torch.Tensor | None:

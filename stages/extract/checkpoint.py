@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from schemas.errors import WeightsError
+from schemas.errors import FptError, WeightsError
 from stages.extract.models import FoundModel
 from stages.extract.names import is_foreign, to_timm
 
@@ -50,7 +50,7 @@ def build_with_weights(found: FoundModel, image_size: int, path: Path) -> nn.Mod
                 img_size=image_size,
                 **options,
             )
-    except (MemoryError, WeightsError):
+    except (MemoryError, FptError):
         raise
     except Exception as error:  # timm and torch raise nearly every kind for a foreign file
         raise _mismatch(found.name, path, shapes, error) from error
@@ -77,7 +77,8 @@ def _source(found: FoundModel, path: Path, shapes: Shapes) -> tuple[dict[str, An
     plain = found.build_on_meta()
     expected, options = set(plain.state_dict()), dict[str, Any]()
     if isinstance(plain, VisionTransformer):
-        options["weight_init"] = "skip"  # no need to draw what is overwritten: saves seconds
+        if type(plain) is VisionTransformer:
+            options["weight_init"] = "skip"  # no need to draw what is overwritten: saves seconds
         if any(key.endswith(".ls1.gamma") for key in shapes) and "blocks.0.ls1.gamma" not in expected:
             # Layer scale is a part of the architecture that names do not tell (UNI): it is there if the file has it.
             options["init_values"] = 1e-5

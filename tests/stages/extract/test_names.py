@@ -36,6 +36,8 @@ def config(folder: Path, architecture: str, **args: Any) -> str:
 
 
 def reference(architecture: str, **args: Any) -> Any:
+    if not timm.is_model(architecture):
+        pytest.skip(f"this timm has no {architecture}")
     torch.manual_seed(0)
     size = SIZE[14 if "patch14" in architecture else 16]
     model = timm.create_model(architecture, num_classes=0, img_size=size, **{**TINY, **args}).eval()
@@ -275,8 +277,6 @@ TRANSFORMERS: dict[str, tuple[Callable[[State], State], str, dict[str, Any]]] = 
 @pytest.mark.parametrize("layout", TRANSFORMERS)
 def test_transformers_names_become_timms(layout: str, tmp_path: Path) -> None:
     theirs, architecture, args = TRANSFORMERS[layout]
-    if not timm.is_model(architecture):
-        pytest.skip(f"this timm has no {architecture}")
     model = reference(architecture, **args)
     full = reference("vit_base_patch16_siglip_224") if "siglip" in layout else model
     save_file({k: v.contiguous() for k, v in theirs(full.state_dict()).items()}, tmp_path / "w.safetensors")
@@ -293,8 +293,6 @@ def test_transformers_names_become_timms(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", TRANSFORMERS)
 def test_a_tensor_too_few_or_too_many_is_refused(layout: str, tmp_path: Path) -> None:
     theirs, architecture, args = TRANSFORMERS[layout]
-    if not timm.is_model(architecture):
-        pytest.skip(f"this timm has no {architecture}")
     full = reference("vit_base_patch16_siglip_224" if "siglip" in layout else architecture, **args)
     weights = {k: v.contiguous() for k, v in theirs(full.state_dict()).items()}
     name, path = config(tmp_path / "c", architecture, **args), tmp_path / "w.safetensors"
