@@ -145,8 +145,6 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def _pickled_shapes(path: Path) -> Shapes:
-    from timm.models import load_state_dict
-
     try:
         # Tensors and plain containers only; argparse.Namespace is data and common in training checkpoints.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -161,18 +159,18 @@ def _pickled_shapes(path: Path) -> Shapes:
             "It was probably saved as a whole model, not as its state_dict.",
             "Save the state_dict of a model that you trust as .safetensors, and set lpm.weights to that file.",
         ) from error
-    state: Mapping[str, Any] = load_state_dict(str(path), device="meta")  # unwraps state_dict, model, EMA as timm does
-    shapes = {key: tuple(value.shape) for key, value in _tensors(state)}
+    shapes = {key: tuple(value.shape) for key, value in _read_tensors(path, "meta").items()}
     if not shapes:
         raise WeightsError(f"{path} holds no tensors.", "", _OTHER_FILE)
     return shapes
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file that `read_shapes` has read."""
+def _read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a file that holds nothing else; `state_dict`, `model` and EMA are unwrapped as timm does."""
     from timm.models import load_state_dict
 
-    return dict(_tensors(load_state_dict(str(path))))
+    with torch.serialization.safe_globals([argparse.Namespace]):  # older versions of timm do not allow it themselves
+        return dict(_tensors(load_state_dict(str(path), device=device, weights_only=True)))
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
