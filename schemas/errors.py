@@ -136,5 +136,9 @@ class EvaluationError(FptError, ValueError):
     """Nothing to judge, or what should be judged is damaged (an empty split, probabilities that are not finite)."""
 
 
+class DeviceMemoryError(FptError, RuntimeError):
+    """The memory of the device is too small for what was asked."""
+
+
 class PlatformError(FptError, RuntimeError):
     """This machine, or this build of a library, lacks something that is needed."""

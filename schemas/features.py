@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureCodec, FeatureDtype, Importance
+from schemas.settings import FeatureCodec, FeatureDtype, Importance, Precision
 
 FEATURE_VERSION = 1
 """Raised by hand when the definition of a feature changes; part of every fingerprint."""
@@ -14,7 +14,7 @@ FEATURE_VERSION = 1
 STORE_VERSION = 1
 """Raised by hand when the layout of the store changes; part of every fingerprint."""
 
-LATER_FIELDS: dict[str, Any] = {"codec": "none", "bitround": None}
+LATER_FIELDS: dict[str, Any] = {"codec": "none", "bitround": None, "pooled": True, "precision": "float32"}
 """Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
 
 
@@ -78,6 +78,10 @@ class FeatureSpec(Contract):
     """Compression of the chunks."""
     bitround: int | None = None
     """Mantissa bits that keys and values keep; None: all."""
+    pooled: bool = True
+    """Whether the pooled outputs of the LPM are kept."""
+    precision: Precision = "float32"
+    """Type in which the LPM computes."""
     side_image_size: int
     """Side of the stored small image, in pixels."""
 
@@ -104,7 +108,8 @@ class FeatureSpec(Contract):
         # Beside int8 codes a byte of scale per token, beside int4 codes one per channel; a half of offset per channel.
         side_data = {"int8": self.kept + 2 * dim, "int4": dim + 2 * dim}.get(self.dtype, 0)
         per_layer = lpm.heads * (2 * (self.kept * token + side_data) + 2 * self.kept)
-        return len(self.layers) * per_layer + 2 * lpm.width * 4 + 3 * self.side_image_size**2 + 32
+        pooled = 2 * lpm.width * 4 if self.pooled else 0
+        return len(self.layers) * per_layer + pooled + 3 * self.side_image_size**2 + 32
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.results import SideNetworkSpec
-from schemas.settings import Method, Settings
+from schemas.settings import Method, Precision, Settings
 
 SIDE_PATCH = 16
 """Side of the side network's patch, in pixels."""
@@ -30,12 +30,13 @@ PRESETS: dict[Method, Preset] = {
 }
 
 
-def resolve(settings: Settings, lpm: LpmInfo) -> Settings:
+def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") -> Settings:
     """Replace every "auto" and take the image size to the patch grid.
 
     Args:
         settings: As parsed.
         lpm: Of `settings.lpm.name` at the nearest size that its patch divides.
+        precision: What "auto" means: it depends on the machine, which is none of this module's business.
 
     Raises:
         SettingsError: Where a value does not fit the LPM; all problems at once.
@@ -66,7 +67,12 @@ def resolve(settings: Settings, lpm: LpmInfo) -> Settings:
     return settings.model_copy(
         update={
             "features": features.model_copy(
-                update={"image_size": lpm.image_size, "layers": layers, "side_image_size": stored}
+                update={
+                    "image_size": lpm.image_size,
+                    "layers": layers,
+                    "side_image_size": stored,
+                    "precision": precision if features.precision == "auto" else features.precision,
+                }
             ),
             "train": train.model_copy(update={"side_image_size": side}),
         }
@@ -84,7 +90,7 @@ def stored_side_size(side: int) -> int:
 def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> FeatureSpec:
     """The spec of resolved settings. T = int(ratio * N)."""
     features = settings.features
-    if features.layers == "auto" or features.side_image_size == "auto":
+    if features.layers == "auto" or features.side_image_size == "auto" or features.precision == "auto":
         raise SettingsError("The settings are not resolved.")
     return FeatureSpec(
         lpm=lpm,
@@ -93,6 +99,8 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
         importance=features.importance,
         kept=int(features.ratio * lpm.tokens),
         dtype=features.dtype,
+        pooled=features.pooled,
+        precision=features.precision,
         codec=features.codec,
         bitround=features.bitround,
         side_image_size=features.side_image_size,

@@ -18,6 +18,7 @@ Method = Literal["fpt", "fpt+", "side"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -85,6 +86,11 @@ class FeatureSettings(Contract):
     """Share of the tokens that is kept per head."""
     dtype: FeatureDtype = "int8"
     """Type of the cached keys and values: float32, float16, int8 (a quarter of float32) or int4 (an eighth, coarse)."""
+    pooled: bool = True
+    """Also keep the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward pass
+    ends with the last tapped keys and values."""
+    precision: Literal["auto"] | Precision = "float32"
+    """Type in which the LPM computes; auto: the fastest where the store is begun, by a short measurement."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
     bitround: Annotated[int, Field(ge=1, le=23)] | None = None
@@ -210,8 +216,8 @@ class ComputeSettings(Contract):
     """auto: CUDA, else Apple's MPS, else the CPU."""
     threads: Annotated[int, Field(ge=0)] = 0
     """torch threads; 0: as many as the process may use."""
-    extract_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Images per forward pass of the LPM."""
+    extract_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Images per forward pass of the LPM, halved where they do not fit the memory; auto: 4, on an accelerator 32."""
     loader_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read the store in training; 0: the training process itself."""
 

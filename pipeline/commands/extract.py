@@ -69,7 +69,7 @@ def extract(
         )
         return
     spent = f" in {duration(seconds)}" if computed else ""
-    copied = f" ({seen[-1].reused} copied from a store of more layers)" if seen[-1].reused else ""
+    copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
     say(f"{receipt.images} images: {cached} were in the cache{copied}, computed {computed}{spent}. Store: {store}")
     say_next("fpt train")
 

@@ -33,12 +33,14 @@ def predict(
     from pipeline.progress import ImageBar
     from schemas.parse import parse_settings
     from stages.device import set_up
+    from stages.extract.work import batch_size
     from stages.predict import predict as run
     from stages.predict import predictions_csv, write_predictions_csv
     from stages.train.bundle import load_bundle
 
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
+    device = set_up(settings.compute)
     bundle, files = model or root / OUTPUTS / "model", _files(images)
     # The model knows which LPM it needs, a folder only by its content; the settings say where it and its weights are.
     name = load_bundle(bundle).spec.features.lpm.name
@@ -49,8 +51,8 @@ def predict(
             files,
             lpm,
             root,
-            set_up(settings.compute),
-            batch_size=settings.compute.extract_batch_size,
+            device,
+            batch_size=batch_size(settings.compute, device),
             data=settings.data,
             progress=bar,
         )

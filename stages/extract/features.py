@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 from schemas.errors import DataError
 from schemas.features import FeatureSpec
+from schemas.settings import Precision
 from stages.extract.lpm import LoadedLpm
-from stages.extract.taps import Taps
+from stages.extract.taps import Tapped, Taps
 from stages.store.quantise import encode
 
 FILTERS = {
@@ -42,7 +44,8 @@ class FeatureBatch:
     arrays: dict[str, NDArray[Any]]
     """Array name -> (B, ...), as `array_layouts` of the spec has it; without keys: for the side network alone.
 
-    `pooled` holds the class token (or the mean, where there is none) and the mean of the patches, after the final norm.
+    `pooled` holds the class token (or the mean, where there is none) and the mean of the patches, after the final norm;
+    it is there where the spec wants it.
     """
 
     def __len__(self) -> int:
@@ -83,25 +86,43 @@ def compute_features(
         DataError: If a feature is not finite in the store's type, or too large for it.
     """
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
-    with Taps(lpm.model, spec) as taps:
-        model: Any = lpm.model
-        tokens: torch.Tensor = model.forward_features(normalise(stacked, spec.lpm.mean, spec.lpm.std))
+    pixels = normalise(stacked, spec.lpm.mean, spec.lpm.std)
+
+    def keep(layer: Tapped) -> dict[str, torch.Tensor]:
+        # Encoded at once: in a small type the kept tokens of all layers weigh little beside one layer's activations.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
+
+    with Taps(lpm.model, spec, keep) as taps, in_precision(spec.precision, pixels.device):
+        tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
         layers = taps.take()
-    keys = torch.stack([layer.keys for layer in layers], dim=1)
-    values = torch.stack([layer.values for layer in layers], dim=1)
-    arrays = encode(keys, values, spec)
-    indices = torch.stack([layer.indices for layer in layers], dim=1)
+    found = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
+    found["indices"] = found["indices"].astype(np.uint16)
+    found["side"] = np.stack([image.side for image in images])
+    if tokens is not None:
+        found["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
+    return FeatureBatch(found)
+
+
+def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Context in which the LPM computes in a type; its weights stay as they are."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def pooled_outputs(tokens: torch.Tensor, spec: FeatureSpec) -> torch.Tensor:
+    """(B, N, D) after the final norm -> (B, 2, D): class token, mean of the patches.
+
+    Raises:
+        DataError: If they are not finite.
+    """
     mean = tokens[:, spec.lpm.prefix_tokens :].mean(dim=1)
-    pooled = torch.stack([tokens[:, 0] if spec.lpm.has_class_token else mean, mean], dim=1).float()
+    pooled = torch.stack([tokens[:, 0] if spec.lpm.has_class_token else mean, mean], dim=1)
     if not bool(torch.isfinite(pooled).all()):
         raise DataError(
-            "The pooled outputs of the LPM are not finite.", "The weights are damaged.", "Check lpm.weights."
+            "The pooled outputs of the LPM are not finite.",
+            "The weights are damaged, or features.precision has too small a range for this LPM.",
+            "Check lpm.weights, or set features.precision to float32.",
         )
-    return FeatureBatch(
-        {
-            **{name: array.cpu().numpy() for name, array in arrays.items()},
-            "indices": indices.cpu().numpy().astype(np.uint16),
-            "pooled": pooled.cpu().numpy(),
-            "side": np.stack([image.side for image in images]),
-        }
-    )
+    return pooled

@@ -4,40 +4,109 @@
     class_token  s[h, j] = softmax_j(q_cls . k_j / sqrt(d))
 
 Kept, per head: the T tokens of highest s, in descending order. The class token may be among them.
+
+The matrix of all queries and keys never exists. Fused attention hands out the log-sum-exp of each query beside its
+result; with it the softmax of some queries at a time is one matrix product and one exponential, no second
+normalisation:
+
+    softmax_j(q_i . k_j) = exp(q_i . k_j - lse_i)
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn import functional as F
 
 from schemas.settings import Importance
+from stages.extract.attention import Projected
 
 QUERY_CHUNK = 128
 """Queries per step: bounds the workspace to (B, H, 128, N) instead of (B, H, N, N)."""
 
+LSE_ALIGNMENT = 32
+"""CUDA's memory-efficient attention pads the log-sum-exp to a multiple of this; more than that is not expected."""
 
-def token_importance(query: torch.Tensor, key: torch.Tensor, rule: Importance) -> torch.Tensor:
+
+def attend(tokens: Projected, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fused attention, and the log-sum-exp of its scores where this device's kernel gives it.
+
+    Args:
+        tokens: Of one block.
+        scale: Multiplies q . k.
+
+    Returns:
+        softmax(q k^T scale + bias) v, (B, H, N, d), and (B, H, N) float32 or more; None: not to be had here.
+    """
+    query, key, value, bias = tokens.query, tokens.key, tokens.value, tokens.bias
+    ops: Any = torch.ops.aten
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        mask = None if bias is None else bias.expand(*query.shape[:-1], key.shape[-2]).to(query.dtype)
+        mixed, lse = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
+        return mixed, lse
+    # The CUDA kernel wants heads of a multiple of 8 channels, and a bias in aligned rows: others go the plain way.
+    if query.device.type == "cuda" and bias is None and query.shape[-1] % 8 == 0:
+        mixed, lse, *_ = ops._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        count = query.shape[-2]
+        return mixed, lse[..., :count] if lse.shape[-1] - count < LSE_ALIGNMENT else None
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale), None
+
+
+def token_importance(
+    tokens: Projected, scale: float, rule: Importance, lse: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention that each token receives.
 
     Args:
-        query: (B, H, N, d), after the model's own normalisation; token 0 is the class token for "class_token".
-        key: (B, H, N, d).
+        tokens: Of one block; token 0 is the class token for "class_token".
+        scale: Multiplies q . k.
         rule: "global" or "class_token".
+        lse: (B, H, N) from `attend`; None: it is computed.
 
     Returns:
         (B, H, N), each row summing to 1; at least float32.
     """
-    count, head_dim = query.shape[-2:]
-    scaled = query * head_dim**-0.5
-    transposed = key.transpose(-2, -1)
-    kind = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, count, dim = tokens.query.shape
+    query, key = tokens.query.reshape(-1, count, dim), tokens.key.reshape(-1, count, dim)
     if rule == "class_token":
-        return torch.softmax((scaled[..., :1, :] @ transposed).squeeze(-2), dim=-1, dtype=kind)
-    received = torch.zeros(key.shape[:-1], dtype=kind, device=key.device)
-    for start in range(0, count, QUERY_CHUNK):
-        scores = scaled[..., start : start + QUERY_CHUNK, :] @ transposed
-        received += torch.softmax(scores, dim=-1, dtype=kind).sum(dim=-2)
-    return received / count
+        query, lse = query[:, :1], None if lse is None else lse[..., :1]
+    kind = torch.promote_types(query.dtype, torch.float32)
+    if lse is not None and tokens.bias is None and kind == query.dtype:
+        received = _by_log_sum_exp(query, key, scale, lse.reshape(batch * heads, -1))
+    else:
+        bias = tokens.bias if tokens.bias is None else tokens.bias.expand(batch, heads, count, count)
+        received = _by_softmax(query, key, scale, bias, kind)
+    return received.view(batch, heads, count) / query.shape[1]
+
+
+def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor) -> torch.Tensor:
+    """(BH, Q, d), (BH, N, d), (BH, Q) -> (BH, N): sums over the queries of exp(q . k scale - lse)."""
+    # The log-sum-exp rides along as one more channel: the subtraction costs no pass of its own.
+    rest = -lse.unsqueeze(-1).to(query.dtype)
+    key = torch.cat([key, torch.ones_like(key[..., :1])], dim=-1).transpose(1, 2)
+    received = torch.zeros(key.shape[0], 1, key.shape[2], dtype=query.dtype, device=query.device)
+    workspace = query.new_empty(len(query), min(QUERY_CHUNK, query.shape[1]), key.shape[2])
+    for part, last in zip(torch.split(query, QUERY_CHUNK, dim=1), torch.split(rest, QUERY_CHUNK, dim=1), strict=True):
+        part = torch.cat([part * scale, last], dim=-1)
+        whole = part.shape[1] == workspace.shape[1]
+        shares = torch.bmm(part, key, out=workspace) if whole else part @ key
+        received += shares.exp_().sum(dim=1, keepdim=True)
+    return received
+
+
+def _by_softmax(
+    query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, kind: torch.dtype
+) -> torch.Tensor:
+    """The same without the log-sum-exp, and for scores of lower precision."""
+    transposed = key.transpose(1, 2)
+    received = torch.zeros(len(key), key.shape[1], dtype=kind, device=key.device)
+    for start in range(0, query.shape[1], QUERY_CHUNK):
+        scores = (query[:, start : start + QUERY_CHUNK] * scale @ transposed).to(kind)
+        if bias is not None:
+            scores += bias[:, :, start : start + scores.shape[1]].reshape(scores.shape)
+        received += torch.softmax(scores, dim=-1).sum(dim=1)
+    return received
 
 
 def select_tokens(importance: torch.Tensor, kept: int) -> torch.Tensor:

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from schemas.base import digest
-from schemas.errors import CacheIncompleteError, ImageError, StorageError, UnreadableImagesError
-from schemas.features import ExtractionReceipt, FeatureSpec
+from schemas.errors import CacheIncompleteError, StorageError, UnreadableImagesError
+from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
-from schemas.settings import DataSettings, Settings
-from stages.device import set_up
-from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
-from stages.extract.lpm import load_lpm
+from schemas.settings import Settings
 from stages.extract.plan import requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
-from stages.files import sha256_file
-from stages.images import read_image
+from stages.extract.work import ShardDone, ShardTask, inline
 from stages.store.layout import Store, create_store
 from stages.store.reuse import copy_rows
 from stages.store.uses import at_work, register_use
 from stages.store.verify import damaged_shards
-from stages.store.writer import claim_shard, remove_claimed_shards, write_shard
+from stages.store.writer import remove_claimed_shards
 
-DECODERS = 2
-"""Threads that decode ahead of the forward pass."""
+Execute = Callable[
+    [Settings, Path, Store, Sequence[ShardTask], Callable[[int], None]],
+    Iterable[ShardDone],
+]
+"""Does tasks, in any order, and yields each when its shard has its receipt; like `stages.extract.work.inline`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,7 @@ def extract(
     output: Path,
     progress: Callable[[ExtractProgress], None] | None = None,
     check: bool = False,
+    execute: Execute = inline,
 ) -> ExtractionReceipt:
     """Compute the features that the store lacks and write the extraction receipt.
 
@@ -71,6 +67,7 @@ def extract(
         output: Folder for `receipt.json`.
         progress: Called at the start and after every batch.
         check: Also compare every byte of the store with its receipts first, and recompute what differs.
+        execute: Who does the tasks: this process, or a cluster.
 
     Raises:
         UnreadableImagesError: If images vanished or changed since `prepare`; all others are computed first.
@@ -83,7 +80,7 @@ def extract(
         # Garbage collection may have taken an unused store between the two lines above; now it cannot.
         store = create_store(cache_root, spec, settings.features.shard_size)
         register_use(cache_root, spec.fingerprint, root, output / "receipt.json", None)
-        receipt = _extract(settings, root, store, manifest, progress, check)
+        receipt = _extract(settings, root, store, manifest, progress, check, execute)
         write_extraction_receipt(receipt, output / "receipt.json")
         shards = [int(shard) for shard in receipt.shards]
         register_use(cache_root, spec.fingerprint, root, output / "receipt.json", shards)
@@ -97,6 +94,7 @@ def _extract(
     manifest: Manifest,
     progress: Callable[[ExtractProgress], None] | None,
     check: bool,
+    execute: Execute,
 ) -> ExtractionReceipt:
     spec = store.spec
     inventory = take_inventory(store)
@@ -119,10 +117,18 @@ def _extract(
             inventory = take_inventory(store)
             missing = inventory.missing(manifest.ids())
             cached = total - len(missing)
-    tell(cached)
+    done = cached
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        tell(done)
+
+    tell(done)
     if missing:
         folder = (root / settings.data.images).resolve()
-        _fill(settings, root, store, [(image_id, folder / paths[image_id]) for image_id in missing], cached, tell)
+        images = [(image_id, folder / paths[image_id]) for image_id in missing]
+        _fill(settings, root, store, images, execute, count)
         inventory = take_inventory(store)
     if inventory.index is None or (gone := inventory.missing(manifest.ids())):
         raise CacheIncompleteError(
@@ -148,104 +154,23 @@ def _fill(
     root: Path,
     store: Store,
     images: Sequence[tuple[str, Path]],
-    cached: int,
-    tell: Callable[[int], None],
+    execute: Execute,
+    on_images: Callable[[int], None],
 ) -> None:
-    device = set_up(settings.compute)
-    lpm = load_lpm(settings.lpm, settings.features.image_size, root)
-    lpm.model.to(device)
-    failures: list[tuple[str, str]] = []
-    batches = _batches(images, store.spec, settings.data, settings.compute.extract_batch_size, failures)
-    done = cached
-    next_shard = 0
-    pending = _Rows()
-    start = time.perf_counter()
-    exhausted = False
-    while not exhausted:
-        batch = next(batches, None)
-        exhausted = batch is None
-        if batch is not None:
-            ids, pixels = batch
-            pending.add(ids, compute_features(lpm, store.spec, pixels, device))
-            done += len(ids)
-            tell(done)
-        while len(pending) >= store.shard_size or (exhausted and len(pending)):
-            ids, arrays = pending.take(store.shard_size)
-            with claim_shard(store, next_shard) as shard:
-                write_shard(store, shard, ids, arrays, time.perf_counter() - start)
-            next_shard = shard + 1
-            start = time.perf_counter()
+    tasks = plan_tasks(store, [(image_id, str(path)) for image_id, path in images])
+    failures = [failure for done in execute(settings, root, store, tasks, on_images) for failure in done.failures]
     if failures:
         raise UnreadableImagesError(
             failures, "All other images are in the store. Run `fpt prepare` again, then `fpt extract`."
         )
 
 
-class _Rows:
-    """Computed rows that wait until a shard is full."""
-
-    def __init__(self) -> None:
-        self._ids: list[str] = []
-        self._batches: list[FeatureBatch] = []
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(self, ids: Sequence[str], batch: FeatureBatch) -> None:
-        self._ids += ids
-        self._batches.append(batch)
-
-    def take(self, count: int) -> tuple[list[str], dict[str, NDArray[Any]]]:
-        """The first `count` rows (or all); the others stay."""
-        names = self._batches[0].arrays
-        arrays = {name: np.concatenate([batch[name] for batch in self._batches]) for name in names}
-        ids, self._ids = self._ids[:count], self._ids[count:]
-        self._batches = [FeatureBatch({name: arrays[name][count:] for name in names})] if self._ids else []
-        return ids, {name: arrays[name][:count] for name in names}
-
-
-def _batches(
-    images: Sequence[tuple[str, Path]],
-    spec: FeatureSpec,
-    data: DataSettings,
-    size: int,
-    failures: list[tuple[str, str]],
-) -> Iterator[tuple[list[str], list[Pixels]]]:
-    """Decode ahead in threads; yield full batches in order, without the images that fail."""
-
-    def load(image_id: str, path: Path) -> Pixels:
-        image = read_image(path, max_pixels=data.max_pixels, min_side=data.min_side)
-        if sha256_file(path) != image_id:
-            raise ImageError(str(path), "its content changed since `fpt prepare`")
-        return to_pixels(image, spec)
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        queue: deque[tuple[str, Path, Future[Pixels]]] = deque()
-        waiting = iter(images)
-        ids: list[str] = []
-        pixels: list[Pixels] = []
-        try:
-            while True:
-                while len(queue) < 2 * size and (image := next(waiting, None)) is not None:
-                    queue.append((*image, pool.submit(load, *image)))
-                if not queue:
-                    break
-                image_id, path, future = queue.popleft()
-                try:
-                    pixels.append(future.result())
-                    ids.append(image_id)
-                except ImageError as error:
-                    failures.append((str(path), error.reason))
-                except FileNotFoundError:
-                    failures.append((str(path), "the file is gone"))
-                if len(ids) == size:
-                    yield ids, pixels
-                    ids, pixels = [], []
-            if ids:
-                yield ids, pixels
-        finally:
-            for *_, future in queue:
-                future.cancel()
+def plan_tasks(store: Store, images: Sequence[tuple[str, str]]) -> list[ShardTask]:
+    """Images in their order, a shard each time, on the lowest numbers that are free."""
+    finished = set(store.finished_shards())
+    numbers = (number for number in itertools.count() if number not in finished)
+    size = store.shard_size
+    return [ShardTask(next(numbers), tuple(images[first : first + size])) for first in range(0, len(images), size)]
 
 
 def _require_space(store: Store, needed: int) -> None:

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from schemas.features import FeatureSpec
-from stages.extract.importance import gather_tokens, select_tokens, token_importance
+from stages.extract.attention import Projected, finish, project, scale_of
+from stages.extract.importance import attend, gather_tokens, select_tokens, token_importance
+
+MLP_CHUNK = 1024
+"""Tokens of an image that go through an MLP at a time, where there are more than twice as many."""
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -27,24 +33,45 @@ class Tapped:
     """(B, H, T) int64: positions among the N tokens, most important first."""
 
 
-class Taps:
+class _AllTaken(Exception):  # noqa: N818  (not an error: it ends a forward pass of which nothing more is needed)
+    """The last tapped layer has its keys and values."""
+
+
+class Taps(Generic[Kept]):
     """Context in which every forward pass of the LPM leaves the selected tokens of the tapped layers.
 
-    Keys and values are the outputs of the block's qkv projection after the model's q/k normalisation. The
-    selection happens inside the hook: queries and unselected tokens are released layer by layer.
+    The attention of a tapped block is computed here, by the model's own projections around one fused kernel, because
+    its log-sum-exp makes the importance nearly free. Other blocks run as they are, but for the MLP of very many
+    tokens, which takes some at a time. The selection happens at once: queries and unselected tokens are released
+    layer by layer.
     """
 
-    def __init__(self, model: nn.Module, spec: FeatureSpec) -> None:
-        self._model, self._spec = model, spec
-        self._found: dict[int, Tapped] = {}
+    def __init__(self, model: nn.Module, spec: FeatureSpec, keep: Callable[[Tapped], Kept]) -> None:
+        """Change nothing yet.
+
+        Args:
+            model: The LPM.
+            spec: What to tap.
+            keep: What is kept of a layer until the end of the pass.
+        """
+        self._model, self._spec, self._keep = model, spec, keep
+        self._found: dict[int, Kept] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> Taps[Kept]:
         blocks: Any = self._model.blocks
         for layer in self._spec.layers:
-            handle = blocks[layer].attn.qkv.register_forward_hook(self._hook(layer, blocks[layer].attn))
-            self._stack.callback(handle.remove)
+            attention = blocks[layer].attn
+            self._replace(attention, self._tapped(layer, attention))
+        if self._spec.lpm.tokens > 2 * MLP_CHUNK:
+            for block in blocks:
+                if isinstance(mlp := getattr(block, "mlp", None), nn.Module):
+                    self._replace(mlp, _in_parts(mlp.forward))
         return self
+
+    def _replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        module.forward = forward
+        self._stack.callback(delattr, module, "forward")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -52,23 +79,59 @@ class Taps:
         self._stack.close()
         self._found.clear()
 
-    def take(self) -> list[Tapped]:
-        """The tapped layers of the last forward pass, in ascending order; can be taken once."""
+    def run(self, pixels: torch.Tensor) -> torch.Tensor | None:
+        """One forward pass.
+
+        Args:
+            pixels: (B, 3, S, S), normalised.
+
+        Returns:
+            The tokens after the final norm, (B, N, D); None where the spec wants no pooled outputs: then the pass
+            ends with the last keys and values.
+        """
+        model: Any = self._model
+        try:
+            tokens: torch.Tensor = model.forward_features(pixels)
+        except _AllTaken:
+            return None
+        return tokens
+
+    def take(self) -> list[Kept]:
+        """What was kept of the tapped layers of the last forward pass, in ascending order; can be taken once."""
         found = [self._found.pop(layer) for layer in self._spec.layers]
         self._found.clear()
         return found
 
-    def _hook(self, layer: int, attention: nn.Module) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        heads, head_dim = self._spec.lpm.heads, self._spec.lpm.head_dim
-        q_norm: Any = getattr(attention, "q_norm", nn.Identity())
-        k_norm: Any = getattr(attention, "k_norm", nn.Identity())
+    def _tapped(self, layer: int, attention: nn.Module) -> Callable[..., torch.Tensor]:
+        rule, kept = self._spec.importance, self._spec.kept
+        scale = scale_of(attention)
+        last = layer == self._spec.layers[-1] and not self._spec.pooled
 
-        def select(_module: nn.Module, _inputs: Any, projected: torch.Tensor) -> None:
-            batch, count, _ = projected.shape
-            query, key, value = projected.view(batch, count, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-            query, key = q_norm(query), k_norm(key)
-            importance = token_importance(query, key, self._spec.importance)
-            indices = select_tokens(importance, self._spec.kept)
-            self._found[layer] = Tapped(gather_tokens(key, indices), gather_tokens(value, indices), indices)
+        def forward(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            projected = _in_one_type(project(attention, tokens, *args, **kwargs))
+            mixed, lse = (None, None) if last else attend(projected, scale)
+            indices = select_tokens(token_importance(projected, scale, rule, lse), kept)
+            keys, values = gather_tokens(projected.key, indices), gather_tokens(projected.value, indices)
+            self._found[layer] = self._keep(Tapped(keys, values, indices))
+            if mixed is None:
+                raise _AllTaken
+            return finish(attention, mixed)
 
-        return select
+        return forward
+
+
+def _in_parts(mlp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An MLP sees each token by itself, and its hidden layer is the widest tensor of a forward pass."""
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mlp(part) for part in torch.split(tokens, MLP_CHUNK, dim=1)], dim=1)
+
+    return forward
+
+
+def _in_one_type(tokens: Projected) -> Projected:
+    """Under autocast a normalised query is float32 again while the value is not; a fused kernel takes one type."""
+    kind = tokens.value.dtype
+    if tokens.query.dtype == kind == tokens.key.dtype:
+        return tokens
+    return Projected(tokens.query.to(kind), tokens.key.to(kind), tokens.value, tokens.bias)

@@ -5,7 +5,7 @@
             keys values         (row, layer, head, token, channel), float, int8, or two int4 codes a byte
             scale offset        only beside int8 and int4: see `stages.store.quantise`
             indices             (row, layer, head, token), uint16: position of each kept token
-            pooled              (row, output, width), float32: class token and mean of the patches
+            pooled              (row, output, width), float32: class token and mean of the patches; where it is kept
             side                (row, channel, y, x), uint8: the small image
             sha256              (row, byte), uint8: content digest of the image; all zero: an empty row
         receipts/000012.json    proof that shard 12 of every array is whole
@@ -18,8 +18,10 @@ reader that knows the shard index gets a row by one `pread`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,11 @@ def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     lpm, layers = spec.lpm, len(spec.layers)
     tokens = ("layer", "head", "token")
     kept = (layers, lpm.heads, spec.kept)
+    pooled = {"pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width"))} if spec.pooled else {}
     return {
         **_cached_layouts(spec),
         "indices": ArrayLayout(kept, "uint16", tokens),
-        "pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width")),
+        **pooled,
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
         "sha256": ArrayLayout((32,), "uint8", ("byte",)),
     }
@@ -122,8 +125,24 @@ class Store:
 
     def shard_file(self, array: str, shard: int) -> Path:
         """File of one shard of one array: chunk key with '.' separators, no nested folders."""
-        zeros = ".0" * len(array_layouts(self.spec)[array].shape)
-        return self.group / array / f"c.{shard}{zeros}"
+        return Path(self.shard_name(array, shard))
+
+    def shard_name(self, array: str, shard: int) -> str:
+        """The same as text: a reader that meets a shard for the first time asks for it a dozen times."""
+        return self._names[array].format(shard)
+
+    @cached_property
+    def layouts(self) -> dict[str, ArrayLayout]:
+        """Every array, by name."""
+        return array_layouts(self.spec)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        group = str(self.group).replace("{", "{{").replace("}", "}}")
+        return {
+            name: f"{group}{os.sep}{name}{os.sep}c.{{}}" + ".0" * len(layout.shape)
+            for name, layout in self.layouts.items()
+        }
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that have a receipt, ascending."""
@@ -244,7 +263,7 @@ def grow_store(store: Store, shards: int) -> None:
     """Make the arrays long enough for `shards` shards; never shrinks. Safe between processes."""
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
-        for name, layout in array_layouts(store.spec).items():
+        for name, layout in store.layouts.items():
             array: Any = group[name]
             if array.shape[0] < shards * store.shard_size:
                 array.resize((shards * store.shard_size, *layout.shape))

@@ -19,8 +19,9 @@ from stages.store.writer import claim_shard, write_shard
 
 
 def serves(spec: FeatureSpec, other: FeatureSpec) -> bool:
-    """Whether a store of `other` holds the features of `spec`: the same but for more layers."""
-    return set(spec.layers) < set(other.layers) and other.model_copy(update={"layers": spec.layers}) == spec
+    """Whether a store of `other` holds the features of `spec`: the same but for more layers, or pooled outputs."""
+    enough = set(spec.layers) <= set(other.layers) and spec.pooled <= other.pooled and spec != other
+    return enough and other.model_copy(update={"layers": spec.layers, "pooled": spec.pooled}) == spec
 
 
 def donors(cache_root: Path, spec: FeatureSpec) -> list[Store]:
@@ -90,7 +91,7 @@ def _read(
 ) -> tuple[list[str], dict[str, NDArray[Any]]]:
     """Rows in the layers of `want`, without the damaged ones."""
     layouts = array_layouts(have)
-    names = [name for name in layouts if name != "sha256"]
+    names = [name for name in array_layouts(want) if name != "sha256"]
     try:
         rows, sound = reader.read(ids, names), ids
     except (CacheCorruptError, CacheIncompleteError):

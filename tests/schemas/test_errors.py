@@ -30,6 +30,7 @@ MAKE: dict[str, Callable[[], FptError]] = {
     "TrainingError": lambda: errors.TrainingError(*SAID),
     "BundleError": lambda: errors.BundleError(*SAID),
     "EvaluationError": lambda: errors.EvaluationError(*SAID),
+    "DeviceMemoryError": lambda: errors.DeviceMemoryError(*SAID),
     "PlatformError": lambda: errors.PlatformError(*SAID),
 }
 

@@ -45,6 +45,8 @@ SPEC: dict[str, Any] = {
     "side_image_size": 144,
     "codec": "none",
     "bitround": None,
+    "pooled": True,
+    "precision": "float32",
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -57,6 +59,8 @@ OTHER_SPEC: dict[str, Any] = {
     "side_image_size": 160,
     "codec": "zstd",
     "bitround": 7,
+    "pooled": False,
+    "precision": "bfloat16",
 }
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from schemas.errors import DataError
 from schemas.features import FeatureSpec, LpmInfo
+from stages.extract.attention import Projected
 from stages.extract.features import compute_features, to_pixels
-from stages.extract.importance import QUERY_CHUNK, select_tokens, token_importance
+from stages.extract.importance import QUERY_CHUNK, attend, select_tokens, token_importance
 from stages.extract.lpm import LoadedLpm, describe_lpm
 from stages.extract.taps import Taps
 
@@ -77,8 +78,8 @@ def test_selection_equals_the_formulas(name: str, rule: str) -> None:
     spec = spec_of(lpm.info, layers, rule, kept)
     model = lpm.model.double()
     pixels = torch.randn(2, 3, 208, 208, dtype=torch.float64)
-    with Taps(model, spec) as taps:
-        model.forward_features(pixels)
+    with Taps(model, spec, lambda layer: layer) as taps:
+        taps.run(pixels)
         tapped = taps.take()
     for layer, found in zip(layers, tapped, strict=True):
         keys, values, indices = direct(model, pixels, layer, rule, kept)
@@ -123,9 +124,12 @@ def test_a_batch_gives_what_single_images_give() -> None:
 
 
 def test_importance_is_a_distribution_over_tokens() -> None:
-    q, k = torch.randn(2, 3, 300, 8), torch.randn(2, 3, 300, 8)
+    tokens = Projected(*(torch.randn(2, 3, 300, 8) for _ in range(3)))
+    _, lse = attend(tokens, 0.3)
     for rule in ("global", "class_token"):
-        torch.testing.assert_close(token_importance(q, k, rule).sum(-1), torch.ones(2, 3))
+        found = token_importance(tokens, 0.3, rule, lse)
+        torch.testing.assert_close(found.sum(-1), torch.ones(2, 3))
+        torch.testing.assert_close(found, token_importance(tokens, 0.3, rule))
 
 
 def test_equal_importance_is_kept_in_order_of_the_tokens() -> None:

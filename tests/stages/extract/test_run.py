@@ -40,7 +40,7 @@ def count_forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(images))
         return compute_features(lpm, spec, images, device)
 
-    monkeypatch.setattr("stages.extract.run.compute_features", counted)
+    monkeypatch.setattr("stages.extract.work.compute_features", counted)
     return sizes
 
 
@@ -66,7 +66,7 @@ def test_a_second_run_computes_nothing_and_loads_no_lpm(study: Study, monkeypatc
     def forbidden(*_: object) -> None:
         raise AssertionError("the LPM was loaded")
 
-    monkeypatch.setattr("stages.extract.run.load_lpm", forbidden)
+    monkeypatch.setattr("stages.extract.work.load_lpm", forbidden)
     seen: list[ExtractProgress] = []
     assert study.extract(progress=seen.append) == first
     assert [(p.done, p.total, p.cached) for p in seen] == [(24, 24, 24)]

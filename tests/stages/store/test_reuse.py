@@ -20,7 +20,7 @@ def no_lpm(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the LPM was loaded")
 
-    monkeypatch.setattr("stages.extract.run.load_lpm", refuse)
+    monkeypatch.setattr("stages.extract.work.load_lpm", refuse)
 
 
 def fewer(study: Study, **more: object) -> None:

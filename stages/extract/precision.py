@@ -1,0 +1,83 @@
+"""In which type the LPM computes where the settings say "auto"."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from schemas.features import FeatureSpec, LpmInfo
+from schemas.resolve import feature_spec
+from schemas.settings import Precision, Settings
+from stages.device import pick_device
+from stages.extract.features import in_precision
+from stages.store.inventory import find_stores
+
+GAIN = 1.3
+"""A narrower type has to be this much faster: below it, exact features are worth more than the time."""
+ROUNDS = 3
+TRIED: dict[str, tuple[Precision, ...]] = {
+    # float16 on a CPU is emulated, and ten times slower than float32 where that was measured.
+    "cpu": ("float32", "bfloat16"),
+    "cuda": ("float32", "bfloat16", "float16"),
+    "mps": ("float32", "float16"),
+}
+
+
+def choose_precision(settings: Settings, lpm: LpmInfo, cache_root: Path) -> Precision:
+    """What "auto" means for resolved settings: what the store was begun in, else the fastest here."""
+    # The digest of the weights is not known yet, and plays no part here.
+    stored = stored_precision(cache_root, feature_spec(settings, lpm, ""))
+    return stored or fastest_precision(lpm, pick_device(settings.compute.device))
+
+
+def stored_precision(cache_root: Path, wanted: FeatureSpec) -> Precision | None:
+    """That of the store which holds these features, whatever its weights; of several the one with most shards.
+
+    What was begun in one type goes on in it, on every machine.
+    """
+    found: dict[Precision, int] = {}
+    for store in (found_store.store for found_store in find_stores(cache_root)):
+        if store is None:
+            continue
+        if not wanted.differing(store.spec).keys() - {"precision", "weights_sha256"}:
+            found[store.spec.precision] = max(found.get(store.spec.precision, 0), len(store.finished_shards()))
+    return max(found.items(), key=itemgetter(1))[0] if found else None
+
+
+def fastest_precision(lpm: LpmInfo, device: torch.device) -> Precision:
+    """Time one block's matrix products and attention in each type that suits the device."""
+    seconds = measure_precisions(lpm, device)
+    best = min(seconds, key=lambda name: seconds[name])
+    return best if seconds["float32"] >= GAIN * seconds[best] else "float32"
+
+
+@torch.inference_mode()
+def measure_precisions(lpm: LpmInfo, device: torch.device) -> dict[Precision, float]:
+    """Median seconds of the large operations of one block, by type; types take turns."""
+    tokens = torch.randn(1, lpm.tokens, lpm.width, device=device)
+    wide = torch.randn(4 * lpm.width, lpm.width, device=device)
+    times: dict[Precision, list[float]] = {name: [] for name in TRIED[device.type]}
+    for attempt in range(ROUNDS + 1):
+        for name, found in times.items():
+            _wait(device)
+            start = time.perf_counter()
+            with in_precision(name, device):
+                hidden = F.linear(F.linear(tokens, wide), wide.T)
+                heads = hidden.view(1, lpm.tokens, lpm.heads, -1).transpose(1, 2)
+                F.scaled_dot_product_attention(heads, heads, heads)
+            _wait(device)
+            if attempt:  # the first round pays for what is set up once
+                found.append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
