@@ -63,11 +63,7 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     """
     settings = load_settings(params, assignments)
     root = params.absolute().parent
-<<<<<<< HEAD
     resolved, lpm = resolve_aloud(settings, root)
-    return Study(root=root, settings=resolved, lpm=lpm, cache=cache_root(root))
-=======
-    resolved, lpm = resolve_aloud(settings)
     cache = cache_root(root)
     if settings.features.precision == "auto":
         from stages.extract.precision import choose_precision
@@ -75,7 +71,6 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         chosen = choose_precision(resolved, lpm, cache)
         resolved = resolved.model_copy(update={"features": resolved.features.model_copy(update={"precision": chosen})})
     return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
->>>>>>> main
 
 
 def resolve_aloud(settings: Settings, root: Path) -> tuple[Settings, LpmInfo]:
