@@ -28,7 +28,7 @@ class LpmInfo(Contract):
     """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate need of it."""
 
     name: str
-    """timm name with tag."""
+    """timm name with tag, `hf-hub:organisation/name`, or `local-dir:architecture@content`; never a path."""
     depth: int
     """Blocks."""
     width: int

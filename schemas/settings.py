@@ -69,7 +69,7 @@ class LpmSettings(Contract):
     """The frozen large pretrained model."""
 
     name: str = "vit_base_patch16_384.orig_in21k_ft_in1k"
-    """timm model name, with the tag of the pretrained weights."""
+    """timm model name with its tag, hf-hub:organisation/name, or local-dir:folder (config.json and weights)."""
     weights: str = "hub"
     """"hub", or a local .safetensors, .pth or .npz file; relative paths start at the folder of `params.yaml`."""
 
