@@ -99,7 +99,7 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
     from schemas.health import Finding
     from schemas.settings import OUTPUTS
     from stages.doctor.guard import run_check
-    from stages.doctor.study import check_hub, check_store, check_weights, hub_needed
+    from stages.doctor.study import check_hub, check_store, check_weights
 
     if settings is None:
         why = "not in a study" if status == "skipped" else "the settings are not valid"
@@ -107,7 +107,7 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
         skipped = [Finding(name=name, status="skipped", detail=why) for name in names]
         return [run_check("model hub", check_hub, None), *skipped]
     solved: list[tuple[Settings, LpmInfo]] = []
-    model = run_check("model", _resolve, settings, solved)
+    model = run_check("model", _resolve, settings, root, solved)
     receipt = root / OUTPUTS / "features" / "receipt.json"
     if not solved:
         weights = Finding(name="weights", status="skipped", detail="the model is not known")
@@ -118,18 +118,18 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
             run_check("store", check_store, cache, receipt),
         ]
     resolved, _ = solved[0]
-    hub = run_check("model hub", lambda: check_hub(hub_needed(resolved.lpm)))
+    hub = run_check("model hub", lambda: check_hub(need_hub(resolved.lpm, root)))
     weights = run_check("weights", check_weights, resolved, root, limit=WEIGHTS_SECONDS)
     known = (resolved, root) if weights.status == "ok" else ()
     return [model, hub, weights, run_check("store", check_store, cache, receipt, *known, limit=WEIGHTS_SECONDS)]
 
 
-def _resolve(settings: Settings, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
+def _resolve(settings: Settings, root: Path, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
     from schemas.health import Finding
     from schemas.resolve import resolve
     from stages.extract.lpm import describe_lpm
 
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
+    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
     solved.append((resolve(settings, lpm), lpm))
     return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
 

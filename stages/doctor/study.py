@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from schemas.health import Finding
-from schemas.settings import LpmSettings, Settings
+from schemas.settings import Settings
 
 HUB_SECONDS = 3.0
 """For the hub's answer."""
@@ -38,28 +38,6 @@ def check_hub(needed: bool | None) -> Finding:
     )
 
 
-def hub_needed(lpm: LpmSettings) -> bool:
-    """Whether the weights have to come from the hub: they are neither a local file nor in the hub's cache here."""
-    return lpm.weights == "hub" and _cached_file(lpm) is None
-
-
-def _cached_file(lpm: LpmSettings) -> Path | None:
-    """What the hub's own cache on this machine holds; nothing is fetched."""
-    import huggingface_hub
-
-    from stages.extract.models import pretrained_cfg
-
-    cfg = pretrained_cfg(lpm.name)
-    if not cfg.hf_hub_id:
-        return None
-    repo, _, revision = cfg.hf_hub_id.partition("@")
-    for name in [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]:
-        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    return None
-
-
 def check_weights(settings: Settings, root: Path) -> Finding:
     """Whether the weights are on this machine and fill the model that the settings name, down to the last tensor.
 
@@ -71,10 +49,10 @@ def check_weights(settings: Settings, root: Path) -> Finding:
         WeightsError: They are missing or those of another model.
     """
     from stages.extract.lpm import load_lpm
-    from stages.extract.weights import locate_weights
+    from stages.extract.weights import locate_weights, need_hub
 
     lpm = settings.lpm
-    if hub_needed(lpm):
+    if need_hub(lpm, root):
         detail = f"not on this machine yet: `fpt extract` fetches those of {lpm.name} from the hub"
         return Finding(name="weights", status="skipped", detail=detail)
     path = locate_weights(lpm, root)

@@ -28,13 +28,9 @@ def fetch(repo: str, names: Sequence[str], what: str, otherwise: str) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
+    if (path := cached(repo, names, what)) is not None:
+        return path
     repo, _, revision = repo.partition("@")
-    try:
-        cached = [huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None) for name in names]
-    except errors.HFValidationError as error:
-        raise WeightsError(f"{what} are not on the hub, for this is not a repository: {repo}.", str(error)) from error
-    if found := [path for path in cached if isinstance(path, str)]:
-        return Path(found[0])
     state, command = f"{what} are not on this machine", f"{otherwise[0].upper()}{otherwise[1:]}"
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f"{state}, and HF_HUB_OFFLINE forbids to fetch them.", "", f"Unset it, or {otherwise}.")
@@ -57,6 +53,23 @@ def fetch(repo: str, names: Sequence[str], what: str, otherwise: str) -> Path:
         except (OSError, ValueError) as error:  # the hub's own errors: no such repository or name, gated, 5xx
             raise refused(what, repo, error, otherwise) from error
     raise WeightsError(f"The hub's {repo} holds none of {', '.join(names)}.", "", f"{command}.")
+
+
+def cached(repo: str, names: Sequence[str], what: str) -> Path | None:
+    """The first of some files of a repository that the hub's cache on this machine holds; nothing is fetched.
+
+    Raises:
+        WeightsError: It is no repository's name.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = repo.partition("@")
+    try:
+        found = [huggingface_hub.try_to_load_from_cache(repo, name, revision=revision or None) for name in names]
+    except errors.HFValidationError as error:
+        raise WeightsError(f"{what} are not on the hub, for this is not a repository: {repo}.", str(error)) from error
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def refused(what: str, source: str, error: Exception, otherwise: str) -> WeightsError:

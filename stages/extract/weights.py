@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from schemas.errors import StorageError, WeightsError
 from schemas.settings import LpmSettings
-from stages.extract.hub import answers, fetch, refused
+from stages.extract.hub import answers, cached, fetch, refused
 from stages.extract.hub import hub_reachable as hub_reachable
-from stages.extract.models import find_model
+from stages.extract.models import FoundModel, find_model
 from stages.files import storage_errors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
@@ -43,10 +44,7 @@ def locate_weights(lpm: LpmSettings, root: Path) -> Path:
         return _in_folder(model.folder)
     what = f"The weights of {lpm.name}"
     if model.cfg.hf_hub_id:
-        # Of timm's own repositories it is known that they have these two names only.
-        names = _NAMES if model.is_repository else (_NAMES[0], _NAMES[2])
-        named = model.cfg.hf_hub_filename
-        return fetch(model.cfg.hf_hub_id, [named] if named else names, what, LOCAL)
+        return fetch(model.cfg.hf_hub_id, _hub_names(model), what, LOCAL)
     if model.cfg.url:
         return _from_url(what, model.cfg.url)
     raise WeightsError(
@@ -54,6 +52,26 @@ def locate_weights(lpm: LpmSettings, root: Path) -> Path:
         "Only the architecture is known under this name.",
         f"Set lpm.name to a model with weights, or {LOCAL}.",
     )
+
+
+def need_hub(lpm: LpmSettings, root: Path) -> bool:
+    """Whether `locate_weights` would have to fetch the weights from the hub: they are not on this machine.
+
+    Raises:
+        UnsupportedModelError: timm does not know the name.
+    """
+    if lpm.weights != "hub":
+        return False
+    model = find_model(lpm.name, root)
+    if model.folder is not None or not model.cfg.hf_hub_id:
+        return False
+    return cached(model.cfg.hf_hub_id, _hub_names(model), lpm.name) is None
+
+
+def _hub_names(model: FoundModel) -> Sequence[str]:
+    named = model.cfg.hf_hub_filename
+    # Of timm's own repositories it is known that they have these two names only.
+    return [named] if named else _NAMES if model.is_repository else (_NAMES[0], _NAMES[2])
 
 
 def _local(lpm: LpmSettings, root: Path) -> Path:
