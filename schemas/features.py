@@ -8,7 +8,7 @@ from schemas.base import Contract, digest
 from schemas.manifest import ImageId
 from schemas.settings import FeatureCodec, FeatureDtype, FeatureResize, Importance, Precision
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 """Raised by hand when the definition of a feature changes; part of every fingerprint."""
 
 STORE_VERSION = 1
