@@ -73,8 +73,8 @@ def extract(
     spent = f" in {duration(seconds)}" if computed else ""
     copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
     views = f" ({rows} rows with their views)" if rows > receipt.images else ""
-    found = f"{cached} were in the cache{copied}, computed {computed}{spent}"
-    say(f"{receipt.images} images{views}: {found}. Store: {store}")
+    outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
+    say(f"{receipt.images} images{views}: {outcome}. Store: {store}")
     say_next("fpt train")
 
 
