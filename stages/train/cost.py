@@ -133,7 +133,7 @@ def _peak_mib(
         network: Is turned into one of fake tensors.
         make_step: Called under fake tensors; gives the optimiser, the step's inputs and the step.
     """
-    tracker_class = _mem_tracker()
+    tracker = total_tracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.train().to_empty(device="cpu")
         optimizer, inputs, step = make_step()
@@ -142,7 +142,6 @@ def _peak_mib(
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tracker = tracker_class()
         tracker.track_external(network, optimizer, *inputs)
         with tracker:
             step()
@@ -150,8 +149,12 @@ def _peak_mib(
     return peak[torch.device("cpu")]["Total"] / 2**20
 
 
-def _mem_tracker() -> Any:
-    """The class, imported late: it loads torch.distributed, which some builds of torch lack."""
+def total_tracker() -> Any:
+    """A `MemTracker` that keeps totals. Imported late: it loads torch.distributed, which some builds of torch lack.
+
+    Raises:
+        PlatformError: If this torch has none.
+    """
     try:
         if not torch.distributed.is_available():
             raise ImportError("torch.distributed is not available")
@@ -172,4 +175,4 @@ def _mem_tracker() -> Any:
             super()._update_peak_stats(peak_state)
             self.memory_tracking = modules
 
-    return TotalTracker
+    return TotalTracker()
