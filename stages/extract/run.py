@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from schemas.errors import CacheIncompleteError, StorageError, UnreadableImagesE
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
 from schemas.settings import Settings
-from schemas.views import ViewRow, manifest_rows
+from schemas.views import manifest_rows
 from stages.extract.plan import requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
 from stages.extract.work import ShardDone, ShardTask, inline
@@ -130,8 +130,8 @@ def _extract(
     if missing:
         folder = (root / settings.data.images).resolve()
         paths = {row.id: str(folder / row.path) for row in reversed(manifest.rows)}
-        tasks = plan_tasks(store, [rows[row_id] for row_id in missing], paths)
-        _fill(settings, root, store, tasks, execute, count)
+        images = [(rows[name].image, paths[rows[name].image], rows[name].view) for name in missing]
+        _fill(settings, root, store, plan_tasks(store, images), execute, count)
         inventory = take_inventory(store)
     if inventory.index is None or (gone := inventory.missing(ids)):
         raise CacheIncompleteError(
@@ -171,20 +171,11 @@ def _fill(
         )
 
 
-def plan_tasks(store: Store, rows: Sequence[ViewRow], paths: Mapping[str, str]) -> list[ShardTask]:
-    """Rows in their order, a shard each time (`into_shards`), on the lowest numbers that are free.
-
-    Args:
-        store: Where they go.
-        rows: To be computed.
-        paths: File of each image, by image id.
-    """
+def plan_tasks(store: Store, images: Sequence[tuple[str, str, str]]) -> list[ShardTask]:
+    """(image id, path, view) of rows, a shard each time (`into_shards`), on the lowest numbers that are free."""
     finished = set(store.finished_shards())
     numbers = (number for number in itertools.count() if number not in finished)
-    return [
-        ShardTask(next(numbers), tuple((row.image, paths[row.image], row.view) for row in shard))
-        for shard in into_shards(rows, store.shard_size)
-    ]
+    return [ShardTask(next(numbers), tuple(shard)) for shard in into_shards(images, store.shard_size)]
 
 
 def _require_space(store: Store, needed: int) -> None:

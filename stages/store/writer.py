@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -21,6 +21,8 @@ from schemas.features import FileDigest, ShardReceipt
 from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.store.layout import Store, array_layouts, grow_store
+
+Named = TypeVar("Named", bound=tuple[str, ...])
 
 
 @contextmanager
@@ -108,12 +110,16 @@ def write_shard(
     return receipt
 
 
-def into_shards(rows: Sequence[ViewRow], size: int) -> list[list[ViewRow]]:
+def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
     """Rows in their order, a shard each time; no shard mixes images themselves with other views.
 
     So a study that gives up its views needs none of their shards any more, and evaluation reads none of them.
+
+    Args:
+        rows: Tuples that end with the view.
+        size: Of a shard.
     """
-    plain, others = [row for row in rows if row.view == IDENTITY], [row for row in rows if row.view != IDENTITY]
+    plain, others = [row for row in rows if row[-1] == IDENTITY], [row for row in rows if row[-1] != IDENTITY]
     return [part[first : first + size] for part in (plain, others) for first in range(0, len(part), size)]
 
 
