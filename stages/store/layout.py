@@ -18,8 +18,10 @@ reader that knows the shard index gets a row by one `pread`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +125,24 @@ class Store:
 
     def shard_file(self, array: str, shard: int) -> Path:
         """File of one shard of one array: chunk key with '.' separators, no nested folders."""
-        zeros = ".0" * len(array_layouts(self.spec)[array].shape)
-        return self.group / array / f"c.{shard}{zeros}"
+        return Path(self.shard_name(array, shard))
+
+    def shard_name(self, array: str, shard: int) -> str:
+        """The same as text: a reader that meets a shard for the first time asks for it a dozen times."""
+        return self._names[array].format(shard)
+
+    @cached_property
+    def layouts(self) -> dict[str, ArrayLayout]:
+        """Every array, by name."""
+        return array_layouts(self.spec)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        group = str(self.group).replace("{", "{{").replace("}", "}}")
+        return {
+            name: f"{group}{os.sep}{name}{os.sep}c.{{}}" + ".0" * len(layout.shape)
+            for name, layout in self.layouts.items()
+        }
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that have a receipt, ascending."""
@@ -245,7 +263,7 @@ def grow_store(store: Store, shards: int) -> None:
     """Make the arrays long enough for `shards` shards; never shrinks. Safe between processes."""
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
-        for name, layout in array_layouts(store.spec).items():
+        for name, layout in store.layouts.items():
             array: Any = group[name]
             if array.shape[0] < shards * store.shard_size:
                 array.resize((shards * store.shard_size, *layout.shape))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from schemas.features import FileDigest, ShardReceipt
 from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
-from stages.store.layout import Store, array_layouts, grow_store
+from stages.store.layout import Store, grow_store
 
 Named = TypeVar("Named", bound=tuple[str, ...])
 
@@ -84,7 +84,7 @@ def write_shard(
             group = zarr.open_group(store.group, mode="r+")
             first = shard * store.shard_size
             files = {}
-            for name, layout in array_layouts(store.spec).items():
+            for name, layout in store.layouts.items():
                 rows = digests if name == "sha256" else arrays[name]
                 if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
                     raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
@@ -126,7 +126,7 @@ def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
 def remove_shard(store: Store, shard: int) -> None:
     """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first."""
     store.receipt(shard).unlink(missing_ok=True)
-    for name in array_layouts(store.spec):
+    for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*"):
             path.unlink(missing_ok=True)
 
