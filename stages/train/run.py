@@ -127,7 +127,8 @@ def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
     asked = settings.features
     absent: list[str] = [view for view in asked.views if view not in receipt.views]
     if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
-        absent.append(f"{asked.crops} crops of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
+        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
+        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
     if absent:
         raise CacheIncompleteError(
             f"The settings ask for views that were not extracted: {', '.join(absent)}.",

@@ -154,7 +154,7 @@ def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:
     assert new % 3 == 0
     assert f"40 ({plan['rows']} rows with their views)" in fpt(*with_views, "--plan", cwd=study)[0]
     refused = fpt("train", *views, cwd=study, code=2)[1]
-    assert "hflip, rot180, 1 crops of 0.8 to 1 of the area" in refused
+    assert "hflip, rot180, 1 crop of 0.8 to 1 of the area" in refused
     assert "fpt extract" in refused
     done = fpt(*with_views, cwd=study)[1]
     assert f"40 images ({40 + new} rows with their views): 40 were in the cache, computed {new}" in done

@@ -138,7 +138,8 @@ def test_another_split_computes_the_views_of_the_images_that_are_new_in_training
     assert computed_rows(study)[1] == len(new)
 
 
-def test_shards_hold_images_or_views_and_receipts_have_the_parameters_of_the_crops(study: Study) -> None:
+def test_shards_hold_images_or_views_and_receipts_have_the_parameters_of_the_crops(tmp_path: Path) -> None:
+    study = make_study(tmp_path, per_class=5)  # not a multiple of the shard's rows
     with_views(study, "vflip", crops=1, crop_scale=(0.5, 0.6))
     receipt = study.extract()
     assert (receipt.crops, receipt.crop_scale) == (1, (0.5, 0.6))
@@ -222,7 +223,8 @@ def test_garbage_collection_keeps_views_until_no_study_has_them(tmp_path: Path) 
     assert computed_rows(one)[1] == len(training(one))
 
 
-def test_views_extracted_together_with_their_images_can_be_given_up_too(study: Study) -> None:
+def test_views_extracted_together_with_their_images_can_be_given_up_too(tmp_path: Path) -> None:
+    study = make_study(tmp_path, per_class=5)
     with_views(study, "hflip")
     study.extract()
     with_views(study)

@@ -162,7 +162,7 @@ def test_what_is_held_in_memory_counts_the_views_and_changes_nothing(
     [
         ({"views": (*TURNS, "vflip")}, "vflip"),
         ({"crops": 2}, "2 crops of 0.5 to 0.8 of the area"),
-        ({"crop_scale": (0.4, 0.8)}, "1 crops of 0.4 to 0.8 of the area"),
+        ({"crop_scale": (0.4, 0.8)}, "1 crop of 0.4 to 0.8 of the area"),
     ],
 )
 def test_views_that_were_not_extracted_are_refused_by_name(
