@@ -85,4 +85,4 @@ def manifest_rows(manifest: Manifest, wanted: WantsViews) -> list[ViewRow]:
     Views of one image are neighbours, so that it is decoded once for them.
     """
     rows = [ViewRow(image_id, IDENTITY) for image_id in manifest.ids()]
-    return list(dict.fromkeys([*rows, *(row for views in train_views(manifest, wanted) for row in views[1:])]))
+    return [*rows, *dict.fromkeys(row for views in train_views(manifest, wanted) for row in views[1:])]
