@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from stages.train.loop import Recipe, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork, learnable_parameters
 
 
-def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
+def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
     """Count parameters, tensor memory and bytes of a setting. Takes seconds.
 
     Args:
         settings: Resolved.
         lpm: Shape of the LPM that they name, at their image size.
         classes: Outputs of the classifier.
+        root: Folder that a relative `local-dir:` starts at; None: the working directory.
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
@@ -44,7 +46,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
         network = PromptedSideNetwork(spec)
-    model = build_on_meta(lpm.name, classes, img_size=lpm.image_size)
+    model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
