@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.commands.cache import cache
+from pipeline.commands.compare import compare
 from pipeline.commands.cost import cost
 from pipeline.commands.demo import demo
 from pipeline.commands.doctor import doctor
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, evaluate, predict, cost, doctor):
+for verb in (init, prepare, extract, train, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")

@@ -24,6 +24,7 @@ class EpochLogger:
     def __init__(self, folder: Path, epochs: int) -> None:
         self.folder, self.epochs = folder, epochs
         self._live: Any = None
+        self._seconds = 0.0
 
     def __enter__(self) -> EpochLogger:
         return self
@@ -47,6 +48,7 @@ class EpochLogger:
             "val/auc": log.val_auc,
             "lr": log.lr,
         }
+        self._seconds += log.seconds
         with storage_errors(self.folder):
             if self._live is None:
                 self._live = _open_live(self.folder)
@@ -62,8 +64,9 @@ class EpochLogger:
         )
 
     def finish(self, best: EpochLog) -> None:
-        """Record which epoch the model is of."""
+        """Record which epoch the model is of, and what all epochs took."""
         if self._live is not None:
+            self._live.summary["seconds"] = round(self._seconds, 3)
             self._live.summary["best"] = {"epoch": best.epoch} | ({} if best.val_auc is None else {"auc": best.val_auc})
             with storage_errors(self.folder):
                 self._live.make_summary()

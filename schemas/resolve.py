@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
-from schemas.results import SideNetworkSpec
+from schemas.results import AttentiveSpec, SideNetworkSpec
 from schemas.settings import Method, Precision, Settings
+
+WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"linear", "knn", "attentive"})
+"""Methods that read no side image."""
 
 SIDE_PATCH = 16
 """Side of the side network's patch, in pixels."""
@@ -27,6 +30,9 @@ PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
     "side": Preset(first_layer=0.5, side_image_size=128),
+    "linear": Preset(first_layer=0.5, side_image_size=128),
+    "knn": Preset(first_layer=0.5, side_image_size=128),
+    "attentive": Preset(first_layer=0.5, side_image_size=128),
 }
 
 
@@ -53,7 +59,7 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
     if int(features.ratio * lpm.tokens) < 1:
         problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
     width, rest = divmod(lpm.width, train.side_reduction)
-    if rest or width % lpm.heads:
+    if settings.method not in WITHOUT_SIDE_NETWORK and (rest or width % lpm.heads):
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
         problems.append(("train.side_reduction", whole))
     if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
@@ -108,11 +114,29 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
     )
 
 
-def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
-    """The fusion and side network of resolved settings."""
+def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkSpec | AttentiveSpec:
+    """The network of resolved settings.
+
+    Raises:
+        SettingsError: If the method trains none: linear and knn are fitted to the pooled outputs.
+    """
     features, train = settings.features, settings.train
     if features.layers == "auto" or train.side_image_size == "auto":
         raise SettingsError("The settings are not resolved.")
+    if settings.method == "linear" or settings.method == "knn":
+        raise SettingsError(
+            f"{settings.method} has no training step: there is nothing to estimate.",
+            [("method", "is fitted to the pooled outputs of all training images at once")],
+            "Choose a method that trains a network, such as --method attentive.",
+        )
+    if settings.method == "attentive":
+        return AttentiveSpec(
+            classes=classes,
+            layers=len(features.layers),
+            lpm_width=lpm.width,
+            heads=lpm.heads,
+            queries=train.prompts,
+        )
     return SideNetworkSpec(
         method=settings.method,
         classes=classes,

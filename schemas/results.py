@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from schemas.base import Contract
 from schemas.features import FeatureSpec
 from schemas.manifest import Split
-from schemas.settings import Method, TrainSettings
+from schemas.settings import Method, SideMethod, TrainSettings
 
 BUNDLE_VERSION = 1
 """Raised by hand when the layout of a bundle changes."""
@@ -14,7 +18,7 @@ BUNDLE_VERSION = 1
 class SideNetworkSpec(Contract):
     """All that is needed to rebuild the fusion and the side network around its weights."""
 
-    method: Method
+    method: SideMethod
     """Which preset."""
     classes: int
     """Outputs."""
@@ -34,6 +38,55 @@ class SideNetworkSpec(Contract):
     """Of the fused prompts."""
 
 
+class LinearSpec(Contract):
+    """All that is needed to rebuild a logistic regression around its weights."""
+
+    method: Literal["linear"] = "linear"
+    """The kind of model."""
+    classes: int
+    """Outputs."""
+    features: int
+    """Inputs: both pooled outputs, 2 D."""
+    c: float
+    """Inverse of the L2 penalty, chosen on the validation images."""
+
+
+class KnnSpec(Contract):
+    """All that is needed to rebuild a nearest-neighbour classifier around its rows."""
+
+    method: Literal["knn"] = "knn"
+    """The kind of model."""
+    classes: int
+    """Outputs."""
+    features: int
+    """Inputs: both pooled outputs, 2 D."""
+    rows: int
+    """Training rows that vote."""
+    neighbours: int
+    """k, chosen on the validation images."""
+
+
+class AttentiveSpec(Contract):
+    """All that is needed to rebuild an attentive probe around its weights."""
+
+    method: Literal["attentive"] = "attentive"
+    """The kind of model."""
+    classes: int
+    """Outputs."""
+    layers: int
+    """Tapped layers of the features; each has its own queries."""
+    lpm_width: int
+    """D."""
+    heads: int
+    """H, of the LPM."""
+    queries: int
+    """Per layer."""
+
+
+ModelSpec = SideNetworkSpec | LinearSpec | KnnSpec | AttentiveSpec
+"""Every kind of trained model; `method` tells them apart."""
+
+
 class BundleSpec(Contract):
     """`model.json`: with `model.safetensors` beside it, everything needed to predict."""
 
@@ -41,24 +94,24 @@ class BundleSpec(Contract):
     """Layout."""
     classes: tuple[str, ...]
     """Label names in the order of the logits."""
-    network: SideNetworkSpec
-    """Fusion and side network."""
+    network: Annotated[ModelSpec, Field(discriminator="method")]
+    """What is built around the weights."""
     features: FeatureSpec
     """The features that it was trained on: prediction computes the same."""
     train: TrainSettings
     """The recipe, resolved."""
     best_epoch: int
-    """From 1."""
+    """From 1; 1 for models without epochs."""
     val_auc: float | None
     """Of the best epoch; null where the validation split lacks a class."""
     learnable: int
-    """Parameters of fusion and side network."""
+    """Parameters that were trained; 0 for k-NN."""
     weights_sha256: str
     """Of `model.safetensors`."""
 
 
 class EpochLog(Contract):
-    """One epoch of training, as it is shown, logged and kept in the checkpoint."""
+    """One epoch of training, as it is shown, logged and kept in the checkpoint; of models without epochs, the fit."""
 
     epoch: int
     """From 1."""
@@ -70,8 +123,8 @@ class EpochLog(Contract):
     """Chooses the best epoch; null where the validation split lacks a class."""
     val_accuracy: float
     """Share of the validation images whose most probable class is the label."""
-    lr: float
-    """At the end of the epoch."""
+    lr: float | None
+    """At the end of the epoch; null for models without epochs."""
     seconds: float
     """Training and validation."""
 
@@ -100,6 +153,8 @@ class TrainResult(Contract):
     """Epochs that a checkpoint had already; 0 for a fresh run."""
     learnable: int
     """Parameters that were trained."""
+    chosen: dict[str, float] = Field(default_factory=dict)
+    """What the validation images chose of a model without epochs: C of linear, k of knn."""
 
 
 class Metrics(Contract):
@@ -133,6 +188,57 @@ class Metrics(Contract):
     """Classes without a row in this split: their AUC, and so the macro AUC, is null."""
     confusion: tuple[tuple[int, ...], ...]
     """Rows: label; columns: prediction; in the order of the classes."""
+
+
+class JudgedModel(Contract):
+    """What a table of predictions says about the model that made them."""
+
+    method: Method
+    """Preset."""
+    lpm: str
+    """Name of the LPM."""
+    learnable: int
+    """Parameters that were trained."""
+    weights_sha256: str
+    """Of its `model.safetensors`."""
+
+
+class Difference(Contract):
+    """A metric of one model minus that of the first, on the same rows."""
+
+    value: float
+    """On all rows."""
+    interval: tuple[float, float] | None
+    """95% confidence interval: percentile bootstrap over whole groups, both models on the same draws; null where the
+    metric is not defined in half of them."""
+
+
+class ComparedModel(Contract):
+    """One row of a comparison."""
+
+    name: str
+    """Folder, as it was given."""
+    model: JudgedModel | None
+    """Null where the predictions do not say."""
+    train_seconds: float | None
+    """Time of its training; null where the folder of the training does not lie beside."""
+    metrics: Metrics
+    """On the common rows."""
+    differences: dict[str, Difference]
+    """Metric -> difference to the first model; empty for the first, and without metrics that are not defined."""
+
+
+class Comparison(Contract):
+    """Several models on the same rows."""
+
+    split: Split
+    """Of the rows."""
+    images: int
+    """Rows."""
+    groups: int
+    """Patients (or other groups) that they come from."""
+    models: tuple[ComparedModel, ...]
+    """In the order in which they were given."""
 
 
 class Prediction(Contract):

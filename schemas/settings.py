@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Contract
 
-Method = Literal["fpt", "fpt+", "side"]
+SideMethod = Literal["fpt", "fpt+", "side"]
+Method = Literal[SideMethod, "linear", "knn", "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -87,7 +88,7 @@ class FeatureSettings(Contract):
     """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
     LPM's mean colour); the side image the same."""
     layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
-    """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for fpt+ and side."""
+    """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
     """Token importance: attention received from all queries, or from the class token."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
@@ -187,13 +188,13 @@ class TrainSettings(Contract):
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest norm of the gradient."""
     prompts: Annotated[int, Field(ge=1)] = 16
-    """Learnable prompts per tapped layer."""
+    """Learnable prompts per tapped layer; for attentive: its queries."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Dropout of the fused prompts."""
     side_reduction: Annotated[int, Field(ge=1)] = 8
     """Width of the LPM divided by the width of the side network."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
-    """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 for fpt+ and side."""
+    """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 else."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class)."""
     augment: AugmentSettings = AugmentSettings()
@@ -257,7 +258,8 @@ class Settings(Contract):
     """All settings of a study."""
 
     method: Method = "fpt+"
-    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), or side: the side network of fpt+ without cached features."""
+    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+
+    without them), linear (logistic regression) and knn on the pooled outputs, attentive (queries on the tokens)."""
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()

@@ -25,7 +25,9 @@ def cost(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Input of the LPM, in pixels.", show_default=False)
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="fpt, fpt+ or side.", show_default=False)] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="fpt, fpt+, side or attentive.", show_default=False)
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of the cached features: float32, float16, int8, int4.", show_default=False),

@@ -1,4 +1,4 @@
-"""`fpt train`: stage two, fusion and side network on the cached features."""
+"""`fpt train`: stage two, a side network or a baseline on the cached features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def train(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="fpt, fpt+, or side: no cached features.", show_default=False)
+        str | None,
+        typer.Option("--method", help="fpt, fpt+, or a baseline: side, linear, knn, attentive.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -35,6 +36,7 @@ def train(
     from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
     from stages.store.uses import register_use
+    from stages.train.pooled import POOLED
     from stages.train.run import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
@@ -43,7 +45,8 @@ def train(
         register_use(study.cache, receipt.fingerprint, study.root, study.receipt, [int(n) for n in receipt.shards])
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
-    with EpochLogger(folder / "train", study.settings.train.epochs) as logger:
+    epochs = 1 if study.settings.method in POOLED else study.settings.train.epochs
+    with EpochLogger(folder / "train", epochs) as logger:
         result = run(
             study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger,
             on_memory=None if as_json else _say_memory,
@@ -55,8 +58,10 @@ def train(
         return
     if result.resumed_from:
         say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
-    say(f"Best: epoch {result.best.epoch}, validation AUC {score(result.best.val_auc)}. Model: {model}")
-    say_next("fpt evaluate" if output is None else f"fpt evaluate --model {output / 'model'}")
+    best = ", ".join(f"{name} = {value:g}" for name, value in result.chosen.items()) or f"epoch {result.best.epoch}"
+    say(f"Best: {best}, validation AUC {score(result.best.val_auc)}. Model: {model}")
+    to = "" if output is None else f" --model {output / 'model'} --output {output / 'evaluation'}"
+    say_next(f"fpt evaluate{to}")
 
 
 def _say_memory(memory: StoreMemory) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +35,11 @@ def auc_interval(
         half of the samples have an AUC.
     """
     classes = probabilities.shape[1]
-    names, unit = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-    if len(names) < 2 or len(np.unique(labels)) < classes:
+    if len(set(groups)) < 2 or len(np.unique(labels)) < classes:
         return None
-    generator = np.random.default_rng(seed)
     judged = [1] if classes == 2 else list(range(classes))
-    step = max(1, _WEIGHTS_AT_ONCE // len(labels))
     values: list[Floats] = []
-    for start in range(0, RESAMPLES, step):
-        count = min(step, RESAMPLES - start)
-        drawn = np.empty((len(names), count))
-        for number in range(count):
-            drawn[:, number] = np.bincount(generator.integers(0, len(names), len(names)), minlength=len(names))
-        weights = drawn[unit]
+    for weights in group_draws(groups, seed=seed):
         aucs = [weighted_auc(labels == index, probabilities[:, index], weights) for index in judged]
         values.append(np.mean(aucs, axis=0))
     sample = np.concatenate(values)
@@ -56,6 +48,30 @@ def auc_interval(
         return None
     low, high = np.percentile(sample, [2.5, 97.5])
     return float(low), float(high)
+
+
+def group_draws(groups: Sequence[str], *, seed: int = 0) -> Iterator[Floats]:
+    """Bootstrap samples of whole groups, some at a time.
+
+    Args:
+        groups: (n,) patient of each row.
+        seed: Of the draws.
+
+    Yields:
+        (n, r), how often each row is in each of r samples; `RESAMPLES` in all, none where there are fewer than two
+        groups.
+    """
+    names, unit = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    if len(names) < 2:
+        return
+    generator = np.random.default_rng(seed)
+    step = max(1, _WEIGHTS_AT_ONCE // len(groups))
+    for start in range(0, RESAMPLES, step):
+        count = min(step, RESAMPLES - start)
+        drawn = np.empty((len(names), count))
+        for number in range(count):
+            drawn[:, number] = np.bincount(generator.integers(0, len(names), len(names)), minlength=len(names))
+        yield drawn[unit]
 
 
 def weighted_auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:

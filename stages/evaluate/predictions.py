@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
+from schemas.results import JudgedModel
 from stages.files import atomic_write
 
 PROBABILITY = "p_"
@@ -30,6 +31,8 @@ class Predictions:
     """n rows of the manifest."""
     probabilities: npt.NDArray[np.float32]
     """(n, C)."""
+    model: JudgedModel | None = None
+    """Who said it; None where the table does not say."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -46,7 +49,7 @@ class Predictions:
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write the table: id, path, label, group, split, predicted and p_<class> for every class.
 
-    The same predictions give the same bytes. Class names in order are in the schema's metadata.
+    The same predictions give the same bytes. Class names in order, and the model, are in the schema's metadata.
     """
     rows, classes = predictions.rows, predictions.classes
     columns: dict[str, pa.Array] = {
@@ -56,7 +59,10 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     columns["predicted"] = pa.array([classes[index] for index in predictions.predicted], pa.string())
     for index, name in enumerate(classes):
         columns[f"{PROBABILITY}{name}"] = pa.array(predictions.probabilities[:, index], pa.float32())
-    table = pa.table(columns).replace_schema_metadata({"classes": json.dumps(classes)})
+    metadata = {"classes": json.dumps(classes)}
+    if predictions.model is not None:
+        metadata["model"] = predictions.model.model_dump_json()
+    table = pa.table(columns).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     atomic_write(path, sink.getvalue().to_pybytes())
@@ -71,7 +77,9 @@ def read_predictions(path: Path) -> Predictions:
     repair = "Write it again: fpt evaluate"
     try:
         table = pq.read_table(path)
-        classes = tuple(json.loads((table.schema.metadata or {})[b"classes"]))
+        metadata = table.schema.metadata or {}
+        classes = tuple(json.loads(metadata[b"classes"]))
+        model = JudgedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None
         names: Sequence[str] = ("id", "path", "label", "group", "split")
         rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
         columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
@@ -79,4 +87,4 @@ def read_predictions(path: Path) -> Predictions:
         raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
     except (OSError, KeyError, ValueError) as error:
         raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
-    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False))
+    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model)

@@ -16,7 +16,8 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.manifest import SPLITS, Manifest
-from schemas.results import BundleSpec, Metrics
+from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics
+from schemas.settings import Method
 from stages.evaluate.curves import reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
@@ -27,7 +28,14 @@ MISTAKES = 12
 ROC_CURVES = 8
 """One-vs-rest curves that one figure can still show."""
 
-METHODS = {"fpt": "FPT", "fpt+": "FPT+", "side": "side network alone"}
+METHODS: dict[Method, str] = {
+    "fpt": "FPT",
+    "fpt+": "FPT+",
+    "side": "side network alone",
+    "linear": "linear probe",
+    "knn": "k nearest neighbours",
+    "attentive": "attentive probe",
+}
 NOT_DEFINED = "not defined"
 
 
@@ -222,8 +230,7 @@ def _data(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
-    features, lpm, train = spec.features, spec.features.lpm, spec.train
-    augment = train.augment
+    features, lpm = spec.features, spec.features.lpm
     return (
         ("Method", METHODS[spec.network.method]),
         ("LPM", f"{lpm.name}, frozen: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
@@ -233,22 +240,40 @@ def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
         ("Kept tokens", f"{features.kept} per head and block, {features.importance.replace('_', ' ')} importance"),
         ("Type of the features", features.dtype),
         ("Feature fingerprint", features.fingerprint),
-        ("Input of the side network", f"{spec.network.image_size} x {spec.network.image_size} pixels"),
-        ("Width of the side network", str(spec.network.width)),
-        ("Prompts per block", f"{spec.network.prompts}, dropout {spec.network.dropout:g}"),
         ("Learnable parameters", f"{spec.learnable:,}"),
+        *_model(spec),
+        ("Class weights", str(spec.train.class_weights)),
+        ("Model, sha256", spec.weights_sha256),
+    )
+
+
+def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
+    """What only this kind of model has."""
+    network, train, augment = spec.network, spec.train, spec.train.augment
+    auc = f"validation AUC {_number(spec.val_auc)}"
+    if isinstance(network, LinearSpec):
+        return (("C of the logistic regression", f"{network.c:g}, {auc}"),)
+    if isinstance(network, KnnSpec):
+        return (("Neighbours", f"{network.neighbours} of {network.rows:,} rows, {auc}"),)
+    loop = (
         ("Optimiser", f"AdamW, learning rate {train.lr:g} to zero by a cosine, weight decay {train.weight_decay:g}"),
         (
             "Training",
             f"{train.epochs} epochs, batches of {train.batch_size}, gradient norm at most {train.clip_norm:g}",
         ),
-        ("Kept epoch", f"{spec.best_epoch}, validation AUC {_number(spec.val_auc)}"),
-        ("Class weights", str(train.class_weights)),
+        ("Kept epoch", f"{spec.best_epoch}, {auc}"),
+        ("Seed", str(train.seed)),
+    )
+    if isinstance(network, AttentiveSpec):
+        return (("Queries per block", str(network.queries)), *loop)
+    return (
+        ("Input of the side network", f"{network.image_size} x {network.image_size} pixels"),
+        ("Width of the side network", str(network.width)),
+        ("Prompts per block", f"{network.prompts}, dropout {network.dropout:g}"),
+        *loop,
         (
             "Augmentation",
             f"flip {augment.flip:g}, brightness {augment.brightness:g}, contrast {augment.contrast:g}, "
             f"crops of {augment.crop_scale[0]:g} to {augment.crop_scale[1]:g} of the area",
         ),
-        ("Seed", str(train.seed)),
-        ("Model, sha256", spec.weights_sha256),
     )

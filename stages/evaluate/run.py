@@ -12,7 +12,7 @@ import torch
 from schemas.errors import BundleError, CacheMismatchError, EvaluationError
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest, ManifestRow, Split
-from schemas.results import BundleSpec, Metrics
+from schemas.results import BundleSpec, JudgedModel, Metrics
 from stages.evaluate.curves import roc_curves, write_plots
 from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions, write_predictions
@@ -59,7 +59,7 @@ def evaluate(
     rows = _rows(manifest, split)
     store = open_store(cache_root, receipt)
     try:
-        predictions = Predictions(manifest.classes, rows, _probabilities(bundle, store, rows))
+        predictions = Predictions(manifest.classes, rows, _probabilities(bundle, store, rows), _judged(bundle.spec))
         labels, p = check_predictions(predictions.labels, predictions.probabilities, manifest.classes)
         groups = [row.group for row in rows]
         metrics = compute_metrics(labels, p, manifest.classes, groups=groups, split=split)
@@ -107,6 +107,15 @@ def _rows(manifest: Manifest, split: Split) -> tuple[ManifestRow, ...]:
             "Raise its share or fill data.split_column, then run `fpt prepare`; or judge another split with --split.",
         )
     return rows
+
+
+def _judged(spec: BundleSpec) -> JudgedModel:
+    return JudgedModel(
+        method=spec.network.method,
+        lpm=spec.features.lpm.name,
+        learnable=spec.learnable,
+        weights_sha256=spec.weights_sha256,
+    )
 
 
 def _probabilities(bundle: Bundle, store: StoreReader, rows: tuple[ManifestRow, ...]) -> npt.NDArray[np.float32]:

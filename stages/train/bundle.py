@@ -1,9 +1,10 @@
-"""The model bundle: `model.safetensors` with the learnable weights, `model.json` with everything else."""
+"""The model bundle: `model.safetensors` with the weights of whatever was trained, `model.json` with everything else."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import nn
 
 from schemas.errors import BundleError
 from schemas.results import BundleSpec
 from stages.files import atomic_write
-from stages.train.network import PromptedSideNetwork
+from stages.train.models import build_model
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
 
@@ -26,11 +28,16 @@ class Bundle:
 
     spec: BundleSpec
     """What it is."""
-    network: PromptedSideNetwork
-    """In evaluation mode."""
+    network: nn.Module
+    """In evaluation mode; `infer.batch_logits` runs it, of whatever kind it is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is. A k-NN has buffers alone."""
+        return next(chain(self.network.parameters(), self.network.buffers())).device
 
 
-def serialise(network: PromptedSideNetwork) -> tuple[bytes, str]:
+def serialise(network: nn.Module) -> tuple[bytes, str]:
     """The weights as safetensors bytes, and their sha256."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     data: bytes = save_tensors(state, metadata={"format": "pt"})
@@ -73,7 +80,7 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
             "It was damaged or exchanged.",
             "Run `fpt train` again.",
         )
-    network = PromptedSideNetwork(spec.network)
+    network = build_model(spec.network)
     try:
         network.load_state_dict(load_tensors(data), strict=True)
     except (SafetensorError, RuntimeError) as error:

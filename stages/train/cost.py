@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from schemas.errors import PlatformError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec, network_spec
-from schemas.results import CostReport, SideNetworkSpec
+from schemas.results import CostReport, ModelSpec, SideNetworkSpec
 from schemas.settings import Settings, TrainSettings
 from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
-from stages.train.data import Batch
+from stages.train.data import READS, Batch
 from stages.train.loop import Recipe, make_optimizer, training_step
-from stages.train.network import PromptedSideNetwork, learnable_parameters
+from stages.train.models import build_model
+from stages.train.network import learnable_parameters
 
 
 def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
@@ -41,11 +42,12 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | N
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
+        SettingsError: If the method trains no network: linear and knn.
     """
     features = feature_spec(settings, lpm, weights_sha256="0" * 64)
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
-        network = PromptedSideNetwork(spec)
+        network = build_model(spec)
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
@@ -75,20 +77,20 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _side_step_mib(
-    network: PromptedSideNetwork, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings
-) -> float:
+def _side_step_mib(network: nn.Module, spec: ModelSpec, features: FeatureSpec, train: TrainSettings) -> float:
     """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
+    reads = READS[spec.method]
     mean, std = features.lpm.mean, features.lpm.std
     recipe = Recipe(train, mean, std, class_weights=None, device=torch.device("cpu"), workers=0)
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
-        images = torch.empty(train.batch_size, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
         labels = torch.zeros(train.batch_size, dtype=torch.int64)
-        cached = None
-        tensors = [images, labels]
-        if spec.method != "side":
-            stored = {name: layout for name, layout in array_layouts(features).items() if name in CACHED}
+        images, cached, tensors = None, None, [labels]
+        if isinstance(spec, SideNetworkSpec):
+            images = torch.empty(train.batch_size, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
+            tensors.append(images)
+        stored = {name: layout for name, layout in array_layouts(features).items() if name in CACHED and name in reads}
+        if stored:
             cached = Cached(
                 **{
                     name: torch.empty((train.batch_size, *layout.shape), dtype=getattr(torch, layout.dtype))

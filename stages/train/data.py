@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,11 +13,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from schemas.settings import AugmentSettings
+from schemas.settings import AugmentSettings, Method
 from stages.shared import SharedArrays
 from stages.store.layout import CACHED
 from stages.store.memory import Rows
 from stages.train.cached import Cached
+
+READS: dict[Method, tuple[str, ...]] = {
+    "fpt": (*CACHED, "side"),
+    "fpt+": (*CACHED, "side"),
+    "side": ("side",),
+    "linear": ("pooled",),
+    "knn": ("pooled",),
+    "attentive": CACHED,
+}
+"""Arrays of the store that a method reads."""
 
 PREFETCH = 2
 """Batches that a worker prepares ahead."""
@@ -29,18 +39,29 @@ SideTransform = Callable[[torch.Tensor], torch.Tensor]
 class Batch:
     """One step's input."""
 
-    image: torch.Tensor
-    """(B, 3, S, S) uint8, at the side network's size."""
+    image: torch.Tensor | None
+    """(B, 3, S, S) uint8, at the side network's size; None where the method reads none."""
     cached: Cached | None
-    """Keys and values of all tapped layers; None where the method uses no features."""
+    """Keys and values of all tapped layers; None where the method reads none."""
     labels: torch.Tensor
     """(B,) int64."""
+    pooled: torch.Tensor | None = None
+    """(B, 2, D) float32, class token and mean of the patches; None where the method reads none."""
+
+    @staticmethod
+    def of(arrays: Mapping[str, NDArray[Any]], image: torch.Tensor | None, labels: torch.Tensor) -> Batch:
+        """Views of arrays of the store, by name, and an image of the side network's size."""
+        pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None
+        return Batch(image, Cached.of(arrays), labels, pooled)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
         cached = None if self.cached is None else self.cached.to(device)
-        image, labels = self.image.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(image, cached, labels)
+        image, labels, pooled = (
+            None if part is None else part.to(device, non_blocking=True)
+            for part in (self.image, self.labels, self.pooled)
+        )
+        return Batch(image, cached, cast("torch.Tensor", labels), pooled)
 
 
 def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
@@ -63,10 +84,9 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def array_names(stored: Iterable[str], features: bool) -> tuple[str, ...]:
-    """Of the arrays of a store, those that a data set reads."""
-    wanted = {*CACHED, "side"} if features else {"side"}
-    return tuple(name for name in stored if name in wanted)
+def array_names(stored: Iterable[str], method: Method) -> tuple[str, ...]:
+    """Of the arrays of a store, those that a method reads."""
+    return tuple(name for name in stored if name in READS[method])
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,7 @@ class FeatureDataset(Dataset[Batch]):
         size: int,
         augment: AugmentSettings | None = None,
         seed: int = 0,
-        features: bool = True,
+        method: Method = "fpt+",
         views: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Hold the rows.
@@ -106,7 +126,7 @@ class FeatureDataset(Dataset[Batch]):
             size: Input of the side network, in pixels.
             augment: None: the un-augmented image.
             seed: Of the augmentation and of the views.
-            features: Whether keys and values are read.
+            method: What is trained, which decides what is read (`READS`).
             views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
                 one geometry. None: the images themselves.
 
@@ -117,7 +137,7 @@ class FeatureDataset(Dataset[Batch]):
         choices = [(row,) for row in ids] if views is None else views
         self._ids = tuple(row for rows in choices for row in rows)
         self._first = np.cumsum([0, *map(len, choices)])
-        self._names = array_names(store.layouts, features)
+        self._names = array_names(store.layouts, method)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -144,7 +164,9 @@ class FeatureDataset(Dataset[Batch]):
             workers: Of the loader.
             batch_size: Largest number of rows in a batch.
         """
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {"image": ((batch_size, 3, self._size, self._size), "uint8")}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        if "side" in self._names:
+            shapes["image"] = ((batch_size, 3, self._size, self._size), "uint8")
         for name in self._names:
             layout = self._store.layouts[name]
             shapes[name] = ((batch_size, *layout.shape), layout.dtype)
@@ -165,7 +187,8 @@ class FeatureDataset(Dataset[Batch]):
         self._read += 1
         shared = self._slots[slot].arrays
         batch, _ = self._fill(indices, shared)
-        shared["image"][: len(indices)] = batch.image.numpy()
+        if batch.image is not None:
+            shared["image"][: len(indices)] = batch.image.numpy()
         return Ticket(slot, batch.labels.tolist())
 
     def _fill(
@@ -174,17 +197,13 @@ class FeatureDataset(Dataset[Batch]):
         drawn = [self._drawn(epoch, position) for epoch, position in indices]
         ids = [self._ids[row] for row in drawn]
         rows = self._store.read_rows(self._rows[drawn], ids, self._names, out or None)
-        side = torch.from_numpy(rows["side"])
+        image = self._image(torch.from_numpy(rows["side"]), indices) if "side" in rows else None
+        return Batch.of(rows, image, torch.tensor([self._labels[position] for _, position in indices])), rows
+
+    def _image(self, side: torch.Tensor, indices: Sequence[tuple[int, int]]) -> torch.Tensor:
         if self._augment is None:
-            image = to_size(side, self._size)
-        else:
-            image = torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
-        batch = Batch(
-            image=image,
-            cached=Cached.of(rows),
-            labels=torch.tensor([self._labels[position] for _, position in indices]),
-        )
-        return batch, rows
+            return to_size(side, self._size)
+        return torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
 
     def _drawn(self, epoch: int, position: int) -> int:
         """Which of the rows this position has in this epoch."""
@@ -286,7 +305,8 @@ class BatchLoader:
     def _open(self, ticket: Ticket) -> Batch:
         arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
         rows = {name: array[:count] for name, array in arrays.items()}
-        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels))
+        image = torch.from_numpy(rows["image"]) if "image" in rows else None
+        return Batch.of(rows, image, torch.tensor(ticket.labels))
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from schemas.results import ModelSpec, SideNetworkSpec
 from stages.extract.features import FeatureBatch, normalise
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
-from stages.train.cached import Cached
-from stages.train.data import Batch, EpochSampler, FeatureDataset, batches, to_size
-from stages.train.network import PromptedSideNetwork
+from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches, to_size
 
 
-def batch_logits(
-    network: PromptedSideNetwork, batch: Batch, mean: Sequence[float], std: Sequence[float]
-) -> torch.Tensor:
-    """(B, classes): the one way from a batch to logits, in training, evaluation and prediction."""
-    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.cached)
+def batch_logits(network: nn.Module, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(B, classes): the one way from a batch to logits, in training, evaluation and prediction, for every model."""
+    image = None if batch.image is None else normalise(batch.image, mean, std)
+    logits: torch.Tensor = network(image, batch.cached, batch.pooled)
     return logits
 
 
@@ -32,16 +31,13 @@ def store_logits(bundle: Bundle, store: StoreReader, ids: Sequence[str], batch_s
     Raises:
         CacheIncompleteError: If an image has no row.
     """
-    network, lpm = bundle.network, bundle.spec.features.lpm
-    dataset = FeatureDataset(
-        store, ids, [0] * len(ids), network.spec.image_size, features=network.spec.method != "side"
-    )
-    device = next(network.parameters()).device
+    spec, lpm = bundle.spec.network, bundle.spec.features.lpm
+    dataset = FeatureDataset(store, ids, [0] * len(ids), _side_size(spec), method=spec.method)
     parts = [
-        batch_logits(network, batch.to(device), lpm.mean, lpm.std).float().cpu()
+        batch_logits(bundle.network, batch.to(bundle.device), lpm.mean, lpm.std).float().cpu()
         for batch in batches(dataset, EpochSampler(len(ids), batch_size))
     ]
-    return torch.cat(parts) if parts else torch.empty(0, network.spec.classes)
+    return torch.cat(parts) if parts else torch.empty(0, spec.classes)
 
 
 @torch.inference_mode()
@@ -51,11 +47,13 @@ def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
     Returns:
         (B, classes) float32 on the CPU.
     """
-    network, lpm = bundle.network, bundle.spec.features.lpm
-    batch = Batch(
-        image=to_size(torch.from_numpy(features["side"]), network.spec.image_size),
-        cached=Cached.of(features.arrays),
-        labels=torch.zeros(len(features), dtype=torch.int64),
-    )
-    device = next(network.parameters()).device
-    return batch_logits(network, batch.to(device), lpm.mean, lpm.std).float().cpu()
+    spec, lpm = bundle.spec.network, bundle.spec.features.lpm
+    arrays = {name: features[name] for name in array_names(features.arrays, spec.method)}
+    image = to_size(torch.from_numpy(arrays["side"]), _side_size(spec)) if "side" in arrays else None
+    batch = Batch.of(arrays, image, torch.zeros(len(features), dtype=torch.int64))
+    return batch_logits(bundle.network, batch.to(bundle.device), lpm.mean, lpm.std).float().cpu()
+
+
+def _side_size(spec: ModelSpec) -> int:
+    """Side of the image that the model reads, in pixels; 0 for none."""
+    return spec.image_size if isinstance(spec, SideNetworkSpec) else 0

@@ -26,14 +26,13 @@ from stages.evaluate.metrics import macro_auc
 from stages.files import storage_errors
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import batch_logits
-from stages.train.network import PromptedSideNetwork
 
 
 @dataclass
 class Fit:
     """State of a run: what a checkpoint holds."""
 
-    network: PromptedSideNetwork
+    network: nn.Module
     """Current weights."""
     optimizer: torch.optim.Optimizer
     """AdamW."""
@@ -68,9 +67,7 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.O
     return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def training_step(
-    network: PromptedSideNetwork, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe
-) -> torch.Tensor:
+def training_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe) -> torch.Tensor:
     """Forward, backward, clip, update.
 
     Returns:
@@ -152,14 +149,21 @@ def _train_epoch(state: Fit, loader: BatchLoader, recipe: Recipe, epoch: int) ->
 
 @torch.inference_mode()
 def _validate(
-    network: PromptedSideNetwork, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
+    network: nn.Module, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
 ) -> tuple[float, float | None, float]:
     """Loss, AUC and accuracy of the validation images."""
     network.eval()
     parts = [batch_logits(network, batch.to(recipe.device), recipe.mean, recipe.std).float().cpu() for batch in loader]
-    logits, target = torch.cat(parts), torch.tensor(labels)
+    return judge_logits(torch.cat(parts), labels, recipe.class_weights)
+
+
+def judge_logits(
+    logits: torch.Tensor, labels: Sequence[int], class_weights: torch.Tensor | None
+) -> tuple[float, float | None, float]:
+    """Loss, AUC and accuracy of logits (n, C) on the CPU."""
+    target = torch.tensor(labels)
     auc = macro_auc(target.numpy(), logits.double().softmax(dim=1).numpy())
-    weight = None if recipe.class_weights is None else recipe.class_weights.cpu()
+    weight = None if class_weights is None else class_weights.cpu()
     loss = float(F.cross_entropy(logits, target, weight=weight))
     return loss, auc, float((logits.argmax(dim=1) == target).double().mean())
 

@@ -23,7 +23,9 @@ class PromptedSideNetwork(nn.Module):
         self.side = SideNetwork(spec)
         self.fusion = None if spec.method == "side" else Fusion(spec)
 
-    def forward(self, image: torch.Tensor, cached: Cached | None = None) -> torch.Tensor:
+    def forward(
+        self, image: torch.Tensor, cached: Cached | None = None, _pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run one batch.
 
         Args:

@@ -1,4 +1,4 @@
-"""Probes of the LPM's pooled outputs: logistic regression, its strength chosen on the validation images."""
+"""Probes of the LPM's pooled outputs: logistic regression and k-NN, each chosen on the validation images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from schemas.errors import TrainingError
+from schemas.results import KnnSpec, LinearSpec
+from stages.train.cached import Cached
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
 """Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
@@ -20,6 +24,10 @@ TOLERANCE = 1e-7
 """Largest gradient at which the solver stops; at its own default weak penalties end far from the optimum."""
 PATIENCE = 4
 """Candidates without a lower validation loss after which the weaker penalties are not tried."""
+NEIGHBOURS: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)
+"""Candidates of k."""
+TEMPERATURE = 0.07
+"""Of the cosine similarity in the votes of neighbours."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,8 +99,8 @@ def fit_linear_probe(
     if classes == 2:
         # scikit-learn gives the logit of the second class alone; halves of it differ by it.
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    tensors = (torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale))
-    return LinearFit(*tensors, c)
+    parts = [torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale)]
+    return LinearFit(parts[0], parts[1], parts[2], parts[3], c)
 
 
 def log_loss(log_probabilities: Floats, labels: npt.NDArray[np.int64], class_weights: Floats) -> float:
@@ -121,3 +129,95 @@ def _check(x: Floats, y: npt.NDArray[np.int64], x_held: Floats, classes: int) ->
             "The features are damaged.",
             "Check them with `fpt cache verify`.",
         )
+
+
+class LinearProbe(nn.Module):
+    """Logits from the pooled outputs: a linear map of their standardised values."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.zeros(spec.classes, spec.features))
+        self.bias = nn.Parameter(torch.zeros(spec.classes))
+        self.register_buffer("mean", torch.zeros(spec.features))
+        self.register_buffer("scale", torch.ones(spec.features))
+
+    def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
+        """(B, 2, D) pooled outputs -> (B, classes) logits."""
+        return F.linear((_rows(pooled) - self.mean) / self.scale, self.weight, self.bias)
+
+
+class KnnProbe(nn.Module):
+    """Votes of the training rows of highest cosine similarity.
+
+    Of the k nearest, each row votes for its label with exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978), the
+    votes scaled to k in all. One more vote is shared among the classes as they occur in training: a class without a
+    neighbour is improbable, not impossible.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    class_weights: torch.Tensor
+
+    def __init__(self, spec: KnnSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("rows", torch.zeros(spec.rows, spec.features))
+        self.register_buffer("labels", torch.zeros(spec.rows, dtype=torch.int64))
+        self.register_buffer("class_weights", torch.ones(spec.classes))
+
+    def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
+        """(B, 2, D) pooled outputs -> (B, classes) logarithms of the shares of the votes."""
+        nearest = (F.normalize(_rows(pooled), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
+        votes = self.spec.neighbours * torch.softmax(nearest.values / TEMPERATURE, dim=1)
+        labels = F.one_hot(self.labels, self.spec.classes).to(votes.dtype)
+        counts = (votes[:, :, None] * labels[nearest.indices]).sum(dim=1) + labels.mean(dim=0)
+        weighted = counts * self.class_weights
+        # A class of weight 0 has a share of 0, whose logarithm the losses could not average.
+        return torch.log((weighted / weighted.sum(dim=1, keepdim=True)).clamp_min(1e-12))
+
+
+def _rows(pooled: torch.Tensor | None) -> torch.Tensor:
+    if pooled is None:
+        raise ValueError("this probe needs the pooled outputs")
+    return pooled.flatten(1)
+
+
+def linear_probe(fit: LinearFit) -> LinearProbe:
+    """The model of a fit."""
+    classes, features = fit.weight.shape
+    probe = LinearProbe(LinearSpec(classes=classes, features=features, c=fit.c))
+    probe.load_state_dict({"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "scale": fit.scale})
+    return probe.eval()
+
+
+def fit_knn(
+    x_train: npt.NDArray[np.float32],
+    y_train: npt.NDArray[np.int64],
+    x_val: npt.NDArray[np.float32],
+    y_val: npt.NDArray[np.int64],
+    classes: int,
+    class_weights: Sequence[float] | None = None,
+) -> KnnProbe:
+    """A k-NN with the k of the lowest validation log-loss; arguments and errors as of `fit_linear_probe`."""
+    _check(x_train.astype(np.float64), y_train, x_val.astype(np.float64), classes)
+    weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+    state = {
+        "rows": F.normalize(torch.from_numpy(x_train), dim=1),
+        "labels": torch.from_numpy(y_train),
+        "class_weights": weights,
+    }
+
+    def probe(k: int) -> KnnProbe:
+        found = KnnProbe(KnnSpec(classes=classes, features=x_train.shape[1], rows=len(x_train), neighbours=k))
+        found.load_state_dict(state)
+        return found.eval()
+
+    def loss(k: int) -> float:
+        held = probe(k)(None, None, torch.from_numpy(x_val))
+        return log_loss(held.double().numpy(), y_val, weights.double().numpy())
+
+    return probe(min((k for k in NEIGHBOURS if k <= len(x_train)), key=loss))

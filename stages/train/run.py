@@ -1,19 +1,21 @@
-"""Stage two: train the side network on cached features. Opens no original image and no LPM."""
+"""Stage two: train a side network, or a baseline, on cached features. Opens no original image and no LPM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from schemas.base import digest
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest, Split
 from schemas.resolve import feature_spec, network_spec
-from schemas.results import BundleSpec, EpochLog, StoreMemory, TrainResult
-from schemas.settings import Settings
+from schemas.results import BundleSpec, EpochLog, ModelSpec, StoreMemory, TrainResult
+from schemas.settings import Method, Settings
 from schemas.views import manifest_rows, train_views
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
@@ -22,7 +24,16 @@ from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
-from stages.train.network import PromptedSideNetwork, learnable_parameters
+from stages.train.models import build_model
+from stages.train.network import learnable_parameters
+from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
+
+UNREAD: dict[Method, tuple[str, ...]] = {
+    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "side_image_size"),
+    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "side_image_size"),
+    "attentive": ("layers", "pooled", "side_image_size"),
+}
+"""Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -65,29 +76,56 @@ def train(
     check_rows(settings, manifest, store)
     device = set_up(settings.compute)
     classes = manifest.classes
-    spec = network_spec(settings, lpm, len(classes))
     labels = {split: _labels(manifest, split) for split in SPLITS}
+    tell = on_epoch or (lambda _: None)
+    weights = class_weights(settings, labels["train"], classes, device)
+    if settings.method in POOLED:
+        train_rows, val_rows = (_pooled(settings, manifest, store, split, labels[split]) for split in SPLITS)
+        probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights)
+        store.close()
+        tell(log)
+        learnable = _save(output, probe, probe.spec, classes, settings, receipt, log)
+        return TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
+    # A baseline takes the layers that were extracted, whatever "auto" means for its method.
+    layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
+    features = settings.features.model_copy(update={"layers": layers})
+    spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
     rows = _rows(settings, manifest, store, on_memory)
     data = {split: _dataset(settings, manifest, rows, split, labels[split]) for split in SPLITS}
     recipe = Recipe(
         settings=settings.train,
         mean=lpm.mean,
         std=lpm.std,
-        class_weights=class_weights(settings, labels["train"], classes, device),
+        class_weights=weights,
         device=device,
         workers=settings.compute.loader_workers,
     )
     torch.manual_seed(settings.train.seed)
-    network = PromptedSideNetwork(spec).to(device)
+    network = build_model(spec).to(device)
     state = Fit(network, make_optimizer(network, settings.train))
     checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
     resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
-    tell = on_epoch or (lambda _: None)
     for log in state.epochs:
         tell(log)
     fit(state, data["train"], data["val"], labels["val"], recipe, checkpoint, tell)
     best = state.epochs[state.best - 1]
     network.load_state_dict(state.best_state)
+    learnable = _save(output, network, spec, classes, settings, receipt, best)
+    checkpoint.unlink(missing_ok=True)
+    store.close()
+    return TrainResult(best=best, epochs=tuple(state.epochs), resumed_from=resumed, learnable=learnable)
+
+
+def _save(
+    output: Path,
+    network: nn.Module,
+    spec: ModelSpec,
+    classes: tuple[str, ...],
+    settings: Settings,
+    receipt: ExtractionReceipt,
+    best: EpochLog,
+) -> int:
+    """Write the bundle; says how many parameters were trained."""
     weights, weights_sha256 = serialise(network)
     bundle = BundleSpec(
         classes=classes,
@@ -100,20 +138,28 @@ def train(
         weights_sha256=weights_sha256,
     )
     save_bundle(output, bundle, weights)
-    checkpoint.unlink(missing_ok=True)
-    store.close()
-    return TrainResult(best=best, epochs=tuple(state.epochs), resumed_from=resumed, learnable=bundle.learnable)
+    return bundle.learnable
 
 
 def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
     """Refuse features that were computed under other settings than these; the differing fields are named."""
+    found = receipt.spec
+    if settings.method in POOLED and not found.pooled:
+        raise CacheMismatchError(
+            f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
+            {"pooled": (True, False)},
+            "They were extracted with features.pooled: false.",
+            "Set features.pooled: true in params.yaml, then run `fpt extract`.",
+        )
     # Stage two needs no weights file: their digest is the one field that the settings cannot say.
-    expected = feature_spec(settings, lpm, receipt.spec.weights_sha256)
+    expected = feature_spec(settings, lpm, found.weights_sha256)
+    # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
+    expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
     size = settings.train.side_image_size
-    if settings.method == "side" and size != "auto" and size <= receipt.spec.side_image_size:
+    if settings.method == "side" and size != "auto" and size <= found.side_image_size:
         # The side network alone reads nothing but the small images: whatever lies beside them will do.
         return
-    if differing := expected.differing(receipt.spec):
+    if differing := expected.differing(found):
         raise CacheMismatchError(
             "The extracted features do not fit the settings.",
             differing,
@@ -192,6 +238,19 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
     )
 
 
+def _pooled(
+    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[int]
+) -> PooledRows:
+    """Pooled outputs and labels of a split; to train on, every view of an image is a row."""
+    if split == "train":
+        views = [[row.id for row in rows] for rows in train_views(manifest, settings.features)]
+    else:
+        views = [[row.id] for row in manifest.of(split)]
+    ids = [row_id for rows in views for row_id in rows]
+    x = store.read(ids, ["pooled"])["pooled"].reshape(len(ids), -1)
+    return PooledRows(x, np.repeat(labels, [len(rows) for rows in views]).astype(np.int64))
+
+
 def _labels(manifest: Manifest, split: Split) -> list[int]:
     index = {name: position for position, name in enumerate(manifest.classes)}
     return [index[row.label] for row in manifest.of(split)]
@@ -203,7 +262,7 @@ def _rows(
     """The store, or in memory what training reads of it."""
     views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
     ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
-    names = array_names(store.layouts, settings.method != "side")
+    names = array_names(store.layouts, settings.method)
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
         tell(memory)
@@ -224,6 +283,6 @@ def _dataset(
         size,
         augment=settings.train.augment if training else None,
         seed=settings.train.seed,
-        features=settings.method != "side",
+        method=settings.method,
         views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )

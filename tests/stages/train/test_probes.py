@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
 from stages.train import probes
-from stages.train.probes import fit_linear_probe, log_loss
+from stages.train.probes import fit_knn, fit_linear_probe, log_loss
 
 
 def blobs(n: int, classes: int, features: int = 12, distance: float = 3.0, seed: int = 0) -> tuple[Any, Any]:
@@ -83,3 +83,59 @@ def test_what_cannot_be_fitted_is_refused(case: str) -> None:
         x_val[3, 2] = np.nan
     with pytest.raises(TrainingError):
         fit_linear_probe(x, y, x_val, y_val, 2)
+
+
+def directions(n: int, classes: int, noise: float, seed: int = 0) -> tuple[Any, Any]:
+    """Classes differ in direction alone: lengths are drawn over two orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    x = np.eye(classes, 8)[y] + noise * rng.normal(size=(n, 8))
+    return (x * 10 ** rng.uniform(-1, 1, (n, 1))).astype(np.float32), y.astype(np.int64)
+
+
+def shares(probe: probes.KnnProbe, x: Any) -> Any:
+    return probe(None, None, torch.from_numpy(x).view(len(x), 2, -1)).exp().numpy()
+
+
+def test_neighbours_are_those_of_the_highest_cosine_and_vote() -> None:
+    x, y = directions(60, 3, noise=0.3)
+    x_val, y_val = directions(40, 3, noise=0.3, seed=1)
+    probe = fit_knn(x, y, x_val, y_val, 3)
+    k = probe.spec.neighbours
+    found = shares(probe, x_val)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for row, expected in zip(x_val, found, strict=True):
+        cosine = unit @ (row / np.linalg.norm(row))
+        nearest = np.argsort(-cosine)[:k]
+        votes = np.exp(cosine[nearest] / 0.07)
+        counts = np.bincount(y[nearest], k * votes / votes.sum(), 3) + np.bincount(y) / 60
+        np.testing.assert_allclose(expected, counts / (k + 1), rtol=1e-3)
+    assert (found.argmax(axis=1) == y_val).mean() > 0.9
+
+
+def test_validation_chooses_k() -> None:
+    x, y = directions(60, 2, noise=0.05)
+    clean = fit_knn(x, y, *directions(40, 2, noise=0.05, seed=1), 2).spec.neighbours
+    wrong = y.copy()
+    wrong[np.random.default_rng(0).permutation(60)[:20]] ^= 1
+    noisy = fit_knn(x, wrong, *directions(40, 2, noise=0.05, seed=1), 2)
+    # A third of the labels is wrong: one neighbour is wrong as often, many outvote them.
+    assert noisy.spec.neighbours >= 10
+    held = directions(40, 2, noise=0.05, seed=2)
+    assert (shares(noisy, held[0]).argmax(axis=1) == held[1]).all()
+    losses = {}
+    for k in (k for k in probes.NEIGHBOURS if k <= 60):
+        state = noisy.state_dict()
+        other = probes.KnnProbe(noisy.spec.model_copy(update={"neighbours": k}))
+        other.load_state_dict(state)
+        x_val, y_val = directions(40, 2, noise=0.05, seed=1)
+        losses[k] = -np.log(shares(other, x_val)[np.arange(40), y_val]).mean()
+    assert noisy.spec.neighbours == min(losses, key=losses.__getitem__)
+    assert clean != 60
+
+
+def test_class_weights_count_in_votes() -> None:
+    x, y = directions(60, 2, noise=1.5)
+    plain, weighted = (fit_knn(x, y, x, y, 2, class_weights=w) for w in (None, (0.0, 1.0)))
+    assert (shares(plain, x).argmax(axis=1) == 0).sum() > 0
+    assert (shares(weighted, x).argmax(axis=1) == 0).sum() == 0

@@ -259,7 +259,7 @@ def test_damaged_bundles_are_refused(study: Study) -> None:
 def test_the_side_network_alone_does_not_read_features(study: Study) -> None:
     receipt = study.extract()
     store = open_store(study.cache, receipt)
-    data = FeatureDataset(store, [study.manifest.rows[0].id], [0], 32, features=False)
+    data = FeatureDataset(store, [study.manifest.rows[0].id], [0], 32, method="side")
     batch = data[(1, 0)]
     assert batch.cached is None
     assert np.array_equal(batch.labels, [0])

@@ -1,0 +1,81 @@
+"""The baselines by hand: train, evaluate, predict and compare on one study."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from study_tools import draw_images
+
+from pipeline import cli
+from stages.train.bundle import load_bundle
+
+# The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
+pytestmark = pytest.mark.timeout(600)
+
+METHODS = ("side", "linear", "knn", "attentive")
+Fpt = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
+    monkeypatch.delenv("FPT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("COLUMNS", "220")
+
+    def command(*words: object, cwd: Path, code: int = 0) -> tuple[str, str]:
+        monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert stopped.value.code == code, captured.err
+        return captured.out, captured.err
+
+    return command
+
+
+def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> None:
+    for method in METHODS:
+        folder = Path("outputs") / method
+        _, err = fpt("train", "--method", method, "--output", folder, cwd=study)
+        follow = err[err.index("Next: fpt ") + len("Next: fpt ") :].split()
+        fpt(*follow, cwd=study)
+        assert ("C = " in err, "k = " in err) == (method == "linear", method == "knn")
+        assert f"method: {method}" in (study / folder / "model/settings.yaml").read_text()
+        log = json.loads((study / folder / "train/metrics.json").read_text())
+        assert log["seconds"] >= 0
+        assert log["val"]["loss"] > 0
+    out, _ = fpt("compare", "outputs/evaluation", *(f"outputs/{method}" for method in METHODS), "--json", cwd=study)
+    comparison = json.loads(out)
+    assert [row["model"]["method"] for row in comparison["models"]] == ["fpt+", *METHODS]
+    for row in comparison["models"]:
+        assert row["train_seconds"] is not None
+        place = study / ("outputs" if row["name"] == "outputs/evaluation" else row["name"])
+        assert row["model"]["learnable"] == load_bundle(place / "model").spec.learnable
+        metrics = json.loads((place / "evaluation/metrics.json").read_text())
+        assert row["metrics"] == metrics
+    out, _ = fpt("compare", "outputs/evaluation", "outputs/linear", cwd=study)
+    for said in ("fpt+", "linear", "Minus outputs/evaluation", "balanced accuracy", "learnable"):
+        assert said in out
+
+
+def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "new", per_class=1, seed=5)
+    for method in ("linear", "knn", "attentive"):
+        fpt("train", "--method", method, "--output", f"outputs/{method}", cwd=study)
+        out, _ = fpt("predict", "--model", f"outputs/{method}/model", images, cwd=study)
+        lines = out.splitlines()
+        assert len(lines) == 3
+        assert all(line.endswith(",") for line in lines[1:]), "no errors"
+
+
+def test_other_splits_are_not_compared(study: Path, fpt: Fpt) -> None:
+    fpt("evaluate", "--split", "val", "--output", "outputs/val", cwd=study)
+    _, err = fpt("compare", "outputs/evaluation", "outputs/val", cwd=study, code=2)
+    assert "cannot be compared" in err
+
+
+def test_the_cost_of_a_fit_is_refused_in_words(study: Path, fpt: Fpt) -> None:
+    _, err = fpt("cost", "--method", "knn", cwd=study, code=2)
+    assert "no training step" in err
+    out, _ = fpt("cost", "--method", "attentive", "--json", cwd=study)
+    assert json.loads(out)["method"] == "attentive"

@@ -1,0 +1,192 @@
+"""Baselines from the same store: trained, bundled and judged like every other method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from study import Study, make_study
+
+from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
+from schemas.features import ExtractionReceipt
+from schemas.results import EpochLog, TrainResult
+from schemas.settings import Method, Settings
+from stages.evaluate.predictions import read_predictions
+from stages.evaluate.run import evaluate
+from stages.extract.lpm import describe_lpm
+from stages.predict import predict
+from stages.store.reader import open_store
+from stages.train.attentive import AttentiveProbe
+from stages.train.bundle import load_bundle
+from stages.train.cost import estimate_cost
+from stages.train.infer import store_logits
+from stages.train.run import train
+
+PROBES: tuple[Method, ...] = ("linear", "knn", "attentive")
+LOOP = {"epochs": 12, "lr": 2e-3, "prompts": 4}
+
+
+def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywords: Any) -> TrainResult:
+    settings: Settings = keywords.pop("settings", study.settings)
+    return train(
+        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints",
+        **keywords,
+    )  # fmt: skip
+
+
+def as_method(study: Study, method: Method) -> Settings:
+    return study.settings.model_copy(update={"method": method})
+
+
+@pytest.mark.parametrize("method", PROBES)
+def test_a_baseline_learns_and_predicts_what_it_is_judged_by(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method=method, train=LOOP)
+    receipt = study.extract()
+    logs: list[EpochLog] = []
+    result = run(study, receipt, on_epoch=logs.append)
+    assert tuple(logs) == result.epochs
+    assert result.best.val_auc is not None
+    assert result.best.val_auc > 0.9
+    metrics = evaluate(study.manifest, receipt, tmp_path / "model", study.cache, tmp_path / "evaluation")
+    assert metrics.auc is not None
+    assert metrics.auc > 0.9
+    table = read_predictions(tmp_path / "evaluation/predictions.parquet")
+    spec = load_bundle(tmp_path / "model").spec
+    assert table.model is not None
+    assert (table.model.method, table.model.weights_sha256) == (method, spec.weights_sha256)
+    images = [tmp_path / "images" / row.path for row in table.rows]
+    rows = predict(tmp_path / "model", images, study.settings.lpm, study.root, "cpu", batch_size=3)
+    for row, expected in zip(rows, table.probabilities, strict=True):
+        assert row.probabilities is not None
+        np.testing.assert_allclose(list(row.probabilities.values()), expected, atol=2e-3)
+    assert "Learnable parameters" in (tmp_path / "evaluation/report.html").read_text()
+
+
+@pytest.mark.parametrize("method", PROBES)
+def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method=method, train={"epochs": 3})
+    receipt = study.extract()
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "lpm.safetensors").unlink()
+    result = run(study, receipt)
+    bundle = load_bundle(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
+    assert json.loads((tmp_path / "model/model.json").read_text())["network"]["method"] == method
+    assert bundle.spec.learnable == result.learnable
+    assert (result.learnable == 0) == (method == "knn")
+    rows = list(study.manifest.of("val"))
+    logits = store_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
+    target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
+    loss = float(torch.nn.functional.cross_entropy(logits, target))
+    assert loss == pytest.approx(result.best.val_loss, abs=1e-5)
+    first = (tmp_path / "model/model.safetensors").read_bytes()
+    run(study, receipt, "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("method", PROBES)
+def test_a_baseline_uses_the_features_of_another_method(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method="fpt", features={"importance": "class_token"})
+    receipt = study.extract()
+    other = make_study(tmp_path / "other", method=method, features={"importance": "class_token", "side_image_size": 64})
+    assert other.settings.features.layers != receipt.spec.layers
+    run(study, receipt, settings=other.settings)
+    spec = load_bundle(tmp_path / "model").spec
+    assert spec.features == receipt.spec
+    with pytest.raises(CacheMismatchError, match="image_size"):
+        larger = describe_lpm("test_vit", 96)
+        image = other.settings.features.model_copy(update={"image_size": 96})
+        train(
+            other.settings.model_copy(update={"features": image}), larger, study.manifest, receipt, study.cache,
+            tmp_path / "x", tmp_path / "checkpoints",
+        )  # fmt: skip
+
+
+def test_only_the_attentive_probe_minds_how_tokens_are_kept(study: Study) -> None:
+    receipt = study.extract()
+    features = study.settings.features.model_copy(update={"importance": "class_token", "dtype": "int8"})
+    settings = study.settings.model_copy(update={"features": features})
+    for method in ("linear", "knn"):
+        run(study, receipt, method, settings=settings.model_copy(update={"method": method}))
+    with pytest.raises(CacheMismatchError, match="importance"):
+        run(study, receipt, settings=settings.model_copy(update={"method": "attentive"}))
+
+
+@pytest.mark.parametrize("method", ["linear", "knn"])
+def test_features_without_pooled_outputs_are_refused(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, features={"pooled": False})
+    receipt = study.extract()
+    with pytest.raises(CacheMismatchError, match=r"features\.pooled: true.*fpt extract"):
+        run(study, receipt, settings=as_method(study, method))
+    run(study, receipt, settings=as_method(study, "attentive"))
+
+
+@pytest.mark.parametrize("method", PROBES)
+def test_every_view_of_a_training_image_is_read(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, features={"views": ("identity", "hflip")}, train={"epochs": 1})
+    receipt = study.extract()
+    both = as_method(study, method)
+    one = study.changed(features={"views": ("identity",)}).model_copy(update={"method": method})
+    run(study, receipt, "both", settings=both)
+    run(study, receipt, "one", settings=one)
+    both_weights, one_weights = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "one"))
+    assert both_weights != one_weights
+    if method == "knn":
+        rows = [load_bundle(tmp_path / name).spec.network for name in ("both", "one")]
+        assert rows[0].rows == 2 * rows[1].rows
+
+
+def test_a_class_without_training_images_is_named(study: Study) -> None:
+    receipt = study.extract()
+    rows = tuple(row for row in study.manifest.rows if row.label != "grid" or row.split != "train")
+    study.manifest = study.manifest.model_copy(update={"rows": rows})
+    with pytest.raises(TrainingError, match="grid"):
+        run(study, receipt, settings=as_method(study, "linear"))
+
+
+def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
+    receipt = study.extract()
+    run(study, receipt, "linear", settings=as_method(study, "linear"))
+    run(study, receipt, "knn", settings=as_method(study, "knn"))
+    folder = study.root / "linear"
+    text = json.loads((folder / "model.json").read_text())
+    text["network"] = json.loads((study.root / "knn/model.json").read_text())["network"]
+    (folder / "model.json").write_text(json.dumps(text))
+    with pytest.raises(BundleError, match="does not fit"):
+        load_bundle(folder)
+
+
+def test_the_attentive_probe_is_softmax_attention_head_by_head(study: Study) -> None:
+    receipt = study.extract()
+    run(study, receipt, settings=as_method(study, "attentive"))
+    probe = load_bundle(study.root / "model").network
+    assert isinstance(probe, AttentiveProbe)
+    row = study.manifest.rows[0].id
+    stored = open_store(study.cache, receipt).read([row], ["keys", "values"])
+    keys, values = (torch.from_numpy(stored[name][0]).double() for name in ("keys", "values"))
+    parts = []
+    for layer, queries in enumerate(probe.queries.detach().double()):
+        for query in queries.view(len(queries), keys.shape[1], -1):
+            scores = torch.einsum("hd,hjd->hj", query, keys[layer]) / keys.shape[-1] ** 0.5
+            found = torch.einsum("hj,hjd->hd", scores.softmax(dim=1), values[layer]).flatten()
+            parts.append((found - found.mean()) / (found.var(unbiased=False) + 1e-5).sqrt())
+    expected = torch.cat(parts) @ probe.head.weight.detach().double().T + probe.head.bias.detach().double()
+    found = store_logits(load_bundle(study.root / "model"), open_store(study.cache, receipt), [row])[0]
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None:
+    attentive, plus = (
+        estimate_cost(as_method(study, method), study.lpm, 3, study.root) for method in ("attentive", "fpt+")
+    )
+    run(study, study.extract(), settings=as_method(study, "attentive"))
+    assert attentive.learnable == load_bundle(study.root / "model").spec.learnable
+    assert 0 < attentive.train_tensor_mib < plus.train_tensor_mib
+    for method in ("linear", "knn"):
+        with pytest.raises(SettingsError, match="no training step"):
+            estimate_cost(as_method(study, method), study.lpm, 3, study.root)
