@@ -75,7 +75,7 @@ def _local(settings: ClusterSettings) -> Any:
         processes=True,
         memory_limit=settings.memory,
         # For this machine only, on a free port: an open one would offer the workers to the network.
-        dashboard_address="127.0.0.1:0" if find_spec("bokeh") else None,
+        dashboard_address="127.0.0.1:0",
         silence_logs=logging.ERROR,
     )
 
@@ -88,7 +88,7 @@ def _cuda(settings: ClusterSettings) -> Any:
     return LocalCUDACluster(
         threads_per_worker=TASKS_PER_WORKER,
         memory_limit=settings.memory,
-        dashboard_address="127.0.0.1:0" if find_spec("bokeh") else None,
+        dashboard_address="127.0.0.1:0",
         silence_logs=logging.ERROR,
     )
 

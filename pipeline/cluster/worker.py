@@ -150,23 +150,23 @@ class ShardPlugin(WorkerPlugin):
 def compute_shard(name: str, task: ShardTask) -> ShardDone | FptError:
     """The task: a shard with its receipt, or why there can be none."""
     try:
-        return _plugin(name).compute(task)
+        return _plugin(get_worker(), name).compute(task)
     except FptError as error:
         return _noted(error)
 
 
-def check_worker(name: str) -> str | FptError:
-    """Device of this worker, or why it cannot take part."""
+def check_worker(name: str, dask_worker: Worker) -> str | FptError:
+    """Device of this worker, or why it cannot take part; Dask gives the second argument."""
     try:
-        return _plugin(name).check()
+        return _plugin(dask_worker, name).check()
     except FptError as error:
         return _noted(error)
     except OSError as error:
         return _noted(StorageError(f"A file cannot be read: {error}", "The worker may not see the client's disk."))
 
 
-def _plugin(name: str) -> ShardPlugin:
-    plugin = get_worker().plugins[name]
+def _plugin(worker: Worker, name: str) -> ShardPlugin:
+    plugin = worker.plugins[name]
     if not isinstance(plugin, ShardPlugin):
         raise TypeError(f"{name} is a {type(plugin).__name__}")
     return plugin
