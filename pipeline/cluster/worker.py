@@ -140,9 +140,10 @@ class ShardPlugin(WorkerPlugin):
 
     def _held(self, number: int) -> frozenset[str]:
         """Images that the shard of a task holds already: its result was lost on the way after its receipt."""
+        from stages.files import storage_errors
         from stages.store.reader import read_receipt
 
-        with suppress(CacheIncompleteError, CacheCorruptError):
+        with suppress(CacheIncompleteError, CacheCorruptError), storage_errors(self._store.receipts):
             return frozenset(read_receipt(self._store, number).rows)
         return frozenset()
 
