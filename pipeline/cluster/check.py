@@ -95,7 +95,8 @@ def require_alike(client: Client, name: str) -> None:
         FptError: The first one that a worker met.
         ClusterError: If some workers would compute on another kind of device than others.
     """
-    answers: dict[str, str | FptError] = client.run(check_worker, name)
+    # A worker that dies meanwhile says nothing; who comes in its place is asked before its first shard.
+    answers: dict[str, str | FptError] = client.run(check_worker, name, on_error="ignore")
     for answer in answers.values():
         if isinstance(answer, FptError):
             raise answer

@@ -31,6 +31,8 @@ TASKS_AHEAD = 2
 """Tasks in the scheduler for each Dask thread: it never runs dry, and never holds a million of them."""
 WATCH_SECONDS = 5.0
 """Time between two looks at the workers."""
+ATTEMPTS = 5
+"""To tell all workers what they shall do."""
 AGAIN = "Finished shards are kept: run `fpt extract` again."
 
 
@@ -77,7 +79,7 @@ def _plugin(client: Client, settings: Settings, root: Path, store: Store, worker
     try:
         plugin = ShardPlugin(name, settings, root.absolute(), store, share, own=kind != "scheduler")
         try:
-            client.register_plugin(plugin, name=name)
+            _register(client, plugin)
         except Exception as error:
             raise ClusterError(
                 f"The workers cannot load fpt: {type(error).__name__}: {error}",
@@ -93,6 +95,18 @@ def _plugin(client: Client, settings: Settings, root: Path, store: Store, worker
     finally:
         with suppress(OSError):
             sign.unlink(missing_ok=True)
+
+
+def _register(client: Client, plugin: ShardPlugin) -> None:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            client.register_plugin(plugin, name=plugin.name)
+        except OSError:
+            # A worker died while it was told.
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            return
 
 
 class _Run:

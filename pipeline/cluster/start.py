@@ -33,7 +33,8 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         if settings.kind == "scheduler":
             address = settings.address
         else:
-            stack.enter_context(dask.config.set(_own_workers(settings.retries)))
+            config = {"distributed.scheduler.allowed-failures": settings.retries, **NEVER_PAUSED}
+            stack.enter_context(dask.config.set(config))
             try:
                 cluster = stack.enter_context(STARTERS[settings.kind](settings))
             except (OSError, RuntimeError, TimeoutError, ValueError) as error:
@@ -57,15 +58,13 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         yield client
 
 
-def _own_workers(retries: int) -> dict[str, Any]:
-    return {
-        "distributed.scheduler.allowed-failures": retries,
-        # The results of tasks are tiny. What fills the memory is the LPM, which no spilling or pausing makes smaller:
-        # a worker that waits for it to shrink would wait for ever.
-        "distributed.worker.memory.target": False,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-    }
+NEVER_PAUSED = {
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+}
+"""The results of tasks are tiny. What fills the memory is the LPM, which no spilling or pausing makes smaller: a worker
+that waits for it to shrink would wait for ever."""
 
 
 def _local(settings: ClusterSettings) -> Any:
@@ -103,12 +102,16 @@ def _slurm(settings: ClusterSettings) -> Any:
     wishes: dict[str, Any] = {"queue": job.queue, "account": job.account, "walltime": job.walltime}
     if job.directives:
         wishes["job_extra_directives"] = list(job.directives)
+    # Jobs do not inherit this process's configuration of Dask.
+    exports = [f"export DASK_{key.upper().replace('.', '__')}={value}" for key, value in NEVER_PAUSED.items()]
+    prologue = [*dask.config.get("jobqueue.slurm.job-script-prologue", []), *exports]
     return SLURMCluster(
         cores=TASKS_PER_WORKER,
         processes=1,
         job_cpu=job.cores,
         memory=settings.memory,
         n_workers=settings.workers,
+        job_script_prologue=prologue,
         **{name: wish for name, wish in wishes.items() if wish is not None},
     )
 

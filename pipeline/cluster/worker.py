@@ -5,6 +5,7 @@ What a user can mend comes back as a value, not as an exception: Dask would try 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import signal
@@ -156,10 +157,15 @@ def compute_shard(name: str, task: ShardTask) -> ShardDone | FptError:
         return _noted(error)
 
 
-def check_worker(name: str, dask_worker: Worker) -> str | FptError:
+async def check_worker(name: str, dask_worker: Worker) -> str | FptError:
     """Device of this worker, or why it cannot take part; Dask gives the second argument."""
+    # In a thread: importing torch and reading the weights takes seconds, in which the worker must answer the scheduler.
+    return await asyncio.to_thread(_checked, _plugin(dask_worker, name))
+
+
+def _checked(plugin: ShardPlugin) -> str | FptError:
     try:
-        return _plugin(dask_worker, name).check()
+        return plugin.check()
     except FptError as error:
         return _noted(error)
     except OSError as error:

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
+import numpy as np
 import psutil
 import pytest
 from distributed import LocalCluster
 from soak import array_bytes
 from study import Study, make_images, make_study, save_weights
 
+from pipeline.cli import main
 from pipeline.cluster import check, start
 from pipeline.cluster.run import on_cluster
 from pipeline.cluster.worker import ShardPlugin
@@ -205,6 +208,28 @@ def test_killed_workers_change_nothing(tmp_path: Path) -> None:
     assert array_bytes(study.cache) == array_bytes(calm.cache)
 
 
+@pytest.mark.slow
+def test_a_worker_that_falls_silent_costs_its_shard(tmp_path: Path) -> None:
+    compute = {"threads": 1, "device": "cpu", "extract_batch_size": 1}
+    calm = make_study(tmp_path / "calm", 16, compute=compute)
+    expected = open_store(calm.cache, calm.extract())
+    study = on(make_study(tmp_path / "study", 16, compute=compute), retries=30)
+    silent: list[psutil.Process] = []
+
+    def stop(progress: Any) -> None:
+        if progress.done and not silent:
+            silent.append(next(c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())))
+            silent[0].suspend()
+
+    with dask.config.set({"distributed.scheduler.worker-ttl": "8s"}):
+        receipt = study.extract(execute=on_cluster, progress=stop)
+    assert silent
+    ids = list(study.manifest.ids())
+    found = open_store(study.cache, receipt)
+    for name in ("keys", "values", "indices"):
+        assert np.array_equal(found.read(ids, [name])[name], expected.read(ids, [name])[name])
+
+
 def test_a_task_whose_result_was_lost_writes_nothing_twice(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     store = create_store(study.cache, requested_spec(study.settings, study.root), 4)
@@ -306,3 +331,13 @@ def test_ctrl_c_ends_the_workers_and_the_next_run_does_the_rest(tmp_path: Path) 
     report = json.loads(done.stdout)
     assert report["images"] == 120
     assert 0 < report["cached"] < 120
+
+
+def test_an_unknown_kind_of_cluster_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = make_study(tmp_path / "study")
+    (study.root / "params.yaml").write_text(dump_settings(study.settings))
+    for kind, path in (("gpu", "cluster.kind"), ("http://host:1", "cluster.address")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["extract", "--params", str(study.root / "params.yaml"), "--cluster", kind])
+        assert stopped.value.code == 2
+        assert path in capsys.readouterr().err
