@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from stages.store.index import refresh_index
-from stages.store.layout import Store, array_layouts, create_store
-from stages.store.reader import StoreReader, open_store
+from stages.store.layout import Store, array_layouts, create_store, grow_store
+from stages.store.reader import StoreReader, open_store, read_receipt
 from stages.store.writer import claim_shard, write_shard
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
 
@@ -262,6 +262,60 @@ def million(folder: Path) -> None:
     print(f"  the index alone: {1e3 * (time.perf_counter() - start):.1f} ms")
 
 
+def linked(folder: Path, base: Store, shards: int) -> tuple[Store, ExtractionReceipt, float]:
+    """A store of many shards whose files are links to the few of `base`: all that a reader sees, without the bytes.
+
+    Returns:
+        Store, receipt, and the seconds that its index took to be made from all receipts.
+    """
+    store = create_store(folder, base.spec, base.shard_size)
+    grow_store(store, shards)
+    sources = [read_receipt(base, number) for number in base.finished_shards()]
+    for number in range(shards):
+        source = sources[number % len(sources)]
+        for name in source.files:
+            os.link(base.shard_file(name, source.shard), store.shard_file(name, number))
+        rows = tuple(image_id(number * base.shard_size + slot) for slot in range(len(source.rows)))
+        receipt = source.model_copy(update={"shard": number, "rows": rows})
+        store.receipt(number).write_text(receipt.model_dump_json(indent=1))
+    start = time.perf_counter()
+    index, _ = refresh_index(store)
+    seconds = time.perf_counter() - start
+    digests = {str(number): value for number, value in index.digests().items()}
+    made = ExtractionReceipt(
+        fingerprint=base.spec.fingerprint, spec=base.spec, images=len(index), manifest_sha256="", shards=digests
+    )
+    return store, made, seconds
+
+
+def spread(folder: Path, dtype: str) -> None:
+    """Random batches over a million rows in 31,250 shards beside the same over a thousand rows."""
+    base, _ = fill(folder / "base", make_spec(dtype), 256)
+    readers, wanted = {}, {}
+    random_ = random.Random(0)
+    for name, shards in (("1,000", 32), ("1,000,000", 31_250)):
+        _, receipt, seconds = linked(folder / name, base, shards)
+        print(f"  {name:>10s} rows: index made from {shards:,} receipts in {seconds:.2f} s")
+        readers[name] = open_store(folder / name, receipt)
+        ids = [image_id(number) for number in range(shards * 32)]
+        wanted[name] = [random_.sample(ids, BATCH) for _ in range(96)]
+    out: dict[str, dict[str, Any] | None] = dict.fromkeys(readers)
+    for title in ("first read", "read again"):
+        times: dict[str, list[float]] = {name: [] for name in readers}
+        for turn in range(96):
+            for name, reader in readers.items():
+                ids = wanted[name][turn]
+                start = time.perf_counter()
+                rows = reader.read_rows(
+                    reader.locate(ids), ids, ["keys", "values", "scale", "offset", "side"], out[name]
+                )
+                times[name].append(time.perf_counter() - start)
+                out[name] = rows
+        small, large = (statistics.median(times[name]) for name in readers)
+        print(f"  {title}: 16 rows of 1,000 in {1e3 * small:.1f} ms, of 1,000,000 in {1e3 * large:.1f} ms:"
+              f" {large / small:.2f}x")  # fmt: skip
+
+
 def temporary(folder: Path | None) -> Iterator[Path]:
     """A folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="read-speed-") as name:
@@ -275,12 +329,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; else the temporary folder")
-    parser.add_argument("--million", action="store_true", help="only measure the opening of a million rows")
+    parser.add_argument("--million", action="store_true", help="only measure a million rows: opening, and random reads")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for folder in temporary(args.folder):
         if args.million:
             million(folder)
+            spread(folder, "int8")
             continue
         store, receipt = fill(folder / "store", make_spec(args.dtype), args.rows)
         files = fill_peer(folder / "peer", args.rows)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureCodec, FeatureDtype, Importance, Precision
+from schemas.settings import FeatureCodec, FeatureDtype, FeatureResize, Importance, Precision
 
 FEATURE_VERSION = 1
 """Raised by hand when the definition of a feature changes; part of every fingerprint."""
@@ -14,7 +14,13 @@ FEATURE_VERSION = 1
 STORE_VERSION = 1
 """Raised by hand when the layout of the store changes; part of every fingerprint."""
 
-LATER_FIELDS: dict[str, Any] = {"codec": "none", "bitround": None, "pooled": True, "precision": "float32"}
+LATER_FIELDS: dict[str, Any] = {
+    "codec": "none",
+    "bitround": None,
+    "pooled": True,
+    "precision": "float32",
+    "resize": "squash",
+}
 """Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
 
 
@@ -22,7 +28,7 @@ class LpmInfo(Contract):
     """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate need of it."""
 
     name: str
-    """timm name with tag."""
+    """timm name with tag, `hf-hub:organisation/name`, or `local-dir:architecture@content`; never a path."""
     depth: int
     """Blocks."""
     width: int
@@ -84,6 +90,8 @@ class FeatureSpec(Contract):
     """Type in which the LPM computes."""
     side_image_size: int
     """Side of the stored small image, in pixels."""
+    resize: FeatureResize = "squash"
+    """How an image becomes square, for the LPM and for the side network."""
 
     @property
     def fingerprint(self) -> str:

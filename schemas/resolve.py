@@ -104,6 +104,7 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
         codec=features.codec,
         bitround=features.bitround,
         side_image_size=features.side_image_size,
+        resize=features.resize,
     )
 
 

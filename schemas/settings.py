@@ -18,6 +18,7 @@ Method = Literal["fpt", "fpt+", "side"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
+FeatureResize = Literal["squash", "letterbox"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -68,7 +69,7 @@ class LpmSettings(Contract):
     """The frozen large pretrained model."""
 
     name: str = "vit_base_patch16_384.orig_in21k_ft_in1k"
-    """timm model name, with the tag of the pretrained weights."""
+    """timm model name with its tag, hf-hub:organisation/name, or local-dir:folder (config.json and weights)."""
     weights: str = "hub"
     """"hub", or a local .safetensors, .pth or .npz file; relative paths start at the folder of `params.yaml`."""
 
@@ -78,6 +79,9 @@ class FeatureSettings(Contract):
 
     image_size: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
+    resize: FeatureResize = "squash"
+    """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
+    LPM's mean colour); the side image the same."""
     layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for fpt+ and side."""
     importance: Importance = "global"

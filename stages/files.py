@@ -22,6 +22,7 @@ _MEANING = {
     errno.EPERM: "The system does not allow it",
     errno.EROFS: "The file system is read-only",
     errno.ENOTDIR: "A part of the path is a file where a folder is needed",
+    errno.EISDIR: "A folder is where a file belongs",
     errno.EIO: "The disk reported an input/output error",
 }
 

@@ -16,15 +16,9 @@ from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from schemas.settings import Precision
 from stages.extract.lpm import LoadedLpm
-from stages.extract.taps import Taps
+from stages.extract.resize import to_squares
+from stages.extract.taps import Tapped, Taps
 from stages.store.quantise import encode
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,8 @@ class FeatureBatch:
 
 
 def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
-    """Squash an RGB image to the LPM's square input and to the stored side image."""
-    lpm, filter_ = spec.lpm, FILTERS[spec.lpm.interpolation]
-    large = np.asarray(image.resize((lpm.image_size, lpm.image_size), filter_))
-    small = np.asarray(image.resize((spec.side_image_size, spec.side_image_size), filter_))
+    """An RGB image as the LPM's square input and as the stored side image, by the spec's resize rule."""
+    large, small = to_squares(image, spec)
     return Pixels(large, np.ascontiguousarray(small.transpose(2, 0, 1)))
 
 
@@ -87,18 +79,18 @@ def compute_features(
     """
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
     pixels = normalise(stacked, spec.lpm.mean, spec.lpm.std)
-    with Taps(lpm.model, spec) as taps, in_precision(spec.precision, pixels.device):
+
+    def keep(layer: Tapped) -> dict[str, torch.Tensor]:
+        # Encoded at once: in a small type the kept tokens of all layers weigh little beside one layer's activations.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
+
+    with Taps(lpm.model, spec, keep) as taps, in_precision(spec.precision, pixels.device):
         tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
         layers = taps.take()
-    keys = torch.stack([layer.keys for layer in layers], dim=1)
-    values = torch.stack([layer.values for layer in layers], dim=1)
-    arrays = encode(keys, values, spec)
-    indices = torch.stack([layer.indices for layer in layers], dim=1)
-    found = {
-        **{name: array.cpu().numpy() for name, array in arrays.items()},
-        "indices": indices.cpu().numpy().astype(np.uint16),
-        "side": np.stack([image.side for image in images]),
-    }
+    found = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
+    found["indices"] = found["indices"].astype(np.uint16)
+    found["side"] = np.stack([image.side for image in images])
     if tokens is not None:
         found["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
     return FeatureBatch(found)

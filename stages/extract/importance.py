@@ -73,33 +73,36 @@ def token_importance(
         query, lse = query[:, :1], None if lse is None else lse[..., :1]
     kind = torch.promote_types(query.dtype, torch.float32)
     if lse is not None and tokens.bias is None and kind == query.dtype:
-        received = _by_log_sum_exp(query * scale, key, lse.reshape(batch * heads, -1))
+        received = _by_log_sum_exp(query, key, scale, lse.reshape(batch * heads, -1))
     else:
         bias = tokens.bias if tokens.bias is None else tokens.bias.expand(batch, heads, count, count)
-        received = _by_softmax(query * scale, key, bias, kind)
+        received = _by_softmax(query, key, scale, bias, kind)
     return received.view(batch, heads, count) / query.shape[1]
 
 
-def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """(BH, Q, d) scaled, (BH, N, d), (BH, Q) -> (BH, N): sums over the queries of exp(q . k - lse)."""
+def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor) -> torch.Tensor:
+    """(BH, Q, d), (BH, N, d), (BH, Q) -> (BH, N): sums over the queries of exp(q . k scale - lse)."""
     # The log-sum-exp rides along as one more channel: the subtraction costs no pass of its own.
-    query = torch.cat([query, -lse.unsqueeze(-1).to(query.dtype)], dim=-1)
+    rest = -lse.unsqueeze(-1).to(query.dtype)
     key = torch.cat([key, torch.ones_like(key[..., :1])], dim=-1).transpose(1, 2)
     received = torch.zeros(key.shape[0], 1, key.shape[2], dtype=query.dtype, device=query.device)
     workspace = query.new_empty(len(query), min(QUERY_CHUNK, query.shape[1]), key.shape[2])
-    for part in torch.split(query, QUERY_CHUNK, dim=1):
+    for part, last in zip(torch.split(query, QUERY_CHUNK, dim=1), torch.split(rest, QUERY_CHUNK, dim=1), strict=True):
+        part = torch.cat([part * scale, last], dim=-1)
         whole = part.shape[1] == workspace.shape[1]
         shares = torch.bmm(part, key, out=workspace) if whole else part @ key
         received += shares.exp_().sum(dim=1, keepdim=True)
     return received
 
 
-def _by_softmax(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, kind: torch.dtype) -> torch.Tensor:
+def _by_softmax(
+    query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, kind: torch.dtype
+) -> torch.Tensor:
     """The same without the log-sum-exp, and for scores of lower precision."""
     transposed = key.transpose(1, 2)
     received = torch.zeros(len(key), key.shape[1], dtype=kind, device=key.device)
     for start in range(0, query.shape[1], QUERY_CHUNK):
-        scores = (query[:, start : start + QUERY_CHUNK] @ transposed).to(kind)
+        scores = (query[:, start : start + QUERY_CHUNK] * scale @ transposed).to(kind)
         if bias is not None:
             scores += bias[:, :, start : start + scores.shape[1]].reshape(scores.shape)
         received += torch.softmax(scores, dim=-1).sum(dim=1)

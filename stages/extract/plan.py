@@ -57,7 +57,9 @@ class Inventory:
 def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
     """The feature spec of resolved settings; finds and digests the weights file, but loads no model."""
     weights = locate_weights(settings.lpm, root)
-    return feature_spec(settings, describe_lpm(settings.lpm.name, settings.features.image_size), sha256_file(weights))
+    return feature_spec(
+        settings, describe_lpm(settings.lpm.name, settings.features.image_size, root), sha256_file(weights)
+    )
 
 
 def take_inventory(store: Store) -> Inventory:

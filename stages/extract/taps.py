@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,11 @@ from torch import nn
 from schemas.features import FeatureSpec
 from stages.extract.attention import Projected, finish, project, scale_of
 from stages.extract.importance import attend, gather_tokens, select_tokens, token_importance
+
+MLP_CHUNK = 1024
+"""Tokens of an image that go through an MLP at a time, where there are more than twice as many."""
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,41 @@ class _AllTaken(Exception):  # noqa: N818  (not an error: it ends a forward pass
     """The last tapped layer has its keys and values."""
 
 
-class Taps:
+class Taps(Generic[Kept]):
     """Context in which every forward pass of the LPM leaves the selected tokens of the tapped layers.
 
     The attention of a tapped block is computed here, by the model's own projections around one fused kernel, because
-    its log-sum-exp makes the importance nearly free. Other blocks run as they are. The selection happens at once:
-    queries and unselected tokens are released layer by layer.
+    its log-sum-exp makes the importance nearly free. Other blocks run as they are, but for the MLP of very many
+    tokens, which takes some at a time. The selection happens at once: queries and unselected tokens are released
+    layer by layer.
     """
 
-    def __init__(self, model: nn.Module, spec: FeatureSpec) -> None:
-        self._model, self._spec = model, spec
-        self._found: dict[int, Tapped] = {}
+    def __init__(self, model: nn.Module, spec: FeatureSpec, keep: Callable[[Tapped], Kept]) -> None:
+        """Change nothing yet.
+
+        Args:
+            model: The LPM.
+            spec: What to tap.
+            keep: What is kept of a layer until the end of the pass.
+        """
+        self._model, self._spec, self._keep = model, spec, keep
+        self._found: dict[int, Kept] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> Taps[Kept]:
         blocks: Any = self._model.blocks
         for layer in self._spec.layers:
             attention = blocks[layer].attn
-            attention.forward = self._tapped(layer, attention)
-            self._stack.callback(delattr, attention, "forward")
+            self._replace(attention, self._tapped(layer, attention))
+        if self._spec.lpm.tokens > 2 * MLP_CHUNK:
+            for block in blocks:
+                if isinstance(mlp := getattr(block, "mlp", None), nn.Module):
+                    self._replace(mlp, _in_parts(mlp.forward))
         return self
+
+    def _replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        module.forward = forward
+        self._stack.callback(delattr, module, "forward")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -76,8 +96,8 @@ class Taps:
             return None
         return tokens
 
-    def take(self) -> list[Tapped]:
-        """The tapped layers of the last forward pass, in ascending order; can be taken once."""
+    def take(self) -> list[Kept]:
+        """What was kept of the tapped layers of the last forward pass, in ascending order; can be taken once."""
         found = [self._found.pop(layer) for layer in self._spec.layers]
         self._found.clear()
         return found
@@ -92,12 +112,21 @@ class Taps:
             mixed, lse = (None, None) if last else attend(projected, scale)
             indices = select_tokens(token_importance(projected, scale, rule, lse), kept)
             keys, values = gather_tokens(projected.key, indices), gather_tokens(projected.value, indices)
-            self._found[layer] = Tapped(keys, values, indices)
+            self._found[layer] = self._keep(Tapped(keys, values, indices))
             if mixed is None:
                 raise _AllTaken
-            return finish(attention, mixed)
+            return finish(attention, mixed, projected.gate)
 
         return forward
+
+
+def _in_parts(mlp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An MLP sees each token by itself, and its hidden layer is the widest tensor of a forward pass."""
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mlp(part) for part in torch.split(tokens, MLP_CHUNK, dim=1)], dim=1)
+
+    return forward
 
 
 def _in_one_type(tokens: Projected) -> Projected:
@@ -105,4 +134,4 @@ def _in_one_type(tokens: Projected) -> Projected:
     kind = tokens.value.dtype
     if tokens.query.dtype == kind == tokens.key.dtype:
         return tokens
-    return Projected(tokens.query.to(kind), tokens.key.to(kind), tokens.value, tokens.bias)
+    return replace(tokens, query=tokens.query.to(kind), key=tokens.key.to(kind))

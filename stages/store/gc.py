@@ -10,7 +10,7 @@ from uuid import uuid4
 from schemas.cache import Garbage
 from stages.files import storage_errors
 from stages.store.inventory import FoundStore, find_stores, folder_bytes
-from stages.store.layout import Store, array_layouts, store_lock
+from stages.store.layout import Store, store_lock
 from stages.store.uses import USES, is_at_work, live_uses, noted_uses, read_use, shard_is_held
 from stages.store.writer import remove_claimed_shards
 
@@ -100,7 +100,7 @@ def _garbage(found: FoundStore, other_hosts: bool) -> Garbage | None:
 
 
 def _shard_bytes(store: Store, shard: int) -> int:
-    files = [store.receipt(shard), *(store.shard_file(name, shard) for name in array_layouts(store.spec))]
+    files = [store.receipt(shard), *(store.shard_file(name, shard) for name in store.layouts)]
     return sum(file.stat().st_size for file in files if file.exists())
 
 

@@ -24,7 +24,7 @@ from schemas.base import digest
 from schemas.errors import CacheCorruptError, CacheIncompleteError, StorageError
 from schemas.features import ShardReceipt
 from stages.files import atomic_write
-from stages.store.layout import Store, array_layouts
+from stages.store.layout import Store
 from stages.store.shards import REPAIR
 
 MAGIC = b"fptrows1"
@@ -141,7 +141,7 @@ def index_path(store: Store) -> Path:
 
 def load_index(store: Store) -> RowIndex | None:
     """Map the index; None if there is none, or it is damaged or of another store."""
-    arrays = len(array_layouts(store.spec))
+    arrays = len(store.layouts)
     record = shard_record(arrays)
     try:
         raw = np.memmap(index_path(store), np.uint8, mode="r")
@@ -174,7 +174,7 @@ def write_index(store: Store, index: RowIndex) -> None:
     head = np.zeros(1, HEADER)
     head["magic"], head["shard_size"] = MAGIC, store.shard_size
     head["fingerprint"] = np.frombuffer(bytes.fromhex(store.spec.fingerprint), "V32")
-    head["arrays"], head["shards"], head["rows"] = len(array_layouts(store.spec)), len(index.shards), len(index.ids)
+    head["arrays"], head["shards"], head["rows"] = len(store.layouts), len(index.shards), len(index.ids)
     body = index.shards.tobytes() + index.ids.tobytes() + index.places.astype("<u4").tobytes()
     head["crc"] = _checksum(head[0], np.frombuffer(body, np.uint8))
     atomic_write(index_path(store), head.tobytes() + body)
@@ -211,7 +211,7 @@ def read_shard_receipt(store: Store, shard: int) -> ShardReceipt:
     if (
         receipt.fingerprint != store.spec.fingerprint
         or receipt.shard != shard
-        or receipt.files.keys() != array_layouts(store.spec).keys()
+        or receipt.files.keys() != store.layouts.keys()
         or not 0 < len(receipt.rows) <= store.shard_size
     ):
         raise CacheCorruptError(f"The receipt {path} belongs to another shard or store.", path.name, repair=REPAIR)
@@ -233,7 +233,7 @@ def refresh_index(store: Store) -> tuple[RowIndex, tuple[int, ...]]:
     """
     old = load_index(store)
     found = _list_receipts(store)
-    record = shard_record(len(array_layouts(store.spec)))
+    record = shard_record(len(store.layouts))
     empty = RowIndex(store.shard_size, np.zeros(0, record), np.zeros(0, "S32"), np.zeros(0, np.uint32))
     kept = empty if old is None else old
     columns = (kept.shards[name].tolist() for name in ("number", "receipt_bytes", "receipt_mtime"))
@@ -246,7 +246,7 @@ def refresh_index(store: Store) -> tuple[RowIndex, tuple[int, ...]]:
         except (CacheCorruptError, CacheIncompleteError):
             broken.append(number)
             continue
-        lengths = tuple(receipt.files[name].bytes for name in array_layouts(store.spec))
+        lengths = tuple(receipt.files[name].bytes for name in store.layouts)
         key = np.frombuffer(bytes.fromhex(receipt_digest(receipt)), "V32")[0]
         shards.append((number, len(receipt.rows), receipt.seconds, key, *found[number], lengths))
         ids.append("".join(receipt.rows))
@@ -293,7 +293,7 @@ def misfits(store: Store, index: RowIndex, numbers: Sequence[int] | None = None)
     wrong: set[int] = set()
     listing = len(shards) * LISTING_SHARE >= len(index.shards)
     places = [(store.receipts, "{:06d}.json", shards["receipt_bytes"])]
-    for position, (name, layout) in enumerate(array_layouts(store.spec).items()):
+    for position, (name, layout) in enumerate(store.layouts.items()):
         places.append((store.group / name, "c.{}" + ".0" * len(layout.shape), shards["files"][:, position]))
     for folder, pattern, lengths in places:
         listed = dict(_lengths(folder)) if listing else None

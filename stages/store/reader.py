@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stages.store.index import (
     receipt_digest,
     refresh_index,
 )
-from stages.store.layout import Store, array_layouts, open_store_layout, store_path
+from stages.store.layout import Store, open_store_layout, store_path
 from stages.store.shards import REPAIR
 from stages.store.sources import MappedArray, open_source
 
@@ -44,7 +45,7 @@ class StoreReader:
             index: Covers these shards.
         """
         self.store, self._expected = store, dict(expected)
-        self._layouts = array_layouts(store.spec)
+        self._layouts = store.layouts
         self._sources = {
             name: open_source(store.group, name, layout, store.shard_size) for name, layout in self._layouts.items()
         }
@@ -207,14 +208,17 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
     """
     receipt = read_shard_receipt(store, shard)
     for name, expected in receipt.files.items():
-        file = store.shard_file(name, shard)
+        file = store.shard_name(name, shard)
         try:
-            length = file.stat().st_size
+            length = os.stat(file).st_size  # noqa: PTH116  (a Path a file is a third of the time)
         except FileNotFoundError:
-            raise CacheIncompleteError(f"The shard file {file} is gone.", (file.name,), repair=REPAIR) from None
+            missing = (Path(file).name,)
+            raise CacheIncompleteError(f"The shard file {file} is gone.", missing, repair=REPAIR) from None
         if length != expected.bytes:
             raise CacheCorruptError(
-                f"The shard file {file} has {length} bytes instead of {expected.bytes}.", file.name, repair=REPAIR
+                f"The shard file {file} has {length} bytes instead of {expected.bytes}.",
+                Path(file).name,
+                repair=REPAIR,
             )
     return receipt
 

@@ -29,7 +29,7 @@ AHEAD = 128 * 1024
 class ShardFile:
     """One shard of one array. The file handle is opened when it is needed and may be released in between."""
 
-    def __init__(self, path: Path, chunks: int, chunk_bytes: int) -> None:
+    def __init__(self, path: str, chunks: int, chunk_bytes: int) -> None:
         """Open the file and check its index.
 
         Args:
@@ -62,7 +62,7 @@ class ShardFile:
         except FileNotFoundError:
             raise CacheIncompleteError(
                 f"The shard {self.path} is gone.",
-                (self.path.name,),
+                (Path(self.path).name,),
                 "The store was changed after its receipt was written.",
                 REPAIR,
             ) from None
@@ -108,7 +108,7 @@ class ShardFile:
         if offset < 0:
             raise CacheIncompleteError(
                 f"Chunk {chunk} of the shard {self.path} was never written.",
-                (self.path.name,),
+                (Path(self.path).name,),
                 repair=REPAIR,
             )
         wanted = self._chunk_bytes
@@ -146,7 +146,7 @@ class ShardFile:
     def _corrupt(self, what: str) -> CacheCorruptError:
         return CacheCorruptError(
             f"The shard {self.path} is damaged: {what}.",
-            str(self.path),
+            self.path,
             "The disk or a copy changed bytes after they were written.",
             "Run `fpt extract --check`: it removes damaged shards and computes their images again.",
         )

@@ -52,7 +52,7 @@ class MappedArray:
             shard_size: Rows per shard.
             parts: Inner chunks of one row.
         """
-        self._pattern = str(folder / "c.{}") + ".0" * len(layout.shape)
+        self._pattern = str(folder).replace("{", "{{").replace("}", "}}") + "/c.{}" + ".0" * len(layout.shape)
         self._shard_size, self._parts = shard_size, parts
         self._bytes = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize // parts
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
@@ -99,7 +99,7 @@ class MappedArray:
             return file
         file = self._known.get(shard)
         if file is None:
-            file = ShardFile(Path(self._pattern.format(shard)), self._shard_size * self._parts, self._bytes)
+            file = ShardFile(self._pattern.format(shard), self._shard_size * self._parts, self._bytes)
             self._known[shard] = file
         else:
             file.open()

@@ -169,7 +169,7 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
             return f"shard {receipt.shard}: its file of {name} is damaged there, or was on the way", got.bytes
         return "", got.bytes
 
-    if receipt.files.keys() != array_layouts(store.spec).keys() or not 0 < len(receipt.rows) <= store.shard_size:
+    if receipt.files.keys() != store.layouts.keys() or not 0 < len(receipt.rows) <= store.shard_size:
         count.failures.append(f"shard {receipt.shard}: its receipt belongs to another store")
         return False
     with ThreadPoolExecutor(THREADS) as pool, transfer_errors(source.remote):
@@ -242,7 +242,7 @@ def _whole(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, 
 def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
     """Descriptions of the group and its arrays, long enough for both sides' shards."""
     fs = target.remote.fs
-    for name in ("", *(f"{array}/" for array in array_layouts(store.spec))):
+    for name in ("", *(f"{array}/" for array in store.layouts)):
         place = target.place(f"features.zarr/{name}zarr.json")
         metadata = json.loads((store.group / f"{name}zarr.json").read_bytes())
         if fs.isfile(place):

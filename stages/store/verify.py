@@ -20,7 +20,7 @@ from schemas.features import ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.progress import Progress
 from stages.store.index import read_shard_receipt, receipt_digest
-from stages.store.layout import Store, array_layouts, create_group, store_lock
+from stages.store.layout import Store, create_group, store_lock
 from stages.store.shards import ShardFile
 from stages.store.uses import LiveUse, is_held, shard_is_held
 from stages.store.writer import remove_claimed_shards
@@ -158,7 +158,7 @@ def stored_rows(store: Store, shard: int, count: int) -> tuple[str, ...] | None:
     """Image ids that the shard itself holds; None where it cannot be read. Ends before the first empty row."""
     rows = []
     try:
-        file = ShardFile(store.shard_file("sha256", shard), store.shard_size, 32)
+        file = ShardFile(store.shard_name("sha256", shard), store.shard_size, 32)
     except (CacheCorruptError, CacheIncompleteError, OSError):
         return None
     try:
@@ -177,7 +177,7 @@ def stored_rows(store: Store, shard: int, count: int) -> tuple[str, ...] | None:
 
 def _foreign(store: Store, receipts: dict[int, ShardReceipt | None]) -> Iterator[Damage]:
     """Files of the group that no receipt names, without those that a living writer is at work on."""
-    arrays = array_layouts(store.spec)
+    arrays = store.layouts
     named = {store.group / "zarr.json"} | {store.group / name / "zarr.json" for name in arrays}
     named |= {store.shard_file(name, shard) for shard in receipts for name in arrays}
     named |= {store.receipt(shard) for shard in receipts}
@@ -254,7 +254,7 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
 def _with_agreed_size(store: Store) -> Store:
     """The store in the shard size that all its arrays have: one flipped digit in the group must not condemn them."""
     sizes = set()
-    for name in array_layouts(store.spec):
+    for name in store.layouts:
         try:
             metadata = json.loads((store.group / name / "zarr.json").read_bytes())
             sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))

@@ -19,17 +19,24 @@ from numpy.typing import NDArray
 
 from schemas.features import FileDigest, ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
-from stages.store.layout import Store, array_layouts, grow_store
+from stages.store.layout import Store, grow_store
+
+LOOKAHEAD = 256
+"""Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
+end never lists it, and a listing takes a second where there are a million."""
 
 
 @contextmanager
 def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
     """Hold the lowest shard number from `start` that has no receipt and no living writer."""
-    finished = set(store.finished_shards())
+    finished: set[int] | None = None
     shard = start
     while True:
-        if shard not in finished:
+        if finished is None and shard - start >= LOOKAHEAD:
+            finished = set(store.finished_shards())
+        if not (store.receipt(shard).exists() if finished is None else shard in finished):
             lock = FileLock(store.path / "locks" / f"{shard:06d}.lock")
+            abandoned = Path(lock.lock_file).exists()
             try:
                 with storage_errors(store.path):
                     lock.acquire(blocking=False)
@@ -37,8 +44,10 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
                 pass
             else:
                 try:
-                    # Between the listing and the lock another writer may have finished this very shard.
+                    # Between the look and the lock another writer may have finished this very shard.
                     if not store.receipt(shard).exists():
+                        if abandoned:
+                            _remove_fragments(store, shard)
                         yield shard
                         return
                 finally:
@@ -69,13 +78,15 @@ def write_shard(
         raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
     digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)
     with storage_errors(store.path):
-        remove_shard(store, shard)
+        store.receipt(shard).unlink(missing_ok=True)
+        for name in store.layouts:
+            store.shard_file(name, shard).unlink(missing_ok=True)
         try:
             grow_store(store, shard + 1)
             group = zarr.open_group(store.group, mode="r+")
             first = shard * store.shard_size
             files = {}
-            for name, layout in array_layouts(store.spec).items():
+            for name, layout in store.layouts.items():
                 rows = digests if name == "sha256" else arrays[name]
                 if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
                     raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
@@ -95,10 +106,20 @@ def write_shard(
 
 
 def remove_shard(store: Store, shard: int) -> None:
-    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first."""
+    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first.
+
+    Lists every array's folder to find what has a name of its own: for what went wrong, not for every shard.
+    """
     store.receipt(shard).unlink(missing_ok=True)
-    for name in array_layouts(store.spec):
+    for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _remove_fragments(store: Store, shard: int) -> None:
+    """Delete what zarr-python had not yet renamed when a writer was killed; no later write would replace it."""
+    for name in store.layouts:
+        for path in (store.group / name).glob(f"c.{shard}.*.partial"):
             path.unlink(missing_ok=True)
 
 

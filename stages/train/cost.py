@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from stages.train.loop import Recipe, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork, learnable_parameters
 
 
-def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
+def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
     """Count parameters, tensor memory and bytes of a setting. Takes seconds.
 
     Args:
         settings: Resolved.
         lpm: Shape of the LPM that they name, at their image size.
         classes: Outputs of the classifier.
+        root: Folder that a relative `local-dir:` starts at; None: the working directory.
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
@@ -44,7 +46,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
         network = PromptedSideNetwork(spec)
-    model = build_on_meta(lpm.name, classes, img_size=lpm.image_size)
+    model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
@@ -133,7 +135,7 @@ def _peak_mib(
         network: Is turned into one of fake tensors.
         make_step: Called under fake tensors; gives the optimiser, the step's inputs and the step.
     """
-    tracker_class = _mem_tracker()
+    tracker = total_tracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.train().to_empty(device="cpu")
         optimizer, inputs, step = make_step()
@@ -142,7 +144,6 @@ def _peak_mib(
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tracker = tracker_class()
         tracker.track_external(network, optimizer, *inputs)
         with tracker:
             step()
@@ -150,8 +151,12 @@ def _peak_mib(
     return peak[torch.device("cpu")]["Total"] / 2**20
 
 
-def _mem_tracker() -> Any:
-    """The class, imported late: it loads torch.distributed, which some builds of torch lack."""
+def total_tracker() -> Any:
+    """A `MemTracker` that keeps totals. Imported late: it loads torch.distributed, which some builds of torch lack.
+
+    Raises:
+        PlatformError: If this torch has none.
+    """
     try:
         if not torch.distributed.is_available():
             raise ImportError("torch.distributed is not available")
@@ -172,4 +177,4 @@ def _mem_tracker() -> Any:
             super()._update_peak_stats(peak_state)
             self.memory_tracking = modules
 
-    return TotalTracker
+    return TotalTracker()

@@ -341,3 +341,12 @@ def test_an_unknown_kind_of_cluster_is_named(tmp_path: Path, capsys: pytest.Capt
             main(["extract", "--params", str(study.root / "params.yaml"), "--cluster", kind])
         assert stopped.value.code == 2
         assert path in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_shard_whose_workers_always_die_is_given_up_by_name(tmp_path: Path) -> None:
+    # torch alone takes more than that.
+    study = on(make_study(tmp_path / "study"), memory="250MiB", retries=0)
+    with pytest.raises(ClusterError, match=r"Shard \d \(4 images, .*given up after 0 retries") as caught:
+        study.extract(execute=on_cluster)
+    assert "cluster.memory" in caught.value.cause

@@ -78,7 +78,7 @@ def test_selection_equals_the_formulas(name: str, rule: str) -> None:
     spec = spec_of(lpm.info, layers, rule, kept)
     model = lpm.model.double()
     pixels = torch.randn(2, 3, 208, 208, dtype=torch.float64)
-    with Taps(model, spec) as taps:
+    with Taps(model, spec, lambda layer: layer) as taps:
         taps.run(pixels)
         tapped = taps.take()
     for layer, found in zip(layers, tapped, strict=True):
