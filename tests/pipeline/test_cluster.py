@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def worker_processes(known: Sequence[int]) -> list[psutil.Process]:
+    """Worker processes that this one has started, but for those that are known."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.pid not in known and "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +114,15 @@ def test_an_image_that_cannot_be_used_is_listed_as_by_a_single_process(lent: Stu
 
 
 def test_a_disk_that_refuses_stops_the_run_with_its_own_error(lent: Study) -> None:
-    def spoil(_: object) -> None:
+    def spoiled(*arguments: Any) -> Any:
         (receipts,) = lent.cache.glob("*/receipts")
-        if receipts.is_dir():
-            receipts.rename(receipts.with_name("gone"))
-            receipts.write_bytes(b"")
+        receipts.rename(receipts.with_name("gone"))
+        receipts.write_bytes(b"")
+        return on_cluster(*arguments)
 
-    with pytest.raises(StorageError, match="cannot be written"):
-        lent.extract(execute=on_cluster, progress=spoil)
+    with pytest.raises(StorageError, match="cannot be written") as caught:
+        lent.extract(execute=spoiled)
+    assert "Traceback" in caught.value.__notes__[0]
 
 
 def test_workers_with_other_weights_are_refused(lent: Study) -> None:
@@ -183,17 +195,16 @@ def test_killed_workers_change_nothing(tmp_path: Path) -> None:
     calm = make_study(tmp_path / "calm", 16, compute=compute)
     calm.extract()
     study = on(make_study(tmp_path / "study", 16, compute=compute), retries=30)
+    others = [process.pid for process in worker_processes(())]
     pick, killed = random.Random(1), []
     working, over = threading.Event(), threading.Event()
 
     def kill() -> None:
         working.wait()
         while len(killed) < 3 and not over.wait(pick.uniform(0, 0.3)):
-            workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-            mature = [child for child in workers if child.pid not in killed]
-            if mature:
-                victim = pick.choice(mature)
-                victim.send_signal(signal.SIGKILL)
+            if living := worker_processes([*others, *killed]):
+                victim = pick.choice(living)
+                victim.kill()
                 killed.append(victim.pid)
 
     thread = threading.Thread(target=kill)
@@ -214,11 +225,12 @@ def test_a_worker_that_falls_silent_costs_its_shard(tmp_path: Path) -> None:
     calm = make_study(tmp_path / "calm", 16, compute=compute)
     expected = open_store(calm.cache, calm.extract())
     study = on(make_study(tmp_path / "study", 16, compute=compute), retries=30)
+    others = [process.pid for process in worker_processes(())]
     silent: list[psutil.Process] = []
 
     def stop(progress: Any) -> None:
         if progress.done and not silent:
-            silent.append(next(c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())))
+            silent.append(worker_processes(others)[0])
             silent[0].suspend()
 
     with dask.config.set({"distributed.scheduler.worker-ttl": "8s"}):
