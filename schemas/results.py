@@ -82,7 +82,7 @@ class StoreMemory(Contract):
     held: bool
     """True: the disk is read once; False: in every epoch."""
     rows: int
-    """Images of training and validation."""
+    """Images of training and validation, and the other views of the former."""
     needed: int
     """Bytes of their features."""
     budget: int

@@ -20,6 +20,7 @@ FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
 FeatureResize = Literal["squash", "letterbox"]
 Precision = Literal["float32", "bfloat16", "float16"]
+FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -75,7 +76,10 @@ class LpmSettings(Contract):
 
 
 class FeatureSettings(Contract):
-    """What is computed and kept per image. Everything here is part of the fingerprint, except `shard_size`."""
+    """What is computed and kept per image.
+
+    Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
+    """
 
     image_size: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
@@ -103,6 +107,13 @@ class FeatureSettings(Contract):
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Images per shard: what one task computes, and what a crash costs."""
+    views: tuple[FixedView, ...] = ("identity",)
+    """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
+    rot180, rot270. Each more is one more row to compute and to keep."""
+    crops: Annotated[int, Field(ge=0)] = 0
+    """Random crops of each training image, as further views."""
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.8, 1.0)
+    """Share of the area that each of `crops` keeps, (lowest, highest)."""
 
     @model_validator(mode="after")
     def _check_bitround(self) -> FeatureSettings:
@@ -112,6 +123,22 @@ class FeatureSettings(Contract):
             if self.dtype == "float16" and self.bitround > 10:
                 raise ValueError(f"bitround must be at most 10 for float16 (is {self.bitround})")
         return self
+
+    @field_validator("views")
+    @classmethod
+    def _check_views(cls, value: tuple[FixedView, ...]) -> tuple[FixedView, ...]:
+        if "identity" not in value:
+            raise ValueError("must list identity, which validation, test and prediction read")
+        if len(set(value)) != len(value):
+            raise ValueError("lists a view twice")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must be (lowest, highest)")
+        return value
 
     @field_validator("layers")
     @classmethod

@@ -100,6 +100,7 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
     from schemas.settings import OUTPUTS
     from stages.doctor.guard import run_check
     from stages.doctor.study import check_hub, check_store, check_weights
+    from stages.extract.weights import need_hub
 
     if settings is None:
         why = "not in a study" if status == "skipped" else "the settings are not valid"

@@ -64,12 +64,14 @@ def extract(
         receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute)
     write_settings(study.settings, output)
     cached = seen[-1].cached
-    computed, seconds = receipt.images - cached, time.monotonic() - start
+    rows = seen[-1].total
+    computed, seconds = rows - cached, time.monotonic() - start
     store = str(study.cache / receipt.fingerprint[:16])
     if as_json:
         show_json(
             {
                 "images": receipt.images,
+                "rows": rows,
                 "cached": cached,
                 "reused": seen[-1].reused,
                 "computed": computed,
@@ -81,7 +83,9 @@ def extract(
         return
     spent = f" in {duration(seconds)}" if computed else ""
     copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
-    say(f"{receipt.images} images: {cached} were in the cache{copied}, computed {computed}{spent}. Store: {store}")
+    views = f" ({rows} rows with their views)" if rows > receipt.images else ""
+    outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
+    say(f"{receipt.images} images{views}: {outcome}. Store: {store}")
     say_next("fpt train")
 
 
@@ -97,13 +101,14 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
         show_json(plan.model_dump(mode="json"))
         return
     basis = "measured in this store" if plan.estimate == "receipts" else "a rough guess for this machine"
+    views = plan.rows > plan.images
     show_pairs(
         "What `fpt extract` would do",
         [
-            ("Images", f"{plan.images}"),
+            ("Images", f"{plan.images}" + (f" ({plan.rows} rows with their views)" if views else "")),
             ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
-            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} an image)"),
+            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'a row' if views else 'an image'})"),
             ("Files", f"{plan.files}"),
             ("Free disk", size(plan.free_bytes)),
             ("Time", f"{duration(plan.seconds)} ({basis})" if plan.to_compute else "none"),

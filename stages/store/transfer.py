@@ -183,7 +183,7 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
         return False
     grow_store(store, number + 1)
     arrived = receipt.model_copy(update={"shard": number})
-    atomic_write(store.receipt(number), arrived.model_dump_json(indent=1).encode())
+    atomic_write(store.receipt(number), arrived.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
     return True
@@ -219,7 +219,7 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
         count.failures.append(problems[0])
         return
     sent = receipt.model_copy(update={"shard": number})
-    remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.model_dump_json(indent=1).encode())
+    remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
 

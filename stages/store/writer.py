@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -18,12 +18,15 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from schemas.features import FileDigest, ShardReceipt
+from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.store.layout import Store, grow_store
 
 LOOKAHEAD = 256
 """Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
 end never lists it, and a listing takes a second where there are a million."""
+
+Named = TypeVar("Named", bound=tuple[str, ...])
 
 
 @contextmanager
@@ -60,16 +63,22 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
 
 
 def write_shard(
-    store: Store, shard: int, ids: Sequence[str], arrays: dict[str, NDArray[Any]], seconds: float
+    store: Store,
+    shard: int,
+    ids: Sequence[str],
+    arrays: dict[str, NDArray[Any]],
+    seconds: float,
+    origins: Sequence[ViewRow] = (),
 ) -> ShardReceipt:
     """Write one claimed shard of every array, then its receipt.
 
     Args:
         store: The store.
         shard: A number held by `claim_shard`.
-        ids: Image ids of the rows, at most `store.shard_size`.
+        ids: Names of the rows, at most `store.shard_size`.
         arrays: keys, values, indices, pooled and side, each (len(ids), ...) as in `array_layouts`.
         seconds: What the features took.
+        origins: Image and view of each row; empty: each row is an image itself.
 
     Raises:
         StorageError: If the disk is full or read-only; the shard is removed again.
@@ -95,14 +104,34 @@ def write_shard(
                 array = opened.with_config({"write_empty_chunks": True})
                 array[first : first + len(ids)] = rows
                 files[name] = _seal(store.shard_file(name, shard))
+            views = any(row.view != IDENTITY for row in origins)
             receipt = ShardReceipt(
-                shard=shard, fingerprint=store.spec.fingerprint, rows=tuple(ids), files=files, seconds=round(seconds, 3)
+                shard=shard,
+                fingerprint=store.spec.fingerprint,
+                rows=tuple(ids),
+                files=files,
+                seconds=round(seconds, 3),
+                images=tuple(row.image for row in origins) if views else None,
+                views=tuple(row.view for row in origins) if views else None,
             )
-            atomic_write(store.receipt(shard), receipt.model_dump_json(indent=1).encode())
+            atomic_write(store.receipt(shard), receipt.to_json())
         except BaseException:
             remove_shard(store, shard)
             raise
     return receipt
+
+
+def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
+    """Rows in their order, a shard each time; no shard mixes images themselves with other views.
+
+    So a study that gives up its views needs none of their shards any more, and evaluation reads none of them.
+
+    Args:
+        rows: Tuples that end with the view.
+        size: Of a shard.
+    """
+    plain, others = [row for row in rows if row[-1] == IDENTITY], [row for row in rows if row[-1] != IDENTITY]
+    return [part[first : first + size] for part in (plain, others) for first in range(0, len(part), size)]
 
 
 def remove_shard(store: Store, shard: int) -> None:

@@ -82,8 +82,8 @@ class Ticket:
 class FeatureDataset(Dataset[Batch]):
     """Map-style data set over rows of the store that hands out whole batches.
 
-    An index is (epoch, position): with the seed it determines the augmentation, so that a resumed run and any number
-    of workers see the same images.
+    An index is (epoch, position): with the seed it determines view and augmentation, so that a resumed run and any
+    number of workers see the same images.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class FeatureDataset(Dataset[Batch]):
         augment: AugmentSettings | None = None,
         seed: int = 0,
         features: bool = True,
+        views: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Hold the rows.
 
@@ -104,13 +105,18 @@ class FeatureDataset(Dataset[Batch]):
             labels: Class index of each position.
             size: Input of the side network, in pixels.
             augment: None: the un-augmented image.
-            seed: Of the augmentation.
+            seed: Of the augmentation and of the views.
             features: Whether keys and values are read.
+            views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
+                one geometry. None: the images themselves.
 
         Raises:
             CacheIncompleteError: If an image has no row.
         """
-        self._store, self._ids, self._labels, self._size, self._seed = store, tuple(ids), tuple(labels), size, seed
+        self._store, self._labels, self._size, self._seed = store, tuple(labels), size, seed
+        choices = [(row,) for row in ids] if views is None else views
+        self._ids = tuple(row for rows in choices for row in rows)
+        self._first = np.cumsum([0, *map(len, choices)])
         self._names = array_names(store.layouts, features)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
@@ -119,7 +125,7 @@ class FeatureDataset(Dataset[Batch]):
         self._read = 0
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {}, "_read": 0}
@@ -165,9 +171,9 @@ class FeatureDataset(Dataset[Batch]):
     def _fill(
         self, indices: Sequence[tuple[int, int]], out: dict[str, NDArray[Any]]
     ) -> tuple[Batch, dict[str, NDArray[Any]]]:
-        positions = [position for _, position in indices]
-        ids = [self._ids[position] for position in positions]
-        rows = self._store.read_rows(self._rows[positions], ids, self._names, out or None)
+        drawn = [self._drawn(epoch, position) for epoch, position in indices]
+        ids = [self._ids[row] for row in drawn]
+        rows = self._store.read_rows(self._rows[drawn], ids, self._names, out or None)
         side = torch.from_numpy(rows["side"])
         if self._augment is None:
             image = to_size(side, self._size)
@@ -176,14 +182,26 @@ class FeatureDataset(Dataset[Batch]):
         batch = Batch(
             image=image,
             cached=Cached.of(rows),
-            labels=torch.tensor([self._labels[position] for position in positions]),
+            labels=torch.tensor([self._labels[position] for _, position in indices]),
         )
         return batch, rows
+
+    def _drawn(self, epoch: int, position: int) -> int:
+        """Which of the rows this position has in this epoch."""
+        first, end = self._first[position : position + 2].tolist()
+        if end - first == 1:
+            return int(first)
+        return int(first) + (self._random(epoch, position)[1] * int(end - first) >> 32)
+
+    def _random(self, epoch: int, position: int) -> tuple[int, int]:
+        """32 bits for the augmentation, and 32 for the view."""
+        augment, view = np.random.SeedSequence((self._seed, epoch, position)).generate_state(2).tolist()
+        return augment, view
 
     def _augmented(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         if self._augment is None:
             raise ValueError("this data set does not augment")
-        seed = int(np.random.SeedSequence((self._seed, epoch, position)).generate_state(1)[0])
+        seed, _ = self._random(epoch, position)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._augment(image)

@@ -14,6 +14,7 @@ from schemas.manifest import Manifest, Split
 from schemas.resolve import feature_spec, network_spec
 from schemas.results import BundleSpec, EpochLog, StoreMemory, TrainResult
 from schemas.settings import Settings
+from schemas.views import manifest_rows, train_views
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader, open_store
@@ -53,14 +54,15 @@ def train(
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
-        CacheIncompleteError: If the store lacks images or shards.
+        CacheIncompleteError: If the store lacks images, views or shards.
         CacheCorruptError: If bytes of the store changed.
         TrainingError: If a class has no training images, or the loss is not finite.
     """
     check_features(settings, lpm, receipt)
+    check_views(settings, receipt)
     store = open_store(cache_root, receipt)
     store.require_whole()
-    check_rows(manifest, store)
+    check_rows(settings, manifest, store)
     device = set_up(settings.compute)
     classes = manifest.classes
     spec = network_spec(settings, lpm, len(classes))
@@ -120,14 +122,31 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
         )
 
 
-def check_rows(manifest: Manifest, store: StoreReader) -> None:
-    """Refuse a store that lacks an image of the manifest."""
-    missing = store.missing(manifest.ids())
+def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
+    """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
+    asked = settings.features
+    absent: list[str] = [view for view in asked.views if view not in receipt.views]
+    if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
+        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
+        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
+    if absent:
+        raise CacheIncompleteError(
+            f"The settings ask for views that were not extracted: {', '.join(absent)}.",
+            absent,
+            "features.views or features.crops changed after the features were extracted.",
+            "Run `fpt extract`: it computes just these views. Or take the change back.",
+        )
+
+
+def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> None:
+    """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
     if missing:
         raise CacheIncompleteError(
-            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
+            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features, or not of every view.",
             missing,
-            "Images were added after the features were extracted.",
+            "Images were added or moved to the training split after the features were extracted.",
             REPAIR,
         )
 
@@ -165,6 +184,7 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
         {
             "method": settings.method,
             "train": settings.train.model_dump(mode="json"),
+            "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
             "features": receipt.fingerprint,
             "shards": receipt.shards,
@@ -181,7 +201,8 @@ def _rows(
     settings: Settings, manifest: Manifest, store: StoreReader, tell: Callable[[StoreMemory], None] | None
 ) -> Rows:
     """The store, or in memory what training reads of it."""
-    ids = tuple(dict.fromkeys(row.id for row in manifest.rows if row.split != "test"))
+    views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
+    ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
     names = array_names(store.layouts, settings.method != "side")
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
@@ -195,12 +216,14 @@ def _dataset(
     size = settings.train.side_image_size
     if size == "auto":
         raise SettingsError("The settings are not resolved.")
+    training = split == "train"
     return FeatureDataset(
         store,
         [row.id for row in manifest.of(split)],
         labels,
         size,
-        augment=settings.train.augment if split == "train" else None,
+        augment=settings.train.augment if training else None,
         seed=settings.train.seed,
         features=settings.method != "side",
+        views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from schemas.errors import UnsupportedModelError
+from schemas.features import FeatureSpec, LpmInfo
 from stages.extract.attention import Projected, finish, obstacle, project, scale_of
 from stages.extract.models import check_supported, find_model
+from stages.extract.taps import Taps
 
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -279,3 +281,31 @@ def test_every_supported_architecture_gives_its_tokens_at_another_size() -> None
         assert tokens.shape == (1, 49 + model.num_prefix_tokens, model.embed_dim), name
         checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tapped_tokens_are_those_of_the_direct_importance(family: str) -> None:
+    model = tiny(family)
+    matrices = attention_matrices(model)
+    calls, tokens = run(model)
+    count = tokens.shape[1]
+    info = LpmInfo(
+        name=family, depth=2, width=48, heads=3, patch=16, prefix_tokens=count - 16, has_class_token=count > 16,
+        image_size=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+    )  # fmt: skip
+    spec = FeatureSpec(
+        lpm=info, weights_sha256="", layers=(0, 1), importance="global", kept=5, dtype="float32", side_image_size=32
+    )
+    with Taps(model, spec, lambda layer: layer) as taps, torch.no_grad():
+        assert_same(taps.run(images(model)), tokens)
+        tapped = taps.take()
+    for found, (attention, args, kwargs, _), matrix in zip(tapped, calls, matrices, strict=True):
+        with torch.no_grad():
+            projected = project(attention, *args, **kwargs)
+        importance = matrix.mean(dim=-2)
+        order = importance.argsort(dim=-1, descending=True)[..., :5]
+        # Tokens that are equally important to the last digits may change places.
+        assert_same(importance.gather(-1, found.indices), importance.gather(-1, order))
+        rows = found.indices.unsqueeze(-1).expand(-1, -1, -1, 16)
+        assert_same(found.keys, projected.key.gather(2, rows))
+        assert_same(found.values, projected.value.gather(2, rows))
