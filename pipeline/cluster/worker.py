@@ -132,20 +132,20 @@ class ShardPlugin(WorkerPlugin):
         from stages.extract.work import ShardDone, ShardTask
 
         held = self._held(task.number)
-        rest = tuple(image for image in task.images if image[0] not in held)
+        rest = tuple(row for row in task.images if (row[0], row[2]) not in held)
         there = len(task.images) - len(rest)
         if not rest:
             return ShardDone(there, ())
         (done,) = self.extractor().run([ShardTask(task.number, rest)], lambda _: None)
         return ShardDone(there + done.rows, done.failures)
 
-    def _held(self, number: int) -> frozenset[str]:
-        """Images that the shard of a task holds already: its result was lost on the way after its receipt."""
+    def _held(self, number: int) -> frozenset[tuple[str, str]]:
+        """(image id, view) of the rows that a task's shard holds: its result was lost on the way, after its receipt."""
         from stages.files import storage_errors
         from stages.store.reader import read_receipt
 
         with suppress(CacheIncompleteError, CacheCorruptError), storage_errors(self._store.receipts):
-            return frozenset(read_receipt(self._store, number).rows)
+            return frozenset(read_receipt(self._store, number).origins)
         return frozenset()
 
 

@@ -91,8 +91,10 @@ def test_workers_write_the_same_store_as_a_single_process(lent: Study, tmp_path:
     assert not list(lent.cache.glob("*/locks/fpt-*"))
 
 
-def test_torch_threads_of_a_worker_change_no_byte(lent: Study, tmp_path: Path, address: str) -> None:
+def test_views_and_torch_threads_of_a_worker_change_no_byte(lent: Study, tmp_path: Path, address: str) -> None:
     calm = make_study(tmp_path / "calm")
+    for study in (calm, lent):
+        study.settings = study.changed(features={"views": ("identity", "hflip")})
     calm.extract()
     on(lent, kind="scheduler", address=address, threads_per_worker=2).extract(execute=on_cluster)
     assert array_bytes(lent.cache) == array_bytes(calm.cache)
@@ -242,11 +244,13 @@ def test_a_worker_that_falls_silent_costs_its_shard(tmp_path: Path) -> None:
         assert np.array_equal(found.read(ids, [name])[name], expected.read(ids, [name])[name])
 
 
-def test_a_task_whose_result_was_lost_writes_nothing_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["identity", "hflip"])
+def test_a_task_whose_result_was_lost_writes_nothing_twice(tmp_path: Path, view: str) -> None:
     study = make_study(tmp_path / "study")
+    study.settings = study.changed(features={"views": ("identity", "hflip")})
     store = create_store(study.cache, requested_spec(study.settings, study.root), 4)
     rows = study.manifest.rows
-    (task, *_) = plan_tasks(store, [(row.id, str(study.root / "images" / row.path)) for row in rows])
+    (task, *_) = plan_tasks(store, [(row.id, str(study.root / "images" / row.path), view) for row in rows])
     Path(task.images[2][1]).write_bytes(b"no image")
     plugin = ShardPlugin("test", study.settings, study.root, store, share=1, own=False)
     (store.path / "locks" / "test").touch()
