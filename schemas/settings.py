@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from schemas.base import Contract
 
-Method = Literal["fpt", "fpt+", "side"]
+Method = Literal["fpt", "fpt+", "fpt-x", "side"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -194,6 +194,12 @@ class TrainSettings(Contract):
     """Width of the LPM divided by the width of the side network."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 for fpt+ and side."""
+    members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 4."""
+    probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
+    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.3."""
+    keep: Literal["auto", "best", "last"] = "auto"
+    """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class)."""
     augment: AugmentSettings = AugmentSettings()
@@ -314,7 +320,8 @@ class Settings(Contract):
     """All settings of a study."""
 
     method: Method = "fpt+"
-    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), or side: the side network of fpt+ without cached features."""
+    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), fpt-x (several side networks of fpt+ and a linear probe, averaged),
+    or side: the side network of fpt+ without cached features."""
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,15 @@ class Batch:
     """Keys and values of all tapped layers; None where the method uses no features."""
     labels: torch.Tensor
     """(B,) int64."""
+    pooled: torch.Tensor | None = None
+    """(B, 2, D) float32, the LPM's pooled outputs; None where the method does not read them."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
         cached = None if self.cached is None else self.cached.to(device)
         image, labels = self.image.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(image, cached, labels)
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        return Batch(image, cached, labels, pooled)
 
 
 def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
@@ -63,9 +66,9 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def array_names(stored: Iterable[str], features: bool) -> tuple[str, ...]:
+def array_names(stored: Iterable[str], features: bool, pooled: bool = False) -> tuple[str, ...]:
     """Of the arrays of a store, those that a data set reads."""
-    wanted = {*CACHED, "side"} if features else {"side"}
+    wanted = {"side", *(CACHED if features else ()), *(("pooled",) if pooled else ())}
     return tuple(name for name in stored if name in wanted)
 
 
@@ -95,6 +98,7 @@ class FeatureDataset(Dataset[Batch]):
         augment: AugmentSettings | None = None,
         seed: int = 0,
         features: bool = True,
+        pooled: bool = False,
         views: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Hold the rows.
@@ -107,6 +111,7 @@ class FeatureDataset(Dataset[Batch]):
             augment: None: the un-augmented image.
             seed: Of the augmentation and of the views.
             features: Whether keys and values are read.
+            pooled: Whether the LPM's pooled outputs are read.
             views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
                 one geometry. None: the images themselves.
 
@@ -117,7 +122,7 @@ class FeatureDataset(Dataset[Batch]):
         choices = [(row,) for row in ids] if views is None else views
         self._ids = tuple(row for rows in choices for row in rows)
         self._first = np.cumsum([0, *map(len, choices)])
-        self._names = array_names(store.layouts, features)
+        self._names = array_names(store.layouts, features, pooled)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -183,6 +188,7 @@ class FeatureDataset(Dataset[Batch]):
             image=image,
             cached=Cached.of(rows),
             labels=torch.tensor([self._labels[position] for _, position in indices]),
+            pooled=_pooled(rows),
         )
         return batch, rows
 
@@ -286,7 +292,7 @@ class BatchLoader:
     def _open(self, ticket: Ticket) -> Batch:
         arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
         rows = {name: array[:count] for name, array in arrays.items()}
-        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels))
+        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels), _pooled(rows))
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:
@@ -296,3 +302,7 @@ def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) ->
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _pooled(rows: Mapping[str, NDArray[Any]]) -> torch.Tensor | None:
+    return torch.from_numpy(rows["pooled"]) if "pooled" in rows else None

@@ -91,8 +91,8 @@ def fit_linear_probe(
     if classes == 2:
         # scikit-learn gives the logit of the second class alone; halves of it differ by it.
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    tensors = (torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale))
-    return LinearFit(*tensors, c)
+    tensors = [torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale)]
+    return LinearFit(tensors[0], tensors[1], tensors[2], tensors[3], c)
 
 
 def log_loss(log_probabilities: Floats, labels: npt.NDArray[np.int64], class_weights: Floats) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
-from stages.train.network import PromptedSideNetwork, learnable_parameters
+from stages.train.network import Ensemble, Network, build_network, learnable_parameters
+from stages.train.probes import fit_linear_probe
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -78,7 +79,9 @@ def train(
         workers=settings.compute.loader_workers,
     )
     torch.manual_seed(settings.train.seed)
-    network = PromptedSideNetwork(spec).to(device)
+    network = build_network(spec)
+    fit_probe(network, rows, manifest, labels, settings, classes)
+    network = network.to(device)
     state = Fit(network, make_optimizer(network, settings.train))
     checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
     resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
@@ -178,6 +181,30 @@ def class_weights(
     return torch.tensor(chosen, dtype=torch.float32, device=device)
 
 
+def fit_probe(
+    network: Network,
+    rows: Rows,
+    manifest: Manifest,
+    labels: Mapping[Split, Sequence[int]],
+    settings: Settings,
+    classes: Sequence[str],
+) -> None:
+    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images."""
+    if not isinstance(network, Ensemble) or network.probe is None:
+        return
+    found = []
+    for split in SPLITS:
+        ids = [row.id for row in manifest.of(split)]
+        pooled = rows.read_rows(rows.locate(ids), ids, ("pooled",))["pooled"]
+        found.append((pooled.reshape(len(ids), -1), labels[split]))
+    weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
+    fitted = fit_linear_probe(
+        *found[0], *found[1], len(classes), class_weights=None if weights is None else weights.tolist()
+    )
+    for name in ("weight", "bias", "mean", "scale"):
+        getattr(network.probe, name).copy_(getattr(fitted, name))
+
+
 def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:
     """Names the checkpoint: two runs share it only if they would give the same model."""
     return digest(
@@ -203,7 +230,7 @@ def _rows(
     """The store, or in memory what training reads of it."""
     views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
     ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
-    names = array_names(store.layouts, settings.method != "side")
+    names = array_names(store.layouts, settings.method != "side", bool(settings.train.probe_weight))
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
         tell(memory)
@@ -225,5 +252,6 @@ def _dataset(
         augment=settings.train.augment if training else None,
         seed=settings.train.seed,
         features=settings.method != "side",
+        pooled=bool(settings.train.probe_weight),
         views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )
