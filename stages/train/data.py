@@ -279,6 +279,9 @@ class BatchLoader:
             # Not fork by default: threads of torch and zarr do not survive it.
             multiprocessing_context=start if workers else None,
             persistent_workers=bool(workers),
+            # Of its own: from the global one a loader draws in each epoch, one with lasting workers in the first only,
+            # and what dropout draws would depend on their number.
+            generator=torch.Generator(),
             prefetch_factor=PREFETCH if workers else None,
         )
 
