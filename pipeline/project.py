@@ -127,3 +127,8 @@ def remind_to_watch(study: Study, key: str, value: str) -> None:
     active = "\n".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines())
     if f"${{{key}}}" not in active and value not in active:
         say(f"DVC does not watch {value}. Add this line to the deps in {path}: - ${{{key}}}")
+
+
+def extraction_log(root: Path) -> Path:
+    """What the extractions of the study in `root` noted while they ran; shared with temporary copies."""
+    return original_study(root) / ".fpt" / "logs" / "extract.log"

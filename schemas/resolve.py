@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
@@ -24,11 +25,18 @@ class Preset:
     """First tapped block as a share of the depth."""
     side_image_size: int
     """Input of the side network, in pixels."""
+    members: int = 1
+    """Side networks."""
+    probe_weight: float = 0.0
+    """Of the linear probe."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch."""
 
 
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=4, probe_weight=0.3, keep="last"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),
@@ -62,6 +70,12 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
     if settings.method not in WITHOUT_SIDE_NETWORK and (rest or width % lpm.heads):
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
         problems.append(("train.side_reduction", whole))
+    members = preset.members if train.members == "auto" else train.members
+    probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
+    if settings.method in WITHOUT_SIDE_NETWORK:
+        members, probe_weight = 1, 0.0
+    if probe_weight and not features.pooled:
+        problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
     if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
         have, need = len(train.class_weights), len(settings.data.classes)
         if have != need:
@@ -80,7 +94,14 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
                     "precision": precision if features.precision == "auto" else features.precision,
                 }
             ),
-            "train": train.model_copy(update={"side_image_size": side}),
+            "train": train.model_copy(
+                update={
+                    "side_image_size": side,
+                    "members": members,
+                    "probe_weight": probe_weight,
+                    "keep": preset.keep if train.keep == "auto" else train.keep,
+                }
+            ),
         }
     )
 
@@ -121,7 +142,12 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         SettingsError: If the method trains none: linear and knn are fitted to the pooled outputs.
     """
     features, train = settings.features, settings.train
-    if features.layers == "auto" or train.side_image_size == "auto":
+    if (
+        features.layers == "auto"
+        or train.side_image_size == "auto"
+        or train.members == "auto"
+        or train.probe_weight == "auto"
+    ):
         raise SettingsError("The settings are not resolved.")
     if settings.method == "linear" or settings.method == "knn":
         raise SettingsError(
@@ -147,4 +173,6 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         image_size=train.side_image_size,
         prompts=train.prompts,
         dropout=train.dropout,
+        members=train.members,
+        probe_weight=train.probe_weight,
     )

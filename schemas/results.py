@@ -36,6 +36,10 @@ class SideNetworkSpec(Contract):
     """Per layer."""
     dropout: float
     """Of the fused prompts."""
+    members: int = 1
+    """Side networks, each with its prompts, whose log-probabilities are averaged."""
+    probe_weight: float = 0.0
+    """Share of the linear probe in the log-probabilities; 0: there is none."""
 
 
 class LinearSpec(Contract):

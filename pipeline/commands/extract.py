@@ -22,6 +22,10 @@ def extract(
     check: Annotated[
         bool, typer.Option("--check", help="Compare every byte of the store with its receipts first.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="KIND", help="inline, local, cuda, slurm, or a scheduler's tcp://host:8786."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
@@ -29,10 +33,12 @@ def extract(
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
     from stages.extract.plan import plan_extraction
+    from stages.extract.run import Execute
     from stages.extract.run import extract as run
+    from stages.extract.work import inline
     from stages.manifest import read_manifest
 
-    study = open_study(params, assignments or [])
+    study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
     manifest = read_manifest(study.manifest)
     if plan:
         found = plan_extraction(study.settings, study.root, study.cache, manifest)
@@ -50,7 +56,12 @@ def extract(
             seen[:] = [progress]
             bar(progress.done, progress.total)
 
-        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check=check)
+        execute: Execute = inline
+        if study.settings.cluster.kind != "inline":
+            from pipeline.cluster.run import on_cluster
+
+            execute = on_cluster
+        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute)
     write_settings(study.settings, output)
     cached = seen[-1].cached
     rows = seen[-1].total
@@ -76,6 +87,13 @@ def extract(
     outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
     say(f"{receipt.images} images{views}: {outcome}. Store: {store}")
     say_next("fpt train")
+
+
+def _cluster_assignments(cluster: str | None) -> list[str]:
+    """What --cluster means as --set overrides."""
+    if cluster is None:
+        return []
+    return ["cluster.kind=scheduler", f"cluster.address={cluster}"] if "://" in cluster else [f"cluster.kind={cluster}"]
 
 
 def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:

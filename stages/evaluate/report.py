@@ -31,6 +31,7 @@ ROC_CURVES = 8
 METHODS: dict[Method, str] = {
     "fpt": "FPT",
     "fpt+": "FPT+",
+    "fpt-x": "FPT-X",
     "side": "side network alone",
     "linear": "linear probe",
     "knn": "k nearest neighbours",
@@ -266,7 +267,9 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     )
     if isinstance(network, AttentiveSpec):
         return (("Queries per block", str(network.queries)), *loop)
+    several = ("Side networks", f"{network.members} side by side, {network.probe_weight:g} of a linear probe with them")
     return (
+        *((several,) if network.members > 1 or network.probe_weight else ()),
         ("Input of the side network", f"{network.image_size} x {network.image_size} pixels"),
         ("Width of the side network", str(network.width)),
         ("Prompts per block", f"{network.prompts}, dropout {network.dropout:g}"),

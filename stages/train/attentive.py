@@ -13,6 +13,8 @@ deviation 1 before the linear head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -35,6 +37,15 @@ class AttentiveProbe(nn.Module):
         self.head = nn.Linear(spec.layers * spec.queries * spec.lpm_width, spec.classes)
         nn.init.normal_(self.queries, std=QUERY_STD)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def members(self) -> Sequence[AttentiveProbe]:
+        """This one."""
+        return (self,)
+
+    def member_logits(self, _image: torch.Tensor | None, cached: Cached | None = None) -> torch.Tensor:
+        """As `forward`, with an axis of one member: (1, B, classes)."""
+        return self(None, cached)[None]  # type: ignore[no-any-return]
 
     def forward(
         self, _image: torch.Tensor | None, cached: Cached | None, _pooled: torch.Tensor | None = None

@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
 
 from schemas.errors import BundleError
 from schemas.results import BundleSpec
 from stages.files import atomic_write
-from stages.train.models import build_model
+from stages.train.models import Model, build_model
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
 
@@ -28,7 +27,7 @@ class Bundle:
 
     spec: BundleSpec
     """What it is."""
-    network: nn.Module
+    network: Model
     """In evaluation mode; `infer.batch_logits` runs it, of whatever kind it is."""
 
     @property
@@ -37,7 +36,7 @@ class Bundle:
         return next(chain(self.network.parameters(), self.network.buffers())).device
 
 
-def serialise(network: nn.Module) -> tuple[bytes, str]:
+def serialise(network: Model) -> tuple[bytes, str]:
     """The weights as safetensors bytes, and their sha256."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     data: bytes = save_tensors(state, metadata={"format": "pt"})

@@ -27,7 +27,7 @@ from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
 from stages.train.data import READS, Batch
 from stages.train.loop import Recipe, make_optimizer, training_step
-from stages.train.models import build_model
+from stages.train.models import Network, build_learner
 from stages.train.network import learnable_parameters
 
 
@@ -47,7 +47,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | N
     features = feature_spec(settings, lpm, weights_sha256="0" * 64)
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
-        network = build_model(spec)
+        network = build_learner(spec)
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
@@ -77,7 +77,7 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _side_step_mib(network: nn.Module, spec: ModelSpec, features: FeatureSpec, train: TrainSettings) -> float:
+def _side_step_mib(network: Network, spec: ModelSpec, features: FeatureSpec, train: TrainSettings) -> float:
     """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
     reads = READS[spec.method]
     mean, std = features.lpm.mean, features.lpm.std

@@ -84,9 +84,16 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def array_names(stored: Iterable[str], method: Method) -> tuple[str, ...]:
-    """Of the arrays of a store, those that a method reads."""
-    return tuple(name for name in stored if name in READS[method])
+def array_names(stored: Iterable[str], method: Method, probe: bool = False) -> tuple[str, ...]:
+    """Of the arrays of a store, those that a method reads.
+
+    Args:
+        stored: Names of all.
+        method: What is trained.
+        probe: Whether a linear probe joins it.
+    """
+    wanted = {*READS[method], *(("pooled",) if probe else ())}
+    return tuple(name for name in stored if name in wanted)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class FeatureDataset(Dataset[Batch]):
         augment: AugmentSettings | None = None,
         seed: int = 0,
         method: Method = "fpt+",
+        probe: bool = False,
         views: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Hold the rows.
@@ -127,6 +135,7 @@ class FeatureDataset(Dataset[Batch]):
             augment: None: the un-augmented image.
             seed: Of the augmentation and of the views.
             method: What is trained, which decides what is read (`READS`).
+            probe: Whether a linear probe joins it, which reads the pooled outputs.
             views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
                 one geometry. None: the images themselves.
 
@@ -137,7 +146,7 @@ class FeatureDataset(Dataset[Batch]):
         choices = [(row,) for row in ids] if views is None else views
         self._ids = tuple(row for rows in choices for row in rows)
         self._first = np.cumsum([0, *map(len, choices)])
-        self._names = array_names(store.layouts, method)
+        self._names = array_names(store.layouts, method, probe)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -292,6 +301,9 @@ class BatchLoader:
             # Not fork by default: threads of torch and zarr do not survive it.
             multiprocessing_context=start if workers else None,
             persistent_workers=bool(workers),
+            # Of its own: from the global one a loader draws in each epoch, one with lasting workers in the first only,
+            # and what dropout draws would depend on their number.
+            generator=torch.Generator(),
             prefetch_factor=PREFETCH if workers else None,
         )
 
@@ -316,3 +328,7 @@ def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) ->
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _pooled(rows: Mapping[str, NDArray[Any]]) -> torch.Tensor | None:
+    return torch.from_numpy(rows["pooled"]) if "pooled" in rows else None

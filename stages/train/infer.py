@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from schemas.results import ModelSpec, SideNetworkSpec
 from stages.extract.features import FeatureBatch, normalise
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
 from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches, to_size
+from stages.train.models import Model, Network
 
 
-def batch_logits(network: nn.Module, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(B, classes): the one way from a batch to logits, in training, evaluation and prediction, for every model."""
-    image = None if batch.image is None else normalise(batch.image, mean, std)
-    logits: torch.Tensor = network(image, batch.cached, batch.pooled)
+def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(B, classes): the one way from a batch to logits, in validation, evaluation and prediction, for every model."""
+    logits: torch.Tensor = network(_image(batch, mean, std), batch.cached, batch.pooled)
     return logits
+
+
+def training_logits(network: Network, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(M, B, classes): logits of each member by itself, which is what it learns from."""
+    return network.member_logits(_image(batch, mean, std), batch.cached)
 
 
 @torch.inference_mode()
@@ -32,7 +36,7 @@ def store_logits(bundle: Bundle, store: StoreReader, ids: Sequence[str], batch_s
         CacheIncompleteError: If an image has no row.
     """
     spec, lpm = bundle.spec.network, bundle.spec.features.lpm
-    dataset = FeatureDataset(store, ids, [0] * len(ids), _side_size(spec), method=spec.method)
+    dataset = FeatureDataset(store, ids, [0] * len(ids), _side_size(spec), method=spec.method, probe=_has_probe(spec))
     parts = [
         batch_logits(bundle.network, batch.to(bundle.device), lpm.mean, lpm.std).float().cpu()
         for batch in batches(dataset, EpochSampler(len(ids), batch_size))
@@ -48,12 +52,22 @@ def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
         (B, classes) float32 on the CPU.
     """
     spec, lpm = bundle.spec.network, bundle.spec.features.lpm
-    arrays = {name: features[name] for name in array_names(features.arrays, spec.method)}
+    names = array_names(features.arrays, spec.method, _has_probe(spec))
+    arrays = {name: features[name] for name in names}
     image = to_size(torch.from_numpy(arrays["side"]), _side_size(spec)) if "side" in arrays else None
     batch = Batch.of(arrays, image, torch.zeros(len(features), dtype=torch.int64))
     return batch_logits(bundle.network, batch.to(bundle.device), lpm.mean, lpm.std).float().cpu()
 
 
+def _image(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor | None:
+    return None if batch.image is None else normalise(batch.image, mean, std)
+
+
 def _side_size(spec: ModelSpec) -> int:
     """Side of the image that the model reads, in pixels; 0 for none."""
     return spec.image_size if isinstance(spec, SideNetworkSpec) else 0
+
+
+def _has_probe(spec: ModelSpec) -> bool:
+    """Whether a linear probe joins side networks."""
+    return isinstance(spec, SideNetworkSpec) and bool(spec.probe_weight)

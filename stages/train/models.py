@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from schemas.results import AttentiveSpec, KnnSpec, LinearSpec, ModelSpec
+from schemas.results import AttentiveSpec, KnnSpec, LinearSpec, ModelSpec, SideNetworkSpec
 from stages.train.attentive import AttentiveProbe
-from stages.train.network import PromptedSideNetwork
-from stages.train.probes import KnnProbe, LinearProbe
+from stages.train.network import Ensemble, PromptedSideNetwork, build_network
+from stages.train.probes import KnnProbe, LinearModel
+
+Network = PromptedSideNetwork | Ensemble | AttentiveProbe
+"""What the training loop trains: each has `members`, and `member_logits` that they learn from."""
+
+Model = Network | LinearModel | KnnProbe
+"""Whatever can be judged and predicts."""
 
 
-def build_model(spec: ModelSpec) -> nn.Module:
+def build_model(spec: ModelSpec) -> Model:
     """A model of this spec, its weights not yet those of anything trained."""
     if isinstance(spec, LinearSpec):
-        return LinearProbe(spec)
+        return LinearModel(spec)
     if isinstance(spec, KnnSpec):
         return KnnProbe(spec)
-    if isinstance(spec, AttentiveSpec):
-        return AttentiveProbe(spec)
-    return PromptedSideNetwork(spec)
+    return build_learner(spec)
+
+
+def build_learner(spec: SideNetworkSpec | AttentiveSpec) -> Network:
+    """What the training loop trains, with random weights."""
+    return AttentiveProbe(spec) if isinstance(spec, AttentiveSpec) else build_network(spec)

@@ -12,7 +12,7 @@ import torch
 from schemas.results import EpochLog, KnnSpec, LinearSpec
 from schemas.settings import Method
 from stages.train.loop import judge_logits
-from stages.train.probes import KnnProbe, LinearProbe, fit_knn, fit_linear_probe, linear_probe
+from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
 
 POOLED: frozenset[Method] = frozenset({"linear", "knn"})
 """Methods that are fitted to pooled outputs."""
@@ -30,7 +30,7 @@ class PooledRows:
 
 def fit_pooled(
     method: Method, train: PooledRows, val: PooledRows, classes: int, class_weights: torch.Tensor | None
-) -> tuple[LinearProbe | KnnProbe, EpochLog]:
+) -> tuple[LinearModel | KnnProbe, EpochLog]:
     """Fit on the CPU, C or k chosen on the validation rows.
 
     Returns:
@@ -41,9 +41,9 @@ def fit_pooled(
     """
     start = time.perf_counter()
     weights = None if class_weights is None else class_weights.tolist()
-    probe: LinearProbe | KnnProbe
+    probe: LinearModel | KnnProbe
     if method == "linear":
-        probe = linear_probe(fit_linear_probe(train.x, train.y, val.x, val.y, classes, weights))
+        probe = linear_model(fit_linear_probe(train.x, train.y, val.x, val.y, classes, weights))
     else:
         probe = fit_knn(train.x, train.y, val.x, val.y, classes, weights)
     with torch.inference_mode():

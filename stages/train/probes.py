@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from schemas.errors import TrainingError
 from schemas.results import KnnSpec, LinearSpec
 from stages.train.cached import Cached
+from stages.train.network import LinearProbe
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
 """Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
@@ -131,23 +132,18 @@ def _check(x: Floats, y: npt.NDArray[np.int64], x_held: Floats, classes: int) ->
         )
 
 
-class LinearProbe(nn.Module):
-    """Logits from the pooled outputs: a linear map of their standardised values."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
+class LinearModel(nn.Module):
+    """A linear probe of the pooled outputs, and nothing else."""
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.zeros(spec.classes, spec.features))
-        self.bias = nn.Parameter(torch.zeros(spec.classes))
-        self.register_buffer("mean", torch.zeros(spec.features))
-        self.register_buffer("scale", torch.ones(spec.features))
+        self.probe = LinearProbe(spec.features, spec.classes)
 
     def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
         """(B, 2, D) pooled outputs -> (B, classes) logits."""
-        return F.linear((_rows(pooled) - self.mean) / self.scale, self.weight, self.bias)
+        logits: torch.Tensor = self.probe(_required(pooled))
+        return logits
 
 
 class KnnProbe(nn.Module):
@@ -171,7 +167,7 @@ class KnnProbe(nn.Module):
 
     def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
         """(B, 2, D) pooled outputs -> (B, classes) logarithms of the shares of the votes."""
-        nearest = (F.normalize(_rows(pooled), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
+        nearest = (F.normalize(_required(pooled).flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
         votes = self.spec.neighbours * torch.softmax(nearest.values / TEMPERATURE, dim=1)
         labels = F.one_hot(self.labels, self.spec.classes).to(votes.dtype)
         counts = (votes[:, :, None] * labels[nearest.indices]).sum(dim=1) + labels.mean(dim=0)
@@ -180,18 +176,23 @@ class KnnProbe(nn.Module):
         return torch.log((weighted / weighted.sum(dim=1, keepdim=True)).clamp_min(1e-12))
 
 
-def _rows(pooled: torch.Tensor | None) -> torch.Tensor:
+def _required(pooled: torch.Tensor | None) -> torch.Tensor:
     if pooled is None:
-        raise ValueError("this probe needs the pooled outputs")
-    return pooled.flatten(1)
+        raise ValueError("this model needs the pooled outputs")
+    return pooled
 
 
-def linear_probe(fit: LinearFit) -> LinearProbe:
+def linear_model(fit: LinearFit) -> LinearModel:
     """The model of a fit."""
     classes, features = fit.weight.shape
-    probe = LinearProbe(LinearSpec(classes=classes, features=features, c=fit.c))
-    probe.load_state_dict({"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "scale": fit.scale})
-    return probe.eval()
+    model = LinearModel(LinearSpec(classes=classes, features=features, c=fit.c))
+    copy_fit(fit, model.probe)
+    return model.eval()
+
+
+def copy_fit(fit: LinearFit, probe: LinearProbe) -> None:
+    """Give a probe the coefficients of a fit."""
+    probe.load_state_dict({name: getattr(fit, name) for name in ("weight", "bias", "mean", "scale")})
 
 
 def fit_knn(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from schemas.base import digest
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
@@ -24,13 +23,14 @@ from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
-from stages.train.models import build_model
-from stages.train.network import learnable_parameters
+from stages.train.models import Model, Network, build_learner
+from stages.train.network import Ensemble, learnable_parameters
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
+from stages.train.probes import copy_fit, fit_linear_probe
 
 UNREAD: dict[Method, tuple[str, ...]] = {
-    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "side_image_size"),
-    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "side_image_size"),
+    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
+    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
     "attentive": ("layers", "pooled", "side_image_size"),
 }
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
@@ -101,7 +101,9 @@ def train(
         workers=settings.compute.loader_workers,
     )
     torch.manual_seed(settings.train.seed)
-    network = build_model(spec).to(device)
+    network = build_learner(spec)
+    fit_probe(network, rows, manifest, labels, settings, classes)
+    network = network.to(device)
     state = Fit(network, make_optimizer(network, settings.train))
     checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
     resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
@@ -118,7 +120,7 @@ def train(
 
 def _save(
     output: Path,
-    network: nn.Module,
+    network: Model,
     spec: ModelSpec,
     classes: tuple[str, ...],
     settings: Settings,
@@ -224,6 +226,29 @@ def class_weights(
     return torch.tensor(chosen, dtype=torch.float32, device=device)
 
 
+def fit_probe(
+    network: Network,
+    rows: Rows,
+    manifest: Manifest,
+    labels: Mapping[Split, Sequence[int]],
+    settings: Settings,
+    classes: Sequence[str],
+) -> None:
+    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images."""
+    if not isinstance(network, Ensemble) or network.probe is None:
+        return
+    found = []
+    for split in SPLITS:
+        ids = [row.id for row in manifest.of(split)]
+        pooled = rows.read_rows(rows.locate(ids), ids, ("pooled",))["pooled"]
+        found.append((pooled.reshape(len(ids), -1), labels[split]))
+    weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
+    fitted = fit_linear_probe(
+        *found[0], *found[1], len(classes), class_weights=None if weights is None else weights.tolist()
+    )
+    copy_fit(fitted, network.probe)
+
+
 def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:
     """Names the checkpoint: two runs share it only if they would give the same model."""
     return digest(
@@ -262,7 +287,7 @@ def _rows(
     """The store, or in memory what training reads of it."""
     views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
     ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
-    names = array_names(store.layouts, settings.method)
+    names = array_names(store.layouts, settings.method, bool(settings.train.probe_weight))
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
         tell(memory)
@@ -284,5 +309,6 @@ def _dataset(
         augment=settings.train.augment if training else None,
         seed=settings.train.seed,
         method=settings.method,
+        probe=bool(settings.train.probe_weight),
         views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )
