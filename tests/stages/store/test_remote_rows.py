@@ -137,7 +137,7 @@ def test_a_flipped_byte_is_found(there: There, place: str) -> None:
     there.change(file, flipped(40 if place == "first row" else -30))
     reader = there.open()
     reader.require_whole()  # The length is right.
-    with pytest.raises(CacheCorruptError, match="features.zarr/values cannot be read") as caught:
+    with pytest.raises(CacheCorruptError, match=r"features.zarr/values cannot be read") as caught:
         reader.read([image_id(5)], NAMES)
     assert "fpt cache push" in str(caught.value)
     assert np.array_equal(reader.read([image_id(1)], NAMES)["keys"][0], there.rows["keys"][0])
@@ -186,7 +186,7 @@ def test_receipts_are_compared(there: There) -> None:
         return receipt.model_copy(update={"rows": rows}).model_dump_json().encode()
 
     there.change("receipts/000001.json", other)
-    with pytest.raises(CacheCorruptError, match="Shard 1 of .* is not the one that this study"):
+    with pytest.raises(CacheCorruptError, match=r"Shard 1 of .* is not the one that this study"):
         there.open()
     there.change("receipts/000001.json", lambda content: content[:50])
     with pytest.raises(CacheCorruptError, match=r"000001.json is damaged"):
@@ -208,12 +208,12 @@ def test_a_store_of_other_features_is_refused(there: There) -> None:
 
 def test_damaged_metadata_of_an_array_is_an_error(there: There) -> None:
     there.change("features.zarr/keys/zarr.json", lambda content: content[:100])
-    with pytest.raises(CacheCorruptError, match="features.zarr/keys cannot be read"):
+    with pytest.raises(CacheCorruptError, match=r"features.zarr/keys cannot be read"):
         there.open().read([image_id(5)], ["keys"])
 
 
 def test_an_empty_place_is_named(there: There) -> None:
-    with pytest.raises(CacheIncompleteError, match="no feature store .* at .*elsewhere"):
+    with pytest.raises(CacheIncompleteError, match=r"no feature store .* at .*elsewhere"):
         open_remote_rows(f"{there.url}/elsewhere", there.receipt)
 
 
@@ -245,7 +245,7 @@ def test_the_local_store_comes_first(there: There, tmp_path: Path) -> None:
     root = there.store.path.parent
     assert open_rows(root, there.receipt, "nothing://here").mapped
     shutil.rmtree(there.store.path)
-    with pytest.raises(FptError, match="store.remote") as caught:
+    with pytest.raises(FptError, match=r"store\.remote") as caught:
         open_rows(root, there.receipt)
     assert isinstance(caught.value, CacheIncompleteError)
     assert "fpt cache pull" in str(caught.value)

@@ -75,6 +75,19 @@ def test_a_store_goes_there_and_back(tmp_path: Path, remote: Remote) -> None:
         assert np.array_equal(row(copy, number), rows["keys"][number - 1])
 
 
+@pytest.mark.parametrize("codec", ["zstd", "blosc"])
+def test_a_compressed_store_goes_there_and_back(tmp_path: Path, remote: Remote, codec: str) -> None:
+    spec = SPEC.model_copy(update={"codec": codec})
+    store, rows = filled(tmp_path / "a", spec=spec)
+    assert (push(store, remote).copied, push(store, remote).present) == (3, 3)
+    back = pull(offered(remote), tmp_path / "b")
+    assert (back.copied, back.failures) == (3, ())
+    copy = open_store_layout(tmp_path / "b", spec)
+    assert receipt_of(copy) == receipt_of(store)
+    for number in (1, 6, 11):
+        assert np.array_equal(row(copy, number), rows["keys"][number - 1])
+
+
 def test_a_second_transfer_copies_only_what_is_new(tmp_path: Path, remote: Remote) -> None:
     store, _ = filled(tmp_path / "a")
     push(store, remote)

@@ -50,17 +50,19 @@ DAMAGES: dict[str, tuple[str, Callable[[Store], None]]] = {
 }
 
 
-def test_a_whole_store_is_whole(tmp_path: Path) -> None:
-    store, _ = filled(tmp_path)
+@pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
+def test_a_whole_store_is_whole(tmp_path: Path, codec: str) -> None:
+    store, _ = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
     seen: list[tuple[int, int]] = []
     result = verify_store(store, progress=lambda done, total: seen.append((done, total)))
     assert (result.shards, result.rows, result.damages, result.images) == (3, 11, (), ())
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_is_found_named_and_repaired(tmp_path: Path, name: str) -> None:
-    store, rows = filled(tmp_path)
+def test_each_damage_is_found_named_and_repaired(tmp_path: Path, name: str, codec: str) -> None:
+    store, rows = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
     kind, harm = DAMAGES[name]
     harm(store)
     result = verify_store(store)

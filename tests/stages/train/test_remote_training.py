@@ -34,13 +34,13 @@ def pushed(study: Study, receipt: ExtractionReceipt, protocol: str, folder: Path
     """Push the study's store, and give the URL at which it can be read."""
     store = open_store_layout(study.cache, receipt.spec)
     if protocol == "memory":
-        push(store, open_remote("memory://caches"))
+        assert not push(store, open_remote("memory://caches")).failures
         yield "memory://caches"
         fs = fsspec.filesystem("memory")
         fs.store.clear()
         fs.pseudo_dirs[:] = [""]
         return
-    push(store, open_remote(f"file://{folder}"))
+    assert not push(store, open_remote(f"file://{folder}")).failures
     if protocol == "file":
         yield f"file://{folder}"
         return
@@ -83,14 +83,15 @@ def test_the_result_is_that_of_the_local_store(
 ) -> None:
     study = make_study(tmp_path, features=FORMS[form])
     receipt = study.extract()
-    expected = outcome(study, receipt, study.cache, tmp_path / "local")
+    compute = {"loader_workers": workers}
+    expected = outcome(study, receipt, study.cache, tmp_path / "local", compute=compute)
     with pushed(study, receipt, protocol, tmp_path / "there") as url:
         shutil.rmtree(study.cache)
-        with pytest.raises(CacheIncompleteError, match="store.remote"):
+        with pytest.raises(CacheIncompleteError, match=r"store\.remote"):
             outcome(study, receipt, study.cache, tmp_path / "none")
         found = outcome(
             study, receipt, study.cache, tmp_path / "remote", url,
-            store={"memory_budget": budget}, compute={"loader_workers": workers},
+            store={"memory_budget": budget}, compute=compute,
         )  # fmt: skip
     assert found == expected
     assert not study.cache.exists(), "nothing was copied"
@@ -106,7 +107,7 @@ def test_damage_stops_the_training(tmp_path: Path) -> None:
         content[100] ^= 4
         path.write_bytes(content)
         for budget, workers in ((0, 0), (0, 2), ("auto", 0)):
-            with pytest.raises(CacheCorruptError, match="features.zarr/keys cannot be read"):
+            with pytest.raises(CacheCorruptError, match=r"features.zarr/keys cannot be read"):
                 outcome(
                     study, receipt, study.cache, tmp_path / "out", url,
                     store={"memory_budget": budget}, compute={"loader_workers": workers},
