@@ -138,6 +138,16 @@ def test_damaged_metadata_is_found_and_written_anew(tmp_path: Path, change: tupl
     assert len(rows["keys"]) == 11
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_damaged_metadata_of_the_ids_condemns_no_shard(tmp_path: Path, codec: str) -> None:
+    store, _ = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
+    (store.group / "sha256" / "zarr.json").write_text("{")
+    result = verify_store(store)
+    assert [damage.kind for damage in result.damages] == ["metadata"]
+    repair_store(store, result)
+    assert verify_store(store).damages == ()
+
+
 def test_a_wrong_shard_size_in_the_group_condemns_no_shard(tmp_path: Path) -> None:
     store, _ = filled(tmp_path)
     path = store.group / "zarr.json"
