@@ -257,10 +257,11 @@ def test_two_pushes_at_once_do_not_mix_their_shards(
     with claim_shard(other) as shard:
         write_shard(other, shard, [image_id(n) for n in (70, 71, 72, 73)], theirs, 1.0)
     second, real = store if same else other, transfer.copy
-    refused: list[TransferError] = []
+    started, refused = [False], list[TransferError]()
 
     def interrupted(source: Any, target: Any) -> Any:
-        if not refused:
+        if not started[0]:
+            started[0] = True
             with monkeypatch.context() as elsewhere, pytest.raises(TransferError) as caught:
                 elsewhere.setattr("platform.node", lambda: "another machine")
                 push(second, memory)
