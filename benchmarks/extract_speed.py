@@ -38,6 +38,7 @@ from schemas.features import FeatureSpec
 from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
 from schemas.settings import Settings
+from schemas.views import IDENTITY
 from stages.extract.features import Pixels, normalise, to_pixels
 from stages.extract.lpm import describe_lpm
 from stages.extract.run import plan_tasks
@@ -120,8 +121,9 @@ def measure_time(folder: Path, arguments: argparse.Namespace) -> None:
     ]
     preloaded = [to_tensor(batch, specs[ways[0].name]) for batch in stacks]
     runs: dict[str, Callable[[], object]] = {"bare": lambda: [model.forward_features(batch) for batch in preloaded]}
+    rows = [(*image, IDENTITY) for image in images]
     for name, (store, extractor) in extractors.items():
-        runs[name] = lambda s=store, e=extractor: list(e.run(plan_tasks(s, images), lambda _: None))
+        runs[name] = lambda s=store, e=extractor: list(e.run(plan_tasks(s, rows), lambda _: None))
     counter = itertools.count()
     runs["published"] = lambda: published(model, specs[ways[0].name], images, folder / f"p{next(counter)}", arguments)
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -13,6 +13,7 @@ import typer
 from pipeline.commands.cache import cache
 from pipeline.commands.cost import cost
 from pipeline.commands.demo import demo
+from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.extract import extract
 from pipeline.commands.init import init
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, evaluate, predict, cost):
+for verb in (init, prepare, extract, train, evaluate, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def talk() -> Console:
@@ -48,14 +49,21 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: names on the left, numbers on the right."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
+    """A table on stdout: names on the left, numbers on the right.
+
+    Args:
+        title: Line above it.
+        columns: Names.
+        rows: Of text without markup.
+        words: Whether it holds words instead of numbers, which start on the left.
+    """
     show(title)
     table = Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if words or index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
 
 

@@ -71,7 +71,7 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     """
     settings = load_settings(params, assignments)
     root = params.absolute().parent
-    resolved, lpm = resolve_aloud(settings)
+    resolved, lpm = resolve_aloud(settings, root)
     cache = cache_root(root)
     if settings.features.precision == "auto":
         from stages.extract.precision import choose_precision
@@ -81,12 +81,12 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
 
 
-def resolve_aloud(settings: Settings) -> tuple[Settings, LpmInfo]:
+def resolve_aloud(settings: Settings, root: Path) -> tuple[Settings, LpmInfo]:
     """Resolve, and say so where the image size had to move to the LPM's patch grid."""
     from schemas.resolve import resolve
     from stages.extract.lpm import describe_lpm
 
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
+    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
     asked = settings.features.image_size
     if lpm.image_size != asked:
         say(f"Image size {asked} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
@@ -135,3 +135,8 @@ def remind_to_watch(study: Study, key: str, value: str) -> None:
     active = "\n".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines())
     if f"${{{key}}}" not in active and value not in active:
         say(f"DVC does not watch {value}. Add this line to the deps in {path}: - ${{{key}}}")
+
+
+def extraction_log(root: Path) -> Path:
+    """What the extractions of the study in `root` noted while they ran; shared with temporary copies."""
+    return original_study(root) / ".fpt" / "logs" / "extract.log"

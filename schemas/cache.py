@@ -41,7 +41,7 @@ class StoreListing(Contract):
     shards: int
     """Finished shards."""
     rows: int
-    """Image contents, each counted once."""
+    """Images and other views of images, each counted once."""
     bytes: int
     """On the disk, metadata included."""
     studies: tuple[str, ...]
@@ -78,11 +78,11 @@ class Verification(Contract):
     shards: int
     """Finished shards that were compared."""
     rows: int
-    """Image contents in shards without damage."""
+    """Images and other views of images in shards without damage."""
     damages: tuple[Damage, ...]
     """Empty: the store is whole."""
     images: tuple[ImageId, ...]
-    """To be computed again: their rows are in damaged shards only."""
+    """To be computed again: rows of theirs, maybe of other views, are in damaged shards only."""
 
 
 class Garbage(Contract):

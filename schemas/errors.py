@@ -142,3 +142,7 @@ class DeviceMemoryError(FptError, RuntimeError):
 
 class PlatformError(FptError, RuntimeError):
     """This machine, or this build of a library, lacks something that is needed."""
+
+
+class ClusterError(FptError, RuntimeError):
+    """The cluster cannot be reached, has no worker that fits, or lost a shard too often."""

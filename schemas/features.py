@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from pydantic import model_validator
+
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureCodec, FeatureDtype, Importance, Precision
+from schemas.settings import FeatureCodec, FeatureDtype, FeatureResize, FixedView, Importance, Precision
+from schemas.views import IDENTITY, ViewRow
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 """Raised by hand when the definition of a feature changes; part of every fingerprint."""
 
 STORE_VERSION = 1
 """Raised by hand when the layout of the store changes; part of every fingerprint."""
 
-LATER_FIELDS: dict[str, Any] = {"codec": "none", "bitround": None, "pooled": True, "precision": "float32"}
+LATER_FIELDS: dict[str, Any] = {
+    "codec": "none",
+    "bitround": None,
+    "pooled": True,
+    "precision": "float32",
+    "resize": "squash",
+}
 """Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
 
 
@@ -22,7 +31,7 @@ class LpmInfo(Contract):
     """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate need of it."""
 
     name: str
-    """timm name with tag."""
+    """timm name with tag, `hf-hub:organisation/name`, or `local-dir:architecture@content`; never a path."""
     depth: int
     """Blocks."""
     width: int
@@ -84,6 +93,8 @@ class FeatureSpec(Contract):
     """Type in which the LPM computes."""
     side_image_size: int
     """Side of the stored small image, in pixels."""
+    resize: FeatureResize = "squash"
+    """How an image becomes square, for the LPM and for the side network."""
 
     @property
     def fingerprint(self) -> str:
@@ -144,11 +155,37 @@ class ShardReceipt(Contract):
     fingerprint: str
     """Of the store that it belongs to."""
     rows: tuple[ImageId, ...]
-    """Image ids in row order; may be fewer than shard_size."""
+    """Names of the rows in their order; may be fewer than shard_size. The image id, but for other views of an image."""
     files: dict[str, FileDigest]
     """Array name -> digest of this shard's file."""
     seconds: float
     """Time from the first decode to the last byte."""
+    images: tuple[ImageId, ...] | None = None
+    """Image id of each row; None: each row is an image itself."""
+    views: tuple[str, ...] | None = None
+    """View of each row, crops with their parameters (`schemas.views.ViewRow`); None: each row is an image itself."""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> ShardReceipt:
+        if (self.images is None) != (self.views is None):
+            raise ValueError("images and views go together")
+        if self.images is not None and self.views is not None:
+            # The names hold images and views, and the digest of a receipt holds the names.
+            named = [ViewRow(*row).id for row in zip(self.images, self.views, strict=True)]
+            if tuple(named) != self.rows:
+                raise ValueError("images and views do not give the names of the rows")
+        return self
+
+    @property
+    def origins(self) -> tuple[ViewRow, ...]:
+        """Image and view of each row."""
+        if self.images is None or self.views is None:
+            return tuple(ViewRow(row, IDENTITY) for row in self.rows)
+        return tuple(ViewRow(*row) for row in zip(self.images, self.views, strict=True))
+
+    def to_json(self) -> bytes:
+        """The content of its file; without what only shards of views have where there are none."""
+        return self.model_dump_json(indent=1, exclude_none=True).encode()
 
 
 class ExtractionReceipt(Contract):
@@ -164,6 +201,12 @@ class ExtractionReceipt(Contract):
     """Digest of the sorted image ids."""
     shards: dict[str, str]
     """Shard number -> digest of its receipt's files, for the shards that hold the manifest's rows."""
+    views: tuple[FixedView, ...] = (IDENTITY,)
+    """Views of the training images that are there."""
+    crops: int = 0
+    """Random crops of each training image that are there."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Share of the area that the crops keep, (lowest, highest)."""
 
 
 class ExtractionPlan(Contract):
@@ -175,8 +218,10 @@ class ExtractionPlan(Contract):
     """Folder of the store."""
     images: int
     """Image contents of the manifest."""
+    rows: int
+    """Rows of the store that they need: each image, and the other views of training images."""
     cached: int
-    """Of these, in the cache already."""
+    """Of the rows, in the cache already."""
     reused: int = 0
     """Of the cached, in a store of more layers, from which they are copied."""
     to_compute: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
@@ -21,11 +22,18 @@ class Preset:
     """First tapped block as a share of the depth."""
     side_image_size: int
     """Input of the side network, in pixels."""
+    members: int = 1
+    """Side networks."""
+    probe_weight: float = 0.0
+    """Of the linear probe."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch."""
 
 
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=4, probe_weight=0.3, keep="last"),
     "side": Preset(first_layer=0.5, side_image_size=128),
 }
 
@@ -56,6 +64,9 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
     if rest or width % lpm.heads:
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
         problems.append(("train.side_reduction", whole))
+    probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
+    if probe_weight and not features.pooled:
+        problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
     if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
         have, need = len(train.class_weights), len(settings.data.classes)
         if have != need:
@@ -74,7 +85,14 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
                     "precision": precision if features.precision == "auto" else features.precision,
                 }
             ),
-            "train": train.model_copy(update={"side_image_size": side}),
+            "train": train.model_copy(
+                update={
+                    "side_image_size": side,
+                    "members": preset.members if train.members == "auto" else train.members,
+                    "probe_weight": probe_weight,
+                    "keep": preset.keep if train.keep == "auto" else train.keep,
+                }
+            ),
         }
     )
 
@@ -104,13 +122,19 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
         codec=features.codec,
         bitround=features.bitround,
         side_image_size=features.side_image_size,
+        resize=features.resize,
     )
 
 
 def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
     """The fusion and side network of resolved settings."""
     features, train = settings.features, settings.train
-    if features.layers == "auto" or train.side_image_size == "auto":
+    if (
+        features.layers == "auto"
+        or train.side_image_size == "auto"
+        or train.members == "auto"
+        or train.probe_weight == "auto"
+    ):
         raise SettingsError("The settings are not resolved.")
     return SideNetworkSpec(
         method=settings.method,
@@ -122,4 +146,6 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         image_size=train.side_image_size,
         prompts=train.prompts,
         dropout=train.dropout,
+        members=train.members,
+        probe_weight=train.probe_weight,
     )

@@ -32,6 +32,10 @@ class SideNetworkSpec(Contract):
     """Per layer."""
     dropout: float
     """Of the fused prompts."""
+    members: int = 1
+    """Side networks, each with its prompts, whose log-probabilities are averaged."""
+    probe_weight: float = 0.0
+    """Share of the linear probe in the log-probabilities; 0: there is none."""
 
 
 class BundleSpec(Contract):
@@ -82,7 +86,7 @@ class StoreMemory(Contract):
     held: bool
     """True: the store is read once; False: in every epoch."""
     rows: int
-    """Images of training and validation."""
+    """Images of training and validation, and the other views of the former."""
     needed: int
     """Bytes of their features."""
     budget: int

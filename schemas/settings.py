@@ -10,15 +10,17 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from schemas.base import Contract
 
-Method = Literal["fpt", "fpt+", "side"]
+Method = Literal["fpt", "fpt+", "fpt-x", "side"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
+FeatureResize = Literal["squash", "letterbox"]
 Precision = Literal["float32", "bfloat16", "float16"]
+FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -68,16 +70,22 @@ class LpmSettings(Contract):
     """The frozen large pretrained model."""
 
     name: str = "vit_base_patch16_384.orig_in21k_ft_in1k"
-    """timm model name, with the tag of the pretrained weights."""
+    """timm model name with its tag, hf-hub:organisation/name, or local-dir:folder (config.json and weights)."""
     weights: str = "hub"
     """"hub", or a local .safetensors, .pth or .npz file; relative paths start at the folder of `params.yaml`."""
 
 
 class FeatureSettings(Contract):
-    """What is computed and kept per image. Everything here is part of the fingerprint, except `shard_size`."""
+    """What is computed and kept per image.
+
+    Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
+    """
 
     image_size: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
+    resize: FeatureResize = "squash"
+    """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
+    LPM's mean colour); the side image the same."""
     layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for fpt+ and side."""
     importance: Importance = "global"
@@ -99,6 +107,13 @@ class FeatureSettings(Contract):
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Images per shard: what one task computes, and what a crash costs."""
+    views: tuple[FixedView, ...] = ("identity",)
+    """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
+    rot180, rot270. Each more is one more row to compute and to keep."""
+    crops: Annotated[int, Field(ge=0)] = 0
+    """Random crops of each training image, as further views."""
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.8, 1.0)
+    """Share of the area that each of `crops` keeps, (lowest, highest)."""
 
     @model_validator(mode="after")
     def _check_bitround(self) -> FeatureSettings:
@@ -108,6 +123,22 @@ class FeatureSettings(Contract):
             if self.dtype == "float16" and self.bitround > 10:
                 raise ValueError(f"bitround must be at most 10 for float16 (is {self.bitround})")
         return self
+
+    @field_validator("views")
+    @classmethod
+    def _check_views(cls, value: tuple[FixedView, ...]) -> tuple[FixedView, ...]:
+        if "identity" not in value:
+            raise ValueError("must list identity, which validation, test and prediction read")
+        if len(set(value)) != len(value):
+            raise ValueError("lists a view twice")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must be (lowest, highest)")
+        return value
 
     @field_validator("layers")
     @classmethod
@@ -163,6 +194,12 @@ class TrainSettings(Contract):
     """Width of the LPM divided by the width of the side network."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 for fpt+ and side."""
+    members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 4."""
+    probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
+    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.3."""
+    keep: Literal["auto", "best", "last"] = "auto"
+    """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class)."""
     augment: AugmentSettings = AugmentSettings()
@@ -225,11 +262,69 @@ class ComputeSettings(Contract):
     """Processes that read the store in training; 0: the training process itself."""
 
 
+class SlurmSettings(Contract):
+    """What a job of SLURM asks for; one job is one worker. null: what Dask's jobqueue.yaml or the site says."""
+
+    queue: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account that pays."""
+    walltime: str | None = None
+    """Longest time of a job, such as 04:00:00; a shard that is cut off is computed again by another."""
+    cores: Annotated[int, Field(ge=1)] = 4
+    """CPU cores of a job."""
+    directives: tuple[str, ...] = ()
+    """Further #SBATCH options, such as --gres=gpu:1."""
+
+
+class ClusterSettings(Contract):
+    """Who does stage one: this process, or workers of Dask. Never part of a fingerprint; DVC does not watch it."""
+
+    kind: Literal["inline", "local", "scheduler", "cuda", "slurm"] = "inline"
+    """inline: this process; local: processes of this machine; cuda: one for each of its GPUs; slurm: jobs; scheduler:
+    the workers of a running one."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Processes of local, jobs of slurm."""
+    threads_per_worker: Annotated[int, Field(ge=0)] = 0
+    """torch threads of a worker; 0: compute.threads, and if that is 0 too, its share of the cores."""
+    memory: Annotated[str, Field(validate_default=True)] = "auto"
+    """Memory of a worker, such as 16GiB: one that takes more is killed; auto: its share of this machine's."""
+    address: Annotated[str | None, Field(validate_default=True)] = None
+    """Address of the scheduler, such as tcp://host:8786."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a shard is given away again after its worker died or failed."""
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
+    """What a shard takes of a worker's resources, such as {GPU: 0.5} for two at once on a worker that offers GPU=1."""
+    wait: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds to wait for a worker of a job, and after the last worker was lost."""
+    slurm: SlurmSettings = SlurmSettings()
+    """Jobs of slurm."""
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and not _bytes(value):
+            raise ValueError("must be auto, or text such as 16GiB")
+        if value == "auto" and info.data.get("kind") == "slurm":
+            raise ValueError("slurm needs the memory of a job, such as 16GiB")
+        return value
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("kind") == "scheduler":
+            raise ValueError("scheduler needs an address, such as tcp://host:8786")
+        if value is not None and not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d+", value):
+            raise ValueError("must be like tcp://host:8786")
+        return value
+
+
 class Settings(Contract):
     """All settings of a study."""
 
     method: Method = "fpt+"
-    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), or side: the side network of fpt+ without cached features."""
+    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), fpt-x (several side networks of fpt+ and a linear probe, averaged),
+    or side: the side network of fpt+ without cached features."""
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()
@@ -242,6 +337,8 @@ class Settings(Contract):
     """The feature store."""
     compute: ComputeSettings = ComputeSettings()
     """This machine."""
+    cluster: ClusterSettings = ClusterSettings()
+    """The workers of stage one."""
 
 
 OUTPUTS = PurePosixPath("outputs")

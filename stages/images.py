@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImag
 from PIL.ImageFile import ImageFile
 
 from schemas.errors import ImageError
+from stages.colour import to_srgb
 
 _MAGIC: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -39,6 +41,8 @@ _TURN = {
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 0x0102
 _PHOTOMETRIC = 0x0106
+_NEW_SUBFILE_TYPE = 0x00FE
+_REDUCED, _MASK = 1, 4
 
 
 def read_image(path: Path, *, max_pixels: int, min_side: int = 1) -> Image.Image:
@@ -47,8 +51,10 @@ def read_image(path: Path, *, max_pixels: int, min_side: int = 1) -> Image.Image
     - 16-bit grey is scaled from the range of its type (0..65535, or 0..4095 of a 12-bit TIFF) to 0..255 and rounded,
       never clipped; of 16-bit colour the upper byte is kept.
     - Transparent pixels are laid over black, the background of radiographs and microscopy.
-    - Of animations and multi-page files the first frame is taken.
-    - Colour profiles are not applied.
+    - Of animations the first frame is taken. A TIFF of several pages is refused, since nobody can say which of them is
+      the image; smaller copies and masks of the first page do not count.
+    - An embedded colour profile is applied (`stages.colour`): the pixels are sRGB, as the models learned them. A
+      damaged one is refused.
 
     Safe to call from several threads; no setting of Pillow is read or changed.
 
@@ -95,6 +101,8 @@ def _decode(path: Path, file: BinaryIO, max_pixels: int, min_side: int) -> Image
             )
         if min(width, height) < min_side:
             raise ImageError(str(path), f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_pages(image):
+            raise ImageError(str(path), "has several pages; save each as a file of its own")
         image.load()
         rgb = _to_rgb(path, image)
         turn = _TURN.get(_orientation(image))
@@ -104,20 +112,53 @@ def _decode(path: Path, file: BinaryIO, max_pixels: int, min_side: int) -> Image
     return rgb
 
 
+def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether there is a second page that is neither a smaller copy of the first (as in pyramids) nor its mask."""
+    try:
+        for page in itertools.count(1):
+            image.seek(page)
+            if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & (_REDUCED | _MASK):
+                return True
+    except EOFError:
+        return False
+    finally:
+        image.seek(0)
+    return False
+
+
 def _to_rgb(path: Path, image: ImageFile) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    pixels, alpha = _plain(path, image)
+    if profile:
+        try:
+            pixels = to_srgb(pixels, profile)
+        except ValueError as error:
+            raise ImageError(str(path), str(error)) from error
+    rgb = pixels.convert("RGB")
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
+
+
+def _plain(path: Path, image: ImageFile) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
-        return _grey16_to_rgb(image)
+        return _grey16_to_grey8(image), None
     if image.mode in ("I", "F"):
         # Any guess would be wrong for somebody: Hounsfield units, counts and [0, 1] all come in these types.
         raise ImageError(str(path), "signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
     if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
         mode = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
-        rgba = (image.convert(mode) if mode else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+        whole = image.convert(mode) if mode else image
+        rgba = whole.convert("RGBA")
+        return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
+    if image.mode == "1":
+        return image.convert("L"), None
+    return image if image.mode in ("L", "CMYK") else image.convert("RGB"), None
 
 
-def _grey16_to_rgb(image: ImageFile) -> Image.Image:
+def _grey16_to_grey8(image: ImageFile) -> Image.Image:
     # Not Pillow's own conversion: depending on its version it clips at 255 or drops the lower byte.
     highest, inverted = 65535, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -125,7 +166,7 @@ def _grey16_to_rgb(image: ImageFile) -> Image.Image:
         inverted = image.tag_v2.get(_PHOTOMETRIC, 1) == 0
     values = np.asarray(image).astype(np.uint32)
     grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
-    return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+    return Image.fromarray(255 - grey if inverted else grey)
 
 
 def _orientation(image: ImageFile) -> int:

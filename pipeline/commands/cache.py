@@ -79,6 +79,7 @@ def verify(
     from pipeline.progress import ImageBar
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
+    from schemas.views import manifest_rows
     from stages.manifest import read_manifest
     from stages.store.uses import live_uses, study_use
     from stages.store.verify import repair_store, verify_store
@@ -86,8 +87,12 @@ def verify(
     study = params.absolute().parent
     root = cache_root(study)
     mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
-    manifest = study / OUTPUTS / "manifest" / "manifest.parquet"
-    paths = {row.id: row.path for row in read_manifest(manifest).rows} if manifest.is_file() else {}
+    file = study / OUTPUTS / "manifest" / "manifest.parquet"
+    manifest = read_manifest(file) if file.is_file() else None
+    paths = {} if manifest is None else {row.id: row.path for row in manifest.rows}
+    wanted = {}
+    if manifest is not None and mine is not None and mine.receipt is not None:
+        wanted = {row.id: row.image for row in manifest_rows(manifest, mine.receipt)}
     results, unreadable = [], []
     if mine is not None and not fingerprints and not (root / mine.use.fingerprint[:16]).is_dir():
         unreadable.append(f"The store {mine.use.fingerprint[:16]} of this study is gone: run `fpt extract`.")
@@ -100,7 +105,7 @@ def verify(
         if mine is not None and of_study and all(live.use.receipt != mine.use.receipt for live in uses):
             uses.append(mine)
         with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
-            results.append(verify_store(found.store, uses, paths if of_study else (), bar))
+            results.append(verify_store(found.store, uses, wanted if of_study else None, bar))
         if repair:
             repair_store(found.store, results[-1])
     damaged = any(result.damages for result in results) or bool(unreadable)

@@ -56,8 +56,10 @@ def cost(
     }
     raw = read_optional_params(params)
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    settings, info = resolve_aloud(parse_settings(override(raw, [*(assignments or []), *given]), source=params.name))
-    report = estimate_cost(settings, info, classes or _classes(settings, params))
+    root = params.absolute().parent
+    asked = parse_settings(override(raw, [*(assignments or []), *given]), source=params.name)
+    settings, info = resolve_aloud(asked, root)
+    report = estimate_cost(settings, info, classes or _classes(settings, params), root)
     if as_json:
         show_json(report.model_dump(mode="json"))
     else:

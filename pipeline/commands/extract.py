@@ -22,6 +22,10 @@ def extract(
     check: Annotated[
         bool, typer.Option("--check", help="Compare every byte of the store with its receipts first.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="KIND", help="inline, local, cuda, slurm, or a scheduler's tcp://host:8786."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
@@ -29,10 +33,12 @@ def extract(
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
     from stages.extract.plan import plan_extraction
+    from stages.extract.run import Execute
     from stages.extract.run import extract as run
+    from stages.extract.work import inline
     from stages.manifest import read_manifest
 
-    study = open_study(params, assignments or [])
+    study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
     manifest = read_manifest(study.manifest)
     if plan:
         found = plan_extraction(study.settings, study.root, study.cache, manifest)
@@ -50,15 +56,22 @@ def extract(
             seen[:] = [progress]
             bar(progress.done, progress.total)
 
-        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check=check)
+        execute: Execute = inline
+        if study.settings.cluster.kind != "inline":
+            from pipeline.cluster.run import on_cluster
+
+            execute = on_cluster
+        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute)
     write_settings(study.settings, output)
     cached = seen[-1].cached
-    computed, seconds = receipt.images - cached, time.monotonic() - start
+    rows = seen[-1].total
+    computed, seconds = rows - cached, time.monotonic() - start
     store = str(study.cache / receipt.fingerprint[:16])
     if as_json:
         show_json(
             {
                 "images": receipt.images,
+                "rows": rows,
                 "cached": cached,
                 "reused": seen[-1].reused,
                 "computed": computed,
@@ -70,8 +83,17 @@ def extract(
         return
     spent = f" in {duration(seconds)}" if computed else ""
     copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
-    say(f"{receipt.images} images: {cached} were in the cache{copied}, computed {computed}{spent}. Store: {store}")
+    views = f" ({rows} rows with their views)" if rows > receipt.images else ""
+    outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
+    say(f"{receipt.images} images{views}: {outcome}. Store: {store}")
     say_next("fpt train")
+
+
+def _cluster_assignments(cluster: str | None) -> list[str]:
+    """What --cluster means as --set overrides."""
+    if cluster is None:
+        return []
+    return ["cluster.kind=scheduler", f"cluster.address={cluster}"] if "://" in cluster else [f"cluster.kind={cluster}"]
 
 
 def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
@@ -79,13 +101,14 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
         show_json(plan.model_dump(mode="json"))
         return
     basis = "measured in this store" if plan.estimate == "receipts" else "a rough guess for this machine"
+    views = plan.rows > plan.images
     show_pairs(
         "What `fpt extract` would do",
         [
-            ("Images", f"{plan.images}"),
+            ("Images", f"{plan.images}" + (f" ({plan.rows} rows with their views)" if views else "")),
             ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
-            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} an image)"),
+            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'a row' if views else 'an image'})"),
             ("Files", f"{plan.files}"),
             ("Free disk", size(plan.free_bytes)),
             ("Time", f"{duration(plan.seconds)} ({basis})" if plan.to_compute else "none"),

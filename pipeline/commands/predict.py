@@ -42,12 +42,14 @@ def predict(
     root = params.absolute().parent
     device = set_up(settings.compute)
     bundle, files = model or root / OUTPUTS / "model", _files(images)
+    # The model knows which LPM it needs, a folder only by its content; the settings say where it and its weights are.
+    name = load_bundle(bundle).spec.features.lpm.name
+    lpm = settings.lpm if name.startswith("local-dir:") else LpmSettings(name=name, weights=settings.lpm.weights)
     with ImageBar("Predicting") as bar:
         rows = run(
             bundle,
             files,
-            # The model knows which LPM it needs; the settings say where its weights are.
-            LpmSettings(name=load_bundle(bundle).spec.features.lpm.name, weights=settings.lpm.weights),
+            lpm,
             root,
             device,
             batch_size=batch_size(settings.compute, device),

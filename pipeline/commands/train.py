@@ -60,7 +60,7 @@ def train(
 
 
 def _say_memory(memory: StoreMemory) -> None:
-    need, budget = f"Features of {memory.rows} images: {size(memory.needed)}", size(memory.budget)
+    need, budget = f"{memory.rows} rows of features: {size(memory.needed)}", size(memory.budget)
     place, source = ("the disk", "") if memory.remote is None else ("the network", f" from {memory.remote}")
     if memory.held:
         say(f"{need}{source}, held in memory (store.memory_budget allows {budget}): {place} is read once.")

@@ -27,7 +27,7 @@ MISTAKES = 12
 ROC_CURVES = 8
 """One-vs-rest curves that one figure can still show."""
 
-METHODS = {"fpt": "FPT", "fpt+": "FPT+", "side": "side network alone"}
+METHODS = {"fpt": "FPT", "fpt+": "FPT+", "fpt-x": "FPT-X", "side": "side network alone"}
 NOT_DEFINED = "not defined"
 
 

@@ -15,57 +15,88 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from schemas.errors import WeightsError
-from stages.extract.models import pretrained_cfg
+from schemas.errors import FptError, WeightsError
+from stages.extract.models import FoundModel
+from stages.extract.names import is_foreign, to_timm
 
 Shapes = dict[str, tuple[int, ...]]
 
 _OTHER_FILE = "Set lpm.weights to the file of this model, or to hub."
 
 
-def build_with_weights(name: str, image_size: int, path: Path) -> nn.Module:
+def build_with_weights(found: FoundModel, image_size: int, path: Path) -> nn.Module:
     """A timm vision transformer without classifier whose every parameter comes from the file.
 
     Args:
-        name: timm model name with tag.
-        image_size: Side of the input, in pixels; the position embedding is resampled to it.
-        path: A safetensors file, a PyTorch file of tensors, or a JAX `.npz` file.
+        found: Architecture and preprocessing.
+        image_size: Side of the input, in pixels; position embeddings and tables are resampled to it.
+        path: A safetensors file, a PyTorch file of tensors, or a JAX `.npz` file; under timm's names, or under those
+            that `stages.extract.names` knows.
 
     Raises:
         WeightsError: The file is unreadable, would run code, or does not match the model.
     """
-    import timm
-
     shapes = read_shapes(path)
-    is_npz = path.suffix.lower() == ".npz"
-    # timm loads strictly only where the classifier of the model and of the file have as many rows.
-    rows = 0 if is_npz else _classifier_rows(name, shapes)
     written = _Written()
     try:
+        source, shapes, options = _source(found, path, shapes)
+        # timm loads strictly only where the classifier of the model and of the file have as many rows.
+        rows = 0 if path.suffix.lower() == ".npz" else _classifier_rows(found.cfg, shapes)
         with written:
-            model: Any = timm.create_model(
-                name,
+            model: Any = found.build(
+                rows,
                 pretrained=True,
-                pretrained_cfg_overlay={"file": str(path), "custom_load": is_npz, "num_classes": rows},
-                num_classes=rows,
+                pretrained_cfg_overlay={**source, "num_classes": rows},
                 img_size=image_size,
-                weight_init="skip",  # no need to draw what is overwritten: saves seconds
+                **options,
             )
-    except MemoryError:
+    except (MemoryError, FptError):
         raise
     except Exception as error:  # timm and torch raise nearly every kind for a foreign file
-        raise _mismatch(name, path, shapes, error) from error
+        raise _mismatch(found.name, path, shapes, error) from error
+    # timm keeps the source of the weights in the model: here that is a second copy of all of them.
+    model.pretrained_cfg.pop("state_dict", None)
     patch = _patch_in_file(shapes)
-    if patch is not None and patch != model.patch_embed.patch_size[0] and not name.startswith("flexivit"):
+    if patch is not None and patch != model.patch_embed.patch_size[0] and not found.architecture.startswith("flexivit"):
         # timm resamples patches of another size without a word.
-        raise _mismatch(name, path, shapes, ValueError(f"its patches are {patch} pixels wide"))
+        raise _mismatch(found.name, path, shapes, ValueError(f"its patches are {patch} pixels wide"))
     random = [key for key, value in model.named_parameters() if id(value) not in written.ids]
-    if is_npz and _blocks_in_npz(shapes) != len(model.blocks):
+    if path.suffix.lower() == ".npz" and _blocks_in_npz(shapes) != len(model.blocks):
         random.append(f"blocks: the file has {_blocks_in_npz(shapes)}, the model {len(model.blocks)}")
-    if random:
-        raise _mismatch(name, path, shapes, missing=random)
+    unused = _unused(found, shapes, model)
+    if random or unused:
+        raise _mismatch(found.name, path, shapes, missing=random, unused=unused)
     model.reset_classifier(0)
     return model  # type: ignore[no-any-return]
+
+
+def _source(found: FoundModel, path: Path, shapes: Shapes) -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
+    """What timm shall load, the shapes of it, and what the model must be built with to have a place for it."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    plain = found.build_on_meta()
+    expected, options = set(plain.state_dict()), dict[str, Any]()
+    if isinstance(plain, VisionTransformer):
+        if type(plain) is VisionTransformer:
+            options["weight_init"] = "skip"  # no need to draw what is overwritten: saves seconds
+        if any(key.endswith(".ls1.gamma") for key in shapes) and "blocks.0.ls1.gamma" not in expected:
+            # Layer scale is a part of the architecture that names do not tell (UNI): it is there if the file has it.
+            options["init_values"] = 1e-5
+    if path.suffix.lower() == ".npz":
+        return {"file": str(path), "custom_load": True}, shapes, options
+    if not is_foreign(shapes, expected):
+        return {"file": str(path), "custom_load": False}, shapes, options
+    state = to_timm(_read_tensors(path), expected)
+    return {"state_dict": state}, {key: tuple(value.shape) for key, value in state.items()}, options
+
+
+def _unused(found: FoundModel, shapes: Shapes, model: nn.Module) -> list[str]:
+    """Tensors that timm drops without a word: it loads SigLIP without its attention pool leniently."""
+    if "siglip" not in found.architecture:
+        return []
+    prefix = "visual.trunk." if any(key.startswith("visual.trunk.") for key in shapes) else ""
+    names = {key.removeprefix(prefix) for key in shapes if key.startswith(prefix)}
+    return sorted(name for name in names - set(model.state_dict()) if not name.startswith(("attn_pool.", "head.")))
 
 
 class _Written(TorchFunctionMode):
@@ -114,8 +145,6 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def _pickled_shapes(path: Path) -> Shapes:
-    from timm.models import load_state_dict
-
     try:
         # Tensors and plain containers only; argparse.Namespace is data and common in training checkpoints.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -130,20 +159,27 @@ def _pickled_shapes(path: Path) -> Shapes:
             "It was probably saved as a whole model, not as its state_dict.",
             "Save the state_dict of a model that you trust as .safetensors, and set lpm.weights to that file.",
         ) from error
-    state: Mapping[str, Any] = load_state_dict(str(path), device="meta")  # unwraps state_dict, model, EMA as timm does
-    shapes = dict(_tensor_shapes(state))
+    shapes = {key: tuple(value.shape) for key, value in _read_tensors(path, "meta").items()}
     if not shapes:
         raise WeightsError(f"{path} holds no tensors.", "", _OTHER_FILE)
     return shapes
 
 
-def _tensor_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Also of one dictionary within the other: some checkpoints hold an encoder beside its optimiser."""
+def _read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a file that holds nothing else; `state_dict`, `model` and EMA are unwrapped as timm does."""
+    from timm.models import load_state_dict
+
+    with torch.serialization.safe_globals([argparse.Namespace]):  # older versions of timm do not allow it themselves
+        return dict(_tensors(load_state_dict(str(path), device=device, weights_only=True)))
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Also of one dictionary within the other: some checkpoints hold a teacher beside a student."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
-            yield key, tuple(value.shape)
+            yield key, value
         elif isinstance(value, Mapping):
-            yield from ((f"{key}.{k}", tuple(v.shape)) for k, v in value.items() if isinstance(v, torch.Tensor))
+            yield from ((f"{key}.{k}", v) for k, v in value.items() if isinstance(v, torch.Tensor))
 
 
 def _first_line(error: Exception) -> str:
@@ -163,8 +199,8 @@ def _likely_content(path: Path) -> str:
     return "It is cut off, damaged, or of another format."
 
 
-def _classifier_rows(name: str, shapes: Shapes) -> int:
-    classifier = pretrained_cfg(name).classifier
+def _classifier_rows(cfg: Any, shapes: Shapes) -> int:
+    classifier = cfg.classifier
     names: Iterable[str] = (classifier,) if isinstance(classifier, str) else classifier or ()
     return next((shapes[f"{item}.weight"][0] for item in names if f"{item}.weight" in shapes), 0)
 
@@ -185,9 +221,15 @@ def _blocks_in_npz(shapes: Shapes) -> int:
 
 
 def _mismatch(
-    name: str, path: Path, shapes: Shapes, error: Exception | None = None, missing: Sequence[str] = ()
+    name: str,
+    path: Path,
+    shapes: Shapes,
+    error: Exception | None = None,
+    missing: Sequence[str] = (),
+    unused: Sequence[str] = (),
 ) -> WeightsError:
     lines = [f"  not in the file: {_some(missing)}"] if missing else []
+    lines += [f"  not in the model: {_some(unused)}"] if unused else []
     lines += _differences(error) if error is not None else []
     return WeightsError(
         f"The weights in {path} are not those of {name}.",

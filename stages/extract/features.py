@@ -16,15 +16,9 @@ from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from schemas.settings import Precision
 from stages.extract.lpm import LoadedLpm
+from stages.extract.resize import to_squares
 from stages.extract.taps import Tapped, Taps
 from stages.store.quantise import encode
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,8 @@ class FeatureBatch:
 
 
 def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
-    """Squash an RGB image to the LPM's square input and to the stored side image."""
-    lpm, filter_ = spec.lpm, FILTERS[spec.lpm.interpolation]
-    large = np.asarray(image.resize((lpm.image_size, lpm.image_size), filter_))
-    small = np.asarray(image.resize((spec.side_image_size, spec.side_image_size), filter_))
+    """An RGB image as the LPM's square input and as the stored side image, by the spec's resize rule."""
+    large, small = to_squares(image, spec)
     return Pixels(large, np.ascontiguousarray(small.transpose(2, 0, 1)))
 
 

@@ -1,4 +1,4 @@
-"""The LPM: what a timm name means at an input size, and the frozen model with its weights."""
+"""The LPM: what a name means at an input size, and the frozen model with its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from schemas.errors import UnsupportedModelError
 from schemas.features import LpmInfo
 from schemas.settings import LpmSettings
 from stages.extract.checkpoint import build_with_weights
-from stages.extract.models import build_on_meta, check_supported, pretrained_cfg
+from stages.extract.models import check_supported, find_model
 from stages.extract.weights import locate_weights
 from stages.files import sha256_file
 
@@ -31,26 +31,29 @@ class LoadedLpm:
     """Of the weights file."""
 
 
-def describe_lpm(name: str, image_size: int) -> LpmInfo:
+def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInfo:
     """Shape and preprocessing of a model, without its weights.
 
     Args:
-        name: timm model name; without a tag, timm's default one is meant and is part of the answer's name.
+        name: timm model name, `hf-hub:organisation/name` or `local-dir:folder`. Without a tag, timm's default one is
+            meant and is part of the answer's name; of a folder the answer's name has the content, not the path.
         image_size: Wished side of the input, in pixels; the answer has the nearest multiple of the patch, upward
             where two are equally near.
+        root: Folder that a relative folder in the name starts at; None: the working directory.
 
     Raises:
         UnsupportedModelError: timm does not know the name, or the model has no global attention to tap.
+        WeightsError: The `config.json` of a repository cannot be fetched.
     """
-    cfg = pretrained_cfg(name)
-    model: Any = build_on_meta(name)
+    found = find_model(name, root)
+    model: Any = found.build_on_meta()
     check_supported(model, name)
     data = _preprocessing(model)
     if data["interpolation"] not in _INTERPOLATIONS:
         raise UnsupportedModelError(f"{name} wants its input resized with {data['interpolation']!r}, which is unknown.")
     patch = int(model.patch_embed.patch_size[0])
     return LpmInfo(
-        name=f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture or name,
+        name=found.name,
         depth=len(model.blocks),
         width=model.embed_dim,
         heads=model.blocks[0].attn.num_heads,
@@ -82,13 +85,13 @@ def load_lpm(lpm: LpmSettings, image_size: int, root: Path) -> LoadedLpm:
     Args:
         lpm: Name and source of the weights. Preprocessing is that of the name, also with a local file.
         image_size: Side of the input, in pixels; position embeddings are resampled to it.
-        root: Folder that a relative `lpm.weights` starts at.
+        root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
 
     Raises:
         UnsupportedModelError: As `describe_lpm`.
         WeightsError: The weights cannot be found or read, run code, or are those of another model.
     """
-    info = describe_lpm(lpm.name, image_size)
+    info = describe_lpm(lpm.name, image_size, root)
     path = locate_weights(lpm, root)
-    model = build_with_weights(info.name, info.image_size, path)
+    model = build_with_weights(find_model(lpm.name, root), info.image_size, path)
     return LoadedLpm(model.eval().requires_grad_(False), info, sha256_file(path))

@@ -17,12 +17,14 @@ from schemas.features import ExtractionPlan, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
 from schemas.resolve import feature_spec
 from schemas.settings import Settings
+from schemas.views import manifest_rows
 from stages.extract.lpm import describe_lpm
 from stages.extract.weights import locate_weights
 from stages.files import sha256_file
 from stages.store.index import RowIndex, misfits, refresh_index
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
 from stages.store.reuse import reusable_rows
+from stages.store.writer import into_shards
 
 PROBE_EFFICIENCY = 0.6
 """Share of a large matrix product's speed that a ViT's forward pass reaches."""
@@ -40,7 +42,7 @@ class Inventory:
     """Median over the shards."""
 
     def shards_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Number of the whole shard that holds each image, -1 where none does."""
+        """Number of the whole shard that holds each row, -1 where none does."""
         if self.index is None:
             return np.full(len(ids), -1, np.int64)
         whole = np.zeros(int(self.index.shards["number"].max(initial=0)) + 1, bool)
@@ -50,14 +52,16 @@ class Inventory:
         return np.where(rows < 0, -1, rows // self.index.shard_size)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """The images that no whole shard holds, in their order."""
+        """The rows that no whole shard holds, in their order."""
         return [ids[position] for position in np.flatnonzero(self.shards_of(ids) < 0).tolist()]
 
 
 def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
     """The feature spec of resolved settings; finds and digests the weights file, but loads no model."""
     weights = locate_weights(settings.lpm, root)
-    return feature_spec(settings, describe_lpm(settings.lpm.name, settings.features.image_size), sha256_file(weights))
+    return feature_spec(
+        settings, describe_lpm(settings.lpm.name, settings.features.image_size, root), sha256_file(weights)
+    )
 
 
 def take_inventory(store: Store) -> Inventory:
@@ -84,10 +88,15 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
         inventory, shard_size = take_inventory(store), store.shard_size
     except FileNotFoundError:
         inventory, shard_size = Inventory(None, (), None), settings.features.shard_size
-    ids = manifest.ids()
-    absent = inventory.missing(ids)
-    reused = len(reusable_rows(cache_root, spec, absent)) if absent else 0
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    absent = inventory.missing(tuple(rows))
+    copied = reusable_rows(cache_root, spec, absent) if absent else set()
+    reused = len(copied)
     missing, written = len(absent) - reused, len(absent)
+    shards = sum(
+        len(into_shards([rows[row_id] for row_id in absent if (row_id in copied) == here], shard_size))
+        for here in (True, False)
+    )
     known = inventory.seconds_per_image
     place = cache_root
     while not place.exists():
@@ -95,14 +104,15 @@ def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: 
     return ExtractionPlan(
         fingerprint=spec.fingerprint,
         store=str(store_path(cache_root, spec.fingerprint)),
-        images=len(ids),
-        cached=len(ids) - missing,
+        images=len(manifest.ids()),
+        rows=len(rows),
+        cached=len(rows) - missing,
         reused=reused,
         to_compute=missing,
         bytes_per_image=spec.bytes_per_image,
         cache_bytes_by_dtype=spec.bytes_by_dtype,
         bytes=written * spec.bytes_per_image,
-        files=(math.ceil(missing / shard_size) + math.ceil(reused / shard_size)) * (len(array_layouts(spec)) + 1),
+        files=shards * (len(array_layouts(spec)) + 1),
         free_bytes=shutil.disk_usage(place).free,
         seconds=round(missing * (known if known is not None else probe_seconds(spec.lpm) if missing else 0.0), 1),
         estimate="probe" if known is None else "receipts",

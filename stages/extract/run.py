@@ -1,4 +1,4 @@
-"""Stage one: fill the store with the features of every image of the manifest, shard by shard."""
+"""Stage one: fill the store with the features of every image of the manifest and its views, shard by shard."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from schemas.errors import CacheIncompleteError, StorageError, UnreadableImagesE
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
 from schemas.settings import Settings
+from schemas.views import manifest_rows
 from stages.extract.plan import requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
 from stages.extract.work import ShardDone, ShardTask, inline
@@ -22,7 +23,7 @@ from stages.store.layout import Store, create_store
 from stages.store.reuse import copy_rows
 from stages.store.uses import at_work, register_use
 from stages.store.verify import damaged_shards
-from stages.store.writer import remove_claimed_shards
+from stages.store.writer import into_shards, remove_claimed_shards
 
 Execute = Callable[
     [Settings, Path, Store, Sequence[ShardTask], Callable[[int], None]],
@@ -36,9 +37,9 @@ class ExtractProgress:
     """How far an extraction is."""
 
     done: int
-    """Images whose features are in the store by now, those found there included."""
+    """Rows that are in the store by now, those found there included."""
     total: int
-    """Image contents of the manifest."""
+    """Rows that the manifest needs: its images, and the other views of those to train on."""
     cached: int
     """Found in the store at the start."""
     repaired: int
@@ -102,9 +103,10 @@ def _extract(
     if broken:
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)
-    paths = {row.id: row.path for row in reversed(manifest.rows)}
-    missing = inventory.missing(manifest.ids())
-    total = len(manifest.ids())
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    ids = tuple(rows)
+    missing = inventory.missing(ids)
+    total = len(ids)
     cached = here = total - len(missing)
 
     def tell(done: int) -> None:
@@ -115,22 +117,23 @@ def _extract(
         _require_space(store, len(missing) * spec.bytes_per_image)
         if copy_rows(store.path.parent, store, missing, lambda _: None):
             inventory = take_inventory(store)
-            missing = inventory.missing(manifest.ids())
+            missing = inventory.missing(ids)
             cached = total - len(missing)
     done = cached
 
-    def count(images: int) -> None:
+    def count(computed: int) -> None:
         nonlocal done
-        done += images
+        done += computed
         tell(done)
 
     tell(done)
     if missing:
         folder = (root / settings.data.images).resolve()
-        images = [(image_id, folder / paths[image_id]) for image_id in missing]
-        _fill(settings, root, store, images, execute, count)
+        paths = {row.id: str(folder / row.path) for row in reversed(manifest.rows)}
+        images = [(rows[name].image, paths[rows[name].image], rows[name].view) for name in missing]
+        _fill(settings, root, store, plan_tasks(store, images), execute, count)
         inventory = take_inventory(store)
-    if inventory.index is None or (gone := inventory.missing(manifest.ids())):
+    if inventory.index is None or (gone := inventory.missing(ids)):
         raise CacheIncompleteError(
             "Features that were written are gone.", gone, "Another process removed them.", "Run `fpt extract` again."
         )
@@ -138,9 +141,12 @@ def _extract(
     return ExtractionReceipt(
         fingerprint=spec.fingerprint,
         spec=spec,
-        images=total,
+        images=len(manifest.ids()),
         manifest_sha256=manifest_digest(manifest),
-        shards={str(shard): digests[shard] for shard in np.unique(inventory.shards_of(manifest.ids())).tolist()},
+        shards={str(shard): digests[shard] for shard in np.unique(inventory.shards_of(ids)).tolist()},
+        views=settings.features.views,
+        crops=settings.features.crops,
+        crop_scale=settings.features.crop_scale,
     )
 
 
@@ -153,24 +159,23 @@ def _fill(
     settings: Settings,
     root: Path,
     store: Store,
-    images: Sequence[tuple[str, Path]],
+    tasks: Sequence[ShardTask],
     execute: Execute,
-    on_images: Callable[[int], None],
+    on_rows: Callable[[int], None],
 ) -> None:
-    tasks = plan_tasks(store, [(image_id, str(path)) for image_id, path in images])
-    failures = [failure for done in execute(settings, root, store, tasks, on_images) for failure in done.failures]
+    failures = [failure for done in execute(settings, root, store, tasks, on_rows) for failure in done.failures]
     if failures:
         raise UnreadableImagesError(
-            failures, "All other images are in the store. Run `fpt prepare` again, then `fpt extract`."
+            list(dict.fromkeys(failures)),
+            "All other images are in the store. Run `fpt prepare` again, then `fpt extract`.",
         )
 
 
-def plan_tasks(store: Store, images: Sequence[tuple[str, str]]) -> list[ShardTask]:
-    """Images in their order, a shard each time, on the lowest numbers that are free."""
+def plan_tasks(store: Store, images: Sequence[tuple[str, str, str]]) -> list[ShardTask]:
+    """(image id, path, view) of rows, a shard each time (`into_shards`), on the lowest numbers that are free."""
     finished = set(store.finished_shards())
     numbers = (number for number in itertools.count() if number not in finished)
-    size = store.shard_size
-    return [ShardTask(next(numbers), tuple(images[first : first + size])) for first in range(0, len(images), size)]
+    return [ShardTask(next(numbers), tuple(shard)) for shard in into_shards(images, store.shard_size)]
 
 
 def _require_space(store: Store, needed: int) -> None:

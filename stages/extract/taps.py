@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -115,7 +115,7 @@ class Taps(Generic[Kept]):
             self._found[layer] = self._keep(Tapped(keys, values, indices))
             if mixed is None:
                 raise _AllTaken
-            return finish(attention, mixed)
+            return finish(attention, mixed, projected.gate)
 
         return forward
 
@@ -134,4 +134,4 @@ def _in_one_type(tokens: Projected) -> Projected:
     kind = tokens.value.dtype
     if tokens.query.dtype == kind == tokens.key.dtype:
         return tokens
-    return Projected(tokens.query.to(kind), tokens.key.to(kind), tokens.value, tokens.bias)
+    return replace(tokens, query=tokens.query.to(kind), key=tokens.key.to(kind))

@@ -1,21 +1,28 @@
-"""Where the LPM's weights are: a local file, the hub's cache on this machine, or the hub."""
+"""Where the LPM's weights are: a local file or folder, the hub's cache on this machine, or the hub."""
 
 from __future__ import annotations
 
-import threading
-import urllib.error
-import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from schemas.errors import StorageError, WeightsError
 from schemas.settings import LpmSettings
-from stages.extract.models import pretrained_cfg
+from stages.extract.hub import answers, cached, fetch, refused
+from stages.extract.hub import hub_reachable as hub_reachable
+from stages.extract.models import FoundModel, find_model
 from stages.files import storage_errors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 LOCAL = "set lpm.weights to a local file (.safetensors, .pth, .npz)"
+
+_NAMES = (
+    # Safetensors first: they are data only.
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
 def locate_weights(lpm: LpmSettings, root: Path) -> Path:
@@ -32,16 +39,39 @@ def locate_weights(lpm: LpmSettings, root: Path) -> Path:
     """
     if lpm.weights != "hub":
         return _local(lpm, root)
-    cfg = pretrained_cfg(lpm.name)
-    if cfg.hf_hub_id:
-        return _from_hub(lpm.name, cfg)
-    if cfg.url:
-        return _from_url(lpm.name, cfg.url)
+    model = find_model(lpm.name, root)
+    if model.folder is not None:
+        return _in_folder(model.folder)
+    what = f"The weights of {lpm.name}"
+    if model.cfg.hf_hub_id:
+        return fetch(model.cfg.hf_hub_id, _hub_names(model), what, LOCAL)
+    if model.cfg.url:
+        return _from_url(what, model.cfg.url)
     raise WeightsError(
         f"timm has no pretrained weights for {lpm.name}.",
         "Only the architecture is known under this name.",
         f"Set lpm.name to a model with weights, or {LOCAL}.",
     )
+
+
+def need_hub(lpm: LpmSettings, root: Path) -> bool:
+    """Whether `locate_weights` would have to fetch the weights from the hub: they are not on this machine.
+
+    Raises:
+        UnsupportedModelError: timm does not know the name.
+    """
+    if lpm.weights != "hub":
+        return False
+    model = find_model(lpm.name, root)
+    if model.folder is not None or not model.cfg.hf_hub_id:
+        return False
+    return cached(model.cfg.hf_hub_id, _hub_names(model), lpm.name) is None
+
+
+def _hub_names(model: FoundModel) -> Sequence[str]:
+    named = model.cfg.hf_hub_filename
+    # Of timm's own repositories it is known that they have these two names only.
+    return [named] if named else _NAMES if model.is_repository else (_NAMES[0], _NAMES[2])
 
 
 def _local(lpm: LpmSettings, root: Path) -> Path:
@@ -62,50 +92,30 @@ def _local(lpm: LpmSettings, root: Path) -> Path:
     return path
 
 
-def _from_hub(name: str, cfg: Any) -> Path:
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    repo, _, revision = cfg.hf_hub_id.partition("@")
-    # Safetensors first: they are data only.
-    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    for filename in names:
-        cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    state = f"The weights of {name} are not on this machine"
-    if constants.HF_HUB_OFFLINE:
-        raise WeightsError(f"{state}, and HF_HUB_OFFLINE forbids to fetch them.", "", f"Unset it, or {LOCAL}.")
-    if not hub_reachable():
-        raise WeightsError(
-            f"{state}, and the model hub cannot be reached.",
-            f"{constants.ENDPOINT} did not answer within 5 seconds: no network, a firewall, or a mirror is needed.",
-            f"S{LOCAL[1:]}, or set HF_ENDPOINT to a mirror of the hub.",
-        )
-    for filename in names:
-        try:
-            with storage_errors(Path(constants.HF_HUB_CACHE)):
-                return Path(str(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None)))
-        except errors.LocalEntryNotFoundError as error:  # the connection broke; it is also an EntryNotFoundError
-            raise _refused(name, repo, error) from error
-        except errors.EntryNotFoundError:
-            continue
-        except StorageError:
-            raise
-        except OSError as error:  # the hub's own errors are OSErrors: no such repository, gated, 5xx
-            raise _refused(name, repo, error) from error
-    raise WeightsError(f"The hub's {repo} holds none of {', '.join(names)}.", "", f"S{LOCAL[1:]}.")
+def _in_folder(folder: Path) -> Path:
+    for name in _NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(others) == 1:
+        return others[0]
+    found = f"several files of weights: {', '.join(path.name for path in others)}" if others else "no file of weights"
+    raise WeightsError(
+        f"{folder} holds {found}.",
+        f"Known names are {', '.join(_NAMES)}, or one file with a suffix of {', '.join(SUFFIXES)}.",
+        f"Name it {_NAMES[0]}, or {LOCAL}.",
+    )
 
 
-def _from_url(name: str, url: str | tuple[str, str]) -> Path:
+def _from_url(what: str, url: str | tuple[str, str]) -> Path:
     from timm.models._hub import check_cached_file, download_cached_file, get_cache_dir
 
     address = url if isinstance(url, str) else url[0]
     if not check_cached_file(url):
         host = "{0.scheme}://{0.netloc}".format(urlsplit(address))
-        if not _answers(host, 5):
+        if not answers(host, 5):
             raise WeightsError(
-                f"The weights of {name} are not on this machine, and {host} cannot be reached.",
+                f"{what} are not on this machine, and {host} cannot be reached.",
                 "No network, or a firewall.",
                 f"S{LOCAL[1:]}.",
             )
@@ -115,43 +125,4 @@ def _from_url(name: str, url: str | tuple[str, str]) -> Path:
     except StorageError:
         raise
     except (OSError, RuntimeError) as error:
-        raise _refused(name, address, error) from error
-
-
-def _refused(name: str, source: str, error: Exception) -> WeightsError:
-    text = str(error).strip().splitlines()
-    return WeightsError(
-        f"The weights of {name} could not be fetched from {source}.",
-        f"{type(error).__name__}: {text[0] if text else 'no details'}",
-        f"Try again, or {LOCAL}.",
-    )
-
-
-def hub_reachable(timeout: float = 5) -> bool:
-    """Whether the model hub (or the mirror that HF_ENDPOINT names) answers within `timeout` seconds."""
-    from huggingface_hub import constants
-
-    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, timeout)
-
-
-def _answers(address: str, timeout: float) -> bool:
-    """Whether any HTTP answer comes back; proxies of the environment are used."""
-    answered: list[bool] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=timeout):
-                answered.append(True)
-        except urllib.error.HTTPError as error:
-            answered.append(error.code < 500)
-        except urllib.error.URLError as error:
-            # A certificate that Python's own store lacks is no proof: the hub's client brings its own.
-            answered.append("CERTIFICATE_VERIFY_FAILED" in str(error.reason))
-        except (OSError, ValueError):
-            answered.append(False)
-
-    # A thread, because looking a name up cannot be given a limit and may hang for a minute.
-    thread = threading.Thread(target=ask, daemon=True, name="hub-reachable")
-    thread.start()
-    thread.join(timeout)
-    return bool(answered and answered[0])
+        raise refused(what, address, error, LOCAL) from error

@@ -7,6 +7,7 @@ threads: while one holds the LPM, the other decodes or writes.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 
 from schemas.errors import DeviceMemoryError, ImageError
 from schemas.settings import ComputeSettings, Settings
+from schemas.views import ViewRow
 from stages.device import set_up
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
 from stages.extract.lpm import LoadedLpm, load_lpm
+from stages.extract.views import apply_view
 from stages.files import sha256_file
 from stages.images import read_image
 from stages.store.layout import Store
@@ -47,8 +50,9 @@ class ShardTask:
 
     number: int
     """Of the shard, if nobody else took it meanwhile; else the next free one is used."""
-    images: tuple[tuple[str, str], ...]
-    """(image id, path) of each, at most as many as a shard has rows."""
+    images: tuple[tuple[str, str, str], ...]
+    """(image id, path, view) of each row, at most as many as a shard has; an image is decoded once for views of it
+    that are neighbours."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class _Computed:
     """Rows of a task that wait to be written."""
 
     number: int
-    ids: list[str]
+    rows: list[ViewRow]
     arrays: dict[str, NDArray[Any]]
     seconds: float
     failures: list[tuple[str, str]]
@@ -105,7 +109,7 @@ class Extractor:
 
         Args:
             tasks: What to compute.
-            tell: Called after each forward pass with the number of its images.
+            tell: Called after each forward pass with the number of its images, each view counted.
 
         Raises:
             StorageError: If the disk is full or cannot be written; the shard at hand is removed.
@@ -130,33 +134,37 @@ class Extractor:
                 decoded.close()
 
     def _decode(
-        self, images: Sequence[tuple[str, str]], pool: ThreadPoolExecutor
+        self, images: Sequence[tuple[str, str, str]], pool: ThreadPoolExecutor
     ) -> Generator[Pixels | tuple[str, str], None, None]:
-        """Pixels of each image in order, or (path, reason)."""
-        queue: deque[tuple[str, Future[Pixels]]] = deque()
-        waiting = iter(images)
+        """Pixels of each row in order, or (path, reason)."""
+        queue: deque[tuple[str, int, Future[list[Pixels]]]] = deque()
+        groups = itertools.groupby(images, lambda image: image[:2])
+        waiting = ((*image, [view for *_, view in rows]) for image, rows in groups)
+        ahead = 0
         try:
             while True:
-                while len(queue) < 2 * self._batch and (image := next(waiting, None)) is not None:
-                    queue.append((image[1], pool.submit(self._load, *image)))
+                while ahead < 2 * self._batch and (image := next(waiting, None)) is not None:
+                    queue.append((image[1], len(image[2]), pool.submit(self._load, *image)))
+                    ahead += len(image[2])
                 if not queue:
                     return
-                path, future = queue.popleft()
+                path, count, future = queue.popleft()
+                ahead -= count
                 try:
-                    yield future.result()
+                    yield from future.result()
                 except ImageError as error:
-                    yield path, error.reason
+                    yield from [(path, error.reason)] * count
                 except FileNotFoundError:
-                    yield path, "the file is gone"
+                    yield from [(path, "the file is gone")] * count
         finally:
-            for _, future in queue:
+            for *_, future in queue:
                 future.cancel()
 
-    def _load(self, image_id: str, path: str) -> Pixels:
+    def _load(self, image_id: str, path: str, views: Sequence[str]) -> list[Pixels]:
         image = read_image(Path(path), max_pixels=self._data.max_pixels, min_side=self._data.min_side)
         if sha256_file(Path(path)) != image_id:
             raise ImageError(path, "its content changed since `fpt prepare`")
-        return to_pixels(image, self._store.spec)
+        return [to_pixels(apply_view(image, view), self._store.spec) for view in views]
 
     def _compute(
         self, task: ShardTask, decoded: Iterator[Pixels | tuple[str, str]], tell: Callable[[int], None]
@@ -165,10 +173,10 @@ class Extractor:
         done = _Computed(task.number, [], {}, 0.0, [])
         batches: list[FeatureBatch] = []
         pixels: list[Pixels] = []
-        for position, (image_id, _) in enumerate(task.images):
+        for position, (image_id, _, view) in enumerate(task.images):
             found = next(decoded)
             if isinstance(found, Pixels):
-                done.ids.append(image_id)
+                done.rows.append(ViewRow(image_id, view))
                 pixels.append(found)
             else:
                 done.failures.append(found)
@@ -204,10 +212,12 @@ class Extractor:
         return self._forward(pixels[:half]) + self._forward(pixels[half:])
 
     def _write(self, computed: _Computed) -> ShardDone:
-        if computed.ids:
+        rows = computed.rows
+        if rows:
             with claim_shard(self._store, computed.number) as shard:
-                write_shard(self._store, shard, computed.ids, computed.arrays, computed.seconds)
-        return ShardDone(len(computed.ids), tuple(computed.failures))
+                ids = [row.id for row in rows]
+                write_shard(self._store, shard, ids, computed.arrays, computed.seconds, rows)
+        return ShardDone(len(rows), tuple(dict.fromkeys(computed.failures)))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

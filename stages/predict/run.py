@@ -43,7 +43,7 @@ def predict(
         bundle_dir: From `train`.
         images: Files; each gives one row, in this order.
         lpm: Where the LPM's weights are; None: the hub, for the model that the bundle names.
-        root: Folder that a relative `lpm.weights` starts at.
+        root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
         device: Of both networks; "auto": CUDA, else MPS, else the CPU.
         batch_size: Images per forward pass.
         data: Limits of an image's size; None: the defaults.
@@ -71,13 +71,13 @@ def predict(
 def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.device) -> LoadedLpm:
     """The LPM on its device, refused unless it gives the features that the bundle was trained on."""
     source = lpm or LpmSettings(name=spec.lpm.name)
-    info = describe_lpm(source.name, spec.lpm.image_size)
+    info = describe_lpm(source.name, spec.lpm.image_size, root)
     if differing := spec.differing(spec.model_copy(update={"lpm": info})):
         raise CacheMismatchError(
             f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",
             differing,
             "lpm.name is another model, or this version of timm describes it differently.",
-            f"Set lpm.name to {spec.lpm.name}.",
+            f"Set lpm.name to {'the local-dir: of that model' if 'local-dir:' in spec.lpm.name else spec.lpm.name}.",
         )
     loaded = load_lpm(source, spec.lpm.image_size, root)
     if loaded.weights_sha256 != spec.weights_sha256:

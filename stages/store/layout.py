@@ -18,6 +18,7 @@ reader that knows the shard index gets a row by one `pread`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -147,9 +148,9 @@ class Store:
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that have a receipt, ascending."""
-        names = (path.name for path in self.receipts.glob("*.json"))
-        numbers = (int(name[:-5]) for name in names if name[:-5].isdecimal() and name == f"{int(name[:-5]):06d}.json")
-        return sorted(numbers)
+        with os.scandir(self.receipts) as entries:
+            stems = [entry.name[:-5] for entry in entries if entry.name.endswith(".json")]
+        return sorted(int(stem) for stem in stems if stem.isdecimal() and stem == f"{int(stem):06d}")
 
 
 def store_path(cache_root: Path, fingerprint: str) -> Path:
@@ -271,9 +272,31 @@ def store_attributes(path: Path) -> dict[str, Any]:
 
 def grow_store(store: Store, shards: int) -> None:
     """Make the arrays long enough for `shards` shards; never shrinks. Safe between processes."""
+    # Without the lock, which all writers share: arrays never shrink, so what is long enough stays so.
+    if all(_rows(store, name) >= shards * store.shard_size for name in store.layouts):
+        return
+    rows = capacity(shards) * store.shard_size
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
         for name, layout in store.layouts.items():
             array: Any = group[name]
-            if array.shape[0] < shards * store.shard_size:
-                array.resize((shards * store.shard_size, *layout.shape))
+            if array.shape[0] < rows:
+                array.resize((rows, *layout.shape))
+
+
+def capacity(shards: int) -> int:
+    """Shards that the arrays get room for: up to 31 as many as there are, then up to 1/16 more.
+
+    Each growth holds up all writers: with this a store grows sixteen times while its size doubles, not once a shard.
+    It depends on the highest shard alone, so that the order of writers leaves no trace. Room costs no bytes.
+    """
+    step = 1 << max(0, shards.bit_length() - 5)
+    return -(-shards // step) * step
+
+
+def _rows(store: Store, name: str) -> int:
+    """Length of an array, from its metadata alone; 0 where they cannot be read."""
+    try:
+        return int(json.loads((store.group / name / "zarr.json").read_bytes())["shape"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0

@@ -15,7 +15,7 @@ from stages.store.index import receipt_digest
 from stages.store.inventory import find_stores, sound_receipts
 from stages.store.layout import Store, array_layouts
 from stages.store.reader import StoreReader, open_store
-from stages.store.writer import claim_shard, write_shard
+from stages.store.writer import claim_shard, into_shards, write_shard
 
 
 def serves(spec: FeatureSpec, other: FeatureSpec) -> bool:
@@ -31,7 +31,7 @@ def donors(cache_root: Path, spec: FeatureSpec) -> list[Store]:
 
 
 def reusable_rows(cache_root: Path, spec: FeatureSpec, missing: Sequence[str]) -> set[str]:
-    """Which of the missing images another store has."""
+    """Which of the missing rows another store has."""
     wanted, found = set(missing), set[str]()
     for donor in donors(cache_root, spec):
         for receipt in sound_receipts(donor).values():
@@ -47,7 +47,7 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], tell: Call
     Args:
         cache_root: Folder of all stores.
         store: Where rows are missing.
-        missing: Image ids.
+        missing: Names of rows.
         tell: Called with the number of rows copied so far.
 
     Returns:
@@ -56,9 +56,9 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], tell: Call
     copied: set[str] = set()
     for donor in donors(cache_root, store.spec):
         receipts = sound_receipts(donor)
-        held = {row for receipt in receipts.values() for row in receipt.rows}
-        ids = [image_id for image_id in missing if image_id in held and image_id not in copied]
-        if not ids:
+        held = {row.id: row for receipt in receipts.values() for row in receipt.origins}
+        wanted = [held[row_id] for row_id in missing if row_id in held and row_id not in copied]
+        if not wanted:
             continue
         extraction = ExtractionReceipt(
             fingerprint=donor.spec.fingerprint,
@@ -73,11 +73,12 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], tell: Call
         reader = open_store(donor.path.parent, extraction)
         start = 0
         try:
-            for first in range(0, len(ids), store.shard_size):
-                sound, rows = _read(reader, donor.spec, store.spec, ids[first : first + store.shard_size])
+            for part in into_shards(wanted, store.shard_size):
+                sound, rows = _read(reader, donor.spec, store.spec, [row.id for row in part])
                 if sound:
+                    origins = [held[row_id] for row_id in sound]
                     with claim_shard(store, start) as shard:
-                        write_shard(store, shard, sound, rows, seconds * len(sound))
+                        write_shard(store, shard, sound, rows, seconds * len(sound), origins)
                     start = shard + 1
                     copied.update(sound)
                     tell(len(copied))

@@ -185,7 +185,7 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
         count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
         return False
     arrived = receipt.model_copy(update={"shard": number})
-    atomic_write(store.receipt(number), arrived.model_dump_json(indent=1).encode())
+    atomic_write(store.receipt(number), arrived.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
     return True
@@ -221,7 +221,7 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
         count.failures.append(problems[0])
         return
     sent = receipt.model_copy(update={"shard": number})
-    remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.model_dump_json(indent=1).encode())
+    remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
 

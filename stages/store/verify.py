@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ class _Checked:
     shard: int
     receipt: ShardReceipt | None
     rows: tuple[str, ...]
-    """Image ids as far as they are known, also where the receipt is damaged."""
+    """Names of the rows as far as they are known, also where the receipt is damaged."""
     damages: list[Damage] = field(default_factory=list)
 
 
@@ -58,7 +58,7 @@ def damaged_shards(store: Store, progress: Progress | None = None) -> list[int]:
 def verify_store(
     store: Store,
     uses: Sequence[LiveUse] = (),
-    wanted: Collection[str] = (),
+    wanted: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Find every byte that is not what a writer wrote. What living writers hold is left out.
@@ -66,7 +66,7 @@ def verify_store(
     Args:
         store: The store.
         uses: Studies that rely on it: a shard of theirs that is gone with its receipt is missed for them.
-        wanted: Image ids that are named where a shard is gone without a trace of its rows.
+        wanted: Name of a row -> image id, of the rows that are missed where a shard is gone without a trace of them.
         progress: Called with shards.
     """
     store = _with_agreed_size(store)
@@ -76,19 +76,22 @@ def verify_store(
     damages += _foreign(store, {shard.shard: shard.receipt for shard in checked})
     expected = _expected(store, uses, {shard.shard: shard for shard in checked})
     damages += expected
+    # Of a damaged receipt the names alone are left: which image another view is of, its study knows.
+    receipts = [shard.receipt for shard in checked if shard.damages and shard.receipt is not None]
+    images = {**(wanted or {}), **{row.id: row.image for receipt in receipts for row in receipt.origins}}
     whole = {row for shard in checked if not shard.damages for row in shard.rows}
     lost = {row for shard in checked if shard.damages for row in shard.rows}
     if any(damage.kind == "missing" for damage in expected) or any(
         shard.damages and not shard.rows for shard in checked
     ):
-        lost |= set(wanted)
+        lost |= set(wanted or ())
     return Verification(
         store=str(store.path),
         fingerprint=store.spec.fingerprint,
         shards=len(checked),
         rows=len(whole),
         damages=tuple(damages),
-        images=tuple(sorted(lost - whole)),
+        images=tuple(sorted({images.get(row, row) for row in lost - whole})),
     )
 
 
@@ -159,7 +162,7 @@ def _check_shard(store: Store, shard: int) -> _Checked:
 
 
 def stored_rows(store: Store, shard: int, count: int) -> tuple[str, ...] | None:
-    """Image ids that the shard itself holds; None where it cannot be read. Ends before the first empty row."""
+    """Names of the rows that the shard itself holds; None where it cannot be read. Ends before the first empty row."""
     rows = []
     if store.spec.codec != "none":
         packed = ZarrArray(str(store.group), "sha256", store.layouts["sha256"])

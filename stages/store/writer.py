@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -18,18 +18,28 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from schemas.features import FileDigest, ShardReceipt
+from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.store.layout import Store, grow_store
+
+LOOKAHEAD = 256
+"""Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
+end never lists it, and a listing takes a second where there are a million."""
+
+Named = TypeVar("Named", bound=tuple[str, ...])
 
 
 @contextmanager
 def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
     """Hold the lowest shard number from `start` that has no receipt and no living writer."""
-    finished = set(store.finished_shards())
+    finished: set[int] | None = None
     shard = start
     while True:
-        if shard not in finished:
+        if finished is None and shard - start >= LOOKAHEAD:
+            finished = set(store.finished_shards())
+        if not (store.receipt(shard).exists() if finished is None else shard in finished):
             lock = FileLock(store.path / "locks" / f"{shard:06d}.lock")
+            abandoned = Path(lock.lock_file).exists()
             try:
                 with storage_errors(store.path):
                     lock.acquire(blocking=False)
@@ -37,8 +47,10 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
                 pass
             else:
                 try:
-                    # Between the listing and the lock another writer may have finished this very shard.
+                    # Between the look and the lock another writer may have finished this very shard.
                     if not store.receipt(shard).exists():
+                        if abandoned:
+                            _remove_fragments(store, shard)
                         yield shard
                         return
                 finally:
@@ -51,16 +63,22 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
 
 
 def write_shard(
-    store: Store, shard: int, ids: Sequence[str], arrays: dict[str, NDArray[Any]], seconds: float
+    store: Store,
+    shard: int,
+    ids: Sequence[str],
+    arrays: dict[str, NDArray[Any]],
+    seconds: float,
+    origins: Sequence[ViewRow] = (),
 ) -> ShardReceipt:
     """Write one claimed shard of every array, then its receipt.
 
     Args:
         store: The store.
         shard: A number held by `claim_shard`.
-        ids: Image ids of the rows, at most `store.shard_size`.
+        ids: Names of the rows, at most `store.shard_size`.
         arrays: keys, values, indices, pooled and side, each (len(ids), ...) as in `array_layouts`.
         seconds: What the features took.
+        origins: Image and view of each row; empty: each row is an image itself.
 
     Raises:
         StorageError: If the disk is full or read-only; the shard is removed again.
@@ -69,7 +87,9 @@ def write_shard(
         raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
     digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)
     with storage_errors(store.path):
-        remove_shard(store, shard)
+        store.receipt(shard).unlink(missing_ok=True)
+        for name in store.layouts:
+            store.shard_file(name, shard).unlink(missing_ok=True)
         try:
             grow_store(store, shard + 1)
             group = zarr.open_group(store.group, mode="r+")
@@ -84,21 +104,51 @@ def write_shard(
                 array = opened.with_config({"write_empty_chunks": True})
                 array[first : first + len(ids)] = rows
                 files[name] = _seal(store.shard_file(name, shard))
+            views = any(row.view != IDENTITY for row in origins)
             receipt = ShardReceipt(
-                shard=shard, fingerprint=store.spec.fingerprint, rows=tuple(ids), files=files, seconds=round(seconds, 3)
+                shard=shard,
+                fingerprint=store.spec.fingerprint,
+                rows=tuple(ids),
+                files=files,
+                seconds=round(seconds, 3),
+                images=tuple(row.image for row in origins) if views else None,
+                views=tuple(row.view for row in origins) if views else None,
             )
-            atomic_write(store.receipt(shard), receipt.model_dump_json(indent=1).encode())
+            atomic_write(store.receipt(shard), receipt.to_json())
         except BaseException:
             remove_shard(store, shard)
             raise
     return receipt
 
 
+def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
+    """Rows in their order, a shard each time; no shard mixes images themselves with other views.
+
+    So a study that gives up its views needs none of their shards any more, and evaluation reads none of them.
+
+    Args:
+        rows: Tuples that end with the view.
+        size: Of a shard.
+    """
+    plain, others = [row for row in rows if row[-1] == IDENTITY], [row for row in rows if row[-1] != IDENTITY]
+    return [part[first : first + size] for part in (plain, others) for first in range(0, len(part), size)]
+
+
 def remove_shard(store: Store, shard: int) -> None:
-    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first."""
+    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first.
+
+    Lists every array's folder to find what has a name of its own: for what went wrong, not for every shard.
+    """
     store.receipt(shard).unlink(missing_ok=True)
     for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _remove_fragments(store: Store, shard: int) -> None:
+    """Delete what zarr-python had not yet renamed when a writer was killed; no later write would replace it."""
+    for name in store.layouts:
+        for path in (store.group / name).glob(f"c.{shard}.*.partial"):
             path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from schemas.errors import BundleError
 from schemas.results import BundleSpec
 from stages.files import atomic_write
-from stages.train.network import PromptedSideNetwork
+from stages.train.network import Network, build_network
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
 
@@ -26,11 +26,11 @@ class Bundle:
 
     spec: BundleSpec
     """What it is."""
-    network: PromptedSideNetwork
+    network: Network
     """In evaluation mode."""
 
 
-def serialise(network: PromptedSideNetwork) -> tuple[bytes, str]:
+def serialise(network: Network) -> tuple[bytes, str]:
     """The weights as safetensors bytes, and their sha256."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     data: bytes = save_tensors(state, metadata={"format": "pt"})
@@ -73,7 +73,7 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
             "It was damaged or exchanged.",
             "Run `fpt train` again.",
         )
-    network = PromptedSideNetwork(spec.network)
+    network = build_network(spec.network)
     try:
         network.load_state_dict(load_tensors(data), strict=True)
     except (SafetensorError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +27,17 @@ from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
 from stages.train.data import Batch
 from stages.train.loop import Recipe, make_optimizer, training_step
-from stages.train.network import PromptedSideNetwork, learnable_parameters
+from stages.train.network import Network, build_network, learnable_parameters
 
 
-def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
+def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
     """Count parameters, tensor memory and bytes of a setting. Takes seconds.
 
     Args:
         settings: Resolved.
         lpm: Shape of the LPM that they name, at their image size.
         classes: Outputs of the classifier.
+        root: Folder that a relative `local-dir:` starts at; None: the working directory.
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
@@ -43,8 +45,8 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int) -> CostReport:
     features = feature_spec(settings, lpm, weights_sha256="0" * 64)
     spec = network_spec(settings, lpm, classes)
     with torch.device("meta"):
-        network = PromptedSideNetwork(spec)
-    model = build_on_meta(lpm.name, classes, img_size=lpm.image_size)
+        network = build_network(spec)
+    model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
     mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
@@ -73,9 +75,7 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _side_step_mib(
-    network: PromptedSideNetwork, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings
-) -> float:
+def _side_step_mib(network: Network, spec: SideNetworkSpec, features: FeatureSpec, train: TrainSettings) -> float:
     """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
     mean, std = features.lpm.mean, features.lpm.std
     recipe = Recipe(train, mean, std, class_weights=None, device=torch.device("cpu"), workers=0)

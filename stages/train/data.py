@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,15 @@ class Batch:
     """Keys and values of all tapped layers; None where the method uses no features."""
     labels: torch.Tensor
     """(B,) int64."""
+    pooled: torch.Tensor | None = None
+    """(B, 2, D) float32, the LPM's pooled outputs; None where the method does not read them."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
         cached = None if self.cached is None else self.cached.to(device)
         image, labels = self.image.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(image, cached, labels)
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        return Batch(image, cached, labels, pooled)
 
 
 def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
@@ -63,9 +66,9 @@ def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def array_names(stored: Iterable[str], features: bool) -> tuple[str, ...]:
+def array_names(stored: Iterable[str], features: bool, pooled: bool = False) -> tuple[str, ...]:
     """Of the arrays of a store, those that a data set reads."""
-    wanted = {*CACHED, "side"} if features else {"side"}
+    wanted = {"side", *(CACHED if features else ()), *(("pooled",) if pooled else ())}
     return tuple(name for name in stored if name in wanted)
 
 
@@ -82,8 +85,8 @@ class Ticket:
 class FeatureDataset(Dataset[Batch]):
     """Map-style data set over rows of the store that hands out whole batches.
 
-    An index is (epoch, position): with the seed it determines the augmentation, so that a resumed run and any number
-    of workers see the same images.
+    An index is (epoch, position): with the seed it determines view and augmentation, so that a resumed run and any
+    number of workers see the same images.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class FeatureDataset(Dataset[Batch]):
         augment: AugmentSettings | None = None,
         seed: int = 0,
         features: bool = True,
+        pooled: bool = False,
+        views: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Hold the rows.
 
@@ -104,14 +109,20 @@ class FeatureDataset(Dataset[Batch]):
             labels: Class index of each position.
             size: Input of the side network, in pixels.
             augment: None: the un-augmented image.
-            seed: Of the augmentation.
+            seed: Of the augmentation and of the views.
             features: Whether keys and values are read.
+            pooled: Whether the LPM's pooled outputs are read.
+            views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
+                one geometry. None: the images themselves.
 
         Raises:
             CacheIncompleteError: If an image has no row.
         """
-        self._store, self._ids, self._labels, self._size, self._seed = store, tuple(ids), tuple(labels), size, seed
-        self._names = array_names(store.layouts, features)
+        self._store, self._labels, self._size, self._seed = store, tuple(labels), size, seed
+        choices = [(row,) for row in ids] if views is None else views
+        self._ids = tuple(row for rows in choices for row in rows)
+        self._first = np.cumsum([0, *map(len, choices)])
+        self._names = array_names(store.layouts, features, pooled)
         self._augment = None if augment is None else augmentation(augment, size)
         self._rows = store.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
@@ -119,7 +130,7 @@ class FeatureDataset(Dataset[Batch]):
         self._read = 0
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {}, "_read": 0}
@@ -165,9 +176,9 @@ class FeatureDataset(Dataset[Batch]):
     def _fill(
         self, indices: Sequence[tuple[int, int]], out: dict[str, NDArray[Any]]
     ) -> tuple[Batch, dict[str, NDArray[Any]]]:
-        positions = [position for _, position in indices]
-        ids = [self._ids[position] for position in positions]
-        rows = self._store.read_rows(self._rows[positions], ids, self._names, out or None)
+        drawn = [self._drawn(epoch, position) for epoch, position in indices]
+        ids = [self._ids[row] for row in drawn]
+        rows = self._store.read_rows(self._rows[drawn], ids, self._names, out or None)
         side = torch.from_numpy(rows["side"])
         if self._augment is None:
             image = to_size(side, self._size)
@@ -176,14 +187,27 @@ class FeatureDataset(Dataset[Batch]):
         batch = Batch(
             image=image,
             cached=Cached.of(rows),
-            labels=torch.tensor([self._labels[position] for position in positions]),
+            labels=torch.tensor([self._labels[position] for _, position in indices]),
+            pooled=_pooled(rows),
         )
         return batch, rows
+
+    def _drawn(self, epoch: int, position: int) -> int:
+        """Which of the rows this position has in this epoch."""
+        first, end = self._first[position : position + 2].tolist()
+        if end - first == 1:
+            return int(first)
+        return int(first) + (self._random(epoch, position)[1] * int(end - first) >> 32)
+
+    def _random(self, epoch: int, position: int) -> tuple[int, int]:
+        """32 bits for the augmentation, and 32 for the view."""
+        augment, view = np.random.SeedSequence((self._seed, epoch, position)).generate_state(2).tolist()
+        return augment, view
 
     def _augmented(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         if self._augment is None:
             raise ValueError("this data set does not augment")
-        seed = int(np.random.SeedSequence((self._seed, epoch, position)).generate_state(1)[0])
+        seed, _ = self._random(epoch, position)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._augment(image)
@@ -268,7 +292,7 @@ class BatchLoader:
     def _open(self, ticket: Ticket) -> Batch:
         arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
         rows = {name: array[:count] for name, array in arrays.items()}
-        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels))
+        return Batch(torch.from_numpy(rows["image"]), Cached.of(rows), torch.tensor(ticket.labels), _pooled(rows))
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:
@@ -278,3 +302,7 @@ def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) ->
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _pooled(rows: Mapping[str, NDArray[Any]]) -> torch.Tensor | None:
+    return torch.from_numpy(rows["pooled"]) if "pooled" in rows else None

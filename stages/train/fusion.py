@@ -85,7 +85,7 @@ class Fusion(nn.Module):
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
-        self.wide = spec.method == "fpt+"
+        self.wide = spec.method in ("fpt+", "fpt-x")
         prompt_width = spec.lpm_width if self.wide else spec.width
         self.prompts = nn.Parameter(torch.empty(spec.layers, spec.prompts, prompt_width))
         self.query: nn.Module
@@ -97,18 +97,26 @@ class Fusion(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         nn.init.normal_(self.prompts, std=1e-6)
 
-    def forward(self, layer: int, cached: Cached) -> torch.Tensor:
+    def queries(self, layer: int) -> torch.Tensor:
+        """What the prompts of side block `layer` ask the cached tokens, (P, D); layers count from 0."""
+        asked: torch.Tensor = self.query(self.prompts[layer])
+        return asked
+
+    def prompts_from(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
         """Prompts for side block `layer`.
 
         Args:
             layer: Position among the tapped layers, from 0.
-            cached: Keys and values of that layer.
+            mixed: `context` of `queries`, (B, P, D).
 
         Returns:
             (B, P, width of the side network).
         """
         prompts = self.prompts[layer]
-        mixed = context(self.query(prompts), cached)
         fused = self.out(mixed + prompts) if self.wide else self.out(mixed) + prompts
         dropped: torch.Tensor = self.dropout(fused)
         return dropped
+
+    def forward(self, layer: int, cached: Cached) -> torch.Tensor:
+        """Prompts for side block `layer` from the keys and values of that layer, (B, P, width of the side network)."""
+        return self.prompts_from(layer, context(self.queries(layer), cached))

@@ -11,15 +11,18 @@ from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
 from stages.train.cached import Cached
 from stages.train.data import Batch, EpochSampler, FeatureDataset, batches, to_size
-from stages.train.network import PromptedSideNetwork
+from stages.train.network import Network
 
 
-def batch_logits(
-    network: PromptedSideNetwork, batch: Batch, mean: Sequence[float], std: Sequence[float]
-) -> torch.Tensor:
-    """(B, classes): the one way from a batch to logits, in training, evaluation and prediction."""
-    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.cached)
+def batch_logits(network: Network, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(B, classes): the one way from a batch to logits, in validation, evaluation and prediction."""
+    logits: torch.Tensor = network(normalise(batch.image, mean, std), batch.cached, batch.pooled)
     return logits
+
+
+def training_logits(network: Network, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(M, B, classes): logits of each member by itself, which is what it learns from."""
+    return network.member_logits(normalise(batch.image, mean, std), batch.cached)
 
 
 @torch.inference_mode()
@@ -34,7 +37,12 @@ def store_logits(bundle: Bundle, store: StoreReader, ids: Sequence[str], batch_s
     """
     network, lpm = bundle.network, bundle.spec.features.lpm
     dataset = FeatureDataset(
-        store, ids, [0] * len(ids), network.spec.image_size, features=network.spec.method != "side"
+        store,
+        ids,
+        [0] * len(ids),
+        network.spec.image_size,
+        features=network.spec.method != "side",
+        pooled=bool(network.spec.probe_weight),
     )
     device = next(network.parameters()).device
     parts = [
@@ -56,6 +64,7 @@ def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
         image=to_size(torch.from_numpy(features["side"]), network.spec.image_size),
         cached=Cached.of(features.arrays),
         labels=torch.zeros(len(features), dtype=torch.int64),
+        pooled=torch.from_numpy(features["pooled"]) if network.spec.probe_weight else None,
     )
     device = next(network.parameters()).device
     return batch_logits(network, batch.to(device), lpm.mean, lpm.std).float().cpu()

@@ -1,8 +1,8 @@
 """The training loop of the published recipe.
 
 AdamW, cosine to zero without warm-up, gradient norm clipped, best epoch by validation AUC (arXiv 2408.02426,
-section IV). Every random draw follows from (seed, epoch), so that a run that goes on from its checkpoint ends
-exactly where an undisturbed one ends.
+section IV), or the last. Every random draw follows from (seed, epoch), so that a run that goes on from its checkpoint
+ends exactly where an undisturbed one ends.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from schemas.settings import TrainSettings
 from stages.evaluate.metrics import macro_auc
 from stages.files import storage_errors
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
-from stages.train.infer import batch_logits
-from stages.train.network import PromptedSideNetwork
+from stages.train.infer import batch_logits, training_logits
+from stages.train.network import Network
 
 
 @dataclass
 class Fit:
     """State of a run: what a checkpoint holds."""
 
-    network: PromptedSideNetwork
+    network: Network
     """Current weights."""
     optimizer: torch.optim.Optimizer
     """AdamW."""
     epochs: list[EpochLog] = field(default_factory=list)
     """Finished epochs."""
     best: int = 0
-    """Number of the best epoch, from 1; 0 before the first."""
+    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
     best_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Weights of the best epoch, on the CPU."""
+    """Weights of that epoch, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,22 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.O
     return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def training_step(
-    network: PromptedSideNetwork, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe
-) -> torch.Tensor:
+def training_step(network: Network, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe) -> torch.Tensor:
     """Forward, backward, clip, update.
 
     Returns:
-        The loss of the batch before the update, a scalar.
+        The loss of the batch before the update, a scalar; the mean over the members.
     """
     optimizer.zero_grad(set_to_none=True)
-    logits = batch_logits(network, batch, recipe.mean, recipe.std)
-    loss = F.cross_entropy(logits, batch.labels, weight=recipe.class_weights)
+    logits = training_logits(network, batch, recipe.mean, recipe.std)
+    # A sum, not a mean: each member learns as it would alone.
+    losses = [F.cross_entropy(member, batch.labels, weight=recipe.class_weights) for member in logits]
+    loss = torch.stack(losses).sum()
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(network.parameters(), recipe.settings.clip_norm)
+    for member in network.members:
+        nn.utils.clip_grad_norm_(member.parameters(), recipe.settings.clip_norm)
     optimizer.step()
-    return loss.detach()
+    return loss.detach() / len(losses)
 
 
 def fit(
@@ -121,7 +122,7 @@ def fit(
             lr=state.optimizer.param_groups[0]["lr"],
             seconds=round(time.perf_counter() - start, 3),
         )
-        if state.best == 0 or _merit(log) > _merit(state.epochs[state.best - 1]):
+        if settings.keep == "last" or state.best == 0 or _merit(log) > _merit(state.epochs[state.best - 1]):
             state.best = epoch
             state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
         state.epochs.append(log)
@@ -152,7 +153,7 @@ def _train_epoch(state: Fit, loader: BatchLoader, recipe: Recipe, epoch: int) ->
 
 @torch.inference_mode()
 def _validate(
-    network: PromptedSideNetwork, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
+    network: Network, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
 ) -> tuple[float, float | None, float]:
     """Loss, AUC and accuracy of the validation images."""
     network.eval()

@@ -1,13 +1,23 @@
-"""Fusion and side network together: what stage two trains."""
+"""Fusion and side network together: what stage two trains.
+
+FPT and FPT+ (arXiv 2403.07576, 2408.02426) are one `PromptedSideNetwork`. FPT-X is an `Ensemble`:
+
+    log p = (1 - w) mean_m log softmax(side network m) + w log softmax(linear probe)        up to a constant
+
+a logarithmic opinion pool. An untrained side network says nothing, so that it starts as the probe; each member sees
+the same batches but has its own initialisation and dropout.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from schemas.results import SideNetworkSpec
 from stages.train.cached import Cached
-from stages.train.fusion import Fusion
+from stages.train.fusion import Fusion, context
 from stages.train.side_network import SideNetwork
 
 
@@ -23,7 +33,18 @@ class PromptedSideNetwork(nn.Module):
         self.side = SideNetwork(spec)
         self.fusion = None if spec.method == "side" else Fusion(spec)
 
-    def forward(self, image: torch.Tensor, cached: Cached | None = None) -> torch.Tensor:
+    @property
+    def members(self) -> Sequence[PromptedSideNetwork]:
+        """This one."""
+        return (self,)
+
+    def member_logits(self, image: torch.Tensor, cached: Cached | None = None) -> torch.Tensor:
+        """As `forward`, with an axis of one member: (1, B, classes)."""
+        return member_logits(self.members, image, cached)
+
+    def forward(
+        self, image: torch.Tensor, cached: Cached | None = None, _pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run one batch.
 
         Args:
@@ -33,17 +54,107 @@ class PromptedSideNetwork(nn.Module):
         Returns:
             Logits (B, classes).
         """
-        tokens = self.side.embed(image)
-        for layer in range(self.spec.layers):
-            prompts = None
-            if self.fusion is not None:
-                if cached is None:
-                    raise ValueError(f"method {self.spec.method} needs keys and values")
-                prompts = self.fusion(layer, cached.layer(layer))
-            tokens = self.side.block(layer, tokens, prompts)
-        return self.side.classify(tokens)
+        return self.member_logits(image, cached)[0]
+
+
+class LinearProbe(nn.Module):
+    """Logistic regression on the LPM's pooled outputs. Fitted, not trained: no gradient reaches it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        for name, shape in {"weight": (classes, width), "bias": (classes,), "mean": (width,)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, 2, D) -> logits (B, classes)."""
+        return (pooled.flatten(1) - self.mean) / self.scale @ self.weight.T + self.bias
+
+
+class Ensemble(nn.Module):
+    """Side networks that read the cached tokens together, and a linear probe."""
+
+    def __init__(self, spec: SideNetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
+        self.probe = LinearProbe(2 * spec.lpm_width, spec.classes) if spec.probe_weight else None
+
+    @property
+    def members(self) -> Sequence[PromptedSideNetwork]:
+        """The side networks, each with its prompts."""
+        return tuple(self.networks)  # type: ignore[arg-type]
+
+    def member_logits(self, image: torch.Tensor, cached: Cached | None = None) -> torch.Tensor:
+        """Logits of each member by itself, (M, B, classes)."""
+        return member_logits(self.members, image, cached)
+
+    def forward(
+        self, image: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run one batch.
+
+        Args:
+            image: (B, 3, S, S), normalised.
+            cached: Keys and values in the type of the store; may be None without prompts.
+            pooled: (B, 2, D); may be None without a probe.
+
+        Returns:
+            Log-probabilities up to a constant of each image, (B, classes).
+        """
+        pool = self.member_logits(image, cached).log_softmax(dim=-1).mean(dim=0)
+        if self.probe is None:
+            return pool
+        if pooled is None:
+            raise ValueError("the linear probe needs the pooled outputs")
+        weight = self.spec.probe_weight
+        joined: torch.Tensor = (1 - weight) * pool + weight * self.probe(pooled).log_softmax(dim=-1)
+        return joined
+
+
+Network = PromptedSideNetwork | Ensemble
+
+
+def build_network(spec: SideNetworkSpec) -> Network:
+    """What the spec describes, with random weights."""
+    return Ensemble(spec) if spec.members > 1 or spec.probe_weight else PromptedSideNetwork(spec)
+
+
+def member_logits(networks: Sequence[PromptedSideNetwork], image: torch.Tensor, cached: Cached | None) -> torch.Tensor:
+    """Logits of networks of one spec, (M, B, classes).
+
+    The prompts of all networks attend to the cached tokens at once: those are read and widened once for all.
+    """
+    tokens = [network.side.embed(image) for network in networks]
+    for layer in range(networks[0].spec.layers):
+        prompts = _prompts(networks, layer, cached)
+        tokens = [
+            network.side.block(layer, own, prompt)
+            for network, own, prompt in zip(networks, tokens, prompts, strict=True)
+        ]
+    return torch.stack([network.side.classify(own) for network, own in zip(networks, tokens, strict=True)])
+
+
+def _prompts(
+    networks: Sequence[PromptedSideNetwork], layer: int, cached: Cached | None
+) -> Sequence[torch.Tensor | None]:
+    fusions = [network.fusion for network in networks if network.fusion is not None]
+    if not fusions:
+        return [None] * len(networks)
+    if cached is None:
+        raise ValueError(f"method {networks[0].spec.method} needs keys and values")
+    mixed = context(torch.cat([fusion.queries(layer) for fusion in fusions]), cached.layer(layer))
+    shares = mixed.split(networks[0].spec.prompts, dim=1)  # type: ignore[no-untyped-call]
+    return [fusion.prompts_from(layer, share) for fusion, share in zip(fusions, shares, strict=True)]
 
 
 def learnable_parameters(network: nn.Module) -> int:
-    """Number of parameters that training changes."""
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    """Number of parameters that training changes, the coefficients of a linear probe included."""
+    learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    probe = getattr(network, "probe", None)
+    return learned if probe is None else learned + probe.weight.numel() + probe.bias.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from schemas.manifest import Manifest, Split
 from schemas.resolve import feature_spec, network_spec
 from schemas.results import BundleSpec, EpochLog, StoreMemory, TrainResult
 from schemas.settings import Settings
+from schemas.views import manifest_rows, train_views
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader
@@ -22,7 +23,8 @@ from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
-from stages.train.network import PromptedSideNetwork, learnable_parameters
+from stages.train.network import Ensemble, Network, build_network, learnable_parameters
+from stages.train.probes import fit_linear_probe
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -57,15 +59,16 @@ def train(
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
-        CacheIncompleteError: If the store lacks images or shards.
+        CacheIncompleteError: If the store lacks images, views or shards.
         CacheCorruptError: If bytes of the store changed.
         TransferError: If the remote store cannot be reached.
         TrainingError: If a class has no training images, or the loss is not finite.
     """
     check_features(settings, lpm, receipt)
+    check_views(settings, receipt)
     store = open_rows(cache_root, receipt, remote)
     store.require_whole()
-    check_rows(manifest, store)
+    check_rows(settings, manifest, store)
     device = set_up(settings.compute)
     classes = manifest.classes
     spec = network_spec(settings, lpm, len(classes))
@@ -81,7 +84,9 @@ def train(
         workers=settings.compute.loader_workers,
     )
     torch.manual_seed(settings.train.seed)
-    network = PromptedSideNetwork(spec).to(device)
+    network = build_network(spec)
+    fit_probe(network, rows, manifest, labels, settings, classes)
+    network = network.to(device)
     state = Fit(network, make_optimizer(network, settings.train))
     checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
     resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
@@ -125,14 +130,31 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
         )
 
 
-def check_rows(manifest: Manifest, store: StoreReader) -> None:
-    """Refuse a store that lacks an image of the manifest."""
-    missing = store.missing(manifest.ids())
+def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
+    """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
+    asked = settings.features
+    absent: list[str] = [view for view in asked.views if view not in receipt.views]
+    if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
+        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
+        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
+    if absent:
+        raise CacheIncompleteError(
+            f"The settings ask for views that were not extracted: {', '.join(absent)}.",
+            absent,
+            "features.views or features.crops changed after the features were extracted.",
+            "Run `fpt extract`: it computes just these views. Or take the change back.",
+        )
+
+
+def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> None:
+    """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
     if missing:
         raise CacheIncompleteError(
-            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features.",
+            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features, or not of every view.",
             missing,
-            "Images were added after the features were extracted.",
+            "Images were added or moved to the training split after the features were extracted.",
             REPAIR,
         )
 
@@ -164,12 +186,37 @@ def class_weights(
     return torch.tensor(chosen, dtype=torch.float32, device=device)
 
 
+def fit_probe(
+    network: Network,
+    rows: Rows,
+    manifest: Manifest,
+    labels: Mapping[Split, Sequence[int]],
+    settings: Settings,
+    classes: Sequence[str],
+) -> None:
+    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images."""
+    if not isinstance(network, Ensemble) or network.probe is None:
+        return
+    found = []
+    for split in SPLITS:
+        ids = [row.id for row in manifest.of(split)]
+        pooled = rows.read_rows(rows.locate(ids), ids, ("pooled",))["pooled"]
+        found.append((pooled.reshape(len(ids), -1), labels[split]))
+    weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
+    fitted = fit_linear_probe(
+        *found[0], *found[1], len(classes), class_weights=None if weights is None else weights.tolist()
+    )
+    for name in ("weight", "bias", "mean", "scale"):
+        getattr(network.probe, name).copy_(getattr(fitted, name))
+
+
 def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:
     """Names the checkpoint: two runs share it only if they would give the same model."""
     return digest(
         {
             "method": settings.method,
             "train": settings.train.model_dump(mode="json"),
+            "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
             "features": receipt.fingerprint,
             "shards": receipt.shards,
@@ -186,8 +233,9 @@ def _rows(
     settings: Settings, manifest: Manifest, store: StoreReader, tell: Callable[[StoreMemory], None] | None
 ) -> Rows:
     """The store, or in memory what training reads of it."""
-    ids = tuple(dict.fromkeys(row.id for row in manifest.rows if row.split != "test"))
-    names = array_names(store.layouts, settings.method != "side")
+    views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
+    ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
+    names = array_names(store.layouts, settings.method != "side", bool(settings.train.probe_weight))
     memory = decide(store, ids, names, settings.store)
     if tell is not None:
         tell(memory)
@@ -200,12 +248,15 @@ def _dataset(
     size = settings.train.side_image_size
     if size == "auto":
         raise SettingsError("The settings are not resolved.")
+    training = split == "train"
     return FeatureDataset(
         store,
         [row.id for row in manifest.of(split)],
         labels,
         size,
-        augment=settings.train.augment if split == "train" else None,
+        augment=settings.train.augment if training else None,
         seed=settings.train.seed,
         features=settings.method != "side",
+        pooled=bool(settings.train.probe_weight),
+        views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from web import served
 
 from pipeline import cli
@@ -171,3 +172,34 @@ def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: 
     weights = {(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("local", "web", "folder")}
     assert len(weights) == 1
     assert (tmp_path / "judged/metrics.json").exists()
+
+
+def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:
+    with_views = ["extract", "--set", "features.views=[identity,hflip,rot180]", "--set", "features.crops=1"]
+    views = with_views[1:]
+    plan = json.loads(fpt(*with_views, "--plan", "--json", cwd=study)[0])
+    assert (plan["images"], plan["cached"]) == (40, 40)
+    new = plan["to_compute"]
+    assert plan["rows"] == 40 + new
+    assert new % 3 == 0
+    assert f"40 ({plan['rows']} rows with their views)" in fpt(*with_views, "--plan", cwd=study)[0]
+    refused = fpt("train", *views, cwd=study, code=2)[1]
+    assert "hflip, rot180, 1 crop of 0.8 to 1 of the area" in refused
+    assert "fpt extract" in refused
+    done = fpt(*with_views, cwd=study)[1]
+    assert f"40 images ({40 + new} rows with their views): 40 were in the cache, computed {new}" in done
+    assert json.loads(fpt(*with_views, "--json", cwd=study)[0])["rows"] == 40 + new
+    assert f"{40 + new} rows in" in fpt("cache", "verify", cwd=study)[0]
+    (store,) = (study / ".fpt" / "cache").iterdir()
+    receipts = [path for path in sorted((store / "receipts").iterdir()) if "rot180" in path.read_text()]
+    images = json.loads(receipts[0].read_text())["images"]
+    receipts[0].write_text("{")
+    (found,) = json.loads(fpt("cache", "verify", "--json", cwd=study, code=2)[0])["stores"]
+    assert set(found["images"]) == set(images)
+    assert len(found["paths"]) == len(set(images))
+    fpt("cache", "verify", "--repair", cwd=study, code=2)
+    assert f"computed {len(images)} in" in fpt(*with_views, cwd=study)[1]
+    fpt("train", *views, cwd=study)
+    fpt("evaluate", *views, cwd=study)
+    settings = yaml.safe_load((study / "outputs/model/settings.yaml").read_text())
+    assert settings["features"]["views"] == ["identity", "hflip", "rot180"]

@@ -198,3 +198,23 @@ def test_demo_summary_prints_both_areas(study: Path, fpt: Fpt) -> None:
     _, out, err = fpt("demo", "summary", cwd=study)
     assert out.count("1.000") == 2
     assert "report.html" in err
+
+
+def test_a_folder_is_the_lpm_from_extraction_to_prediction(
+    study: Path, finished: Path, weights: Path, fpt: Fpt
+) -> None:
+    image = finished / "images" / "bright" / "003.png"
+    (named,) = csv.DictReader(io.StringIO(fpt("predict", image, cwd=study)[1]))
+    (study / "lpm").mkdir()
+    shutil.copy(weights, study / "lpm" / "model.safetensors")
+    # The preprocessing of test_vit: the same model under another name gives the same prediction.
+    same = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (study / "lpm" / "config.json").write_text(json.dumps(same))
+    words = ["--set", "lpm.name=local-dir:lpm", "--set", "lpm.weights=hub"]
+    fpt("extract", *words, cwd=study)
+    fpt("train", *words, cwd=study)
+    (row,) = csv.DictReader(io.StringIO(fpt("predict", image, *words, cwd=study)[1]))
+    assert row["predicted"] == named["predicted"] == "bright"
+    assert float(row["p_bright"]) == pytest.approx(float(named["p_bright"]), abs=1e-3)
+    _, _, err = fpt("predict", image, cwd=study, code=2)
+    assert "Set lpm.name to the local-dir: of that model" in err

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def keys(tree: dict[str, object], prefix: str = "") -> list[str]:
     found = []
     for name, value in tree.items():
-        found += keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+        found += keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
     return found
 
 

@@ -31,6 +31,7 @@ MAKE: dict[str, Callable[[], FptError]] = {
     "BundleError": lambda: errors.BundleError(*SAID),
     "EvaluationError": lambda: errors.EvaluationError(*SAID),
     "DeviceMemoryError": lambda: errors.DeviceMemoryError(*SAID),
+    "ClusterError": lambda: errors.ClusterError(*SAID),
     "PlatformError": lambda: errors.PlatformError(*SAID),
 }
 

@@ -47,6 +47,7 @@ SPEC: dict[str, Any] = {
     "bitround": None,
     "pooled": True,
     "precision": "float32",
+    "resize": "squash",
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -61,6 +62,7 @@ OTHER_SPEC: dict[str, Any] = {
     "bitround": 7,
     "pooled": False,
     "precision": "bfloat16",
+    "resize": "letterbox",
 }
 
 

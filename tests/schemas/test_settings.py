@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from schemas.parse import settings_keys
+from schemas.errors import SettingsError
+from schemas.parse import parse_settings, settings_keys
 from schemas.settings import DataSettings, FeatureSettings, Settings, TrainSettings
 
 
@@ -93,3 +94,31 @@ def test_keys_are_the_leaves() -> None:
     assert "train" not in keys
     assert "train.augment" not in keys
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "message"),
+    [
+        ({"kind": "scheduler"}, "cluster.address", "tcp://host:8786"),
+        ({"kind": "scheduler", "address": "host"}, "cluster.address", "must be like tcp://host:8786"),
+        ({"kind": "slurm"}, "cluster.memory", "such as 16GiB"),
+        ({"memory": "much"}, "cluster.memory", "such as 16GiB"),
+        ({"workers": 0}, "cluster.workers", "greater than or equal to 1"),
+        ({"resources": {"GPU": 0}}, "cluster.resources", "greater than 0"),
+        ({"kind": "dask"}, "cluster.kind", "inline"),
+        ({"worker": 3}, "cluster.worker", "did you mean 'cluster.workers'?"),
+    ],
+)
+def test_a_cluster_that_cannot_be(raw: dict[str, Any], path: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({"cluster": raw})
+    ((found, text),) = caught.value.problems
+    assert found == path
+    assert message in text
+
+
+def test_a_cluster_that_can_be() -> None:
+    raw = {"kind": "slurm", "memory": "16GiB", "slurm": {"queue": "gpu", "directives": ["--gres=gpu:1"]}}
+    cluster = parse_settings({"cluster": raw}).cluster
+    assert cluster.slurm.directives == ("--gres=gpu:1",)
+    assert Settings().cluster.kind == "inline"

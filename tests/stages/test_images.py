@@ -288,12 +288,43 @@ def test_small_sides(tmp_path: Path) -> None:
     assert "100 x 15" in reason(tmp_path / "b.png", min_side=16)
 
 
-def test_the_first_frame_is_taken(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
     red, blue = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
-    for suffix, options in {"tif": {}, "png": {}, "webp": {"lossless": True}}.items():
+    for suffix, options in {"png": {}, "webp": {"lossless": True}}.items():
         path = tmp_path / f"a.{suffix}"
         red.save(path, save_all=True, append_images=[blue], **options)
         assert read_image(path, max_pixels=MAX).getpixel((3, 3)) == (255, 0, 0), suffix
+
+
+@pytest.mark.parametrize(
+    ("kinds", "refused"), [((0,), True), ((2,), True), ((1,), False), ((4, 1), False), ((1, 0), True)]
+)
+def test_a_tiff_of_several_pages_is_refused(tmp_path: Path, kinds: tuple[int, ...], refused: bool) -> None:
+    red = Image.new("RGB", (20, 20), "red")
+    pages = []
+    for kind in kinds:
+        page = Image.new("RGB", (10, 10), "blue")
+        page.encoderinfo = {"tiffinfo": {254: kind}}
+        pages.append(page)
+    path = tmp_path / "a.tif"
+    red.save(path, save_all=True, append_images=pages)
+    if refused:
+        assert reason(path) == "has several pages; save each as a file of its own"
+    else:
+        assert read_image(path, max_pixels=MAX).getpixel((3, 3)) == (255, 0, 0)
+        assert read_image(path, max_pixels=MAX).size == (20, 20)
+
+
+def test_16_bit_colour_tiff_keeps_the_upper_byte(tmp_path: Path) -> None:
+    data = struct.pack("<HHH", 0xABCD, 0x1234, 0xFFFF) * 600
+    # Width, height, three samples of 16 bits, no compression, RGB, strip.
+    shorts = 8 + len(data)
+    tags = [(256, 4, 1, 30), (257, 4, 1, 20), (258, 3, 3, shorts), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
+    tags += [(277, 3, 1, 3), (278, 4, 1, 20), (279, 4, 1, len(data))]
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II\x2a\x00" + struct.pack("<I", shorts + 6) + data + struct.pack("<3H", 16, 16, 16) + ifd)
+    assert read_image(path, max_pixels=MAX).getpixel((3, 3)) == (0xAB, 0x12, 0xFF)
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:

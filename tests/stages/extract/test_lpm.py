@@ -75,9 +75,10 @@ def test_a_renamed_model_gets_its_new_name() -> None:
         describe_lpm("vit_base_patch16_224_in21k", 224)
 
 
-def test_a_hub_repository_is_no_name() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"lpm\.weights to a local file"):
-        describe_lpm("hf-hub:timm/vit_base_patch16_384.augreg_in1k", 384)
+@pytest.mark.parametrize("name", ["timm/vit_base_patch16_384.augreg_in1k", "models/uni", "s3:bucket/uni"])
+def test_a_repository_or_a_folder_says_what_it_is(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"not a name from timm's list[\s\S]*hf-hub:[\s\S]*local-dir:"):
+        describe_lpm(name, 384)
 
 
 @pytest.mark.parametrize(
@@ -86,27 +87,50 @@ def test_a_hub_repository_is_no_name() -> None:
         ("swin_tiny_patch4_window7_224", "within windows"),
         ("convnext_tiny", "no attention"),
         ("resnet18", "no attention"),
-        ("eva02_tiny_patch14_224", "rotary embedding.*not supported yet"),
-        ("vit_small_patch16_dinov3", "rotary embedding.*not supported yet"),
-        ("beit_base_patch16_224", "relative position bias"),
-        ("vit_relpos_small_patch16_224", "relative position bias"),
         ("samvit_base_patch16", "within windows"),
         ("vit_small_r26_s32_224", "convolutional network"),
-        ("vit_small_patch16_18x2_224", "one fused qkv"),
-        ("xcit_nano_12_p8_224", "one fused qkv"),
+        ("vit_small_patch16_18x2_224", "several attentions side by side"),
+        ("vit_base_patch16_xp_224", "share one projection"),
+        ("vit_dwee_patch16_reg1_gap_256", "difference of two softmax maps"),
+        ("xcit_nano_12_p8_224", "between channels"),
+        ("mvitv2_tiny", "pools keys and values"),
+        ("hiera_tiny_224", "halves its tokens"),
+        ("maxvit_tiny_tf_224", "windows and grids"),
+        ("mixer_s16_224", "do not attend over all tokens"),
     ],
 )
 def test_models_without_plain_global_attention_are_refused_by_name_with_what_works(name: str, reason: str) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=rf"{name} \(.*\) cannot be the LPM\.\n.*{reason}.*\n.*such as vit_"
+        UnsupportedModelError, match=rf"{name} \(.*\) cannot be the LPM\.\n.*{reason}.*\n.*SigLIP, BEiT.*such as vit_"
     ):
         describe_lpm(name, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        # depth, width, heads, patch, prefix tokens, class token, size, tokens
+        ("deit_tiny_distilled_patch16_224", 224, (12, 192, 3, 16, 2, True, 224, 198)),
+        ("vit_base_patch16_siglip_512", 512, (12, 768, 12, 16, 0, False, 512, 1024)),
+        ("beit_base_patch16_224", 512, (12, 768, 12, 16, 1, True, 512, 1025)),
+        ("eva02_base_patch14_448", 512, (12, 768, 12, 14, 1, True, 518, 1370)),
+        ("vit_small_patch16_dinov3", 512, (12, 384, 6, 16, 5, True, 512, 1029)),
+        ("vit_pe_core_base_patch16_224", 512, (12, 768, 12, 16, 1, True, 512, 1025)),
+        ("vit_relpos_small_patch16_224", 250, (12, 384, 6, 16, 0, False, 256, 256)),
+    ],
+)
+def test_describe_knows_the_tokens_of_every_family(name: str, size: int, expected: tuple[object, ...]) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    info = describe_lpm(name, size)
+    found = (info.depth, info.width, info.heads, info.patch, info.prefix_tokens, info.has_class_token, info.image_size)
+    assert (*found, info.tokens) == expected
 
 
 @pytest.mark.slow
 def test_plain_vision_transformers_of_timm_are_described_or_refused() -> None:
     described = 0
-    for name in timm.list_models(module=["vision_transformer", "deit"])[::12]:
+    for name in timm.list_models(module=["vision_transformer", "deit", "eva", "beit"])[::16]:
         try:
             info = describe_lpm(name, 224)
         except UnsupportedModelError:

@@ -13,6 +13,7 @@ from study import Study, make_study
 from schemas.errors import DeviceMemoryError, SettingsError, StorageError
 from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
+from schemas.views import IDENTITY
 from stages.extract import precision, taps
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.lpm import load_lpm
@@ -33,11 +34,12 @@ def made(tmp_path: Path) -> Study:
     return make_study(tmp_path, 4)
 
 
-def extractor(study: Study) -> tuple[Store, Extractor, list[tuple[str, str]]]:
+def extractor(study: Study) -> tuple[Store, Extractor, list[tuple[str, str, str]]]:
     lpm = load_lpm(study.settings.lpm, 64, study.root)
     store = create_store(study.cache, feature_spec(study.settings, lpm.info, lpm.weights_sha256), 4)
     images = {row.id: str(study.root / "images" / row.path) for row in study.manifest.rows}
-    return store, Extractor(study.settings, study.root, store), list(images.items())
+    rows = [(image_id, path, IDENTITY) for image_id, path in images.items()]
+    return store, Extractor(study.settings, study.root, store), rows
 
 
 def greedy(worker: Extractor, most: int) -> list[int]:

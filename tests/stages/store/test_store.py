@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from stores import SPEC, filled, image_id, random_rows, receipt_of
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
 from stages.store.index import refresh_index
-from stages.store.layout import array_layouts, create_store, store_path
+from stages.store.layout import Store, array_layouts, capacity, create_store, grow_store, store_path
 from stages.store.reader import StoreReader, open_store
 from stages.store.verify import damaged_shards
 from stages.store.writer import claim_shard, write_shard
@@ -171,11 +172,56 @@ def test_two_writers_never_get_one_shard(tmp_path: Path) -> None:
         assert again == 0, "the number of a writer that gave up is taken up again"
 
 
+def test_claims_pass_what_is_finished_without_and_with_a_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = filled(tmp_path, sizes=(4, 4, 4, 4, 4))
+    store.receipt(3).unlink()
+    listed = []
+    monkeypatch.setattr(Store, "finished_shards", lambda self: listed.append(1) or [0, 1, 2, 4])
+    for start, expected in ((0, 3), (3, 3), (4, 5), (100, 100)):
+        with claim_shard(store, start) as shard:
+            assert shard == expected
+    assert not listed, "a million receipts are not listed for every shard"
+    monkeypatch.setattr("stages.store.writer.LOOKAHEAD", 2)
+    with claim_shard(store) as first, claim_shard(store) as second:
+        assert (first, second) == (3, 5)
+    assert len(listed) == 2
+
+
+def test_a_shard_is_written_without_listing_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = filled(tmp_path, sizes=(4,))
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("lists a folder that may hold a million files"))
+    with claim_shard(store, 1) as shard:
+        write_shard(store, shard, [image_id(50)], random_rows(1), 1.0)
+
+
+def test_growth_that_others_did_waits_for_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = filled(tmp_path, sizes=(4, 4))
+    path = store.group / "side" / "zarr.json"
+    metadata = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**metadata, "shape": [4, *metadata["shape"][1:]]}))
+    grow_store(store, 2)
+    assert json.loads(path.read_bytes())["shape"][0] == 8, "one array was shorter than the others"
+    monkeypatch.setattr("stages.store.layout.store_lock", lambda _: pytest.fail("takes the lock of all writers"))
+    grow_store(store, 2)
+    grow_store(store, 1)
+
+
+def test_arrays_grow_seldom_and_to_a_length_that_no_order_of_writers_changes() -> None:
+    ladder = [capacity(shards) for shards in range(1, 20_000)]
+    assert ladder[:31] == list(range(1, 32)), "a small study has no empty rows"
+    assert all(shards <= room <= shards * 17 / 16 for shards, room in enumerate(ladder, 1))
+    assert ladder == sorted(ladder) and len(set(ladder)) < 250
+    assert all(capacity(room) == room for room in ladder)
+
+
 def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
     store, _ = filled(tmp_path, sizes=(4,))
     for name in ("keys", "side"):
         store.shard_file(name, 1).write_bytes(b"half a shard")
         store.shard_file(name, 1).with_suffix(".1234.partial").write_bytes(b"less")
+    (store.path / "locks" / "000001.lock").touch()  # the system frees the lock of a killed writer, its file stays
     rows = random_rows(2, seed=5)
     with claim_shard(store) as shard:
         write_shard(store, shard, [image_id(50), image_id(51)], rows, 1.0)

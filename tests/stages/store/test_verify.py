@@ -168,7 +168,7 @@ def test_a_shard_that_vanished_with_its_receipt_is_missed_for_the_study_that_nee
     register_use(tmp_path, SPEC.fingerprint, place.parent, place, [0, 1, 2])
     for path in [store.receipt(1), *store.group.glob("*/c.1.*")]:
         path.unlink()
-    ids = [image_id(number) for number in range(1, 12)]
+    ids = {image_id(number): image_id(number) for number in range(1, 12)}
     result = verify_store(store, live_uses(store.path), ids)
     assert [(damage.kind, damage.shard) for damage in result.damages] == [("missing", 1)]
     assert result.images == SECOND

@@ -1,0 +1,146 @@
+"""`fpt doctor`: what would fail on this machine and in this study, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.console import say, show_json, show_table
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.params import PARAMS
+
+if TYPE_CHECKING:
+    from schemas.features import LpmInfo
+    from schemas.health import Finding, Health
+    from schemas.settings import Settings
+
+WEIGHTS_SECONDS = 600.0
+"""Limit where gigabytes may have to be read from a slow disk."""
+
+
+def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_json: AsJson = False) -> None:
+    """Check versions, device, threads, cache, hub, and in a study its settings, weights and store.
+
+    Changes nothing. Exits with 1 where a command would fail, with 0 otherwise: warnings do not count.
+    """
+    from pipeline.project import cache_root
+    from schemas.health import Health
+
+    settings, finding = _settings(params, assignments or [])
+    root = params.absolute().parent
+    cache = cache_root(root)
+    findings = [*_packages(), *_machine(settings, cache), finding, *_study(settings, root, cache, finding.status)]
+    health = Health(findings=tuple(findings))
+    if as_json:
+        show_json({"healthy": health.healthy, **health.model_dump(mode="json")})
+    else:
+        _show(health)
+    if not health.healthy:
+        raise typer.Exit(1)
+
+
+def _settings(params: Path, assignments: list[str]) -> tuple[Settings | None, Finding]:
+    """The settings if there are valid ones, and what is to be said about them."""
+    from pipeline.params import load_settings
+    from schemas.errors import FptError
+    from schemas.health import Finding
+    from stages.doctor.guard import failed
+
+    if params == Path(PARAMS) and not params.exists():
+        return None, Finding(name="settings", status="skipped", detail=f"no {PARAMS} here: this is no study")
+    try:
+        return load_settings(params, assignments), Finding(name="settings", status="ok", detail=f"{params} is valid")
+    except FptError as error:
+        if not params.exists():  # a file that was named by hand
+            raise
+        return None, failed("settings", error)
+
+
+def _packages() -> list[Finding]:
+    from stages.doctor.guard import run_check
+    from stages.doctor.versions import (
+        SHOWN,
+        check_other_packages,
+        check_package,
+        check_python,
+        installed,
+        wanted_ranges,
+    )
+
+    here, ranges = installed(), wanted_ranges()
+    return [
+        run_check("Python", check_python),
+        *(run_check(name, check_package, name, here, ranges) for name in SHOWN),
+        run_check("other packages", check_other_packages, here, ranges),
+    ]
+
+
+def _machine(settings: Settings | None, cache: Path) -> list[Finding]:
+    from schemas.settings import ComputeSettings
+    from stages.doctor.disk import check_file_system, check_locks, check_space, check_writable
+    from stages.doctor.guard import run_check
+    from stages.doctor.machine import check_device, check_threads
+
+    compute = ComputeSettings() if settings is None else settings.compute
+    return [
+        run_check("device", check_device, compute.device),
+        run_check("threads", check_threads, compute.threads),
+        run_check("cache root", check_writable, cache),
+        run_check("file locks", check_locks, cache),
+        run_check("free space", check_space, cache),
+        run_check("file system", check_file_system, cache),
+    ]
+
+
+def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> list[Finding]:
+    """Model, hub, weights and store; each goes on as far as it can without what failed before."""
+    from schemas.health import Finding
+    from schemas.settings import OUTPUTS
+    from stages.doctor.guard import run_check
+    from stages.doctor.study import check_hub, check_store, check_weights
+    from stages.extract.weights import need_hub
+
+    if settings is None:
+        why = "not in a study" if status == "skipped" else "the settings are not valid"
+        names = ("model", "weights", "store")
+        skipped = [Finding(name=name, status="skipped", detail=why) for name in names]
+        return [run_check("model hub", check_hub, None), *skipped]
+    solved: list[tuple[Settings, LpmInfo]] = []
+    model = run_check("model", _resolve, settings, root, solved)
+    receipt = root / OUTPUTS / "features" / "receipt.json"
+    if not solved:
+        weights = Finding(name="weights", status="skipped", detail="the model is not known")
+        return [
+            model,
+            run_check("model hub", check_hub, None),
+            weights,
+            run_check("store", check_store, cache, receipt),
+        ]
+    resolved, _ = solved[0]
+    hub = run_check("model hub", lambda: check_hub(need_hub(resolved.lpm, root)))
+    weights = run_check("weights", check_weights, resolved, root, limit=WEIGHTS_SECONDS)
+    known = (resolved, root) if weights.status == "ok" else ()
+    return [model, hub, weights, run_check("store", check_store, cache, receipt, *known, limit=WEIGHTS_SECONDS)]
+
+
+def _resolve(settings: Settings, root: Path, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
+    from schemas.health import Finding
+    from schemas.resolve import resolve
+    from stages.extract.lpm import describe_lpm
+
+    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
+    solved.append((resolve(settings, lpm), lpm))
+    return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
+
+
+def _show(health: Health) -> None:
+    rows = []
+    for finding in health.findings:
+        status = finding.status.upper() if finding.status in ("warn", "fail") else finding.status
+        detail = f"{finding.detail}\n-> {finding.repair}" if finding.repair else finding.detail
+        rows.append((finding.name, status, detail))
+    show_table("What fpt finds on this machine", ("Check", "Status", "Detail -> repair"), rows, words=True)
+    bad = [finding.name for finding in health.findings if finding.status == "fail"]
+    say(f"{len(bad)} of {len(rows)} checks failed: {', '.join(bad)}." if bad else "Nothing here would fail.")

@@ -1,0 +1,61 @@
+"""The geometry of stage one: an image of any shape to the square that the LPM sees, and to the small one beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from schemas.features import FeatureSpec
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+_SAMPLE = 32
+"""Side of a grid of pixels that is looked at first: most photographs are told from radiographs by these."""
+
+
+def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """An RGB image at the size of the LPM and at that of the side image, both by `spec.resize`.
+
+    - squash: both sides are scaled to the square; the aspect ratio is lost, no pixel is.
+    - letterbox: the aspect ratio is kept, the image is centred, and the rest is the model's mean colour.
+
+    Returns:
+        (S, S, 3) and (s, s, 3), uint8.
+    """
+    source = _one_channel(image) or image
+    return _square(source, spec.lpm.image_size, spec), _square(source, spec.side_image_size, spec)
+
+
+def inner_box(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """Where a letterboxed image lies in its square: left, top, width and height, in pixels of the square."""
+    longest = max(width, height)
+    inner = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
+    return (side - inner[0]) // 2, (side - inner[1]) // 2, *inner
+
+
+def _square(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint8]:
+    left, top, width, height = inner_box(*image.size, side) if spec.resize == "letterbox" else (0, 0, side, side)
+    resized = np.asarray(image.resize((width, height), FILTERS[spec.lpm.interpolation]))
+    if resized.ndim == 2:
+        resized = np.repeat(resized[..., None], 3, axis=-1)
+    if (width, height) == (side, side):
+        return resized
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [round(255 * value) for value in spec.lpm.mean]
+    square[top : top + height, left : left + width] = resized
+    return square
+
+
+def _one_channel(image: Image.Image) -> Image.Image | None:
+    """The grey image that an RGB image is at heart, resized in a third of the time to the same pixels; else None."""
+    sample = np.asarray(image.resize((_SAMPLE, _SAMPLE), Image.Resampling.NEAREST))
+    if (sample != sample[..., :1]).any():
+        return None
+    red, *others = (image.getchannel(channel) for channel in range(3))
+    return red if all(other.tobytes() == red.tobytes() for other in others) else None

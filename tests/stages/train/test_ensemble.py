@@ -1,0 +1,222 @@
+"""FPT-X: members that read together learn as they would alone, and the probe joins their average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from study import Study, make_study
+
+from schemas.errors import SettingsError
+from schemas.parse import parse_settings
+from schemas.resolve import network_spec, resolve
+from schemas.results import SideNetworkSpec, TrainResult
+from stages.evaluate.run import evaluate
+from stages.extract.features import compute_features, to_pixels
+from stages.extract.lpm import load_lpm
+from stages.images import read_image
+from stages.store.reader import open_store
+from stages.train.bundle import load_bundle
+from stages.train.cached import Cached
+from stages.train.data import Batch
+from stages.train.infer import feature_logits, store_logits
+from stages.train.loop import Recipe, make_optimizer, training_step
+from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
+from stages.train.run import train
+
+SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
+
+
+def tiny(members: int, weight: float, dropout: float = 0.0, method: str = "fpt-x") -> SideNetworkSpec:
+    return SideNetworkSpec.model_validate(
+        {**SHAPE, "method": method, "dropout": dropout, "members": members, "probe_weight": weight}
+    )
+
+
+def batch(seed: int, size: int = 5) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    cached = Cached(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
+    images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
+    return Batch(images, cached, torch.arange(size) % 3, torch.randn(size, 2, 32, generator=g))
+
+
+def recipe(**keys: Any) -> Recipe:
+    settings = parse_settings({"train": {"lr": 1e-2, "clip_norm": 0.05, **keys}}).train
+    return Recipe(settings, (0.5,) * 3, (0.5,) * 3, None, torch.device("cpu"), 0)
+
+
+def test_members_learn_what_they_would_learn_alone() -> None:
+    torch.manual_seed(0)
+    together = build_network(tiny(3, 0.3))
+    assert isinstance(together, Ensemble)
+    alone = [PromptedSideNetwork(tiny(1, 0.0, method="fpt+")) for _ in range(3)]
+    for network, member in zip(alone, together.members, strict=True):
+        network.load_state_dict(member.state_dict())
+    setting = recipe()
+    optimizer = make_optimizer(together, setting.settings)
+    optimizers = [make_optimizer(network, setting.settings) for network in alone]
+    for step in range(4):
+        mean = training_step(together, optimizer, batch(step), setting)
+        losses = [
+            training_step(network, own, batch(step), setting) for network, own in zip(alone, optimizers, strict=True)
+        ]
+        torch.testing.assert_close(mean, torch.stack(losses).mean())
+    for network, member in zip(alone, together.members, strict=True):
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(member.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_members_differ_by_initialisation_and_dropout() -> None:
+    torch.manual_seed(0)
+    network = build_network(tiny(2, 0.0, dropout=0.5))
+    first, second = network.members
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.5)
+    second.load_state_dict(first.state_dict())
+    own = batch(0)
+    network.train()
+    logits = network.member_logits(own.image.float(), own.cached)
+    assert not torch.allclose(logits[0], logits[1])
+    network.eval()
+    logits = network.member_logits(own.image.float(), own.cached)
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
+    torch.manual_seed(0)
+    network = build_network(tiny(2, 0.25))
+    assert isinstance(network, Ensemble)
+    assert network.probe is not None
+    for name in ("weight", "bias", "mean"):
+        getattr(network.probe, name).normal_()
+    network.probe.scale.uniform_(0.5, 2.0)
+    own = batch(0)
+    assert own.pooled is not None
+    with torch.no_grad():
+        found = network.eval()(own.image.float(), own.cached, own.pooled)
+        parts = [member(own.image.float(), own.cached).softmax(-1).log() for member in network.members]
+        x = (own.pooled.reshape(5, 64) - network.probe.mean) / network.probe.scale
+        probe = torch.nn.functional.linear(x, network.probe.weight, network.probe.bias).softmax(-1).log()
+    torch.testing.assert_close(found, 0.75 * (parts[0] + parts[1]) / 2 + 0.25 * probe)
+    with pytest.raises(ValueError, match="pooled"):
+        network(own.image.float(), own.cached)
+
+
+def test_before_training_it_ranks_as_the_probe_does() -> None:
+    torch.manual_seed(0)
+    network = build_network(tiny(4, 0.3))
+    assert isinstance(network, Ensemble)
+    assert network.probe is not None
+    network.probe.weight.normal_()
+    own = batch(1, 12)
+    assert own.pooled is not None
+    with torch.no_grad():
+        for member in network.members:
+            member.side.head.weight.zero_()
+        found = network.eval()(own.image.float(), own.cached, own.pooled)
+        probe = network.probe(own.pooled).log_softmax(-1)
+    assert torch.equal(found.argsort(0), probe.argsort(0))
+
+
+def test_one_member_without_a_probe_is_the_published_network() -> None:
+    assert isinstance(build_network(tiny(1, 0.0)), PromptedSideNetwork)
+    one = learnable_parameters(build_network(tiny(1, 0.0)))
+    assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 3 * 2 * 32 + 3
+
+
+def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
+    receipt = study.extract()
+    settings = study.changed(train=train_keys) if train_keys else study.settings
+    return train(
+        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints"
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_study(tmp_path_factory.mktemp("ensemble"), method="fpt-x", train={"epochs": 3})
+
+
+def test_what_auto_means(study: Study) -> None:
+    train_settings = study.settings.train
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (4, 0.3, "last")
+    raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
+    published = resolve(raw, study.lpm).train
+    assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
+
+
+def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
+    result = run(study, "model")
+    assert result.best == result.epochs[-1]
+    bundle = load_bundle(study.root / "model")
+    assert bundle.spec.network == network_spec(study.settings, study.lpm, 3)
+    assert isinstance(bundle.network, Ensemble)
+    assert bundle.network.probe is not None
+    assert float(bundle.network.probe.weight.abs().sum()) > 0
+    receipt = study.extract()
+    rows = list(study.manifest.of("val"))
+    reader = open_store(study.cache, receipt)
+    logits = store_logits(bundle, reader, [row.id for row in rows])
+    target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
+    loss = float(torch.nn.functional.cross_entropy(logits, target))
+    assert loss == pytest.approx(result.best.val_loss, abs=1e-6)
+    lpm = load_lpm(study.settings.lpm, 64, study.root)
+    image = read_image(study.root / "images" / rows[0].path, max_pixels=10**6)
+    features = compute_features(lpm, receipt.spec, [to_pixels(image, receipt.spec)])
+    torch.testing.assert_close(feature_logits(bundle, features)[0], logits[0], rtol=0, atol=0.02)
+    metrics = evaluate(study.manifest, receipt, study.root / "model", study.cache, study.root / "evaluation")
+    assert metrics.images == len(list(study.manifest.of("test")))
+
+
+def test_workers_read_the_pooled_outputs_too(study: Study) -> None:
+    calm = run(study, "a")
+    settings = study.settings
+    study.settings = study.changed(compute={"loader_workers": 1}, store={"memory_budget": 0})
+    try:
+        again = run(study, "b")
+    finally:
+        study.settings = settings
+    assert [log.val_loss for log in again.epochs] == [log.val_loss for log in calm.epochs]
+
+
+def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
+    result = run(study, "best", keep="best", members=2)
+    assert result.best == max(result.epochs, key=lambda log: (log.val_auc, -log.val_loss))
+    assert len(load_bundle(study.root / "best").network.members) == 2
+
+
+def test_a_probe_without_pooled_outputs_is_refused(study: Study) -> None:
+    raw = {
+        "method": "fpt-x",
+        "lpm": {"name": "test_vit"},
+        "features": {"pooled": False},
+        "train": {"side_reduction": 4},
+    }
+    with pytest.raises(SettingsError, match=r"features\.pooled"):
+        resolve(parse_settings(raw), study.lpm)
+    raw["train"] = {"side_reduction": 4, "probe_weight": 0.0}
+    assert resolve(parse_settings(raw), study.lpm).train.members == 4
+
+
+def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 3})
+    receipt = study.extract()
+
+    class Killed(BaseException):
+        pass
+
+    def die(log: Any) -> None:
+        if log.epoch == 1:
+            raise Killed
+
+    places = (study.settings, study.lpm, study.manifest, receipt, study.cache)
+    train(*places, study.root / "calm", study.root / "checkpoints")
+    with pytest.raises(Killed):
+        train(*places, study.root / "killed", study.root / "checkpoints", die)
+    assert train(*places, study.root / "killed", study.root / "checkpoints").resumed_from == 1
+    assert (study.root / "calm/model.safetensors").read_bytes() == (
+        study.root / "killed/model.safetensors"
+    ).read_bytes()
