@@ -44,6 +44,14 @@ class Study:
         return self.outputs / "features" / "receipt.json"
 
     @property
+    def remote(self) -> str | None:
+        """`store.remote`; a relative folder starts at the study's."""
+        named = self.settings.store.remote
+        if named is None or "://" in named or "::" in named:
+            return named
+        return str(original_study(self.root) / Path(named).expanduser())
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints of unfinished trainings, named by what they train; shared with temporary copies."""
         return original_study(self.root) / ".fpt" / "checkpoints"

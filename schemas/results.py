@@ -137,13 +137,15 @@ class StoreMemory(Contract):
     """Whether training holds the features of its images in memory."""
 
     held: bool
-    """True: the disk is read once; False: in every epoch."""
+    """True: the store is read once; False: in every epoch."""
     rows: int
     """Images of training and validation, and the other views of the former."""
     needed: int
     """Bytes of their features."""
     budget: int
     """Bytes that they may take."""
+    remote: str | None = None
+    """URL of the store where it is read in place; null: a folder."""
 
 
 class TrainResult(Contract):

@@ -226,6 +226,9 @@ class StoreSettings(Contract):
     memory_budget: Annotated[int, Field(ge=0)] | str = "auto"
     """Features of the study's images are held in memory if they take no more than this: bytes, or text such as 2GB or
     1.5GiB; 0: never; auto: half of the memory that is free when training starts."""
+    remote: str | None = None
+    """URL or folder of a cache root, such as `fpt cache push` fills, whose store training and evaluation read in place
+    where the local cache lacks it; null: none. Relative paths start at the folder of `params.yaml`."""
 
     @field_validator("memory_budget")
     @classmethod

@@ -36,12 +36,14 @@ def random_rows(count: int, seed: int = 0, spec: FeatureSpec = SPEC) -> dict[str
     return rows
 
 
-def filled(cache: Path, sizes: tuple[int, ...] = (4, 4, 3), shard_size: int = 4) -> tuple[Store, dict[str, Any]]:
+def filled(
+    cache: Path, sizes: tuple[int, ...] = (4, 4, 3), shard_size: int = 4, spec: FeatureSpec = SPEC
+) -> tuple[Store, dict[str, Any]]:
     """A store with one shard per size, and all rows by name."""
-    store = create_store(cache, SPEC, shard_size)
+    store = create_store(cache, spec, shard_size)
     parts, first = [], 1
     for number, size in enumerate(sizes):
-        rows = random_rows(size, seed=number)
+        rows = random_rows(size, seed=number, spec=spec)
         with claim_shard(store) as shard:
             assert shard == number
             write_shard(store, shard, [image_id(first + i) for i in range(size)], rows, 1.0)
@@ -53,8 +55,8 @@ def filled(cache: Path, sizes: tuple[int, ...] = (4, 4, 3), shard_size: int = 4)
 def receipt_of(store: Store) -> ExtractionReceipt:
     receipts = [read_receipt(store, shard) for shard in store.finished_shards()]
     return ExtractionReceipt(
-        fingerprint=SPEC.fingerprint,
-        spec=SPEC,
+        fingerprint=store.spec.fingerprint,
+        spec=store.spec,
         images=sum(len(receipt.rows) for receipt in receipts),
         manifest_sha256="",
         shards={str(receipt.shard): receipt_digest(receipt) for receipt in receipts},

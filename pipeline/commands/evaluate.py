@@ -56,6 +56,7 @@ def evaluate(
         folder,
         split.value,
         device=set_up(study.settings.compute),
+        remote=study.remote,
     )
     # What was judged is the model, so its settings stand beside the judgement; params.yaml may have moved on.
     trained = bundle / "settings.yaml"

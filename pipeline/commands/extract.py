@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,20 +49,25 @@ def extract(
         remind_to_watch(study, "lpm.weights", study.settings.lpm.weights)
     output, start = study.receipt.parent, time.monotonic()
     seen: list[ExtractProgress] = []
-    with ImageBar(f"Features of {study.lpm.name}") as bar:
+    with ExitStack() as bars:
+        checking = bars.enter_context(ImageBar("Checking the store", "shard")) if check else None
+        features: list[ImageBar] = []
 
         def follow(progress: ExtractProgress) -> None:
-            if not seen and progress.repaired:
-                say(f"{progress.repaired} damaged shards were removed; their images are computed again.")
+            if not features:
+                bars.close()  # the check is over: a terminal shows one bar at a time
+                if progress.repaired:
+                    say(f"{progress.repaired} damaged shards were removed; their images are computed again.")
+                features.append(bars.enter_context(ImageBar(f"Features of {study.lpm.name}")))
             seen[:] = [progress]
-            bar(progress.done, progress.total)
+            features[0](progress.done, progress.total)
 
         execute: Execute = inline
         if study.settings.cluster.kind != "inline":
             from pipeline.cluster.run import on_cluster
 
             execute = on_cluster
-        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute)
+        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute, checking)
     write_settings(study.settings, output)
     cached = seen[-1].cached
     rows = seen[-1].total

@@ -49,7 +49,7 @@ def train(
     with EpochLogger(folder / "train", epochs) as logger:
         result = run(
             study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger,
-            on_memory=None if as_json else _say_memory,
+            on_memory=None if as_json else _say_memory, remote=study.remote,
         )  # fmt: skip
         logger.finish(result.best)
     write_settings(study.settings, model)
@@ -66,7 +66,10 @@ def train(
 
 def _say_memory(memory: StoreMemory) -> None:
     need, budget = f"{memory.rows} rows of features: {size(memory.needed)}", size(memory.budget)
+    place, source = ("the disk", "") if memory.remote is None else ("the network", f" from {memory.remote}")
     if memory.held:
-        say(f"{need}, held in memory (store.memory_budget allows {budget}): the disk is read once.")
-    else:
-        say(f"{need}, read from the disk in every epoch (store.memory_budget allows {budget}).")
+        say(f"{need}{source}, held in memory (store.memory_budget allows {budget}): {place} is read once.")
+        return
+    say(f"{need}, read from {memory.remote or place} in every epoch (store.memory_budget allows {budget}).")
+    if memory.remote is not None:
+        say("A copy on the disk is read faster: `fpt cache pull`.")

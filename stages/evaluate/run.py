@@ -18,7 +18,8 @@ from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.files import atomic_write
-from stages.store.reader import StoreReader, open_store
+from stages.store.reader import StoreReader
+from stages.store.remote_rows import open_rows
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import store_logits
 
@@ -33,6 +34,7 @@ def evaluate(
     *,
     train_dir: Path | None = None,
     device: torch.device | str = "cpu",
+    remote: str | None = None,
 ) -> Metrics:
     """Judge a model and write `predictions.parquet`, `metrics.json`, `plots/` and `report.html`.
 
@@ -46,18 +48,22 @@ def evaluate(
         train_dir: DVCLive's folder, for the training curves in the report; None: the folder `train` beside the
             bundle's. Without it there are no curves.
         device: Of the side network.
+        remote: `store.remote` of the settings, a relative folder taken from the study's: read where the cache root
+            lacks the store.
 
     Raises:
         BundleError: The bundle is missing or damaged, or was trained for other classes.
         CacheMismatchError: The bundle was trained on other features than the receipt's.
         CacheIncompleteError: The store lacks an image or a shard.
+        CacheCorruptError: Bytes of the store changed.
+        TransferError: The remote store cannot be reached.
         EvaluationError: The split is empty, or the model's outputs are not finite.
         StorageError: The results cannot be written.
     """
     bundle = load_bundle(bundle_dir, device)
     check_fit(bundle.spec, manifest, receipt)
     rows = _rows(manifest, split)
-    store = open_store(cache_root, receipt)
+    store = open_rows(cache_root, receipt, remote)
     try:
         predictions = Predictions(manifest.classes, rows, _probabilities(bundle, store, rows), _judged(bundle.spec))
         labels, p = check_predictions(predictions.labels, predictions.probabilities, manifest.classes)

@@ -19,6 +19,7 @@ from schemas.views import manifest_rows
 from stages.extract.plan import requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
 from stages.extract.work import ShardDone, ShardTask, inline
+from stages.progress import Progress
 from stages.store.layout import Store, create_store
 from stages.store.reuse import copy_rows
 from stages.store.uses import at_work, register_use
@@ -57,6 +58,7 @@ def extract(
     progress: Callable[[ExtractProgress], None] | None = None,
     check: bool = False,
     execute: Execute = inline,
+    checking: Progress | None = None,
 ) -> ExtractionReceipt:
     """Compute the features that the store lacks and write the extraction receipt.
 
@@ -69,6 +71,7 @@ def extract(
         progress: Called at the start and after every batch.
         check: Also compare every byte of the store with its receipts first, and recompute what differs.
         execute: Who does the tasks: this process, or a cluster.
+        checking: Told with shards how far the check is.
 
     Raises:
         UnreadableImagesError: If images vanished or changed since `prepare`; all others are computed first.
@@ -81,7 +84,7 @@ def extract(
         # Garbage collection may have taken an unused store between the two lines above; now it cannot.
         store = create_store(cache_root, spec, settings.features.shard_size)
         register_use(cache_root, spec.fingerprint, root, output / "receipt.json", None)
-        receipt = _extract(settings, root, store, manifest, progress, check, execute)
+        receipt = _extract(settings, root, store, manifest, progress, check, execute, checking)
         write_extraction_receipt(receipt, output / "receipt.json")
         shards = [int(shard) for shard in receipt.shards]
         register_use(cache_root, spec.fingerprint, root, output / "receipt.json", shards)
@@ -96,10 +99,11 @@ def _extract(
     progress: Callable[[ExtractProgress], None] | None,
     check: bool,
     execute: Execute,
+    checking: Progress | None,
 ) -> ExtractionReceipt:
     spec = store.spec
     inventory = take_inventory(store)
-    broken = [*inventory.broken, *(damaged_shards(store) if check else ())]
+    broken = [*inventory.broken, *(damaged_shards(store, checking) if check else ())]
     if broken:
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)

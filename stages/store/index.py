@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import google_crc32c
@@ -203,18 +203,32 @@ def read_shard_receipt(store: Store, shard: int) -> ShardReceipt:
     """
     path = store.receipt(shard)
     try:
-        receipt = ShardReceipt.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CacheIncompleteError(f"The receipt {path} is gone.", (path.name,), repair=REPAIR) from None
+    return parse_shard_receipt(content, store, shard, path)
+
+
+def parse_shard_receipt(
+    content: bytes, store: Store, shard: int, path: PurePath | str, repair: str = REPAIR
+) -> ShardReceipt:
+    """The receipt of a finished shard out of its file.
+
+    Raises:
+        CacheCorruptError: If it is damaged, or belongs to another shard or store.
+    """
+    name = f"{shard:06d}.json"
+    try:
+        receipt = ShardReceipt.model_validate_json(content)
     except ValidationError:
-        raise CacheCorruptError(f"The receipt {path} is damaged.", path.name, repair=REPAIR) from None
+        raise CacheCorruptError(f"The receipt {path} is damaged.", name, repair=repair) from None
     if (
         receipt.fingerprint != store.spec.fingerprint
         or receipt.shard != shard
         or receipt.files.keys() != store.layouts.keys()
         or not 0 < len(receipt.rows) <= store.shard_size
     ):
-        raise CacheCorruptError(f"The receipt {path} belongs to another shard or store.", path.name, repair=REPAIR)
+        raise CacheCorruptError(f"The receipt {path} belongs to another shard or store.", name, repair=repair)
     return receipt
 
 

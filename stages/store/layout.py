@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,19 +231,28 @@ def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
     path = store_path(cache_root, spec.fingerprint)
     if not (path / "features.zarr" / "zarr.json").exists():
         raise FileNotFoundError(path)
-    attributes = store_attributes(path)
+    return Store(path, spec, described_shard_size(store_attributes(path), spec, path))
+
+
+def described_shard_size(attributes: Mapping[str, Any], spec: FeatureSpec, place: object) -> int:
+    """The shard size of a store that describes itself as the one of a spec.
+
+    Raises:
+        CacheMismatchError: If it holds the features of another spec.
+        CacheCorruptError: If its description cannot be read.
+    """
     try:
         found = FeatureSpec.model_validate(attributes.get("spec"))
         shard_size = int(attributes["shard_size"])
     except (ValidationError, KeyError, TypeError, ValueError):
         raise CacheCorruptError(
-            f"The store {path} does not describe itself.",
+            f"The store {place} does not describe itself.",
             cause="It was written by another version, or its zarr.json was changed.",
             repair="Move the folder away, then run `fpt extract`.",
         ) from None
     if differing := spec.differing(found):
-        raise CacheMismatchError(f"The store {path} holds other features than its name says.", differing)
-    return Store(path, spec, shard_size)
+        raise CacheMismatchError(f"The store {place} holds other features than its name says.", differing)
+    return shard_size
 
 
 def store_attributes(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rows of a study in memory, where they fit: then the disk is read once."""
+"""The rows of a study in memory, where they fit: then the disk, or the network, is read once."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def decide(store: StoreReader, ids: Sequence[str], names: Iterable[str], setting
     budget = settings.memory_bytes
     if budget is None:
         budget = int(AUTO_SHARE * available_memory())
-    return StoreMemory(held=0 < row * len(ids) <= budget, rows=len(ids), needed=row * len(ids), budget=budget)
+    held = 0 < row * len(ids) <= budget
+    return StoreMemory(held=held, rows=len(ids), needed=row * len(ids), budget=budget, remote=store.url)
 
 
 def available_memory() -> int:

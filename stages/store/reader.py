@@ -23,7 +23,7 @@ from stages.store.index import (
 )
 from stages.store.layout import Store, open_store_layout, store_path
 from stages.store.shards import REPAIR
-from stages.store.sources import MappedArray, open_source
+from stages.store.sources import MappedArray, Source, open_source
 
 __all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]
 
@@ -36,21 +36,29 @@ class StoreReader:
     keeps no position, so a forked worker may share them.
     """
 
-    def __init__(self, store: Store, expected: Mapping[str, str], index: RowIndex) -> None:
+    def __init__(
+        self,
+        store: Store,
+        expected: Mapping[str, str],
+        index: RowIndex,
+        sources: Mapping[str, Source] | None = None,
+    ) -> None:
         """Use `open_store` instead, which finds the index.
 
         Args:
             store: The store.
             expected: Shard number -> digest of its receipt, as in the extraction receipt.
             index: Covers these shards.
+            sources: Of every array; None: the files of the store.
         """
         self.store, self._expected = store, dict(expected)
         self._layouts = store.layouts
-        self._sources = {
+        self._sources: dict[str, Source] = dict(sources or {}) or {
             name: open_source(store.group, name, layout, store.shard_size) for name, layout in self._layouts.items()
         }
         self._index: RowIndex | None = index
         self._checked: dict[int, bytes] = {}
+        self._compared: set[int] = set()
         numbers = np.fromiter(map(int, self._expected), np.int64, len(self._expected))
         self._allowed = np.zeros(int(numbers.max(initial=-1)) + 1, bool)
         self._allowed[numbers] = True
@@ -74,6 +82,16 @@ class StoreReader:
         if self._index is None:
             self._index = _covering_index(self.store, self._expected)
         return self._index
+
+    @property
+    def url(self) -> str | None:
+        """Of a store that is read in place behind one; None: a folder."""
+        return None
+
+    @property
+    def place(self) -> str:
+        """Where the store is."""
+        return str(self.store.path)
 
     @property
     def mapped(self) -> bool:
@@ -103,7 +121,7 @@ class StoreReader:
         if len(rows) and int(rows.min()) < 0:
             missing = [ids[position] for position in np.flatnonzero(rows < 0).tolist()]
             raise CacheIncompleteError(
-                f"The store {self.store.path} has no features of image {missing[0][:16]}.",
+                f"The store {self.place} has no features of image {missing[0][:16]}.",
                 missing,
                 "The image was added after the features were extracted.",
                 REPAIR,
@@ -144,13 +162,8 @@ class StoreReader:
             held = self._checked.get(shard) or self._check(shard)
             if held[slot * ID_BYTES : (slot + 1) * ID_BYTES] != bytes.fromhex(image_id):
                 raise self._other_row(row, image_id)
-        if places and not all(self._sources[name].mapped for name in names):
-            # Another layout has its own idea of where row n lies: it must be the row of this image there.
-            digests = np.empty((len(places), ID_BYTES), np.uint8)
-            self._sources["sha256"].read(places, digests)
-            for row, image_id, found in zip(places, ids, digests, strict=True):
-                if found.tobytes().hex() != image_id:
-                    raise self._other_row(row, image_id)
+        if not all(self._sources[name].mapped for name in names):
+            self._compare(places, ids)
         result = {}
         for name in names:
             layout = self._layouts[name]
@@ -158,9 +171,9 @@ class StoreReader:
                 target = out[name][: len(ids)]
             else:
                 target = np.empty((len(ids), *layout.shape), layout.dtype)
-            if places:
-                self._sources[name].read(places, target)
             result[name] = target
+        if places:
+            self._fill(places, result)
         return result
 
     def require_whole(self) -> None:
@@ -181,6 +194,22 @@ class StoreReader:
         """Release every file handle."""
         for source in self._sources.values():
             source.close()
+
+    def _fill(self, rows: Sequence[int], targets: Mapping[str, NDArray[Any]]) -> None:
+        """Read rows of several arrays."""
+        for name, target in targets.items():
+            self._sources[name].read(rows, target)
+
+    def _compare(self, rows: Sequence[int], ids: Sequence[str]) -> None:
+        """Another layout has its own idea of where row n lies: it must be the row of this image there."""
+        fresh = {row: image_id for row, image_id in zip(rows, ids, strict=True) if row not in self._compared}
+        digests = np.empty((len(fresh), ID_BYTES), np.uint8)
+        if fresh:
+            self._sources["sha256"].read(list(fresh), digests)
+        for (row, image_id), found in zip(fresh.items(), digests, strict=True):
+            if found.tobytes().hex() != image_id:
+                raise self._other_row(row, image_id)
+        self._compared.update(fresh)
 
     def _other_row(self, row: int, image_id: str) -> CacheCorruptError:
         return CacheCorruptError(

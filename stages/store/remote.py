@@ -166,8 +166,13 @@ def transfer_errors(remote: Remote) -> Iterator[None]:
     except FptError:
         raise
     except Exception as error:  # each file system raises its own kinds
-        raise TransferError(
-            f"{remote.url} cannot be used: {type(error).__name__}: {error}",
-            "The connection, the rights or the address are not what they should be.",
-            "Then run the same command again: what has arrived is kept.",
-        ) from error
+        raise unusable(remote.url, error) from error
+
+
+def unusable(url: str, error: BaseException) -> TransferError:
+    """What to say where the library of the other side raised an error."""
+    return TransferError(
+        f"{url} cannot be used: {type(error).__name__}: {error}",
+        "The connection, the rights or the address are not what they should be.",
+        "Then run the same command again: what has arrived is kept.",
+    )

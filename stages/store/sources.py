@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -16,12 +17,17 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError
 from stages.store.layout import ArrayLayout
+from stages.store.remote import unusable
 from stages.store.shards import ShardFile
 
 OPEN_FILES = 256
 """Shard files of one array held open at once: three arrays stay below the usual limit of 1,024 per process."""
 KNOWN_FILES = 16_384
 """Shard files of one array whose index is remembered while they are closed."""
+UNDER_WAY = 32
+"""Rows of one array that zarr is asked for at the same time."""
+DAMAGE = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, EOFError)
+"""What zarr and its codecs raise about bytes that they can get but not read; anything else is about getting them."""
 REPAIR = "Run `fpt extract --check`: it removes damaged shards and computes their images again."
 
 
@@ -120,15 +126,17 @@ class ZarrArray:
 
     mapped = False
 
-    def __init__(self, group: str, name: str, layout: ArrayLayout) -> None:
+    def __init__(self, group: str, name: str, layout: ArrayLayout, repair: str = REPAIR, remote: bool = False) -> None:
         """Open nothing yet.
 
         Args:
             group: Path or URL of the Zarr group.
             name: Of the array.
             layout: What one row must look like.
+            repair: What to do where it is damaged.
+            remote: Whether reading can fail for other reasons than damage.
         """
-        self._group, self._name, self._layout = group, name, layout
+        self._group, self._name, self._layout, self._repair, self._remote = group, name, layout, repair, remote
         self._array: Any = None
         self._present: set[str] = set()
 
@@ -141,21 +149,24 @@ class ZarrArray:
         Raises:
             CacheIncompleteError: If a chunk of a row was never written.
             CacheCorruptError: If zarr cannot read it.
+            TransferError: If the other side cannot be reached.
         """
+        from zarr.core.sync import sync
+
         try:
             if self._array is None:
                 self._array = self._open()
-            for position, row in enumerate(rows):
-                self._require(row)
-                out[position] = self._array[row]
+            sync(self._read(rows, out))
         except FptError:
             raise
-        except Exception as error:  # zarr and its codecs raise many kinds; all of them mean unreadable bytes
+        except Exception as error:  # zarr and its codecs raise many kinds
+            if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
+                raise unusable(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
                 f"The array {self._group}/{self._name} cannot be read: {error}",
                 self._name,
                 "Its bytes or its metadata changed after they were written.",
-                REPAIR,
+                self._repair,
             ) from error
 
     def close(self) -> None:
@@ -172,11 +183,22 @@ class ZarrArray:
                 f" {self._layout.shape} of {self._layout.dtype}.",
                 self._name,
                 "It was written for other features, or its metadata was changed.",
-                REPAIR,
+                self._repair,
             )
         return array
 
-    def _require(self, row: int) -> None:
+    async def _read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
+        """One slice a row, many under way at a time: zarr reads the chunks of a shard in one slice one by one."""
+        room = asyncio.Semaphore(UNDER_WAY)
+
+        async def read(position: int, row: int) -> None:
+            async with room:
+                await self._require(row)
+                out[position] = await self._array.async_array.getitem(row)
+
+        await asyncio.gather(*(read(position, row) for position, row in enumerate(rows)))
+
+    async def _require(self, row: int) -> None:
         """Zarr gives the fill value for a chunk that is not there: a reader has to ask."""
         if not 0 <= row < self._array.shape[0]:
             raise self._missing(row)
@@ -188,7 +210,7 @@ class ZarrArray:
         for key in keys:
             name = self._array.metadata.encode_chunk_key(key)
             if name not in self._present:
-                if not _exists(self._array, name):
+                if not await (self._array.store_path / name).exists():
                     raise self._missing(row)
                 self._present.add(name)
 
@@ -197,14 +219,8 @@ class ZarrArray:
             f"Row {row} of {self._group}/{self._name} was never written, at least not all of it.",
             (self._name,),
             "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
-            f"{REPAIR} Other programs: write with `write_empty_chunks`.",
+            f"{self._repair} Other programs: write with `write_empty_chunks`.",
         )
-
-
-def _exists(array: Any, key: str) -> bool:
-    from zarr.core.sync import sync
-
-    return bool(sync((array.store_path / key).exists()))
 
 
 def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) -> Source:

@@ -20,6 +20,7 @@ from schemas.errors import CacheMismatchError, TransferError
 from schemas.features import FileDigest, ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.progress import Progress
+from stages.store.claim import only_push
 from stages.store.inventory import sound_receipts
 from stages.store.layout import Store, array_layouts, create_store, grow_store
 from stages.store.remote import (
@@ -100,7 +101,7 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
 def push(store: Store, remote: Remote, progress: Progress | None = None) -> Transfer:
     """Copy the shards of a local store that hold rows which the remote one lacks.
 
-    To a folder of this machine the receipt's locks hold as for any writer; to a URL one push at a time may go.
+    To a folder of this machine the locks of shards hold as for any writer; to a URL one push at a time may go.
 
     Args:
         store: The local store.
@@ -108,7 +109,7 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
         progress: Called with shards.
 
     Raises:
-        TransferError: If the other side cannot be written.
+        TransferError: If the other side cannot be written, or another push to it is under way.
         CacheMismatchError: If the remote store has another shard size.
     """
     if remote.local is not None:
@@ -116,7 +117,7 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
         return pull(here.store(store.spec, store.shard_size), remote.local, progress)
     target, count = remote.store(store.spec, store.shard_size), _Count()
     ours = sound_receipts(store)
-    with transfer_errors(remote):
+    with transfer_errors(remote), only_push(target):
         group = target.place("features.zarr/zarr.json")
         if remote.fs.isfile(group):
             found = json.loads(remote.fs.cat_file(group))["attributes"]["shard_size"]
@@ -178,10 +179,11 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
     if problems := [problem for problem, _ in results if problem]:
         count.failures.append(problems[0])
         return False
+    # A reader of compressed rows goes by the length of the array.
+    grow_store(store, number + 1)
     if stored_rows(store, number, len(receipt.rows)) != receipt.rows:
         count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
         return False
-    grow_store(store, number + 1)
     arrived = receipt.model_copy(update={"shard": number})
     atomic_write(store.receipt(number), arrived.to_json())
     count.copied += 1

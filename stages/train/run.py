@@ -18,7 +18,8 @@ from schemas.settings import Method, Settings
 from schemas.views import manifest_rows, train_views
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
-from stages.store.reader import StoreReader, open_store
+from stages.store.reader import StoreReader
+from stages.store.remote_rows import open_rows
 from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
 from stages.train.data import FeatureDataset, array_names
@@ -49,6 +50,7 @@ def train(
     checkpoints: Path,
     on_epoch: Callable[[EpochLog], None] | None = None,
     on_memory: Callable[[StoreMemory], None] | None = None,
+    remote: str | None = None,
 ) -> TrainResult:
     """Train, and write the bundle of the best epoch.
 
@@ -62,16 +64,19 @@ def train(
         checkpoints: Folder for the checkpoint of an unfinished run; it is removed at the end.
         on_epoch: Called after each epoch; on resume also for the epochs that were done before.
         on_memory: Told before the first epoch whether the features are held in memory.
+        remote: `store.remote` of the settings, a relative folder taken from the study's: read where the cache root
+            lacks the store.
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
         CacheIncompleteError: If the store lacks images, views or shards.
         CacheCorruptError: If bytes of the store changed.
+        TransferError: If the remote store cannot be reached.
         TrainingError: If a class has no training images, or the loss is not finite.
     """
     check_features(settings, lpm, receipt)
     check_views(settings, receipt)
-    store = open_store(cache_root, receipt)
+    store = open_rows(cache_root, receipt, remote)
     store.require_whole()
     check_rows(settings, manifest, store)
     device = set_up(settings.compute)

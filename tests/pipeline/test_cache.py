@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from web import served
 
 from pipeline import cli
 
@@ -142,6 +143,35 @@ def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path,
     assert "9 shards copied" in err
     assert "shard 3: its file of keys is damaged" in err
     assert "nothing://x" in fpt("cache", "pull", "nothing://x", cwd=elsewhere, code=2)[1]
+
+
+def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: Path, fpt: Fpt) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp, which is not installed")
+    fpt("extract", cwd=study)
+    fpt("train", "--output", tmp_path / "local", cwd=study)
+    fpt("cache", "push", tmp_path / "there", cwd=study)
+    cache = study / ".fpt" / "cache"
+    cache.rename(study / ".fpt" / "aside")
+    try:
+        assert "store.remote" in fpt("train", "--output", tmp_path / "none", cwd=study, code=2)[1]
+        with served(tmp_path / "there") as (url, _):
+            remote = ("--set", f"store.remote={url}")
+            _, err = fpt("train", *remote, "--output", tmp_path / "web", cwd=study)
+            assert "the network is read once" in err
+            fpt("evaluate", *remote, "--model", tmp_path / "web/model", "--output", tmp_path / "judged", cwd=study)
+            never = ("--set", "store.memory_budget=0", "--output", tmp_path / "unheld")
+            _, err = fpt("train", *remote, *never, cwd=study)
+            assert f"read from {url}" in err
+            assert "in every epoch" in err
+            assert "fpt cache pull" in err
+        _, err = fpt("train", "--set", f"store.remote={tmp_path}/there", "--output", tmp_path / "folder", cwd=study)
+        assert "the disk is read once" in err
+        assert not cache.exists()
+    finally:
+        (study / ".fpt" / "aside").rename(cache)
+    weights = {(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("local", "web", "folder")}
+    assert len(weights) == 1
+    assert (tmp_path / "judged/metrics.json").exists()
 
 
 def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:

@@ -86,3 +86,14 @@ def test_a_file_that_dvc_does_not_watch_is_named(
     (tmp_path / "dvc.yaml").write_text(f"stages:\n  prepare:\n    deps:\n      {deps}\n")
     remind_to_watch(study, "data.labels", "labels.csv")
     assert ("- ${data.labels}" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("named", "resolved"),
+    [("s3://bucket/caches", "s3://bucket/caches"), ("../shared", "{root}/../shared"), ("/mnt/caches", "/mnt/caches")],
+)
+def test_a_remote_folder_starts_at_the_study(tmp_path: Path, named: str, resolved: str) -> None:
+    (tmp_path / "params.yaml").write_text("lpm: {name: test_vit}\nfeatures: {image_size: 64}\n")
+    assert open_study(tmp_path / "params.yaml").remote is None
+    study = open_study(tmp_path / "params.yaml", [f"store.remote={named}"])
+    assert study.remote == resolved.format(root=tmp_path.resolve())

@@ -75,6 +75,19 @@ def test_a_store_goes_there_and_back(tmp_path: Path, remote: Remote) -> None:
         assert np.array_equal(row(copy, number), rows["keys"][number - 1])
 
 
+@pytest.mark.parametrize("codec", ["zstd", "blosc"])
+def test_a_compressed_store_goes_there_and_back(tmp_path: Path, remote: Remote, codec: str) -> None:
+    spec = SPEC.model_copy(update={"codec": codec})
+    store, rows = filled(tmp_path / "a", spec=spec)
+    assert (push(store, remote).copied, push(store, remote).present) == (3, 3)
+    back = pull(offered(remote), tmp_path / "b")
+    assert (back.copied, back.failures) == (3, ())
+    copy = open_store_layout(tmp_path / "b", spec)
+    assert receipt_of(copy) == receipt_of(store)
+    for number in (1, 6, 11):
+        assert np.array_equal(row(copy, number), rows["keys"][number - 1])
+
+
 def test_a_second_transfer_copies_only_what_is_new(tmp_path: Path, remote: Remote) -> None:
     store, _ = filled(tmp_path / "a")
     push(store, remote)
@@ -231,6 +244,57 @@ def test_an_interrupted_push_is_never_taken_for_whole(
     assert push(store, memory).present == after // 6
     pull(offered(memory), tmp_path / "b")
     assert verify_store(open_store_layout(tmp_path / "b", SPEC)).rows == 11
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_pushes_at_once_do_not_mix_their_shards(
+    tmp_path: Path, memory: Remote, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    """The second starts on another machine in the middle of the first, with shards of the same number and length."""
+    store, _ = filled(tmp_path / "a")
+    other = create_store(tmp_path / "b", SPEC, 4)
+    theirs = random_rows(4, seed=50)
+    with claim_shard(other) as shard:
+        write_shard(other, shard, [image_id(n) for n in (70, 71, 72, 73)], theirs, 1.0)
+    second, real = store if same else other, transfer.copy
+    started, refused = [False], list[TransferError]()
+
+    def interrupted(source: Any, target: Any) -> Any:
+        if not started[0]:
+            started[0] = True
+            with monkeypatch.context() as elsewhere, pytest.raises(TransferError) as caught:
+                elsewhere.setattr("platform.node", lambda: "another machine")
+                push(second, memory)
+            refused.append(caught.value)
+        return real(source, target)
+
+    monkeypatch.setattr(transfer, "copy", interrupted)
+    assert push(store, memory).copied == 3
+    assert "Another push" in str(refused[0])
+    assert "delete its note" in str(refused[0])
+    assert push(second, memory).failures == (), "the note goes with its push"
+    assert pull(offered(memory), tmp_path / "c").failures == ()
+
+
+def test_the_note_of_a_killed_push_does_not_stop_the_next_one_here(
+    tmp_path: Path, memory: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = filled(tmp_path / "a")
+    notes = f"{memory.root}/{SPEC.fingerprint[:16]}/locks"
+    for removed in ("claimed by this machine", "claimed by another"):
+        with monkeypatch.context() as dead:
+            dead.setattr("os.getpid", lambda: 2**22 + 5)  # above the largest process number
+            if "another" in removed:
+                dead.setattr("platform.node", lambda: "another machine")
+            dead.setattr(memory.fs, "rm", lambda _: 1 / 0)  # the connection is gone
+            push(store, memory)
+        (note,) = memory.fs.ls(notes, detail=False)
+        if "another" in removed:
+            with pytest.raises(TransferError, match=note):
+                push(store, memory)
+            memory.fs.rm(note)
+        assert push(store, memory).present == 3
+        assert memory.fs.ls(notes, detail=False) == []
 
 
 def test_bytes_that_change_on_the_way_there_are_noticed(

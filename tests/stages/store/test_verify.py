@@ -50,17 +50,19 @@ DAMAGES: dict[str, tuple[str, Callable[[Store], None]]] = {
 }
 
 
-def test_a_whole_store_is_whole(tmp_path: Path) -> None:
-    store, _ = filled(tmp_path)
+@pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
+def test_a_whole_store_is_whole(tmp_path: Path, codec: str) -> None:
+    store, _ = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
     seen: list[tuple[int, int]] = []
     result = verify_store(store, progress=lambda done, total: seen.append((done, total)))
     assert (result.shards, result.rows, result.damages, result.images) == (3, 11, (), ())
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_is_found_named_and_repaired(tmp_path: Path, name: str) -> None:
-    store, rows = filled(tmp_path)
+def test_each_damage_is_found_named_and_repaired(tmp_path: Path, name: str, codec: str) -> None:
+    store, rows = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
     kind, harm = DAMAGES[name]
     harm(store)
     result = verify_store(store)
@@ -134,6 +136,16 @@ def test_damaged_metadata_is_found_and_written_anew(tmp_path: Path, change: tupl
     assert verify_store(store).damages == ()
     assert json.loads(path.read_text()) == json.loads(text)
     assert len(rows["keys"]) == 11
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_damaged_metadata_of_the_ids_condemns_no_shard(tmp_path: Path, codec: str) -> None:
+    store, _ = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
+    (store.group / "sha256" / "zarr.json").write_text("{")
+    result = verify_store(store)
+    assert [damage.kind for damage in result.damages] == ["metadata"]
+    repair_store(store, result)
+    assert verify_store(store).damages == ()
 
 
 def test_a_wrong_shard_size_in_the_group_condemns_no_shard(tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""Rows of a store behind a URL, read in place: shard by shard as trusted as a local one, its bytes through zarr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError, TransferError
+from schemas.features import ExtractionReceipt, ShardReceipt
+from stages.store.index import (
+    LISTING_SHARE,
+    RowIndex,
+    build_index,
+    parse_shard_receipt,
+    receipt_digest,
+    shard_record,
+)
+from stages.store.layout import Store, described_shard_size, store_path
+from stages.store.reader import StoreReader, open_store
+from stages.store.remote import Remote, RemoteStore, open_remote, store_file, transfer_errors, unusable
+from stages.store.sources import ZarrArray
+
+THREADS = 16
+"""Lengths that are asked for at the same time."""
+REPAIR = (
+    "Delete the receipt of the shard there and `fpt cache push` the store again from a machine that has it whole, or"
+    " run `fpt extract` here."
+)
+
+
+class RemoteRows(StoreReader):
+    """What `StoreReader` is to a local store.
+
+    Opening fetches the receipts of the study's shards, all at once. The lengths of a shard's files are compared before
+    the first of its rows is read. Each process has its own connections.
+    """
+
+    def __init__(self, store: RemoteStore, expected: Mapping[str, str], receipts: Sequence[ShardReceipt]) -> None:
+        """Use `open_remote_rows` instead, which compares the receipts.
+
+        Args:
+            store: Behind a URL.
+            expected: Shard number -> digest of its receipt, as in the extraction receipt.
+            receipts: Of these shards.
+        """
+        self._url = f"{store.remote.url.rstrip('/')}/{store.spec.fingerprint[:16]}"
+        local = Store(Path(store.path), store.spec, store.shard_size)
+        sources = {
+            name: ZarrArray(f"{self._url}/features.zarr", name, layout, REPAIR, remote=True)
+            for name, layout in local.layouts.items()
+        }
+        self._remote = store
+        super().__init__(local, expected, _index(local, receipts), sources)
+        self._ids = {receipt.shard: bytes.fromhex("".join(receipt.rows)) for receipt in receipts}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker need not ask again for what was fetched and compared.
+        return dict(self.__dict__)
+
+    @property
+    def url(self) -> str:
+        """Of the store."""
+        return self._url
+
+    @property
+    def place(self) -> str:
+        """Where the store is."""
+        return self._url
+
+    def read_rows(
+        self,
+        rows: NDArray[np.int64],
+        ids: Sequence[str],
+        names: Iterable[str],
+        out: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Like `StoreReader.read_rows`.
+
+        Raises:
+            CacheIncompleteError: If a file of a shard is gone.
+            CacheCorruptError: If bytes changed since they were written.
+            TransferError: If the other side cannot be reached.
+        """
+        shards = np.unique(np.asarray(rows, np.int64) // self.store.shard_size).tolist()
+        self._require([shard for shard in shards if shard not in self._checked])
+        return super().read_rows(rows, ids, names, out)
+
+    def require_whole(self) -> None:
+        """Check that every file of the study's shards is there in its length.
+
+        Raises:
+            CacheIncompleteError: If a file is gone.
+            CacheCorruptError: If one has another length.
+            TransferError: If the other side cannot be reached.
+        """
+        self._require(sorted(self._ids.keys() - self._checked.keys()))
+
+    def _check(self, shard: int) -> bytes:
+        self._require([shard])
+        return self._checked[shard]
+
+    def _require(self, shards: Sequence[int]) -> None:
+        """Compare the lengths of the files of some shards."""
+        if not shards:
+            return
+        table = self.index.shards
+        places = np.searchsorted(table["number"], np.array(shards, np.uint32))
+        wanted = {
+            self._remote.place(store_file(self.store, name, shard)): (shard, length)
+            for shard, lengths in zip(shards, table["files"][places].tolist(), strict=True)
+            for name, length in zip(self._layouts, lengths, strict=True)
+        }
+        known: dict[str, int] = {}
+        if len(shards) * LISTING_SHARE >= len(table) and len(shards) > 1:
+            for name in self._layouts:
+                known |= _listed(self._remote.remote, self._remote.place(f"features.zarr/{name}"))
+        rest = [path for path in wanted if path not in known]
+        with ThreadPoolExecutor(THREADS) as pool, transfer_errors(self._remote.remote):
+            lengths = dict(zip(rest, pool.map(lambda path: _length(self._remote.remote, path), rest), strict=True))
+        for path, (shard, length) in wanted.items():
+            found = known[path] if path in known else lengths[path]
+            if found not in (length, None):
+                raise CacheCorruptError(
+                    f"The shard file {path} has {found} bytes instead of {length}.",
+                    str(shard),
+                    "It was not sent to its end, or was changed since.",
+                    REPAIR,
+                )
+        self._checked.update((shard, self._ids[shard]) for shard in shards)
+
+    def _fill(self, rows: Sequence[int], targets: Mapping[str, NDArray[Any]]) -> None:
+        def fill(name: str) -> None:
+            self._sources[name].read(rows, targets[name])
+
+        # Each array is a few round trips; made one after the other they would be the time of a batch.
+        with ThreadPoolExecutor(max(1, len(targets))) as pool:
+            list(pool.map(fill, targets))
+
+    def _other_row(self, row: int, image_id: str) -> CacheCorruptError:
+        return CacheCorruptError(
+            f"Row {row} of {self.url} is not the one of image {image_id[:16]}.",
+            str(row // self.store.shard_size),
+            "The metadata of the store, or its shards, were changed.",
+            REPAIR,
+        )
+
+
+def open_rows(cache_root: Path, receipt: ExtractionReceipt, remote: str | None = None) -> StoreReader:
+    """Open the store behind an extraction receipt, where it is: in the cache, else in place on the other side.
+
+    Args:
+        cache_root: Folder of the local stores.
+        receipt: From `extract`.
+        remote: URL or folder of another cache root; a folder is read like the local cache.
+
+    Raises:
+        CacheIncompleteError: If neither has the store, or a receipt of it is gone.
+        CacheCorruptError: If a receipt was changed.
+        CacheMismatchError: If a store holds other features.
+        TransferError: If the other side cannot be reached.
+    """
+    try:
+        return open_store(cache_root, receipt)
+    except CacheIncompleteError as error:
+        if remote is None:
+            raise CacheIncompleteError(
+                error.state,
+                error.missing,
+                error.cause,
+                f"{error.repair} Or take it from where it was pushed to: `fpt cache pull URL`, or read it there with"
+                " `store.remote: URL`.",
+            ) from None
+    return open_remote_rows(remote, receipt)
+
+
+def open_remote_rows(url: str, receipt: ExtractionReceipt) -> StoreReader:
+    """Open the store behind an extraction receipt in another cache root.
+
+    Args:
+        url: Of the cache root, as `fpt cache push` takes it.
+        receipt: From `extract`.
+
+    Raises:
+        CacheIncompleteError: If the store is not there, or a receipt of it.
+        CacheCorruptError: If a receipt was changed.
+        CacheMismatchError: If it holds other features.
+        TransferError: If the other side cannot be reached, or gives no parts of files.
+    """
+    remote = open_remote(url)
+    if remote.local is not None:
+        return open_store(remote.local, receipt)
+    path = f"{remote.root}/{store_path(Path(), receipt.fingerprint)}"
+    description = f"{path}/features.zarr/zarr.json"
+    with transfer_errors(remote):
+        try:
+            content = remote.fs.cat_file(description)
+            part = remote.fs.cat_file(description, start=1, end=3)
+        except FileNotFoundError:
+            raise CacheIncompleteError(
+                f"There is no feature store {receipt.fingerprint[:16]} at {url}.",
+                cause="It was never pushed there, or store.remote names another place.",
+                repair="`fpt cache push` it there from a machine that has it, or run `fpt extract` here.",
+            ) from None
+    if part != content[1:3]:
+        raise TransferError(
+            f"{url} cannot be read in place: asked for a part of a file, it sends all of it.",
+            "The server knows no range requests.",
+            "Copy the store with `fpt cache pull`, or use another server.",
+        )
+    try:
+        attributes = dict(json.loads(content)["attributes"])
+    except (ValueError, KeyError, TypeError):
+        attributes = {}
+    store = remote.store(receipt.spec, described_shard_size(attributes, receipt.spec, f"{url}/{path[-16:]}"))
+    return RemoteRows(store, receipt.shards, _receipts(store, receipt.shards))
+
+
+def _receipts(store: RemoteStore, expected: Mapping[str, str]) -> list[ShardReceipt]:
+    """The receipts of the study's shards, compared with what the study remembers of them."""
+    if not all(number.isdecimal() for number in expected):
+        raise CacheCorruptError("The extraction receipt names a shard that is no number.", repair="Run `fpt extract`.")
+    layout = Store(Path(store.path), store.spec, store.shard_size)
+    places = {store.place(f"receipts/{int(number):06d}.json"): int(number) for number in expected}
+    with transfer_errors(store.remote):
+        contents: dict[str, Any] = store.remote.fs.cat(list(places), on_error="return") if places else {}
+    found = []
+    for place, number in places.items():
+        content = contents.get(place, FileNotFoundError(place))
+        if isinstance(content, FileNotFoundError):
+            raise CacheIncompleteError(f"The receipt {place} is gone.", (f"{number:06d}.json",), repair=REPAIR)
+        if isinstance(content, Exception):
+            raise unusable(store.remote.url, content) from content
+        receipt = parse_shard_receipt(content, layout, number, place, REPAIR)
+        if receipt_digest(receipt) != expected[str(number)]:
+            raise CacheCorruptError(
+                f"Shard {number} of {store.remote.url}/{store.spec.fingerprint[:16]} is not the one that this study"
+                " extracted.",
+                str(number),
+                "Another machine pushed its own shard under this number, or the store was changed since.",
+                "Copy the store with `fpt cache pull` and run `fpt extract`: it writes a new extraction receipt.",
+            )
+        found.append(receipt)
+    return found
+
+
+def _index(store: Store, receipts: Sequence[ShardReceipt]) -> RowIndex:
+    shards = np.zeros(len(receipts), shard_record(len(store.layouts)))
+    for record, receipt in zip(shards, receipts, strict=True):
+        record["number"], record["rows"], record["seconds"] = receipt.shard, len(receipt.rows), receipt.seconds
+        record["digest"] = np.frombuffer(bytes.fromhex(receipt_digest(receipt)), "V32")[0]
+        record["files"] = [receipt.files[name].bytes for name in store.layouts]
+    ids = np.frombuffer(bytes.fromhex("".join(row for receipt in receipts for row in receipt.rows)), "S32")
+    places = [receipt.shard * store.shard_size + np.arange(len(receipt.rows), dtype=np.uint32) for receipt in receipts]
+    return build_index(store, shards, ids, np.concatenate([np.zeros(0, np.uint32), *places]))
+
+
+def _listed(remote: Remote, folder: str) -> dict[str, int]:
+    """Lengths of the files of a folder, as far as a listing says them."""
+    remote.fs.invalidate_cache(folder)
+    try:
+        entries = remote.fs.ls(folder, detail=True)
+    except Exception:  # many servers list nothing; then each file is asked for, and that says what is wrong
+        return {}
+    return {str(entry["name"]): int(entry["size"]) for entry in entries if entry.get("size") is not None}
+
+
+def _length(remote: Remote, path: str) -> int | None:
+    """Length of a file; None where the other side does not say it."""
+    try:
+        size = remote.fs.info(path).get("size")
+    except FileNotFoundError:
+        # Over HTTP every failure looks like this; a byte of the file tells what is the case.
+        try:
+            remote.fs.cat_file(path, start=0, end=1)
+        except FileNotFoundError:
+            name = path.rsplit("/", 1)[-1]
+            raise CacheIncompleteError(f"The shard file {path} is gone.", (name,), repair=REPAIR) from None
+        return None
+    return None if size is None else int(size)

@@ -1,0 +1,54 @@
+"""A web server of one folder on this machine, with range requests, for tests of stores behind a URL."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """Python's own handler knows no ranges. A connection ends with its request: a stopped server answers nobody."""
+
+    ranges = True
+    asked: list[str]
+
+    def log_message(self, *_: object) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = self.headers.get("Range", "")
+        if not (self.ranges and wanted.startswith("bytes=") and path.is_file()):
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        first, last = wanted.removeprefix("bytes=").split("-")
+        start = int(first) if first else max(0, len(content) - int(last))
+        stop = min(int(last) + 1, len(content)) if first and last else len(content)
+        part = content[start:stop]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@contextmanager
+def served(folder: Path, ranges: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """URL of a folder while the block runs, and a list to which every request is added."""
+    asked: list[str] = []
+    handler = type("Handler", (_Ranges,), {"ranges": ranges, "asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
