@@ -22,6 +22,7 @@ from stages.train.cached import Cached
 READS: dict[Method, tuple[str, ...]] = {
     "fpt": (*CACHED, "side"),
     "fpt+": (*CACHED, "side"),
+    "fpt-x": (*CACHED, "side"),
     "side": ("side",),
     "linear": ("pooled",),
     "knn": ("pooled",),

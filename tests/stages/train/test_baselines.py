@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ from study import Study, make_study
 
 from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt
+from schemas.resolve import PRESETS
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Method, Settings
 from stages.evaluate.predictions import read_predictions
+from stages.evaluate.report import METHODS
 from stages.evaluate.run import evaluate
 from stages.extract.lpm import describe_lpm
 from stages.predict import predict
@@ -24,6 +26,7 @@ from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cost import estimate_cost
+from stages.train.data import READS
 from stages.train.infer import store_logits
 from stages.train.run import train
 
@@ -190,3 +193,7 @@ def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None
     for method in ("linear", "knn"):
         with pytest.raises(SettingsError, match="no training step"):
             estimate_cost(as_method(study, method), study.lpm, 3, study.root)
+
+
+def test_every_method_is_in_every_table() -> None:
+    assert set(READS) == set(PRESETS) == set(METHODS) == set(get_args(Method))
