@@ -22,8 +22,12 @@ from torch.nn import functional as F
 from schemas.settings import Importance
 from stages.extract.attention import Projected
 
-QUERY_CHUNK = 128
-"""Queries per step: bounds the workspace to (B, H, 128, N) instead of (B, H, N, N)."""
+QUERY_CHUNK = 256
+"""Queries per step: bounds the workspace to (heads, 256, N) instead of (B, H, N, N)."""
+
+CPU_HEADS = 4
+"""Heads per step on a CPU: the scores stay in its caches between the product and the exponential. The same for any
+number of threads, so that it changes no bit."""
 
 LSE_ALIGNMENT = 32
 """CUDA's memory-efficient attention pads the log-sum-exp to a multiple of this; more than that is not expected."""
@@ -82,16 +86,18 @@ def token_importance(
 
 def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor) -> torch.Tensor:
     """(BH, Q, d), (BH, N, d), (BH, Q) -> (BH, N): sums over the queries of exp(q . k scale - lse)."""
-    # The log-sum-exp rides along as one more channel: the subtraction costs no pass of its own.
-    rest = -lse.unsqueeze(-1).to(query.dtype)
-    key = torch.cat([key, torch.ones_like(key[..., :1])], dim=-1).transpose(1, 2)
-    received = torch.zeros(key.shape[0], 1, key.shape[2], dtype=query.dtype, device=query.device)
-    workspace = query.new_empty(len(query), min(QUERY_CHUNK, query.shape[1]), key.shape[2])
-    for part, last in zip(torch.split(query, QUERY_CHUNK, dim=1), torch.split(rest, QUERY_CHUNK, dim=1), strict=True):
-        part = torch.cat([part * scale, last], dim=-1)
-        whole = part.shape[1] == workspace.shape[1]
-        shares = torch.bmm(part, key, out=workspace) if whole else part @ key
-        received += shares.exp_().sum(dim=1, keepdim=True)
+    received = torch.zeros(len(key), 1, key.shape[1], dtype=query.dtype, device=query.device)
+    together = CPU_HEADS if query.device.type == "cpu" else len(query)
+    workspace = query.new_empty(min(together, len(query)), min(QUERY_CHUNK, query.shape[1]), key.shape[1])
+    for start in range(0, len(query), together):
+        heads = slice(start, start + together)
+        # The log-sum-exp rides along as one more channel: the subtraction costs no pass of its own.
+        asked = torch.cat([query[heads] * scale, -lse[heads].unsqueeze(-1).to(query.dtype)], dim=-1)
+        given = torch.cat([key[heads], torch.ones_like(key[heads, :, :1])], dim=-1).transpose(1, 2)
+        for part in torch.split(asked, QUERY_CHUNK, dim=1):
+            space = workspace[: len(part)]
+            shares = torch.bmm(part, given, out=space) if part.shape[1] == space.shape[1] else part @ given
+            received[heads] += shares.exp_().sum(dim=1, keepdim=True)
     return received
 
 

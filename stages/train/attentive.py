@@ -47,6 +47,13 @@ class AttentiveProbe(nn.Module):
         """As `forward`, with an axis of one member: (1, B, classes)."""
         return self(None, cached)[None]  # type: ignore[no-any-return]
 
+    def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, classes)."""
+        return logits[0]
+
+    def reseed(self, *_entropy: int) -> None:
+        """Nothing here draws while it is trained."""
+
     def forward(
         self, _image: torch.Tensor | None, cached: Cached | None, _pooled: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -80,6 +80,22 @@ class _Attend(torch.autograd.Function):
         return total, None, None, None, None
 
 
+class PromptDropout(nn.Module):
+    """Dropout that can draw from a generator of its own: networks trained side by side draw what each would alone."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.generator: torch.Generator | None = None
+
+    def forward(self, prompts: torch.Tensor) -> torch.Tensor:
+        """Zero a share p, scale the rest by 1 / (1 - p); as it is in evaluation."""
+        if not self.training or not self.p:
+            return prompts
+        kept = torch.empty_like(prompts).bernoulli_(1 - self.p, generator=self.generator)
+        return prompts * kept.div_(1 - self.p)
+
+
 class Fusion(nn.Module):
     """Prompts of all tapped layers and the projections they share."""
 
@@ -94,7 +110,7 @@ class Fusion(nn.Module):
         else:
             self.query = nn.Linear(spec.width, spec.lpm_width)
         self.out = nn.Linear(spec.lpm_width, spec.width)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = PromptDropout(spec.dropout)
         nn.init.normal_(self.prompts, std=1e-6)
 
     def queries(self, layer: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +24,7 @@ from schemas.settings import TrainSettings
 from stages.evaluate.metrics import macro_auc
 from stages.files import storage_errors
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
-from stages.train.infer import batch_logits, training_logits
+from stages.train.infer import training_logits
 from stages.train.models import Network
 
 
@@ -68,97 +67,142 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.O
     return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def training_step(network: Network, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe) -> torch.Tensor:
-    """Forward, backward, clip, update.
+@dataclass
+class Run:
+    """One of the trainings that share a stream of batches."""
+
+    state: Fit
+    """Where it is."""
+    recipe: Recipe
+    """Of the same batch size, epochs, mean, std, device and workers as the others."""
+    checkpoint: Path
+    """Written after every epoch."""
+    on_epoch: Callable[[EpochLog], None]
+    """Called after every epoch."""
+
+    @property
+    def network(self) -> Network:
+        """Its network."""
+        return self.state.network
+
+
+def training_step(runs: Sequence[Run], batch: Batch) -> list[torch.Tensor]:
+    """Forward, backward, clip, update, of every run by itself on the same batch.
 
     Returns:
-        The loss of the batch before the update, a scalar; the mean over the members.
+        Of each run the loss of the batch before the update, a scalar; the mean over its members.
     """
-    optimizer.zero_grad(set_to_none=True)
-    logits = training_logits(network, batch, recipe.mean, recipe.std)
-    # A sum, not a mean: each member learns as it would alone.
-    losses = [F.cross_entropy(member, batch.labels, weight=recipe.class_weights) for member in logits]
-    loss = torch.stack(losses).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    for member in network.members:
-        nn.utils.clip_grad_norm_(member.parameters(), recipe.settings.clip_norm)
-    optimizer.step()
-    return loss.detach() / len(losses)
+    shared = runs[0].recipe
+    for run in runs:
+        run.state.optimizer.zero_grad(set_to_none=True)
+    losses = [
+        # A sum, not a mean: each member learns as it would alone.
+        torch.stack([F.cross_entropy(own, batch.labels, weight=run.recipe.class_weights) for own in logits]).sum()
+        for run, logits in zip(
+            runs, training_logits([run.network for run in runs], batch, shared.mean, shared.std), strict=True
+        )
+    ]
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    for run in runs:
+        for member in run.network.members:
+            nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
+        run.state.optimizer.step()
+    return [loss.detach() / len(run.network.members) for run, loss in zip(runs, losses, strict=True)]
 
 
 def fit(
-    state: Fit,
-    train: FeatureDataset,
-    val: FeatureDataset,
-    val_labels: Sequence[int],
-    recipe: Recipe,
-    checkpoint: Path,
-    on_epoch: Callable[[EpochLog], None],
+    runs: Sequence[Run], train: FeatureDataset, val: FeatureDataset, val_labels: Sequence[int], order_seed: int
 ) -> None:
-    """Train from the state's last finished epoch to the end; a checkpoint is written after every epoch.
+    """Train every run from its last finished epoch to the end, all on one stream of batches.
+
+    Each ends where it would alone: its dropout follows from its own seed and the epoch, the stream from `order_seed`.
 
     Raises:
         TrainingError: If the loss is not finite.
-        StorageError: If the checkpoint cannot be written.
+        StorageError: If a checkpoint cannot be written.
     """
-    settings = recipe.settings
-    sampler = EpochSampler(len(train), settings.batch_size, settings.seed)
+    shared = runs[0].recipe
+    sampler = EpochSampler(len(train), shared.settings.batch_size, order_seed)
     # One loader for all epochs: a worker takes seconds to start.
-    train_batches = batches(train, sampler, recipe.workers)
-    val_batches = batches(val, EpochSampler(len(val), settings.batch_size), recipe.workers)
-    for epoch in range(len(state.epochs) + 1, settings.epochs + 1):
+    train_batches = batches(train, sampler, shared.workers)
+    val_batches = batches(val, EpochSampler(len(val), shared.settings.batch_size), shared.workers)
+    for epoch in range(1, shared.settings.epochs + 1):
+        # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
+        behind = [run for run in runs if len(run.state.epochs) < epoch]
+        if not behind:
+            continue
         start = time.perf_counter()
         sampler.epoch = epoch
-        # Dropout draws from the global generator: seeded per epoch it does not depend on what ran before.
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch)).generate_state(1)[0]))
-        train_loss = _train_epoch(state, train_batches, recipe, epoch)
-        val_loss, auc, accuracy = _validate(state.network, val_batches, val_labels, recipe)
-        log = EpochLog(
-            epoch=epoch,
-            train_loss=train_loss,
-            val_loss=val_loss,
-            val_auc=auc,
-            val_accuracy=accuracy,
-            lr=state.optimizer.param_groups[0]["lr"],
-            seconds=round(time.perf_counter() - start, 3),
-        )
-        if settings.keep == "last" or state.best == 0 or _merit(log) > _merit(state.epochs[state.best - 1]):
-            state.best = epoch
-            state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
-        state.epochs.append(log)
-        save_checkpoint(state, checkpoint)
-        on_epoch(log)
+        for run in behind:
+            run.network.reseed(run.recipe.settings.seed, epoch)
+        train_losses = _train_epoch(behind, train_batches, epoch)
+        judged = _validate(behind, val_batches, val_labels)
+        seconds = round(time.perf_counter() - start, 3)
+        for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
+            log = EpochLog(
+                epoch=epoch,
+                train_loss=train_loss,
+                val_loss=val_loss,
+                val_auc=auc,
+                val_accuracy=accuracy,
+                lr=run.state.optimizer.param_groups[0]["lr"],
+                seconds=seconds,
+            )
+            _keep(run, log)
+            save_checkpoint(run.state, run.checkpoint)
+            run.on_epoch(log)
 
 
-def _train_epoch(state: Fit, loader: BatchLoader, recipe: Recipe, epoch: int) -> float:
-    state.network.train()
-    total, seen = torch.zeros((), device=recipe.device), 0
-    steps = len(loader)
+def _keep(run: Run, log: EpochLog) -> None:
+    state = run.state
+    if run.recipe.settings.keep == "last" or state.best == 0 or _merit(log) > _merit(state.epochs[state.best - 1]):
+        state.best = log.epoch
+        state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
+    state.epochs.append(log)
+
+
+def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[float]:
+    device, steps, seen = runs[0].recipe.device, len(loader), 0
+    totals = [torch.zeros((), device=device) for _ in runs]
+    for run in runs:
+        run.network.train()
     for step, batch in enumerate(loader):
-        progress = ((epoch - 1) * steps + step) / (recipe.settings.epochs * steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = recipe.settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-        loss = training_step(state.network, state.optimizer, batch.to(recipe.device), recipe)
-        total += loss * len(batch.labels)
+        for run in runs:
+            settings = run.recipe.settings
+            progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
+            for group in run.state.optimizer.param_groups:
+                group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        for total, loss in zip(totals, training_step(runs, batch.to(device)), strict=True):
+            total += loss * len(batch.labels)
         seen += len(batch.labels)
-    mean = float(total) / seen
-    if not math.isfinite(mean):
-        raise TrainingError(
-            f"The training loss of epoch {epoch} is {mean}.",
-            "The learning rate is too high for these features.",
-            "Lower train.lr (the published range is 5e-5 to 5e-3).",
-        )
-    return mean
+    means = [float(total) / seen for total in totals]
+    for run, mean in zip(runs, means, strict=True):
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"The training loss of epoch {epoch} is {mean} with a learning rate of {run.recipe.settings.lr:g}.",
+                "The learning rate is too high for these features.",
+                "Lower train.lr (the published range is 5e-5 to 5e-3).",
+            )
+    return means
 
 
 @torch.inference_mode()
 def _validate(
-    network: Network, loader: BatchLoader, labels: Sequence[int], recipe: Recipe
-) -> tuple[float, float | None, float]:
-    """Loss, AUC and accuracy of the validation images."""
-    network.eval()
-    parts = [batch_logits(network, batch.to(recipe.device), recipe.mean, recipe.std).float().cpu() for batch in loader]
-    return judge_logits(torch.cat(parts), labels, recipe.class_weights)
+    runs: Sequence[Run], loader: BatchLoader, labels: Sequence[int]
+) -> list[tuple[float, float | None, float]]:
+    """Loss, AUC and accuracy of the validation images, of each run."""
+    shared = runs[0].recipe
+    parts: list[list[torch.Tensor]] = [[] for _ in runs]
+    for run in runs:
+        run.network.eval()
+    for batch in loader:
+        moved = batch.to(shared.device)
+        logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
+        for part, run, own in zip(parts, runs, logits, strict=True):
+            part.append(run.network.join(own, moved.pooled).float().cpu())
+    return [
+        judge_logits(torch.cat(part), labels, run.recipe.class_weights) for part, run in zip(parts, runs, strict=True)
+    ]
 
 
 def judge_logits(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,7 +55,17 @@ class PromptedSideNetwork(nn.Module):
         Returns:
             Logits (B, classes).
         """
-        return self.member_logits(image, cached)[0]
+        return self.join(self.member_logits(image, cached))
+
+    def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, classes)."""
+        return logits[0]
+
+    def reseed(self, *entropy: int) -> None:
+        """Draw dropout from here on as these numbers determine, whatever else draws."""
+        if self.fusion is not None:
+            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+            self.fusion.dropout.generator = torch.Generator(self.fusion.prompts.device).manual_seed(seed)
 
 
 class LinearProbe(nn.Module):
@@ -107,7 +118,11 @@ class Ensemble(nn.Module):
         Returns:
             Log-probabilities up to a constant of each image, (B, classes).
         """
-        pool = self.member_logits(image, cached).log_softmax(dim=-1).mean(dim=0)
+        return self.join(self.member_logits(image, cached), pooled)
+
+    def join(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(M, B, classes) of `member_logits` and (B, 2, D) -> (B, classes), the opinion pool."""
+        pool = logits.log_softmax(dim=-1).mean(dim=0)
         if self.probe is None:
             return pool
         if pooled is None:
@@ -115,6 +130,11 @@ class Ensemble(nn.Module):
         weight = self.spec.probe_weight
         joined: torch.Tensor = (1 - weight) * pool + weight * self.probe(pooled).log_softmax(dim=-1)
         return joined
+
+    def reseed(self, *entropy: int) -> None:
+        """Draw dropout from here on as these numbers determine, each member in its own way."""
+        for position, member in enumerate(self.members):
+            member.reseed(*entropy, position)
 
 
 def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:

@@ -16,7 +16,7 @@ from stages.extract.importance import QUERY_CHUNK, attend, select_tokens, token_
 from stages.extract.lpm import LoadedLpm, describe_lpm
 from stages.extract.taps import Taps
 
-# Class token; q/k norm and registers; no class token. At 208 pixels there are more queries than one chunk holds.
+# Class token; q/k norm and registers; no class token. At 272 pixels there are more queries than one chunk holds.
 CASES = [("test_vit", "global"), ("test_vit", "class_token")]
 CASES += [(name, "global") for name in ("test_vit2", "test_vit3", "test_vit4")]
 
@@ -71,13 +71,13 @@ def direct(model: torch.nn.Module, pixels: torch.Tensor, layer: int, rule: str, 
 @pytest.mark.parametrize(("name", "rule"), CASES)
 @torch.inference_mode()
 def test_selection_equals_the_formulas(name: str, rule: str) -> None:
-    lpm = tiny(name, 208)
+    lpm = tiny(name, 272)
     assert lpm.info.tokens > QUERY_CHUNK
     layers = (0, lpm.info.depth - 1)
     kept = int(0.2 * lpm.info.tokens)
     spec = spec_of(lpm.info, layers, rule, kept)
     model = lpm.model.double()
-    pixels = torch.randn(2, 3, 208, 208, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 272, 272, dtype=torch.float64)
     with Taps(model, spec, lambda layer: layer) as taps:
         taps.run(pixels)
         tapped = taps.take()
