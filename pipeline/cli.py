@@ -20,6 +20,7 @@ from pipeline.commands.extract import extract
 from pipeline.commands.init import init
 from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
+from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
 from schemas.errors import FptError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, evaluate, compare, predict, cost, doctor):
+for verb in (init, prepare, extract, train, sweep, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")

@@ -21,8 +21,8 @@ class EpochLogger:
     leaves the metrics of the last one. After a resume the earlier epochs come first, and the files are whole again.
     """
 
-    def __init__(self, folder: Path, epochs: int) -> None:
-        self.folder, self.epochs = folder, epochs
+    def __init__(self, folder: Path, epochs: int, title: str = "") -> None:
+        self.folder, self.epochs, self.title = folder, epochs, title
         self._live: Any = None
         self._seconds = 0.0
 
@@ -58,7 +58,7 @@ class EpochLogger:
                     self._live.log_metric(name, value)
             self._live.make_summary()
         say(
-            f"Epoch {log.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {log.train_loss:.4f}  "
+            f"{self.title}Epoch {log.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {log.train_loss:.4f}  "
             f"val loss {log.val_loss:.4f}  val AUC {score(log.val_auc)}  val accuracy {score(log.val_accuracy)}  "
             f"{duration(log.seconds)}"
         )

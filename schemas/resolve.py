@@ -100,6 +100,7 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
                     "members": members,
                     "probe_weight": probe_weight,
                     "keep": preset.keep if train.keep == "auto" else train.keep,
+                    "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
                 }
             ),
         }

@@ -206,7 +206,9 @@ class TrainSettings(Contract):
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
     seed: int = 0
-    """Seed of initialisation, order, augmentation and dropout."""
+    """Seed of initialisation and dropout."""
+    order_seed: Literal["auto"] | int = "auto"
+    """Seed of the order of the images, their augmentation and views; auto: seed. Runs of one sweep share it."""
 
     @field_validator("side_image_size")
     @classmethod

@@ -26,7 +26,7 @@ from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
 from stages.train.data import READS, Batch
-from stages.train.loop import Recipe, make_optimizer, training_step
+from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network, build_learner
 from stages.train.network import learnable_parameters
 
@@ -99,7 +99,8 @@ def _side_step_mib(network: Network, spec: ModelSpec, features: FeatureSpec, tra
             )
             tensors += cached.tensors()
         batch, optimizer = Batch(images, cached, labels), make_optimizer(network, train)
-        return optimizer, tensors, lambda: training_step(network, optimizer, batch, recipe)
+        run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
+        return optimizer, tensors, lambda: training_step([run], batch)
 
     return _peak_mib(network, make_step)
 

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from schemas.base import digest
-from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
+from schemas.errors import SettingsError
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest, Split
-from schemas.resolve import feature_spec, network_spec
+from schemas.resolve import network_spec
 from schemas.results import BundleSpec, EpochLog, ModelSpec, StoreMemory, TrainResult
-from schemas.settings import Method, Settings
-from schemas.views import manifest_rows, train_views
+from schemas.settings import Settings
+from schemas.views import train_views
 from stages.device import set_up
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
-from stages.store.shards import REPAIR
 from stages.train.bundle import save_bundle, serialise
+from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.data import FeatureDataset, array_names
-from stages.train.loop import Fit, Recipe, fit, load_checkpoint, make_optimizer
+from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
 from stages.train.probes import copy_fit, fit_linear_probe
-
-UNREAD: dict[Method, tuple[str, ...]] = {
-    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
-    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
-    "attentive": ("layers", "pooled", "side_image_size"),
-}
-"""Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -52,7 +46,7 @@ def train(
     on_memory: Callable[[StoreMemory], None] | None = None,
     remote: str | None = None,
 ) -> TrainResult:
-    """Train, and write the bundle of the best epoch.
+    """Train, and write the bundle of the epoch that is kept.
 
     Args:
         settings: Resolved.
@@ -74,53 +68,124 @@ def train(
         TransferError: If the remote store cannot be reached.
         TrainingError: If a class has no training images, or the loss is not finite.
     """
-    check_features(settings, lpm, receipt)
-    check_views(settings, receipt)
+    tell = on_epoch or (lambda _: None)
+    (result,) = train_together(
+        [settings],
+        lpm,
+        manifest,
+        receipt,
+        cache_root,
+        [output],
+        checkpoints,
+        lambda _, log: tell(log),
+        on_memory,
+        remote,
+    )
+    return result
+
+
+def train_together(
+    variants: Sequence[Settings],
+    lpm: LpmInfo,
+    manifest: Manifest,
+    receipt: ExtractionReceipt,
+    cache_root: Path,
+    outputs: Sequence[Path],
+    checkpoints: Path,
+    on_epoch: Callable[[int, EpochLog], None] | None = None,
+    on_memory: Callable[[StoreMemory], None] | None = None,
+    remote: str | None = None,
+) -> list[TrainResult]:
+    """Train several variants on one stream of batches: the cached tokens are read and widened once for all.
+
+    Each ends where it would alone, with the same `train.order_seed`, up to the rounding of larger matrix products.
+
+    Args:
+        variants: Resolved settings that differ in `FREE` fields of `train` alone.
+        lpm: Shape of the LPM that they name.
+        manifest: From `prepare`.
+        receipt: From `extract`.
+        cache_root: Folder of all stores.
+        outputs: Folder of the bundle of each.
+        checkpoints: As for `train`.
+        on_epoch: Called after each epoch with the position of the variant.
+        on_memory: As for `train`.
+        remote: As for `train`.
+
+    Raises:
+        SettingsError: If the variants cannot share their batches.
+        Exception: As for `train`.
+    """
+    first = variants[0]
+    check_shared(variants)
+    for settings in variants:
+        check_features(settings, lpm, receipt)
+    check_views(first, receipt)
     store = open_rows(cache_root, receipt, remote)
     store.require_whole()
-    check_rows(settings, manifest, store)
-    device = set_up(settings.compute)
+    check_rows(first, manifest, store)
+    device = set_up(first.compute)
     classes = manifest.classes
     labels = {split: _labels(manifest, split) for split in SPLITS}
-    tell = on_epoch or (lambda _: None)
-    weights = class_weights(settings, labels["train"], classes, device)
-    if settings.method in POOLED:
-        train_rows, val_rows = (_pooled(settings, manifest, store, split, labels[split]) for split in SPLITS)
-        probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights)
+    tell = on_epoch or (lambda _position, _log: None)
+    if first.method in POOLED:
+        results = []
+        train_rows, val_rows = (_pooled(first, manifest, store, split, labels[split]) for split in SPLITS)
+        for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
+            weights = class_weights(settings, labels["train"], classes, device)
+            probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights)
+            tell(position, log)
+            learnable = _save(output, probe, probe.spec, classes, settings, receipt, log)
+            results.append(
+                TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
+            )
         store.close()
-        tell(log)
-        learnable = _save(output, probe, probe.spec, classes, settings, receipt, log)
-        return TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
-    # A baseline takes the layers that were extracted, whatever "auto" means for its method.
-    layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
-    features = settings.features.model_copy(update={"layers": layers})
-    spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
-    rows = _rows(settings, manifest, store, on_memory)
-    data = {split: _dataset(settings, manifest, rows, split, labels[split]) for split in SPLITS}
-    recipe = Recipe(
-        settings=settings.train,
-        mean=lpm.mean,
-        std=lpm.std,
-        class_weights=weights,
-        device=device,
-        workers=settings.compute.loader_workers,
-    )
-    torch.manual_seed(settings.train.seed)
-    network = build_learner(spec)
-    fit_probe(network, rows, manifest, labels, settings, classes)
-    network = network.to(device)
-    state = Fit(network, make_optimizer(network, settings.train))
-    checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
-    resumed = len(state.epochs) if load_checkpoint(state, checkpoint) else 0
-    for log in state.epochs:
-        tell(log)
-    fit(state, data["train"], data["val"], labels["val"], recipe, checkpoint, tell)
-    best = state.epochs[state.best - 1]
-    network.load_state_dict(state.best_state)
-    learnable = _save(output, network, spec, classes, settings, receipt, best)
-    checkpoint.unlink(missing_ok=True)
+        return results
+    # What any of them reads is read for all.
+    reading = max(variants, key=lambda settings: settings.train.probe_weight != 0)
+    rows = _rows(reading, manifest, store, on_memory)
+    data = {split: _dataset(reading, manifest, rows, split, labels[split]) for split in SPLITS}
+    runs, specs, resumed = [], [], []
+    for position, settings in enumerate(variants):
+        # A baseline takes the layers that were extracted, whatever "auto" means for its method.
+        layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
+        features = settings.features.model_copy(update={"layers": layers})
+        spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
+        torch.manual_seed(settings.train.seed)
+        network = build_learner(spec)
+        fit_probe(network, rows, manifest, labels, settings, classes)
+        recipe = Recipe(
+            settings=settings.train,
+            mean=lpm.mean,
+            std=lpm.std,
+            class_weights=class_weights(settings, labels["train"], classes, device),
+            device=device,
+            workers=settings.compute.loader_workers,
+        )
+        state = Fit(network.to(device), make_optimizer(network, settings.train))
+        checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
+        resumed.append(len(state.epochs) if load_checkpoint(state, checkpoint) else 0)
+        runs.append(Run(state, recipe, checkpoint, partial(tell, position)))
+        specs.append(spec)
+        for log in state.epochs:
+            tell(position, log)
+    fit(runs, data["train"], data["val"], labels["val"], order_seed(first))
+    results = []
+    for settings, output, run, spec, done in zip(variants, outputs, runs, specs, resumed, strict=True):
+        best = run.state.epochs[run.state.best - 1]
+        run.network.load_state_dict(run.state.best_state)
+        learnable = _save(output, run.network, spec, classes, settings, receipt, best)
+        run.checkpoint.unlink(missing_ok=True)
+        results.append(TrainResult(best=best, epochs=tuple(run.state.epochs), resumed_from=done, learnable=learnable))
     store.close()
-    return TrainResult(best=best, epochs=tuple(state.epochs), resumed_from=resumed, learnable=learnable)
+    return results
+
+
+def order_seed(settings: Settings) -> int:
+    """Seed of the stream of batches, of resolved settings."""
+    if settings.train.order_seed == "auto":
+        raise SettingsError("The settings are not resolved.")
+    return settings.train.order_seed
 
 
 def _save(
@@ -146,89 +211,6 @@ def _save(
     )
     save_bundle(output, bundle, weights)
     return bundle.learnable
-
-
-def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
-    """Refuse features that were computed under other settings than these; the differing fields are named."""
-    found = receipt.spec
-    if settings.method in POOLED and not found.pooled:
-        raise CacheMismatchError(
-            f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
-            {"pooled": (True, False)},
-            "They were extracted with features.pooled: false.",
-            "Set features.pooled: true in params.yaml, then run `fpt extract`.",
-        )
-    # Stage two needs no weights file: their digest is the one field that the settings cannot say.
-    expected = feature_spec(settings, lpm, found.weights_sha256)
-    # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
-    expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
-    size = settings.train.side_image_size
-    if settings.method == "side" and size != "auto" and size <= found.side_image_size:
-        # The side network alone reads nothing but the small images: whatever lies beside them will do.
-        return
-    if differing := expected.differing(found):
-        raise CacheMismatchError(
-            "The extracted features do not fit the settings.",
-            differing,
-            "The settings changed after the features were extracted.",
-            "Run `fpt extract` with these settings, or take the change back.",
-        )
-
-
-def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
-    """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
-    asked = settings.features
-    absent: list[str] = [view for view in asked.views if view not in receipt.views]
-    if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
-        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
-        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
-    if absent:
-        raise CacheIncompleteError(
-            f"The settings ask for views that were not extracted: {', '.join(absent)}.",
-            absent,
-            "features.views or features.crops changed after the features were extracted.",
-            "Run `fpt extract`: it computes just these views. Or take the change back.",
-        )
-
-
-def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> None:
-    """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
-    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
-    missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
-    if missing:
-        raise CacheIncompleteError(
-            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features, or not of every view.",
-            missing,
-            "Images were added or moved to the training split after the features were extracted.",
-            REPAIR,
-        )
-
-
-def class_weights(
-    settings: Settings, labels: Sequence[int], classes: Sequence[str], device: torch.device
-) -> torch.Tensor | None:
-    """(C,) weights of the loss: none, balanced n / (C * n_c), or the listed ones.
-
-    Raises:
-        TrainingError: If a class has no training images.
-        SettingsError: If the list does not have one weight a class.
-    """
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(classes))
-    if absent := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]:
-        raise TrainingError(
-            f"No training image has the label {', '.join(absent)}.",
-            "The split left the class out.",
-            "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
-        )
-    chosen = settings.train.class_weights
-    if chosen == "none":
-        return None
-    if chosen == "balanced":
-        return (len(labels) / (len(classes) * counts.double())).float().to(device)
-    if len(chosen) != len(classes):
-        problem = f"lists {len(chosen)} weights for {len(classes)} classes ({', '.join(classes)})"
-        raise SettingsError("The settings do not fit the data.", [("train.class_weights", problem)])
-    return torch.tensor(chosen, dtype=torch.float32, device=device)
 
 
 def fit_probe(
@@ -312,7 +294,7 @@ def _dataset(
         labels,
         size,
         augment=settings.train.augment if training else None,
-        seed=settings.train.seed,
+        seed=order_seed(settings),
         method=settings.method,
         probe=bool(settings.train.probe_weight),
         views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,

@@ -22,7 +22,7 @@ from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
 from stages.train.data import Batch
 from stages.train.infer import feature_logits, store_logits
-from stages.train.loop import Recipe, make_optimizer, training_step
+from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
 from stages.train.run import train
 
@@ -47,6 +47,10 @@ def recipe(**keys: Any) -> Recipe:
     return Recipe(settings, (0.5,) * 3, (0.5,) * 3, None, torch.device("cpu"), 0)
 
 
+def as_run(network: Any, optimizer: Any, setting: Recipe) -> Run:
+    return Run(Fit(network, optimizer), setting, Path(), lambda _: None)
+
+
 def test_members_learn_what_they_would_learn_alone() -> None:
     torch.manual_seed(0)
     together = build_network(tiny(3, 0.3))
@@ -58,9 +62,10 @@ def test_members_learn_what_they_would_learn_alone() -> None:
     optimizer = make_optimizer(together, setting.settings)
     optimizers = [make_optimizer(network, setting.settings) for network in alone]
     for step in range(4):
-        mean = training_step(together, optimizer, batch(step), setting)
+        (mean,) = training_step([as_run(together, optimizer, setting)], batch(step))
         losses = [
-            training_step(network, own, batch(step), setting) for network, own in zip(alone, optimizers, strict=True)
+            training_step([as_run(network, own, setting)], batch(step))[0]
+            for network, own in zip(alone, optimizers, strict=True)
         ]
         torch.testing.assert_close(mean, torch.stack(losses).mean())
     for network, member in zip(alone, together.members, strict=True):

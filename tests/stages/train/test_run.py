@@ -24,9 +24,10 @@ from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
+from stages.train.checks import class_weights
 from stages.train.data import EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
-from stages.train.run import class_weights, train
+from stages.train.run import train
 
 
 class Killed(BaseException):

@@ -1,0 +1,136 @@
+"""What training refuses before it starts: features, rows, runs and classes that do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
+from schemas.features import ExtractionReceipt, LpmInfo
+from schemas.manifest import Manifest
+from schemas.resolve import feature_spec
+from schemas.settings import Method, Settings
+from schemas.views import manifest_rows
+from stages.store.reader import StoreReader
+from stages.store.shards import REPAIR
+from stages.train.pooled import POOLED
+
+UNREAD: dict[Method, tuple[str, ...]] = {
+    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
+    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
+    "attentive": ("layers", "pooled", "side_image_size"),
+}
+"""Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
+
+FREE = frozenset(
+    {"lr", "weight_decay", "clip_norm", "dropout", "members", "probe_weight", "keep", "class_weights", "seed"}
+)
+"""Fields of `train` in which runs that share their batches may differ."""
+
+
+def check_shared(variants: Sequence[Settings]) -> None:
+    """Refuse variants that differ in more than what each can have for itself.
+
+    Raises:
+        SettingsError: With every field that they would have to share.
+    """
+    fixed = [
+        {
+            "method": settings.method,
+            **{
+                f"{section}.{name}": value
+                for section in ("features", "lpm", "data", "train")
+                for name, value in getattr(settings, section).model_dump(mode="json").items()
+                if section != "train" or name not in FREE
+            },
+        }
+        for settings in variants
+    ]
+    differing = sorted(name for name in fixed[0] if any(one[name] != fixed[0][name] for one in fixed))
+    if differing:
+        problems = [(name, "must be the same for runs that share their batches") for name in differing]
+        raise SettingsError("These runs cannot be trained in one pass.", problems, "Train them one after the other.")
+
+
+def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
+    """Refuse features that were computed under other settings than these; the differing fields are named."""
+    found = receipt.spec
+    if settings.method in POOLED and not found.pooled:
+        raise CacheMismatchError(
+            f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
+            {"pooled": (True, False)},
+            "They were extracted with features.pooled: false.",
+            "Set features.pooled: true in params.yaml, then run `fpt extract`.",
+        )
+    # Stage two needs no weights file: their digest is the one field that the settings cannot say.
+    expected = feature_spec(settings, lpm, found.weights_sha256)
+    # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
+    expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
+    size = settings.train.side_image_size
+    if settings.method == "side" and size != "auto" and size <= found.side_image_size:
+        # The side network alone reads nothing but the small images: whatever lies beside them will do.
+        return
+    if differing := expected.differing(found):
+        raise CacheMismatchError(
+            "The extracted features do not fit the settings.",
+            differing,
+            "The settings changed after the features were extracted.",
+            "Run `fpt extract` with these settings, or take the change back.",
+        )
+
+
+def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
+    """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
+    asked = settings.features
+    absent: list[str] = [view for view in asked.views if view not in receipt.views]
+    if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
+        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
+        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
+    if absent:
+        raise CacheIncompleteError(
+            f"The settings ask for views that were not extracted: {', '.join(absent)}.",
+            absent,
+            "features.views or features.crops changed after the features were extracted.",
+            "Run `fpt extract`: it computes just these views. Or take the change back.",
+        )
+
+
+def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> None:
+    """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
+    if missing:
+        raise CacheIncompleteError(
+            f"{len(missing)} of {len(manifest.ids())} images of the manifest have no features, or not of every view.",
+            missing,
+            "Images were added or moved to the training split after the features were extracted.",
+            REPAIR,
+        )
+
+
+def class_weights(
+    settings: Settings, labels: Sequence[int], classes: Sequence[str], device: torch.device
+) -> torch.Tensor | None:
+    """(C,) weights of the loss: none, balanced n / (C * n_c), or the listed ones.
+
+    Raises:
+        TrainingError: If a class has no training images.
+        SettingsError: If the list does not have one weight a class.
+    """
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(classes))
+    if absent := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]:
+        raise TrainingError(
+            f"No training image has the label {', '.join(absent)}.",
+            "The split left the class out.",
+            "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
+        )
+    chosen = settings.train.class_weights
+    if chosen == "none":
+        return None
+    if chosen == "balanced":
+        return (len(labels) / (len(classes) * counts.double())).float().to(device)
+    if len(chosen) != len(classes):
+        problem = f"lists {len(chosen)} weights for {len(classes)} classes ({', '.join(classes)})"
+        raise SettingsError("The settings do not fit the data.", [("train.class_weights", problem)])
+    return torch.tensor(chosen, dtype=torch.float32, device=device)
