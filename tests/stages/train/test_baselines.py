@@ -209,9 +209,8 @@ def test_workers_hand_out_batches_without_images(study: Study) -> None:
         alone = [copied(batch) for batch in batches(data, sampler)]
         helped = [copied(batch) for batch in batches(data, sampler, workers=1)]
         for left, right in zip(alone, helped, strict=True):
-            assert (
-                left.keys() == right.keys() == ({"keys", "labels"} if method == "attentive" else {"pooled", "labels"})
-            )
+            expected = {"keys" if method == "attentive" else "pooled", "labels"}
+            assert left.keys() == right.keys() == expected
             assert all(torch.equal(left[name], right[name]) for name in left)
 
 
