@@ -21,7 +21,9 @@ def train(
     assignments: Assignments = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="fpt, fpt+, or a baseline: side, linear, knn, attentive.", show_default=False),
+        typer.Option(
+            "--method", help="fpt, fpt+, fpt-x, or a baseline: side, linear, knn, attentive.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None,

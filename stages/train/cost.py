@@ -164,7 +164,6 @@ def total_tracker() -> Any:
         if not torch.distributed.is_available():
             raise ImportError("torch.distributed is not available")
         from torch.distributed._tools.mem_tracker import MemTracker
-        from torch.utils.weak import WeakIdKeyDictionary
     except ImportError as error:
         raise PlatformError(
             f"torch {torch.__version__} cannot track tensor memory here: {error}",
@@ -173,11 +172,22 @@ def total_tracker() -> Any:
         ) from error
 
     class TotalTracker(MemTracker):  # type: ignore[no-untyped-call]
-        """Keeps the total alone: the peaks of single modules, looked up at every operation, take most of the time."""
+        """Keeps the total alone, and not what single modules take.
 
-        def _update_peak_stats(self, peak_state: Any) -> None:
-            modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
-            super()._update_peak_stats(peak_state)
-            self.memory_tracking = modules
+        That would be looked up at every operation, which takes most of the time, and a network whose parts are called
+        one by one is taken for one that runs twice.
+        """
+
+        def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+            pass
+
+        def _post_fw_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def _pre_bw_hook(self, module: nn.Module, args: Any) -> None:
+            pass
+
+        def _post_bw_hook(self, module: nn.Module, args: Any) -> None:
+            pass
 
     return TotalTracker()

@@ -58,6 +58,16 @@ def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> Non
         assert said in out
 
 
+def test_the_time_of_another_training_is_not_shown(study: Path, fpt: Fpt) -> None:
+    fpt("train", "--method", "knn", "--output", "outputs/knn", cwd=study)
+    fpt("evaluate", "--model", "outputs/knn/model", "--output", "outputs/knn/evaluation", cwd=study)
+    fpt("train", "--method", "linear", "--output", "outputs/knn", cwd=study)
+    out, _ = fpt("compare", "outputs/knn", "outputs/evaluation", "--json", cwd=study)
+    found = json.loads(out)["models"]
+    assert [row["train_seconds"] is None for row in found] == [True, False]
+    assert found[0]["model"]["method"] == "knn"
+
+
 def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> None:
     images = draw_images(tmp_path / "new", per_class=1, seed=5)
     for method in ("linear", "knn", "attentive"):

@@ -26,7 +26,7 @@ from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cost import estimate_cost
-from stages.train.data import READS
+from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
 from stages.train.run import train
 
@@ -197,3 +197,31 @@ def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None
 
 def test_every_method_is_in_every_table() -> None:
     assert set(READS) == set(PRESETS) == set(METHODS) == set(get_args(Method))
+
+
+@pytest.mark.slow
+def test_workers_hand_out_batches_without_images(study: Study) -> None:
+    store = open_store(study.cache, study.extract())
+    rows = list(study.manifest.rows)
+    for method in PROBES:
+        data = FeatureDataset(store, [row.id for row in rows], list(range(len(rows))), 0, method=method)
+        sampler = EpochSampler(len(data), 5, seed=1)
+        alone = [copied(batch) for batch in batches(data, sampler)]
+        helped = [copied(batch) for batch in batches(data, sampler, workers=1)]
+        for left, right in zip(alone, helped, strict=True):
+            expected = {"keys" if method == "attentive" else "pooled", "labels"}
+            assert left.keys() == right.keys() == expected
+            assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def copied(batch: Batch) -> dict[str, torch.Tensor]:
+    found = {"image": batch.image, "pooled": batch.pooled, "labels": batch.labels}
+    if batch.cached is not None:
+        found["keys"] = batch.cached.keys
+    return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("method", PROBES)
+def test_pooled_outputs_that_are_there_may_be_unwanted(study: Study, method: Method) -> None:
+    receipt = study.extract()
+    run(study, receipt, settings=study.changed(features={"pooled": False}).model_copy(update={"method": method}))
