@@ -105,13 +105,18 @@ def _by_softmax(
     query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, kind: torch.dtype
 ) -> torch.Tensor:
     """The same without the log-sum-exp, and for scores of lower precision."""
-    transposed = key.transpose(1, 2)
     received = torch.zeros(len(key), key.shape[1], dtype=kind, device=key.device)
-    for start in range(0, query.shape[1], QUERY_CHUNK):
-        scores = (query[:, start : start + QUERY_CHUNK] * scale @ transposed).to(kind)
-        if bias is not None:
-            scores += bias[:, :, start : start + scores.shape[1]].reshape(scores.shape)
-        received += torch.softmax(scores, dim=-1).sum(dim=1)
+    together = CPU_HEADS if key.device.type == "cpu" else len(key)
+    if bias is not None:
+        bias = bias.reshape(len(key), *bias.shape[-2:])
+    for first in range(0, len(key), together):
+        heads = slice(first, first + together)
+        given = key[heads].transpose(1, 2)
+        for start in range(0, query.shape[1], QUERY_CHUNK):
+            scores = (query[heads, start : start + QUERY_CHUNK] * scale @ given).to(kind)
+            if bias is not None:
+                scores += bias[heads, start : start + scores.shape[1]]
+            received[heads] += torch.softmax(scores, dim=-1).sum(dim=1)
     return received
 
 
