@@ -107,15 +107,15 @@ def _by_softmax(
     """The same without the log-sum-exp, and for scores of lower precision."""
     received = torch.zeros(len(key), key.shape[1], dtype=kind, device=key.device)
     together = CPU_HEADS if key.device.type == "cpu" else len(key)
-    if bias is not None:
-        bias = bias.reshape(len(key), *bias.shape[-2:])
     for first in range(0, len(key), together):
         heads = slice(first, first + together)
         given = key[heads].transpose(1, 2)
         for start in range(0, query.shape[1], QUERY_CHUNK):
             scores = (query[heads, start : start + QUERY_CHUNK] * scale @ given).to(kind)
             if bias is not None:
-                scores += bias[heads, start : start + scores.shape[1]]
+                # One by one: flattened, a bias that all images share would be copied for each of them.
+                for own, row in zip(scores, range(first, first + len(scores)), strict=True):
+                    own += bias[row // bias.shape[1], row % bias.shape[1], start : start + scores.shape[1]]
             received[heads] += torch.softmax(scores, dim=-1).sum(dim=1)
     return received
 
