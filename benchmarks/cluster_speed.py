@@ -86,7 +86,7 @@ def main() -> None:
         ways: dict[str, tuple[Settings, Execute]] = {"this process, one thread": (settings, inline)}
         for workers in (1, 2):
             cluster = stack.enter_context(
-                LocalCluster(workers, threads_per_worker=TASKS_PER_WORKER, dashboard_address="127.0.0.1:0")
+                LocalCluster(n_workers=workers, threads_per_worker=TASKS_PER_WORKER, dashboard_address="127.0.0.1:0")
             )
             raw = {"cluster": {"kind": "scheduler", "address": cluster.scheduler_address}}
             lent = settings.model_copy(update={"cluster": parse_settings(raw).cluster})
