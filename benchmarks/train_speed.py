@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from extract_speed import make_photos
 from PIL import Image
 from read_speed import BATCH, LPM, fill, fill_peer, image_id, make_spec
 from safetensors.torch import load_file
@@ -109,26 +110,15 @@ def published_step(
     optimizer.step()
 
 
-def make_images(folder: Path, rows: int) -> list[Path]:
-    """Smooth colours with some noise, 1,024 pixels, JPEG."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    found = []
-    for number in range(rows):
-        coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((1024, 1024))
-        pixels = np.asarray(coarse, np.int16) + random.integers(-12, 12, (1024, 1024, 1))
-        found.append(folder / f"{number}.jpg")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(found[-1], quality=90)
-    return found
-
-
-def published_epoch(files: list[Path], images: list[Path], model: PromptedSideNetwork) -> None:
+def published_epoch(files: list[Path], images: list[tuple[str, str]], model: PromptedSideNetwork) -> None:
     """One epoch, the published way."""
     augment, optimizer = augmentation(settings().augment, model.spec.image_size), make_optimizer(model, settings())
     order = np.random.default_rng(0).permutation(len(files)).tolist()
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        pixels = [torch.from_numpy(np.array(Image.open(images[row]).convert("RGB"))).permute(2, 0, 1) for row in part]
+        pixels = [
+            torch.from_numpy(np.array(Image.open(images[row][1]).convert("RGB"))).permute(2, 0, 1) for row in part
+        ]
         published_step(
             model, optimizer, torch.stack([augment(one) for one in pixels]), [load_file(files[row]) for row in part]
         )
@@ -151,7 +141,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     """Time everything in turns."""
     _, receipt = fill(folder / "store", make_spec(arguments.dtype), arguments.rows)
     ids = [image_id(number) for number in range(arguments.rows)]
-    files, images = fill_peer(folder / "peer", arguments.rows), make_images(folder / "images", arguments.rows)
+    files, images = fill_peer(folder / "peer", arguments.rows), make_photos(folder / "images", arguments.rows)
     reader = open_store(folder / "store", receipt)
     memory = MemoryRows(reader, ids, array_names(reader.layouts, "fpt+"))
     labels = [number % CLASSES for number in range(arguments.rows)]
