@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pipeline.project import Study
+    from schemas.features import ExtractionReceipt
+    from schemas.manifest import Manifest
     from schemas.results import EpochLog, Metrics
     from schemas.settings import Settings
 
@@ -58,10 +60,10 @@ def sweep(
     keys = {name: run_key(settings, manifest, receipt) for name, settings in variants.items()}
     waiting = {name: settings for name, settings in variants.items() if not _finished(folder / name, keys[name])}
     if waiting:
-        _train(study, waiting, folder)
+        _train(study, manifest, receipt, waiting, folder)
         for name in waiting:
             atomic_write(folder / name / "run.json", json.dumps({"run": keys[name]}).encode())
-    judged = {name: _judge(study, folder / name) for name in variants}
+    judged = {name: _judge(study, manifest, receipt, folder / name) for name in variants}
     judged |= {"all, averaged": _judge_together([folder / name for name in variants])} if len(variants) > 1 else {}
     summary = _summary(judged, variants)
     atomic_write(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -118,11 +120,11 @@ def _finished(folder: Path, key: str) -> bool:
         return False
 
 
-def _train(study: Study, variants: Mapping[str, Settings], folder: Path) -> None:
+def _train(
+    study: Study, manifest: Manifest, receipt: ExtractionReceipt, variants: Mapping[str, Settings], folder: Path
+) -> None:
     from pipeline.live import EpochLogger
     from pipeline.params import write_settings
-    from stages.extract.receipt import read_extraction_receipt
-    from stages.manifest import read_manifest
     from stages.train.run import train_together
 
     names, epochs = list(variants), study.settings.train.epochs
@@ -137,8 +139,8 @@ def _train(study: Study, variants: Mapping[str, Settings], folder: Path) -> None
         results = train_together(
             list(variants.values()),
             study.lpm,
-            read_manifest(study.manifest),
-            read_extraction_receipt(study.receipt),
+            manifest,
+            receipt,
             study.cache,
             [folder / name / "model" for name in names],
             study.checkpoints,
@@ -151,15 +153,13 @@ def _train(study: Study, variants: Mapping[str, Settings], folder: Path) -> None
         write_settings(settings, folder / name / "model")
 
 
-def _judge(study: Study, folder: Path) -> Metrics:
+def _judge(study: Study, manifest: Manifest, receipt: ExtractionReceipt, folder: Path) -> Metrics:
     from stages.device import set_up
     from stages.evaluate.run import evaluate
-    from stages.extract.receipt import read_extraction_receipt
-    from stages.manifest import read_manifest
 
     return evaluate(
-        read_manifest(study.manifest),
-        read_extraction_receipt(study.receipt),
+        manifest,
+        receipt,
         folder / "model",
         study.cache,
         folder / "evaluation",
