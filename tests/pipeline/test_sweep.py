@@ -47,6 +47,9 @@ def test_all_combinations_are_trained_judged_and_kept(
     pool = np.exp(np.mean([np.log(table.probabilities) for table in tables], axis=0))
     pool /= pool.sum(axis=1, keepdims=True)
     assert summary["runs"]["all, averaged"]["auc"] == pytest.approx(macro_auc(tables[0].labels, pool))
+    # The AUC knows ranks alone; this one also knows how sure the average is.
+    brier = ((pool - np.eye(3)[tables[0].labels]) ** 2).sum(axis=1).mean()
+    assert summary["runs"]["all, averaged"]["brier"] == pytest.approx(brier, abs=1e-5)
     for name in names:
         assert (root / "outputs/sweep" / name / "train/metrics.json").is_file()
         assert "order_seed: 0" in (root / "outputs/sweep" / name / "model/settings.yaml").read_text()

@@ -12,6 +12,7 @@ from study import Study, make_study
 from schemas.errors import SettingsError
 from schemas.results import EpochLog
 from schemas.settings import Settings
+from stages.train.network import PromptedSideNetwork
 from stages.train.run import train, train_together
 
 VARIANTS: list[dict[str, Any]] = [
@@ -65,6 +66,21 @@ def test_the_variants_are_really_different(study: Study) -> None:
     heads = [weights(study, f"d/{number}") for number in range(3)]
     assert not torch.equal(heads[0]["side.head.weight"], heads[1]["side.head.weight"])
     assert not torch.equal(heads[0]["side.pos_embed"], heads[2]["side.pos_embed"])
+
+
+def test_dropout_follows_from_the_seed_of_each_run_and_the_epoch(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, ...]] = []
+    reseed = PromptedSideNetwork.reseed
+
+    def noted(network: PromptedSideNetwork, *entropy: int) -> None:
+        drawn.append(entropy)
+        reseed(network, *entropy)
+
+    monkeypatch.setattr(PromptedSideNetwork, "reseed", noted)
+    together(study, "seeds")
+    expected = [entropy for epoch in (1, 2, 3) for entropy in ((0, epoch), (0, epoch), (3, epoch))]
+    assert [entropy for entropy in drawn if len(entropy) == 2] == expected
+    assert sorted(entropy for entropy in drawn if len(entropy) == 3) == [(4, e, m) for e in (1, 2, 3) for m in (0, 1)]
 
 
 @pytest.mark.parametrize("position", [1, 3])
