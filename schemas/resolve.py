@@ -13,6 +13,9 @@ from schemas.settings import Method, Precision, Settings
 WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"linear", "knn", "attentive"})
 """Methods that read no side image."""
 
+ATTENTIVE_WEIGHT = 0.3
+"""Share of attentive probes in the averaged log-probabilities, where there are any."""
+
 SIDE_PATCH = 16
 """Side of the side network's patch, in pixels."""
 
@@ -27,6 +30,8 @@ class Preset:
     """Input of the side network, in pixels."""
     members: int = 1
     """Side networks."""
+    attentive: int = 0
+    """Attentive probes."""
     probe_weight: float = 0.0
     """Of the linear probe."""
     keep: Literal["best", "last"] = "best"
@@ -36,7 +41,7 @@ class Preset:
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=4, probe_weight=0.3, keep="last"),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=4, attentive=4, probe_weight=0.3, keep="last"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),
@@ -70,11 +75,8 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
     if settings.method not in WITHOUT_SIDE_NETWORK and (rest or width % lpm.heads):
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
         problems.append(("train.side_reduction", whole))
-    members = preset.members if train.members == "auto" else train.members
-    probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
-    if settings.method in WITHOUT_SIDE_NETWORK:
-        members, probe_weight = 1, 0.0
-    if probe_weight and not features.pooled:
+    pool = _pool(settings, preset, problems)
+    if pool["probe_weight"] and not features.pooled:
         problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
     if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
         have, need = len(train.class_weights), len(settings.data.classes)
@@ -97,14 +99,37 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
             "train": train.model_copy(
                 update={
                     "side_image_size": side,
-                    "members": members,
-                    "probe_weight": probe_weight,
+                    **pool,
                     "keep": preset.keep if train.keep == "auto" else train.keep,
                     "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
                 }
             ),
         }
     )
+
+
+def _pool(settings: Settings, preset: Preset, problems: list[tuple[str, str]]) -> dict[str, float]:
+    """What is averaged, and with which shares."""
+    if settings.method in WITHOUT_SIDE_NETWORK:
+        return {"members": 1, "attentive": 0, "attentive_weight": 0.0, "probe_weight": 0.0}
+    train = settings.train
+    members = preset.members if train.members == "auto" else train.members
+    attentive = preset.attentive if train.attentive == "auto" else train.attentive
+    share = ATTENTIVE_WEIGHT if attentive else 0.0
+    attentive_weight = share if train.attentive_weight == "auto" else train.attentive_weight
+    probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
+    if attentive and settings.method == "side":
+        problems.append(("train.attentive", "must be 0: side reads no cached tokens"))
+    if bool(attentive) != bool(attentive_weight):
+        problems.append(("train.attentive_weight", f"is {attentive_weight:g} with {attentive} attentive probes"))
+    if attentive_weight + probe_weight >= 1.0:
+        problems.append(("train.attentive_weight", "and train.probe_weight leave nothing for the side networks"))
+    return {
+        "members": members,
+        "attentive": attentive,
+        "attentive_weight": attentive_weight,
+        "probe_weight": probe_weight,
+    }
 
 
 def stored_side_size(side: int) -> int:
@@ -147,6 +172,8 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         features.layers == "auto"
         or train.side_image_size == "auto"
         or train.members == "auto"
+        or train.attentive == "auto"
+        or train.attentive_weight == "auto"
         or train.probe_weight == "auto"
     ):
         raise SettingsError("The settings are not resolved.")
@@ -175,5 +202,18 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         prompts=train.prompts,
         dropout=train.dropout,
         members=train.members,
+        attentive=train.attentive,
+        attentive_weight=train.attentive_weight,
         probe_weight=train.probe_weight,
+    )
+
+
+def attentive_spec(spec: SideNetworkSpec) -> AttentiveSpec:
+    """The attentive probes that learn beside side networks of this spec."""
+    return AttentiveSpec(
+        classes=spec.classes,
+        layers=spec.layers,
+        lpm_width=spec.lpm_width,
+        heads=spec.heads,
+        queries=spec.prompts,
     )

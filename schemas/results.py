@@ -38,8 +38,17 @@ class SideNetworkSpec(Contract):
     """Of the fused prompts."""
     members: int = 1
     """Side networks, each with its prompts, whose log-probabilities are averaged."""
+    attentive: int = 0
+    """Attentive probes that learn beside them, with as many queries as there are prompts."""
+    attentive_weight: float = 0.0
+    """Share of the attentive probes in the log-probabilities."""
     probe_weight: float = 0.0
     """Share of the linear probe in the log-probabilities; 0: there is none."""
+
+    @property
+    def side_weight(self) -> float:
+        """Share of the side networks in the log-probabilities."""
+        return 1.0 - self.attentive_weight - self.probe_weight
 
 
 class LinearSpec(Contract):

@@ -267,9 +267,12 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     )
     if isinstance(network, AttentiveSpec):
         return (("Queries per block", str(network.queries)), *loop)
-    several = ("Side networks", f"{network.members} side by side, {network.probe_weight:g} of a linear probe with them")
+    pool = (
+        f"{network.members} side networks ({network.side_weight:g}), "
+        f"{network.attentive} attentive probes ({network.attentive_weight:g}), linear probe ({network.probe_weight:g})"
+    )
     return (
-        *((several,) if network.members > 1 or network.probe_weight else ()),
+        *((("Averaged", pool),) if network.members > 1 or network.attentive or network.probe_weight else ()),
         ("Input of the side network", f"{network.image_size} x {network.image_size} pixels"),
         ("Width of the side network", str(network.width)),
         ("Prompts per block", f"{network.prompts}, dropout {network.dropout:g}"),

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from schemas.results import AttentiveSpec
 from stages.train.cached import Cached
-from stages.train.fusion import context
+from stages.train.members import member_logits
 
 QUERY_STD = 0.02
 """Of the queries at the start: attention begins nearly uniform, and different from query to query."""
@@ -36,6 +36,8 @@ class AttentiveProbe(nn.Module):
         self.queries = nn.Parameter(torch.empty(spec.layers, spec.queries, spec.lpm_width))
         self.head = nn.Linear(spec.layers * spec.queries * spec.lpm_width, spec.classes)
         nn.init.normal_(self.queries, std=QUERY_STD)
+        # A head that says nothing yet, as logistic regression starts: its many inputs would add up to noise.
+        nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     @property
@@ -43,9 +45,28 @@ class AttentiveProbe(nn.Module):
         """This one."""
         return (self,)
 
-    def member_logits(self, _image: torch.Tensor | None, cached: Cached | None = None) -> torch.Tensor:
-        """As `forward`, with an axis of one member: (1, B, classes)."""
-        return self(None, cached)[None]  # type: ignore[no-any-return]
+    @property
+    def depth(self) -> int:
+        """Tapped layers."""
+        return self.spec.layers
+
+    def begin(self, _image: torch.Tensor | None) -> list[torch.Tensor]:
+        """What was found so far: nothing."""
+        return []
+
+    def asks(self, layer: int) -> torch.Tensor:
+        """(P, D)."""
+        return self.queries[layer]
+
+    def advance(self, _layer: int, state: list[torch.Tensor], mixed: torch.Tensor | None) -> list[torch.Tensor]:
+        """What was found so far, and what this layer answered."""
+        return state if mixed is None else [*state, mixed]
+
+    def finish(self, state: list[torch.Tensor]) -> torch.Tensor:
+        """Logits (B, classes) of what all layers answered, each (B, P, D)."""
+        pooled = F.layer_norm(torch.stack(state, dim=1), (self.spec.lpm_width,))
+        logits: torch.Tensor = self.head(pooled.flatten(1))
+        return logits
 
     def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, classes)."""
@@ -65,9 +86,4 @@ class AttentiveProbe(nn.Module):
         Returns:
             Logits (B, classes).
         """
-        if cached is None:
-            raise ValueError("the attentive probe needs keys and values")
-        found = [context(queries, cached.layer(layer)) for layer, queries in enumerate(self.queries)]
-        pooled = F.layer_norm(torch.stack(found, dim=1), (self.spec.lpm_width,))
-        logits: torch.Tensor = self.head(pooled.flatten(1))
-        return logits
+        return self.join(member_logits(self.members, None, cached))

@@ -24,7 +24,19 @@ UNREAD: dict[Method, tuple[str, ...]] = {
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
 FREE = frozenset(
-    {"lr", "weight_decay", "clip_norm", "dropout", "members", "probe_weight", "keep", "class_weights", "seed"}
+    {
+        "lr",
+        "weight_decay",
+        "clip_norm",
+        "dropout",
+        "members",
+        "attentive",
+        "attentive_weight",
+        "probe_weight",
+        "keep",
+        "class_weights",
+        "seed",
+    }
 )
 """Fields of `train` in which runs that share their batches may differ."""
 

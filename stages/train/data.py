@@ -329,7 +329,3 @@ def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) ->
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _pooled(rows: Mapping[str, NDArray[Any]]) -> torch.Tensor | None:
-    return torch.from_numpy(rows["pooled"]) if "pooled" in rows else None

@@ -9,11 +9,10 @@ import torch
 from schemas.results import ModelSpec, SideNetworkSpec
 from stages.extract.features import FeatureBatch, normalise
 from stages.store.reader import StoreReader
-from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import Bundle
 from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches, to_size
+from stages.train.members import member_logits
 from stages.train.models import Model, Network
-from stages.train.network import PromptedSideNetwork, member_logits
 
 
 def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -27,19 +26,11 @@ def training_logits(
 ) -> list[torch.Tensor]:
     """Of each network (M, B, classes): logits of each of its members by itself, which is what it learns from.
 
-    Side networks read the cached tokens together, whichever of the networks they belong to.
+    All members read the cached tokens together, whichever of the networks they belong to.
     """
-    image = _image(batch, mean, std)
-    members = [member for network in networks for member in network.members if isinstance(member, PromptedSideNetwork)]
-    joint = member_logits(members, image, batch.cached) if members else torch.empty(0)
-    found, start = [], 0
-    for network in networks:
-        if isinstance(network, AttentiveProbe):
-            found.append(network.member_logits(image, batch.cached))
-        else:
-            found.append(joint[start : start + len(network.members)])
-            start += len(network.members)
-    return found
+    members = [member for network in networks for member in network.members]
+    logits = member_logits(members, _image(batch, mean, std), batch.cached)
+    return list(logits.split([len(network.members) for network in networks]))  # type: ignore[no-untyped-call]
 
 
 @torch.inference_mode()

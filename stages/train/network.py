@@ -2,9 +2,10 @@
 
 FPT and FPT+ (arXiv 2403.07576, 2408.02426) are one `PromptedSideNetwork`. FPT-X is an `Ensemble`:
 
-    log p = (1 - w) mean_m log softmax(side network m) + w log softmax(linear probe)        up to a constant
+    log p = (1 - a - w) mean_m log softmax(side network m)
+          + a mean_n log softmax(attentive probe n) + w log softmax(linear probe)           up to a constant
 
-a logarithmic opinion pool. An untrained side network says nothing, so that it starts as the probe; each member sees
+a logarithmic opinion pool. An untrained side network says nothing, so that it starts as the probes; each member sees
 the same batches but has its own initialisation and dropout.
 """
 
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from schemas.resolve import attentive_spec
 from schemas.results import SideNetworkSpec
+from stages.train.attentive import AttentiveProbe
 from stages.train.cached import Cached
-from stages.train.fusion import Fusion, context
+from stages.train.fusion import Fusion
+from stages.train.members import member_logits
 from stages.train.side_network import SideNetwork
 
 
@@ -39,9 +43,29 @@ class PromptedSideNetwork(nn.Module):
         """This one."""
         return (self,)
 
-    def member_logits(self, image: torch.Tensor | None, cached: Cached | None = None) -> torch.Tensor:
-        """As `forward`, with an axis of one member: (1, B, classes)."""
-        return member_logits(self.members, image, cached)
+    @property
+    def depth(self) -> int:
+        """Tapped layers, each with a block."""
+        return self.spec.layers
+
+    def begin(self, image: torch.Tensor | None) -> torch.Tensor:
+        """Tokens (B, N, width) of (B, 3, S, S) normalised pixels."""
+        if image is None:
+            raise ValueError("side networks need the small image")
+        return self.side.embed(image)
+
+    def asks(self, layer: int) -> torch.Tensor | None:
+        """Queries of the prompts of a layer, (P, D); None without prompts."""
+        return None if self.fusion is None else self.fusion.queries(layer)
+
+    def advance(self, layer: int, state: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
+        """Tokens after a block, with the prompts made of the answer (B, P, D) of the cached tokens."""
+        prompts = None if self.fusion is None or mixed is None else self.fusion.prompts_from(layer, mixed)
+        return self.side.block(layer, state, prompts)
+
+    def finish(self, state: torch.Tensor) -> torch.Tensor:
+        """Logits (B, classes) from the tokens after the last block."""
+        return self.side.classify(state)
 
     def forward(
         self, image: torch.Tensor, cached: Cached | None = None, _pooled: torch.Tensor | None = None
@@ -55,7 +79,7 @@ class PromptedSideNetwork(nn.Module):
         Returns:
             Logits (B, classes).
         """
-        return self.join(self.member_logits(image, cached))
+        return self.join(member_logits(self.members, image, cached))
 
     def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, classes)."""
@@ -88,22 +112,19 @@ class LinearProbe(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Side networks that read the cached tokens together, and a linear probe."""
+    """Side networks and attentive probes that read the cached tokens together, and a linear probe."""
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
         self.spec = spec
         self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
+        self.attentive = nn.ModuleList(AttentiveProbe(attentive_spec(spec)) for _ in range(spec.attentive))
         self.probe = LinearProbe(2 * spec.lpm_width, spec.classes) if spec.probe_weight else None
 
     @property
-    def members(self) -> Sequence[PromptedSideNetwork]:
-        """The side networks, each with its prompts."""
-        return tuple(self.networks)  # type: ignore[arg-type]
-
-    def member_logits(self, image: torch.Tensor | None, cached: Cached | None = None) -> torch.Tensor:
-        """Logits of each member by itself, (M, B, classes)."""
-        return member_logits(self.members, image, cached)
+    def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
+        """The side networks, each with its prompts, then the attentive probes."""
+        return (*self.networks, *self.attentive)  # type: ignore[arg-type]
 
     def forward(
         self, image: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
@@ -118,18 +139,19 @@ class Ensemble(nn.Module):
         Returns:
             Log-probabilities up to a constant of each image, (B, classes).
         """
-        return self.join(self.member_logits(image, cached), pooled)
+        return self.join(member_logits(self.members, image, cached), pooled)
 
     def join(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(M, B, classes) of `member_logits` and (B, 2, D) -> (B, classes), the opinion pool."""
-        pool = logits.log_softmax(dim=-1).mean(dim=0)
-        if self.probe is None:
-            return pool
-        if pooled is None:
-            raise ValueError("the linear probe needs the pooled outputs")
-        weight = self.spec.probe_weight
-        joined: torch.Tensor = (1 - weight) * pool + weight * self.probe(pooled).log_softmax(dim=-1)
-        return joined
+        said = logits.log_softmax(dim=-1)
+        parts = [(self.spec.side_weight, said[: self.spec.members].mean(dim=0))]
+        if self.spec.attentive:
+            parts.append((self.spec.attentive_weight, said[self.spec.members :].mean(dim=0)))
+        if self.probe is not None:
+            if pooled is None:
+                raise ValueError("the linear probe needs the pooled outputs")
+            parts.append((self.spec.probe_weight, self.probe(pooled).log_softmax(dim=-1)))
+        return torch.stack([weight * part for weight, part in parts]).sum(dim=0)
 
     def reseed(self, *entropy: int) -> None:
         """Draw dropout from here on as these numbers determine, each member in its own way."""
@@ -139,39 +161,8 @@ class Ensemble(nn.Module):
 
 def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:
     """What the spec describes, with random weights."""
-    return Ensemble(spec) if spec.members > 1 or spec.probe_weight else PromptedSideNetwork(spec)
-
-
-def member_logits(
-    networks: Sequence[PromptedSideNetwork], image: torch.Tensor | None, cached: Cached | None
-) -> torch.Tensor:
-    """Logits of networks of one spec, (M, B, classes).
-
-    The prompts of all networks attend to the cached tokens at once: those are read and widened once for all.
-    """
-    if image is None:
-        raise ValueError("side networks need the small image")
-    tokens = [network.side.embed(image) for network in networks]
-    for layer in range(networks[0].spec.layers):
-        prompts = _prompts(networks, layer, cached)
-        tokens = [
-            network.side.block(layer, own, prompt)
-            for network, own, prompt in zip(networks, tokens, prompts, strict=True)
-        ]
-    return torch.stack([network.side.classify(own) for network, own in zip(networks, tokens, strict=True)])
-
-
-def _prompts(
-    networks: Sequence[PromptedSideNetwork], layer: int, cached: Cached | None
-) -> Sequence[torch.Tensor | None]:
-    fusions = [network.fusion for network in networks if network.fusion is not None]
-    if not fusions:
-        return [None] * len(networks)
-    if cached is None:
-        raise ValueError(f"method {networks[0].spec.method} needs keys and values")
-    mixed = context(torch.cat([fusion.queries(layer) for fusion in fusions]), cached.layer(layer))
-    shares = mixed.split(networks[0].spec.prompts, dim=1)  # type: ignore[no-untyped-call]
-    return [fusion.prompts_from(layer, share) for fusion, share in zip(fusions, shares, strict=True)]
+    several = spec.members > 1 or spec.attentive or spec.probe_weight
+    return Ensemble(spec) if several else PromptedSideNetwork(spec)
 
 
 def learnable_parameters(network: nn.Module) -> int:

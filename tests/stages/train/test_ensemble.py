@@ -11,28 +11,32 @@ from study import Study, make_study
 
 from schemas.errors import SettingsError
 from schemas.parse import parse_settings
-from schemas.resolve import network_spec, resolve
+from schemas.resolve import attentive_spec, network_spec, resolve
 from schemas.results import SideNetworkSpec, TrainResult
 from stages.evaluate.run import evaluate
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.lpm import load_lpm
 from stages.images import read_image
 from stages.store.reader import open_store
+from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
 from stages.train.data import Batch
 from stages.train.infer import feature_logits, store_logits
 from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.members import member_logits
+from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
 from stages.train.run import train
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
 
 
-def tiny(members: int, weight: float, dropout: float = 0.0, method: str = "fpt-x") -> SideNetworkSpec:
-    return SideNetworkSpec.model_validate(
-        {**SHAPE, "method": method, "dropout": dropout, "members": members, "probe_weight": weight}
-    )
+def tiny(
+    members: int, weight: float, dropout: float = 0.0, method: str = "fpt-x", attentive: int = 0, share: float = 0.0
+) -> SideNetworkSpec:
+    pool = {"members": members, "probe_weight": weight, "attentive": attentive, "attentive_weight": share}
+    return SideNetworkSpec.model_validate({**SHAPE, "method": method, "dropout": dropout, **pool})
 
 
 def batch(seed: int, size: int = 5) -> Batch:
@@ -53,9 +57,10 @@ def as_run(network: Any, optimizer: Any, setting: Recipe) -> Run:
 
 def test_members_learn_what_they_would_learn_alone() -> None:
     torch.manual_seed(0)
-    together = build_network(tiny(3, 0.3))
+    together = build_network(tiny(3, 0.3, attentive=2, share=0.2))
     assert isinstance(together, Ensemble)
-    alone = [PromptedSideNetwork(tiny(1, 0.0, method="fpt+")) for _ in range(3)]
+    probes = [AttentiveProbe(attentive_spec(together.spec)) for _ in range(2)]
+    alone: list[Network] = [*(PromptedSideNetwork(tiny(1, 0.0, method="fpt+")) for _ in range(3)), *probes]
     for network, member in zip(alone, together.members, strict=True):
         network.load_state_dict(member.state_dict())
     setting = recipe()
@@ -83,21 +88,23 @@ def test_members_differ_by_initialisation_and_dropout() -> None:
     second.load_state_dict(first.state_dict())
     own = batch(0)
     network.train()
-    logits = network.member_logits(own.image.float(), own.cached)
+    logits = member_logits(network.members, own.image.float(), own.cached)
     assert not torch.allclose(logits[0], logits[1])
     network.eval()
-    logits = network.member_logits(own.image.float(), own.cached)
+    logits = member_logits(network.members, own.image.float(), own.cached)
     torch.testing.assert_close(logits[0], logits[1])
 
 
 def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
     torch.manual_seed(0)
-    network = build_network(tiny(2, 0.25))
+    network = build_network(tiny(2, 0.25, attentive=2, share=0.35))
     assert isinstance(network, Ensemble)
     assert network.probe is not None
     for name in ("weight", "bias", "mean"):
         getattr(network.probe, name).normal_()
     network.probe.scale.uniform_(0.5, 2.0)
+    for member in network.attentive:
+        member.head.weight.data.normal_()  # type: ignore[operator, union-attr]
     own = batch(0)
     assert own.pooled is not None
     with torch.no_grad():
@@ -105,21 +112,21 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
         parts = [member(own.image.float(), own.cached).softmax(-1).log() for member in network.members]
         x = (own.pooled.reshape(5, 64) - network.probe.mean) / network.probe.scale
         probe = torch.nn.functional.linear(x, network.probe.weight, network.probe.bias).softmax(-1).log()
-    torch.testing.assert_close(found, 0.75 * (parts[0] + parts[1]) / 2 + 0.25 * probe)
+    torch.testing.assert_close(found, 0.4 * (parts[0] + parts[1]) / 2 + 0.35 * (parts[2] + parts[3]) / 2 + 0.25 * probe)
     with pytest.raises(ValueError, match="pooled"):
         network(own.image.float(), own.cached)
 
 
 def test_before_training_it_ranks_as_the_probe_does() -> None:
     torch.manual_seed(0)
-    network = build_network(tiny(4, 0.3))
+    network = build_network(tiny(4, 0.3, attentive=2, share=0.3))
     assert isinstance(network, Ensemble)
     assert network.probe is not None
     network.probe.weight.normal_()
     own = batch(1, 12)
     assert own.pooled is not None
     with torch.no_grad():
-        for member in network.members:
+        for member in network.networks:
             member.side.head.weight.zero_()
         found = network.eval()(own.image.float(), own.cached, own.pooled)
         probe = network.probe(own.pooled).log_softmax(-1)
@@ -130,6 +137,8 @@ def test_one_member_without_a_probe_is_the_published_network() -> None:
     assert isinstance(build_network(tiny(1, 0.0)), PromptedSideNetwork)
     one = learnable_parameters(build_network(tiny(1, 0.0)))
     assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 3 * 2 * 32 + 3
+    probe = learnable_parameters(AttentiveProbe(attentive_spec(tiny(1, 0.0))))
+    assert learnable_parameters(build_network(tiny(1, 0.0, attentive=2, share=0.5))) == one + 2 * probe
 
 
 def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
@@ -148,9 +157,33 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
     assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (4, 0.3, "last")
+    assert (train_settings.attentive, train_settings.attentive_weight) == (4, 0.3)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
     assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
+    assert (published.attentive, published.attentive_weight) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "named"),
+    [
+        ("fpt+", {"attentive_weight": 0.3}, "with 0 attentive probes"),
+        ("fpt+", {"attentive": 2, "attentive_weight": 0.0}, "is 0 with 2 attentive probes"),
+        ("side", {"attentive": 1}, "reads no cached tokens"),
+        ("fpt-x", {"attentive_weight": 0.7, "probe_weight": 0.3}, "leave nothing for the side networks"),
+    ],
+)
+def test_a_pool_without_sense_is_refused(study: Study, method: str, keys: dict[str, Any], named: str) -> None:
+    raw = {"method": method, "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, **keys}}
+    with pytest.raises(SettingsError, match=named):
+        resolve(parse_settings(raw), study.lpm)
+
+
+def test_attentive_probes_can_join_the_published_network(study: Study) -> None:
+    raw = parse_settings(
+        {"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, "attentive": 2}}
+    )
+    assert resolve(raw, study.lpm).train.attentive_weight == 0.3
 
 
 def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
@@ -190,7 +223,7 @@ def test_workers_read_the_pooled_outputs_too(study: Study) -> None:
 def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
     result = run(study, "best", keep="best", members=2)
     assert result.best == max(result.epochs, key=lambda log: (log.val_auc, -log.val_loss))
-    assert len(load_bundle(study.root / "best").network.members) == 2
+    assert len(load_bundle(study.root / "best").network.members) == 2 + 4
 
 
 def test_a_probe_without_pooled_outputs_is_refused(study: Study) -> None:

@@ -318,5 +318,5 @@ def test_fresh_weights_are_those_of_the_recipe(method: str) -> None:
 def test_side_needs_no_features_and_the_presets_say_that_they_do() -> None:
     image, _, _ = inputs()
     assert build("side")(image).shape == (2, TINY["classes"])
-    with pytest.raises(ValueError, match="needs keys and values"):
+    with pytest.raises(ValueError, match="keys and values are needed"):
         build("fpt+")(image)

@@ -1,0 +1,70 @@
+"""What reads the cached tokens together: each member asks its own queries of a layer, one attention answers all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from stages.train.cached import Cached
+from stages.train.fusion import context
+
+
+class Member(Protocol):
+    """A network that goes through the tapped layers one by one."""
+
+    @property
+    def depth(self) -> int:
+        """Tapped layers."""
+
+    def begin(self, image: torch.Tensor | None) -> Any:
+        """Its state before the first layer, from (B, 3, S, S) normalised pixels, where it looks at them."""
+
+    def asks(self, layer: int) -> torch.Tensor | None:
+        """What it asks the cached tokens of a layer, (P, D); None: nothing."""
+
+    def advance(self, layer: int, state: Any, mixed: torch.Tensor | None) -> Any:
+        """Its state after a layer, whose tokens answered (B, P, D), the `context` of its queries."""
+
+    def finish(self, state: Any) -> torch.Tensor:
+        """Logits (B, classes), from the state after the last layer."""
+
+    def reseed(self, *entropy: int) -> None:
+        """Draw whatever is random in training from here on as these numbers determine."""
+
+    parameters: Any
+    """As of any module."""
+
+
+def member_logits(members: Sequence[Member], image: torch.Tensor | None, cached: Cached | None) -> torch.Tensor:
+    """Logits of members of the same layers and classes, each by itself.
+
+    The queries of all attend to the cached tokens at once: those are read and widened once for all.
+
+    Args:
+        members: At least one.
+        image: (B, 3, S, S), normalised; may be None where no member looks at it.
+        cached: Keys and values in the type of the store; may be None where no member asks.
+
+    Returns:
+        (members, B, classes).
+    """
+    states = [member.begin(image) for member in members]
+    for layer in range(members[0].depth):
+        answers = _answers([member.asks(layer) for member in members], layer, cached)
+        states = [
+            member.advance(layer, state, mixed) for member, state, mixed in zip(members, states, answers, strict=True)
+        ]
+    return torch.stack([member.finish(state) for member, state in zip(members, states, strict=True)])
+
+
+def _answers(asked: Sequence[torch.Tensor | None], layer: int, cached: Cached | None) -> Sequence[torch.Tensor | None]:
+    queries = [query for query in asked if query is not None]
+    if not queries:
+        return asked
+    if cached is None:
+        raise ValueError("keys and values are needed")
+    mixed = context(torch.cat(queries), cached.layer(layer))
+    parts = iter(mixed.split([len(query) for query in queries], dim=1))  # type: ignore[no-untyped-call]
+    return [None if query is None else next(parts) for query in asked]
