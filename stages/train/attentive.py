@@ -72,6 +72,16 @@ class AttentiveProbe(nn.Module):
         """(1, B, classes) of `member_logits` -> (B, classes)."""
         return logits[0]
 
+    def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
+        return logits.transpose(0, 1)
+
+    def settle(
+        self, experts: torch.Tensor, _labels: torch.Tensor, _class_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n, 1, classes) of `experts` -> (n, classes): nothing to fit."""
+        return experts[:, 0]
+
     def reseed(self, *_entropy: int) -> None:
         """Nothing here draws while it is trained."""
 

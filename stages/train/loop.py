@@ -190,7 +190,7 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
 def _validate(
     runs: Sequence[Run], loader: BatchLoader, labels: Sequence[int]
 ) -> list[tuple[float, float | None, float]]:
-    """Loss, AUC and accuracy of the validation images, of each run."""
+    """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be."""
     shared = runs[0].recipe
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
@@ -199,9 +199,13 @@ def _validate(
         moved = batch.to(shared.device)
         logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
         for part, run, own in zip(parts, runs, logits, strict=True):
-            part.append(run.network.join(own, moved.pooled).float().cpu())
+            part.append(run.network.experts(own, moved.pooled).float().cpu())
+    target = torch.tensor(labels)
     return [
-        judge_logits(torch.cat(part), labels, run.recipe.class_weights) for part, run in zip(parts, runs, strict=True)
+        judge_logits(
+            run.network.settle(torch.cat(part), target, run.recipe.class_weights), labels, run.recipe.class_weights
+        )
+        for part, run in zip(parts, runs, strict=True)
     ]
 
 

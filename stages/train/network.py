@@ -2,11 +2,11 @@
 
 FPT and FPT+ (arXiv 2403.07576, 2408.02426) are one `PromptedSideNetwork`. FPT-X is an `Ensemble`:
 
-    log p = (1 - a - w) mean_m log softmax(side network m)
-          + a mean_n log softmax(attentive probe n) + w log softmax(linear probe)           up to a constant
+    log p = (1 - a - w) s_1 mean_m log softmax(side network m)
+          + a s_2 mean_n log softmax(attentive probe n) + w s_3 log softmax(linear probe)   up to a constant
 
-a logarithmic opinion pool. An untrained side network says nothing, so that it starts as the probes; each member sees
-the same batches but has its own initialisation and dropout.
+a logarithmic opinion pool of experts, the factors s from `stages.train.calibration`. An untrained side network says
+nothing, so that it starts as the probe; each member sees the same batches but has its own initialisation and dropout.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from schemas.resolve import attentive_spec
 from schemas.results import SideNetworkSpec
 from stages.train.attentive import AttentiveProbe
 from stages.train.cached import Cached
+from stages.train.calibration import sharpness
 from stages.train.fusion import Fusion
 from stages.train.members import member_logits
 from stages.train.side_network import SideNetwork
@@ -85,6 +86,16 @@ class PromptedSideNetwork(nn.Module):
         """(1, B, classes) of `member_logits` -> (B, classes)."""
         return logits[0]
 
+    def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
+        return logits.transpose(0, 1)
+
+    def settle(
+        self, experts: torch.Tensor, _labels: torch.Tensor, _class_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n, 1, classes) of `experts` -> (n, classes): nothing to fit."""
+        return experts[:, 0]
+
     def reseed(self, *entropy: int) -> None:
         """Draw dropout from here on as these numbers determine, whatever else draws."""
         if self.fusion is not None:
@@ -114,12 +125,18 @@ class LinearProbe(nn.Module):
 class Ensemble(nn.Module):
     """Side networks and attentive probes that read the cached tokens together, and a linear probe."""
 
+    shares: torch.Tensor
+    sharpness: torch.Tensor
+
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
         self.spec = spec
         self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
         self.attentive = nn.ModuleList(AttentiveProbe(attentive_spec(spec)) for _ in range(spec.attentive))
         self.probe = LinearProbe(2 * spec.lpm_width, spec.classes) if spec.probe_weight else None
+        shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
+        self.register_buffer("shares", torch.tensor([share for share in shares if share]), persistent=False)
+        self.register_buffer("sharpness", torch.ones(len(self.shares)))
 
     @property
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
@@ -143,15 +160,37 @@ class Ensemble(nn.Module):
 
     def join(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(M, B, classes) of `member_logits` and (B, 2, D) -> (B, classes), the opinion pool."""
+        return self._pool(self.experts(logits, pooled))
+
+    def experts(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """What the pool averages: (M, B, classes) of `member_logits` and (B, 2, D) -> (B, experts, classes)."""
         said = logits.log_softmax(dim=-1)
-        parts = [(self.spec.side_weight, said[: self.spec.members].mean(dim=0))]
-        if self.spec.attentive:
-            parts.append((self.spec.attentive_weight, said[self.spec.members :].mean(dim=0)))
+        terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
         if self.probe is not None:
             if pooled is None:
                 raise ValueError("the linear probe needs the pooled outputs")
-            parts.append((self.spec.probe_weight, self.probe(pooled).log_softmax(dim=-1)))
-        return torch.stack([weight * part for weight, part in parts]).sum(dim=0)
+            terms.append(self.probe(pooled).log_softmax(dim=-1))
+        return torch.stack(terms, dim=1)
+
+    def settle(
+        self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Take the certainty of each expert from validation images.
+
+        Args:
+            experts: (n, experts, classes), on the CPU.
+            labels: (n,).
+            class_weights: Of the loss.
+
+        Returns:
+            The opinion pool (n, classes).
+        """
+        self.sharpness.copy_(sharpness(experts, labels, class_weights))
+        return self._pool(experts)
+
+    def _pool(self, experts: torch.Tensor) -> torch.Tensor:
+        weights = (self.shares * self.sharpness).to(experts.device)
+        return (experts * weights[:, None]).sum(dim=1)
 
     def reseed(self, *entropy: int) -> None:
         """Draw dropout from here on as these numbers determine, each member in its own way."""

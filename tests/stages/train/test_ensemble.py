@@ -21,6 +21,7 @@ from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
+from stages.train.calibration import sharpness
 from stages.train.data import Batch
 from stages.train.infer import feature_logits, store_logits
 from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
@@ -103,6 +104,7 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
     for name in ("weight", "bias", "mean"):
         getattr(network.probe, name).normal_()
     network.probe.scale.uniform_(0.5, 2.0)
+    network.sharpness.copy_(torch.tensor([0.5, 0.1, 2.0]))
     for member in network.attentive:
         member.head.weight.data.normal_()  # type: ignore[operator, union-attr]
     own = batch(0)
@@ -112,7 +114,7 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
         parts = [member(own.image.float(), own.cached).softmax(-1).log() for member in network.members]
         x = (own.pooled.reshape(5, 64) - network.probe.mean) / network.probe.scale
         probe = torch.nn.functional.linear(x, network.probe.weight, network.probe.bias).softmax(-1).log()
-    torch.testing.assert_close(found, 0.4 * (parts[0] + parts[1]) / 2 + 0.35 * (parts[2] + parts[3]) / 2 + 0.25 * probe)
+    torch.testing.assert_close(found, 0.2 * (parts[0] + parts[1]) / 2 + 0.035 * (parts[2] + parts[3]) / 2 + 0.5 * probe)
     with pytest.raises(ValueError, match="pooled"):
         network(own.image.float(), own.cached)
 
@@ -139,6 +141,24 @@ def test_one_member_without_a_probe_is_the_published_network() -> None:
     assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 3 * 2 * 32 + 3
     probe = learnable_parameters(AttentiveProbe(attentive_spec(tiny(1, 0.0))))
     assert learnable_parameters(build_network(tiny(1, 0.0, attentive=2, share=0.5))) == one + 2 * probe
+
+
+def test_the_validation_images_settle_how_sure_an_expert_may_be() -> None:
+    torch.manual_seed(0)
+    network = build_network(tiny(1, 0.3, attentive=1, share=0.2))
+    assert isinstance(network, Ensemble)
+    labels = torch.arange(300) % 3
+    honest = torch.randn(300, 3) + 1.5 * torch.nn.functional.one_hot(labels, 3)
+    # 1.5 z is the log-odds of z ~ N(1.5, 1) against N(0, 1): that expert is as sure as it may be.
+    experts = torch.stack([1.5 * honest, 15.0 * honest, 0.15 * honest], dim=1).log_softmax(-1)
+    pooled = network.settle(experts, labels)
+    assert network.sharpness.tolist() == pytest.approx([1.0, 0.1, 10.0], rel=0.2)
+    shares = torch.tensor([0.5, 0.2, 0.3])
+    torch.testing.assert_close(pooled, (experts * (shares * network.sharpness)[:, None]).sum(1))
+    assert network.state_dict()["sharpness"].tolist() == network.sharpness.tolist()
+    # Three images cannot make an expert ten times as sure, none leaves it as it is.
+    assert 0.5 < float(sharpness(15.0 * honest[:0, None], labels[:0])) < 2.0
+    assert float(sharpness(torch.tensor([[[4.0, 0.0, 0.0]]]), torch.tensor([0]))) < 3.0
 
 
 def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
@@ -194,6 +214,7 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     assert isinstance(bundle.network, Ensemble)
     assert bundle.network.probe is not None
     assert float(bundle.network.probe.weight.abs().sum()) > 0
+    assert not torch.equal(bundle.network.sharpness, torch.ones(3))
     receipt = study.extract()
     rows = list(study.manifest.of("val"))
     reader = open_store(study.cache, receipt)
