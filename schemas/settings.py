@@ -175,7 +175,7 @@ class AugmentSettings(Contract):
 
 
 class TrainSettings(Contract):
-    """Stage two. Defaults are the published recipe; the best learning rate lies between 5e-5 and 5e-3."""
+    """Stage two. Defaults are the published recipe, but for what a preset changes; lr: 5e-5 to 5e-3, by data set."""
 
     lr: Annotated[float, Field(gt=0.0)] = 5e-4
     """Learning rate at the start; cosine to zero, no warm-up."""
@@ -198,11 +198,12 @@ class TrainSettings(Contract):
     members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 4."""
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
-    """Attentive probes that learn beside them on the same cached tokens; auto: 0, for fpt-x 4."""
+    """Attentive probes that learn beside them on the same cached tokens; auto: 0, for fpt-x 1."""
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of the attentive probes in the averaged log-probabilities; auto: 0.3 where there are any."""
+    """Share of the attentive probes in the averaged log-probabilities; auto: 0.25 where there are any."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.3."""
+    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x
+    0.25."""
     keep: Literal["auto", "best", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
@@ -329,10 +330,10 @@ class ClusterSettings(Contract):
 class Settings(Contract):
     """All settings of a study."""
 
-    method: Method = "fpt+"
-    """Preset: fpt (MICCAI 2024), fpt+ (TNNLS 2025), fpt-x (several side networks of fpt+ and a linear probe, averaged),
-    or a baseline on the same features: side (the side network of fpt+ without them), linear (logistic regression) and
-    knn on the pooled outputs, attentive (queries on the tokens)."""
+    method: Method = "fpt-x"
+    """Preset: fpt-x (side networks of fpt+, attentive probes and a linear probe, averaged), the published fpt (MICCAI
+    2024) and fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+ without them),
+    linear (logistic regression) and knn on the pooled outputs, attentive (queries on the tokens)."""
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()

@@ -26,7 +26,7 @@ def cost(
         int | None, typer.Option("--image-size", help="Input of the LPM, in pixels.", show_default=False)
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="fpt, fpt+, fpt-x, side or attentive.", show_default=False)
+        str | None, typer.Option("--method", help="fpt-x, fpt+, fpt, side or attentive.", show_default=False)
     ] = None,
     dtype: Annotated[
         str | None,

@@ -39,7 +39,7 @@ def summary(params: Params = PARAMS_FILE) -> None:
     show_pairs(
         "Test AUC",
         [
-            ("FPT+ (cached features and side network)", score(_auc(with_features))),
+            ("With the cached features", score(_auc(with_features))),
             ("The same side network alone", score(_auc(without))),
         ],
     )

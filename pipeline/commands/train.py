@@ -22,7 +22,7 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="fpt, fpt+, fpt-x, or a baseline: side, linear, knn, attentive.", show_default=False
+            "--method", help="fpt-x, fpt+, fpt, or a baseline: side, linear, knn, attentive.", show_default=False
         ),
     ] = None,
     output: Annotated[

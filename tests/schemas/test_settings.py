@@ -16,7 +16,7 @@ from schemas.settings import DataSettings, FeatureSettings, Settings, TrainSetti
 
 def test_defaults_are_the_published_recipe() -> None:
     settings = Settings()
-    assert settings.method == "fpt+"
+    assert settings.method == "fpt-x"
     assert settings.lpm.name == "vit_base_patch16_384.orig_in21k_ft_in1k"
     features, train, augment = settings.features, settings.train, settings.train.augment
     assert (features.image_size, features.ratio, features.importance) == (512, 0.2, "global")

@@ -176,8 +176,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (4, 0.3, "last")
-    assert (train_settings.attentive, train_settings.attentive_weight) == (4, 0.3)
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (4, 0.25, "last")
+    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.25)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
     assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
@@ -203,7 +203,7 @@ def test_attentive_probes_can_join_the_published_network(study: Study) -> None:
     raw = parse_settings(
         {"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, "attentive": 2}}
     )
-    assert resolve(raw, study.lpm).train.attentive_weight == 0.3
+    assert resolve(raw, study.lpm).train.attentive_weight == 0.25
 
 
 def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
@@ -244,7 +244,7 @@ def test_workers_read_the_pooled_outputs_too(study: Study) -> None:
 def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
     result = run(study, "best", keep="best", members=2)
     assert result.best == max(result.epochs, key=lambda log: (log.val_auc, -log.val_loss))
-    assert len(load_bundle(study.root / "best").network.members) == 2 + 4
+    assert len(load_bundle(study.root / "best").network.members) == 2 + 1
 
 
 def test_a_probe_without_pooled_outputs_is_refused(study: Study) -> None:
