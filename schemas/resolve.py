@@ -76,8 +76,9 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
         members, probe_weight = 1, 0.0
     if probe_weight and not features.pooled:
         problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
-    if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
-        have, need = len(train.class_weights), len(settings.data.classes)
+    named = settings.data.classes or settings.data.label_columns
+    if isinstance(train.class_weights, tuple) and named is not None:
+        have, need = len(train.class_weights), len(named)
         if have != need:
             problems.append(("train.class_weights", f"lists {have} weights for {need} classes"))
     if problems:
@@ -163,6 +164,7 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
             lpm_width=lpm.width,
             heads=lpm.heads,
             queries=train.prompts,
+            task=settings.data.task,
         )
     return SideNetworkSpec(
         method=settings.method,
@@ -176,4 +178,5 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         dropout=train.dropout,
         members=train.members,
         probe_weight=train.probe_weight,
+        task=settings.data.task,
     )

@@ -19,6 +19,7 @@ from torch import nn
 from schemas.results import SideNetworkSpec
 from stages.train.cached import Cached
 from stages.train.fusion import Fusion, context
+from stages.train.outputs import log_pool_terms
 from stages.train.side_network import SideNetwork
 
 
@@ -122,13 +123,13 @@ class Ensemble(nn.Module):
 
     def join(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(M, B, classes) of `member_logits` and (B, 2, D) -> (B, classes), the opinion pool."""
-        pool = logits.log_softmax(dim=-1).mean(dim=0)
+        pool = log_pool_terms(logits, self.spec.task).mean(dim=0)
         if self.probe is None:
             return pool
         if pooled is None:
             raise ValueError("the linear probe needs the pooled outputs")
         weight = self.spec.probe_weight
-        joined: torch.Tensor = (1 - weight) * pool + weight * self.probe(pooled).log_softmax(dim=-1)
+        joined: torch.Tensor = (1 - weight) * pool + weight * log_pool_terms(self.probe(pooled), self.spec.task)
         return joined
 
     def reseed(self, *entropy: int) -> None:
