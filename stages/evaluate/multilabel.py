@@ -44,7 +44,7 @@ def multilabel_metrics(
     errors = [
         float(
             binary_calibration_error(
-                torch.from_numpy(probabilities[:, index]), torch.from_numpy(labels[:, index]), n_bins=bins, norm="l1"
+                torch.tensor(probabilities[:, index]), torch.tensor(labels[:, index]), n_bins=bins, norm="l1"
             )
         )
         for index in columns
