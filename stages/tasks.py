@@ -68,13 +68,13 @@ def decide(probabilities: npt.NDArray[Any], task: Task) -> Labels:
     grades = np.arange(p.shape[1])
     mean = p @ grades / p.sum(axis=1)
     # Rounding errors of the sum must not tell apart what is exactly between two grades.
-    return np.clip(np.ceil(mean.round(6) - 0.5), 0, p.shape[1] - 1).astype(np.int64)
+    return np.asarray(np.clip(np.ceil(mean.round(6) - 0.5), 0, p.shape[1] - 1), dtype=np.int64)
 
 
 def hits(labels: Labels, predicted: Labels) -> npt.NDArray[np.bool_]:
     """(n,): which predictions are right, with several labels all of them."""
-    right: npt.NDArray[np.bool_] = labels == predicted
-    return right.all(axis=1) if right.ndim == 2 else right
+    right = labels == predicted
+    return np.asarray(right.all(axis=1) if right.ndim == 2 else right)
 
 
 def texts(predicted: Labels, classes: Sequence[str]) -> list[str]:

@@ -100,4 +100,4 @@ def read_predictions(path: Path) -> Predictions:
 
 def _task(text: str) -> Task:
     tasks: tuple[Task, ...] = get_args(Task)
-    return tasks[tasks.index(text)]  # type: ignore[arg-type]
+    return tasks[tasks.index(text)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.results import Metrics
 from schemas.tasks import METRICS
@@ -105,12 +106,12 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
 }
 
 
-def sureness(predictions: Predictions) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def sureness(predictions: Predictions) -> npt.NDArray[np.float64]:
     """(n,): how sure each row is of what it says; of several labels, of the one that is wrong and surest."""
     p = predictions.probabilities.astype(np.float64)
     if predictions.task != "multilabel":
-        return p[np.arange(len(p)), p.argmax(axis=1)]
-    return _wrong_by(predictions).max(axis=1)
+        return np.asarray(p[np.arange(len(p)), p.argmax(axis=1)])
+    return np.asarray(_wrong_by(predictions).max(axis=1))
 
 
 def mistake(predictions: Predictions, row: int) -> dict[str, str]:
@@ -134,7 +135,7 @@ def mistake(predictions: Predictions, row: int) -> dict[str, str]:
     }
 
 
-def _wrong_by(predictions: Predictions) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _wrong_by(predictions: Predictions) -> npt.NDArray[np.float64]:
     """(n, C): distance of a probability from a label that it misses; 0 where it is right."""
     distance = np.abs(predictions.probabilities.astype(np.float64) - predictions.labels)
     return np.where(predictions.predicted != predictions.labels, distance, 0.0)

@@ -64,7 +64,7 @@ class ClassSampler(EpochSampler):
         """Of each class that occurs, in this epoch."""
         own = np.asarray([len(rows) for rows in self._members], dtype=np.float64)
         t = 0.0 if not self._natural_at else (self.epoch - 1) / max(self._natural_at - 1, 1)
-        return (1 - t) / len(own) + t * own / own.sum()
+        return np.asarray((1 - t) / len(own) + t * own / own.sum())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng((self._entropy, self.epoch, 1))
@@ -84,7 +84,7 @@ class ClassSampler(EpochSampler):
         edges = np.round(np.cumsum(self.shares()) * n, 9)
         edges[-1] = n
         points = np.searchsorted(edges, np.arange(n) + rng.random(), side="right")
-        return np.bincount(points, minlength=len(edges)).tolist()
+        return [int(count) for count in np.bincount(points, minlength=len(edges))]
 
 
 def _in_turns(rows: npt.NDArray[np.int64], count: int, rng: np.random.Generator) -> list[int]:
