@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.results import Metrics
-from schemas.tasks import METRICS
+from schemas.tasks import METRICS, names_in
 from stages.evaluate.predictions import Predictions
 from stages.tasks import texts
 
@@ -119,11 +119,11 @@ def mistake(predictions: Predictions, row: int) -> dict[str, str]:
     p, classes = predictions.probabilities[row], predictions.classes
     if predictions.task == "multilabel":
         worst = int(_wrong_by(predictions)[row].argmax())
-        said = texts(predictions.predicted[row : row + 1], classes)[0] or "no label"
+        said, have = texts(predictions.predicted[row : row + 1], classes)[0], predictions.rows[row].label
         return {
-            "predicted": said,
+            "predicted": _several(said),
             "probability": "",
-            "label": predictions.rows[row].label or "no label",
+            "label": _several(have),
             "of_label": f"{classes[worst]} at {p[worst]:.1%}",
         }
     guess, label = int(predictions.predicted[row]), int(predictions.labels[row])
@@ -133,6 +133,10 @@ def mistake(predictions: Predictions, row: int) -> dict[str, str]:
         "label": classes[label],
         "of_label": f"{p[label]:.1%}",
     }
+
+
+def _several(label: str) -> str:
+    return ", ".join(names_in(label, "multilabel")) or "no label"
 
 
 def _wrong_by(predictions: Predictions) -> npt.NDArray[np.float64]:
