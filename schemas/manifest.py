@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schemas.base import Contract
+from schemas.tasks import Task, names_in
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -22,7 +23,7 @@ class ManifestRow(Contract):
     path: str
     """Relative to `data.images`, with forward slashes."""
     label: str
-    """One of the manifest's classes."""
+    """One of the manifest's classes; with several labels an image, those that it has, joined by `|`."""
     group: str
     """Patient, or the image's own path where no group is known."""
     split: Split
@@ -36,6 +37,12 @@ class Manifest(Contract):
     """Label names; the index of a label here is its index in the logits."""
     rows: tuple[ManifestRow, ...]
     """Sorted by path. Two rows may share an id (a file under two names): then they share a split."""
+    task: Task = "multiclass"
+    """What the labels say."""
+
+    def names(self, row: ManifestRow) -> tuple[str, ...]:
+        """The class names of one of its rows: one, or with several labels an image any number."""
+        return names_in(row.label, self.task)
 
     def of(self, split: Split) -> Iterator[ManifestRow]:
         """The rows of one split, in order."""
@@ -58,4 +65,6 @@ class PrepareSummary(Contract):
     quarantined: int
     """Images set aside."""
     counts: dict[str, dict[str, int]]
-    """split -> class -> images."""
+    """split -> class -> images; with several labels an image, it counts for each of them."""
+    split_images: dict[str, int]
+    """split -> images."""

@@ -78,8 +78,9 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
     pool = _pool(settings, preset, problems)
     if pool["probe_weight"] and not features.pooled:
         problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
-    if isinstance(train.class_weights, tuple) and settings.data.classes is not None:
-        have, need = len(train.class_weights), len(settings.data.classes)
+    named = settings.data.classes or settings.data.label_columns
+    if isinstance(train.class_weights, tuple) and named is not None:
+        have, need = len(train.class_weights), len(named)
         if have != need:
             problems.append(("train.class_weights", f"lists {have} weights for {need} classes"))
     if problems:
@@ -190,6 +191,7 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
             lpm_width=lpm.width,
             heads=lpm.heads,
             queries=train.prompts,
+            task=settings.data.task,
         )
     return SideNetworkSpec(
         method=settings.method,
@@ -205,6 +207,7 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         attentive=train.attentive,
         attentive_weight=train.attentive_weight,
         probe_weight=train.probe_weight,
+        task=settings.data.task,
     )
 
 
@@ -216,4 +219,5 @@ def attentive_spec(spec: SideNetworkSpec) -> AttentiveSpec:
         lpm_width=spec.lpm_width,
         heads=spec.heads,
         queries=spec.prompts,
+        task=spec.task,
     )

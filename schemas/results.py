@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from schemas.base import Contract
 from schemas.features import FeatureSpec
 from schemas.manifest import Split
 from schemas.settings import Method, SideMethod, TrainSettings
+from schemas.tasks import Task
 
 BUNDLE_VERSION = 1
 """Raised by hand when the layout of a bundle changes."""
@@ -44,6 +45,8 @@ class SideNetworkSpec(Contract):
     """Share of the attentive probes in the log-probabilities."""
     probe_weight: float = 0.0
     """Share of the linear probe in the log-probabilities; 0: there is none."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
 
     @property
     def side_weight(self) -> float:
@@ -62,6 +65,8 @@ class LinearSpec(Contract):
     """Inputs: both pooled outputs, 2 D."""
     c: float
     """Inverse of the L2 penalty, chosen on the validation images."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
 
 
 class KnnSpec(Contract):
@@ -77,6 +82,8 @@ class KnnSpec(Contract):
     """Training rows that vote."""
     neighbours: int
     """k, chosen on the validation images."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
 
 
 class AttentiveSpec(Contract):
@@ -94,6 +101,8 @@ class AttentiveSpec(Contract):
     """H, of the LPM."""
     queries: int
     """Per layer."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
 
 
 ModelSpec = SideNetworkSpec | LinearSpec | KnnSpec | AttentiveSpec
@@ -122,6 +131,11 @@ class BundleSpec(Contract):
     weights_sha256: str
     """Of `model.safetensors`."""
 
+    @property
+    def task(self) -> Task:
+        """What its outputs mean."""
+        return self.network.task
+
 
 class EpochLog(Contract):
     """One epoch of training, as it is shown, logged and kept in the checkpoint; of models without epochs, the fit."""
@@ -135,7 +149,7 @@ class EpochLog(Contract):
     val_auc: float | None
     """Chooses the best epoch; null where the validation split lacks a class."""
     val_accuracy: float
-    """Share of the validation images whose most probable class is the label."""
+    """Share of the validation images whose prediction is the label, or with several labels all of them."""
     lr: float | None
     """At the end of the epoch; null for models without epochs."""
     seconds: float
@@ -173,7 +187,10 @@ class TrainResult(Contract):
 
 
 class Metrics(Contract):
-    """How good a model is on one split. Averages over classes are unweighted (macro). Null: not defined here."""
+    """How good a model is on one split. Averages over classes are unweighted (macro). Null: not defined here.
+
+    With several labels an image (multi-label), each label is a yes or no of its own, yes from a probability of 0.5.
+    """
 
     split: Split
     """Which rows were judged."""
@@ -182,27 +199,48 @@ class Metrics(Contract):
     groups: int
     """Patients (or other groups) that they come from."""
     auc: float | None
-    """Area under the ROC curve: binary with two classes, macro one-vs-rest with more."""
+    """Area under the ROC curve: binary with two classes, macro one-vs-rest with more; multi-label: macro."""
     auc_interval: tuple[float, float] | None
     """95% confidence interval of `auc`: percentile bootstrap over whole groups."""
     accuracy: float
-    """Share of rows whose most probable class is the label."""
+    """Share of rows whose prediction is the label; multi-label: all of them (exact match)."""
     balanced_accuracy: float
-    """Mean recall of the classes that occur."""
+    """Mean recall of the classes that occur; multi-label: mean over labels of the recall of yes and of no."""
     f1: float
     """Macro F1, of the classes that occur as label or prediction."""
     quadratic_kappa: float | None
-    """Cohen's kappa with quadratic weights, in the order of the classes."""
+    """Cohen's kappa with quadratic weights, in the order of the classes; null for multi-label."""
     brier: float
-    """Mean squared error of the probability: with two classes of the second (0 to 1), with more summed (0 to 2)."""
+    """Mean squared error of the probability: with two classes of the second (0 to 1), with more summed (0 to 2);
+    multi-label: mean over labels (0 to 1)."""
     calibration_error: float
-    """Mean |confidence - accuracy| over ten bins of confidence, weighted by rows (ECE), 0 to 1."""
+    """Mean |confidence - accuracy| over ten bins of confidence, weighted by rows (ECE), 0 to 1; multi-label: of the
+    probability of each label against how often it is there, mean over labels."""
     auc_per_class: dict[str, float | None]
     """One-vs-rest."""
     absent_classes: tuple[str, ...]
-    """Classes without a row in this split: their AUC, and so the macro AUC, is null."""
+    """Classes without a row in this split: their AUC, and so the macro AUC, is null. Multi-label: also labels that
+    every row has."""
     confusion: tuple[tuple[int, ...], ...]
-    """Rows: label; columns: prediction; in the order of the classes."""
+    """Rows: label; columns: prediction; in the order of the classes. Multi-label: of each label its true negatives,
+    false positives, false negatives and true positives."""
+    task: Task = "multiclass"
+    """What was judged."""
+    average_precision: float | None = None
+    """Multi-label: area under the precision-recall curve, macro."""
+    f1_micro: float | None = None
+    """Multi-label: F1 over all pairs of row and label."""
+    hamming: float | None = None
+    """Multi-label: share of the pairs of row and label that are wrong."""
+
+    @model_serializer(mode="wrap")
+    def _of_its_task(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what other tasks have, so that no table of a study gets empty columns."""
+        values: dict[str, Any] = handler(self)
+        foreign = {"task"} if self.task == "multiclass" else set()
+        if self.task != "multilabel":
+            foreign |= {"average_precision", "f1_micro", "hamming"}
+        return {name: value for name, value in values.items() if name not in foreign}
 
 
 class JudgedModel(Contract):
@@ -262,7 +300,8 @@ class Prediction(Contract):
     path: str
     """As it was given."""
     predicted: str | None
-    """The most probable class; null where the image cannot be used."""
+    """The predicted class; with several labels an image, those of a probability of at least 0.5, joined by `|`, maybe
+    none; null where the image cannot be used."""
     probabilities: dict[str, float] | None
     """Class -> probability, in the order of the logits; null where the image cannot be used."""
     error: str | None

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from schemas.base import Contract
+from schemas.tasks import SEPARATOR, Task
 
 SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
 Method = Literal[SideMethod, "linear", "knn", "attentive"]
@@ -29,6 +30,9 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 class DataSettings(Contract):
     """Which images, which labels, and how they are split."""
 
+    task: Task = "multiclass"
+    """What a label says: multiclass (one class an image, also of two), multilabel (any number of labels, also none) or
+    ordinal (one grade, in the order of `classes`)."""
     images: str = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: str | None = None
@@ -37,6 +41,10 @@ class DataSettings(Contract):
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: str = "label"
     """Column of `labels` with the label."""
+    label_separator: Annotated[str, Field(min_length=1)] = SEPARATOR
+    """Between the labels of one image in `label_column`; only for multilabel."""
+    label_columns: tuple[str, ...] | None = None
+    """Columns of `labels` with 0 or 1, each named after its label, in place of `label_column`; only for multilabel."""
     group_column: str | None = None
     """Column of `labels` with the patient (or any unit that must stay in one split); null: each image by itself."""
     split_column: str | None = None
@@ -64,6 +72,19 @@ class DataSettings(Contract):
             raise ValueError("classes lists a label twice")
         if self.labels is None and (self.group_column or self.split_column):
             raise ValueError("group_column and split_column need a labels CSV")
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> DataSettings:
+        if self.task == "ordinal" and self.classes is None:
+            raise ValueError("task ordinal needs classes: the grades from the lowest to the highest")
+        if self.task == "multilabel" and self.labels is None:
+            raise ValueError("task multilabel needs a labels CSV: an image in a class folder has one label")
+        if self.label_columns is not None:
+            if self.task != "multilabel":
+                raise ValueError("label_columns is for task multilabel")
+            if len(set(self.label_columns)) != len(self.label_columns):
+                raise ValueError("label_columns lists a column twice")
         return self
 
 
@@ -207,7 +228,19 @@ class TrainSettings(Contract):
     keep: Literal["auto", "best", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
-    """Weight of each class in the loss; balanced: n / (classes * n_class)."""
+    """Weight of each class in the loss; balanced: n / (classes * n_class). With multilabel the weight of an image that
+    has the label; balanced: images without it / images with it."""
+    sampling: Literal["natural", "balanced", "decay"] = "natural"
+    """Which images an epoch reads: natural (each once), balanced (as many of each class), or decay (balanced at first,
+    natural in the last epoch)."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """What training minimises; focal: images that are right already count less."""
+    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    """How much less, with focal; 0: as cross_entropy."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target that is spread over all classes."""
+    kappa_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the quadratic-kappa term that ordinal adds to the loss; other tasks have none."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
     seed: int = 0

@@ -15,6 +15,8 @@ from stages.files import atomic_write
 
 _COLUMNS = ("id", "path", "label", "group", "split")
 _CLASSES = b"fpt.classes"
+_TASK = b"fpt.task"
+"""Absent for multiclass, the task of every manifest before there were others."""
 _REPAIR = "Run `fpt prepare` (or `dvc repro`) to make it again."
 
 
@@ -25,9 +27,10 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         StorageError: The disk is full or the folder cannot be written.
     """
     columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
+    task = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
     schema = pa.schema(
         [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS],
-        metadata={_CLASSES: json.dumps(manifest.classes).encode()},
+        metadata={_CLASSES: json.dumps(manifest.classes).encode(), **task},
     )
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
@@ -49,9 +52,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         # From bytes, not from the path: pyarrow would read a folder named "key=value" as a column.
         table = pq.ParquetFile(pa.BufferReader(data)).read()
-        classes = json.loads((table.schema.metadata or {})[_CLASSES])
+        metadata = table.schema.metadata or {}
+        classes, task = json.loads(metadata[_CLASSES]), metadata.get(_TASK, b"multiclass").decode()
         rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())
-        manifest = Manifest(classes=tuple(classes), rows=rows)
+        manifest = Manifest.model_validate({"classes": tuple(classes), "rows": rows, "task": task})
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, ValidationError) as error:
         raise ManifestError(f"The manifest {path} is damaged.", f"{type(error).__name__}: {error}", _REPAIR) from error
     problem = _contradiction(manifest)
@@ -64,7 +68,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     paths = [row.path for row in manifest.rows]
     if paths != sorted(set(paths)):
         return "Its rows are not sorted by path, each path once."
-    strange = {row.label for row in manifest.rows} - set(manifest.classes)
+    strange = {name for row in manifest.rows for name in manifest.names(row)} - set(manifest.classes)
     if strange:
         return f"The label {min(strange)!r} is none of its classes."
     splits: dict[str, str] = {}

@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import duration, score, show_json, show_table
+from pipeline.metric_names import metric_name
 from pipeline.options import AsJson
+from schemas.tasks import METRICS
 
 if TYPE_CHECKING:
     from schemas.results import ComparedModel, Comparison
-
-METRICS = {
-    "auc": "AUC",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1, macro",
-    "quadratic_kappa": "quadratic kappa",
-    "brier": "Brier score",
-    "calibration_error": "calibration error",
-}
-"""Columns, by the names of the fields."""
 
 
 def compare(
@@ -48,16 +39,17 @@ def compare(
 
 def _show(comparison: Comparison) -> None:
     models = comparison.models
+    task = models[0].metrics.task
     show_table(
         f"{comparison.split}: {comparison.images} images of {comparison.groups} groups",
-        ["folder", "method", *METRICS.values(), "learnable", "training"],
+        ["folder", "method", *(metric_name(name, task) for name in METRICS[task]), "learnable", "training"],
         [_row(row) for row in models],
     )
-    paired = [name for name in METRICS if any(name in row.differences for row in models)]
+    paired = [name for name in METRICS[task] if any(name in row.differences for row in models)]
     if paired:
         show_table(
             f"Minus {models[0].name}, with 95% intervals of the paired difference (whole groups are drawn)",
-            ["folder", *(METRICS[name] for name in paired)],
+            ["folder", *(metric_name(name, task) for name in paired)],
             [[row.name, *(_difference(row, name) for name in paired)] for row in models[1:]],
         )
 
@@ -66,7 +58,7 @@ def _row(row: ComparedModel) -> list[str]:
     return [
         row.name,
         "-" if row.model is None else row.model.method,
-        *(score(getattr(row.metrics, name)) for name in METRICS),
+        *(score(getattr(row.metrics, name)) for name in METRICS[row.metrics.task]),
         "-" if row.model is None else f"{row.model.learnable:,}",
         "-" if row.train_seconds is None else duration(row.train_seconds),
     ]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import say, score, show_json, show_pairs, show_table
+from pipeline.metric_names import MARKS, metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.tasks import METRICS
 
 if TYPE_CHECKING:
     from schemas.results import Metrics
@@ -72,19 +74,14 @@ def evaluate(
 
 
 def _show(metrics: Metrics) -> None:
-    interval = ""
+    intervals = {}
     if metrics.auc_interval is not None:
-        interval = f"  (95%: {metrics.auc_interval[0]:.3f} to {metrics.auc_interval[1]:.3f})"
+        intervals["auc"] = f"  (95%: {metrics.auc_interval[0]:.3f} to {metrics.auc_interval[1]:.3f})"
     show_pairs(
         f"{metrics.split}: {metrics.images} images of {metrics.groups} groups",
         [
-            ("AUC", f"{score(metrics.auc)}{interval}"),
-            ("Accuracy", score(metrics.accuracy)),
-            ("Balanced accuracy", score(metrics.balanced_accuracy)),
-            ("F1, macro", score(metrics.f1)),
-            ("Quadratic kappa", score(metrics.quadratic_kappa)),
-            ("Brier score", score(metrics.brier)),
-            ("Calibration error", score(metrics.calibration_error)),
+            (metric_name(field, metrics.task, start=True), score(getattr(metrics, field)) + intervals.get(field, ""))
+            for field in METRICS[metrics.task]
         ],
     )
     classes = list(metrics.auc_per_class)
@@ -92,4 +89,7 @@ def _show(metrics: Metrics) -> None:
         [name, *(str(count) for count in counts), score(metrics.auc_per_class[name])]
         for name, counts in zip(classes, metrics.confusion, strict=True)
     ]
-    show_table("Labels (rows) and predictions (columns)", ["label", *classes, "AUC"], rows)
+    if metrics.task == "multilabel":
+        show_table("Images by label, at a probability of 0.5", ["label", *MARKS, "AUC"], rows)
+    else:
+        show_table("Labels (rows) and predictions (columns)", ["label", *classes, "AUC"], rows)

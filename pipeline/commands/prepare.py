@@ -33,6 +33,6 @@ def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_js
 def _show(summary: PrepareSummary) -> None:
     classes = list(dict.fromkeys(name for counts in summary.counts.values() for name in counts))
     rows = [[name, *(str(summary.counts.get(split, {}).get(name, 0)) for split in SPLITS)] for name in classes]
-    totals = [str(sum(summary.counts.get(split, {}).values())) for split in SPLITS]
+    totals = [str(summary.split_images.get(split, 0)) for split in SPLITS]
     title = f"{summary.images} images, {summary.groups} groups, {summary.duplicates} duplicates"
     show_table(title, ["class", *SPLITS], [*rows, ["all", *totals]])

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from stages.tasks import judged_columns, positives
+
 RESAMPLES = 1000
 """Bootstrap samples; the ends of a 95% interval then rest on 25 samples each."""
 
@@ -25,7 +27,7 @@ def auc_interval(
     Samples in which a class does not occur have no AUC and are left out.
 
     Args:
-        labels: (n,) class indices.
+        labels: (n,) class indices, or (n, C) zeros and ones.
         probabilities: (n, C) in [0, 1].
         groups: (n,) patient of each row.
         seed: Of the draws.
@@ -35,12 +37,13 @@ def auc_interval(
         half of the samples have an AUC.
     """
     classes = probabilities.shape[1]
-    if len(set(groups)) < 2 or len(np.unique(labels)) < classes:
+    there = positives(labels, classes)
+    if len(set(groups)) < 2 or not there.any(axis=0).all() or there.all(axis=0).any():
         return None
-    judged = [1] if classes == 2 else list(range(classes))
+    judged = judged_columns(labels, classes)
     values: list[Floats] = []
     for weights in group_draws(groups, seed=seed):
-        aucs = [weighted_auc(labels == index, probabilities[:, index], weights) for index in judged]
+        aucs = [weighted_auc(there[:, index], probabilities[:, index], weights) for index in judged]
         values.append(np.mean(aucs, axis=0))
     sample = np.concatenate(values)
     sample = sample[np.isfinite(sample)]

@@ -11,12 +11,18 @@ import numpy.typing as npt
 
 from schemas.errors import EvaluationError
 from schemas.results import BundleSpec, ComparedModel, Comparison, Difference, JudgedModel, Metrics
+from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws, weighted_auc
 from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions, read_predictions
+from stages.tasks import decide, hits, judged_columns, positives
 from stages.train.bundle import SPEC
 
-PAIRED = ("auc", "accuracy", "balanced_accuracy", "brier")
+PAIRED: dict[Task, tuple[str, ...]] = {
+    "multiclass": ("auc", "accuracy", "balanced_accuracy", "brier"),
+    "multilabel": ("auc", "accuracy", "hamming", "balanced_accuracy", "brier"),
+    "ordinal": ("quadratic_kappa", "auc", "accuracy", "balanced_accuracy", "brier"),
+}
 """Metrics whose differences are given, by their names in `Metrics`."""
 
 Floats = npt.NDArray[np.float64]
@@ -44,11 +50,13 @@ def compare(folders: Sequence[Path]) -> Comparison:
         _check_same(str(folders[0]), first, str(folder), table)
     groups = [row.group for row in first.rows]
     labels = first.labels
-    probabilities = [check_predictions(labels, table.probabilities, table.classes)[1] for table in tables]
+    task = first.task
+    probabilities = [check_predictions(labels, table.probabilities, table.classes, task)[1] for table in tables]
     judged = [
-        compute_metrics(labels, p, first.classes, groups=groups, split=first.rows[0].split) for p in probabilities
+        compute_metrics(labels, p, first.classes, groups=groups, split=first.rows[0].split, task=task)
+        for p in probabilities
     ]
-    samples = _samples(labels, probabilities, groups)
+    samples = _samples(labels, probabilities, groups, task)
     return Comparison(
         split=first.rows[0].split,
         images=len(labels),
@@ -76,7 +84,8 @@ def _place(folder: Path) -> Path:
 def _sorted(table: Predictions) -> Predictions:
     """Rows in the order of their paths, so that the order of a manifest does not matter."""
     order = sorted(range(len(table.rows)), key=lambda row: (table.rows[row].path, table.rows[row].id))
-    return Predictions(table.classes, tuple(table.rows[row] for row in order), table.probabilities[order], table.model)
+    rows = tuple(table.rows[row] for row in order)
+    return Predictions(table.classes, rows, table.probabilities[order], table.model, table.task)
 
 
 def _check_same(first: str, expected: Predictions, other: str, found: Predictions) -> None:
@@ -88,6 +97,10 @@ def _check_same(first: str, expected: Predictions, other: str, found: Prediction
             f"{first} and {other} have other classes.",
             f"{', '.join(expected.classes)} against {', '.join(found.classes)}.",
             repair,
+        )
+    if expected.task != found.task:
+        raise EvaluationError(
+            f"{first} and {other} are of other tasks.", f"{expected.task} against {found.task}.", repair
         )
     if expected.rows == found.rows:
         return
@@ -103,43 +116,78 @@ def _check_same(first: str, expected: Predictions, other: str, found: Prediction
     raise EvaluationError(f"{first} and {other} are of other rows: they cannot be compared.", cause, repair)
 
 
-def _samples(labels: npt.NDArray[np.int64], models: Sequence[Floats], groups: Sequence[str]) -> list[dict[str, Floats]]:
+def _samples(
+    labels: npt.NDArray[np.int64], models: Sequence[Floats], groups: Sequence[str], task: Task
+) -> list[dict[str, Floats]]:
     """Of each model: metric -> (r,) values under the same draws of groups, NaN where not defined."""
     parts: list[list[dict[str, Floats]]] = [[] for _ in models]
     for weights in group_draws(groups):
         for part, p in zip(parts, models, strict=True):
-            part.append(_weighted(labels, p, weights))
+            part.append(_weighted(labels, p, weights, task))
     return [
-        {name: np.concatenate([chunk[name] for chunk in part] or [np.zeros(0)]) for name in PAIRED} for part in parts
+        {name: np.concatenate([chunk[name] for chunk in part] or [np.zeros(0)]) for name in PAIRED[task]}
+        for part in parts
     ]
 
 
-def _weighted(labels: npt.NDArray[np.int64], p: Floats, weights: Floats) -> dict[str, Floats]:
+def _weighted(labels: npt.NDArray[np.int64], p: Floats, weights: Floats, task: Task) -> dict[str, Floats]:
     """The paired metrics under weights (n, r) of the rows."""
-    classes = p.shape[1]
-    judged = [1] if classes == 2 else list(range(classes))
-    right, total = (p.argmax(axis=1) == labels).astype(np.float64), weights.sum(axis=0)
-    recalls = np.full((classes, weights.shape[1]), np.nan)
-    for index in range(classes):
-        own = weights[labels == index]
-        count = own.sum(axis=0)
-        np.divide(right[labels == index] @ own, count, out=recalls[index], where=count > 0)
-    # A class that no drawn row has is left out, as in `compute_metrics`.
-    present = np.isfinite(recalls)
-    errors = sum((p[:, index] - (labels == index)) ** 2 for index in judged)
-    return {
-        "auc": np.mean([weighted_auc(labels == index, p[:, index], weights) for index in judged], axis=0),
-        "accuracy": right @ weights / total,
-        "balanced_accuracy": np.where(present, recalls, 0.0).sum(axis=0) / present.sum(axis=0),
-        "brier": np.asarray(errors) @ weights / total,
+    there, predicted, total = positives(labels, p.shape[1]), decide(p, task), weights.sum(axis=0)
+    guessed, judged = positives(predicted, p.shape[1]), judged_columns(labels, p.shape[1])
+    errors = np.sum([(p[:, index] - there[:, index]) ** 2 for index in judged], axis=0)
+    found = {
+        "auc": np.mean([weighted_auc(there[:, index], p[:, index], weights) for index in judged], axis=0),
+        "accuracy": hits(labels, predicted).astype(np.float64) @ weights / total,
+        "brier": errors @ weights / total,
     }
+    recalls = np.stack([_share(guessed[:, index], there[:, index], weights) for index in range(p.shape[1])])
+    if task == "multilabel":
+        spared = np.stack([_share(~guessed[:, index], ~there[:, index], weights) for index in range(p.shape[1])])
+        found["balanced_accuracy"] = np.mean(
+            [_known_mean(pair) for pair in np.stack([recalls, spared], axis=1)], axis=0
+        )
+        found["hamming"] = (there != guessed).mean(axis=1) @ weights / total
+        found["brier"] /= p.shape[1]
+        return found
+    # A class that no drawn row has is left out, as in `compute_metrics`.
+    found["balanced_accuracy"] = _known_mean(recalls)
+    if task == "ordinal":
+        found["quadratic_kappa"] = _kappa(labels, predicted, weights)
+    return found
+
+
+def _share(right: npt.NDArray[np.bool_], of: npt.NDArray[np.bool_], weights: Floats) -> Floats:
+    """(r,): how many of the rows `of` are right; NaN where none was drawn."""
+    own = weights[of]
+    count, shares = own.sum(axis=0), np.full(weights.shape[1], np.nan)
+    np.divide(right[of].astype(np.float64) @ own, count, out=shares, where=count > 0)
+    return shares
+
+
+def _known_mean(values: Floats) -> Floats:
+    """(k, r) -> (r,), without what is not defined."""
+    known = np.isfinite(values)
+    return np.asarray(np.where(known, values, 0.0).sum(axis=0) / known.sum(axis=0))
+
+
+def _kappa(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], weights: Floats) -> Floats:
+    """(r,) quadratic kappa; NaN where all rows and predictions are of one grade.
+
+    With squares as costs the chance of two margins y and g is n (E y^2 + E g^2 - 2 E y E g), no matrix is needed.
+    """
+    y, g, n = labels.astype(np.float64), predicted.astype(np.float64), weights.sum(axis=0)
+    observed = (y - g) ** 2 @ weights
+    expected = (y**2 + g**2) @ weights - 2 * (y @ weights) * (g @ weights) / n
+    values = np.full(len(n), np.nan)
+    np.divide(observed, expected, out=values, where=expected > 1e-9)
+    return 1.0 - values
 
 
 def _differences(
     first: Metrics, own: Metrics, first_sample: dict[str, Floats], own_sample: dict[str, Floats]
 ) -> dict[str, Difference]:
     found = {}
-    for name in PAIRED:
+    for name in PAIRED[own.task]:
         before, value = getattr(first, name), getattr(own, name)
         if before is None or value is None:
             continue

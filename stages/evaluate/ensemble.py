@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from schemas.errors import EvaluationError
 from schemas.results import Metrics
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import read_predictions
-
-LEAST = 1e-12
-"""A probability below this counts as this: its logarithm would outweigh every other model."""
+from stages.tasks import pool
 
 
 def judge_together(folders: Sequence[Path]) -> Metrics:
@@ -30,14 +26,13 @@ def judge_together(folders: Sequence[Path]) -> Metrics:
         raise EvaluationError("There is nothing to average.", repair="Name folders that `fpt evaluate` wrote.")
     first = tables[0]
     for folder, table in zip(folders, tables, strict=True):
-        if table.rows != first.rows or table.classes != first.classes:
+        if (table.rows, table.classes, table.task) != (first.rows, first.classes, first.task):
             raise EvaluationError(
-                f"{folder} judges other rows or classes than {folders[0]}.",
+                f"{folder} judges other rows, classes or tasks than {folders[0]}.",
                 "They are of different splits or studies.",
                 "Judge both again with `fpt evaluate`.",
             )
-    pool = np.mean([np.log(np.maximum(table.probabilities, LEAST)) for table in tables], axis=0)
-    shares = np.exp(pool - pool.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
+    shares = pool([table.probabilities for table in tables], first.task)
     groups = [row.group for row in first.rows]
-    return compute_metrics(first.labels, shares, first.classes, groups=groups, split=first.rows[0].split)
+    split = first.rows[0].split
+    return compute_metrics(first.labels, shares, first.classes, groups=groups, split=split, task=first.task)

@@ -59,12 +59,12 @@ def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, 
         figure, axes = _figure(4.6, 4.1)
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
         names = list(roc.classes)
-        if len(auc) == 2 and roc.mean is not None:
+        if roc.single:
             names = names[1:]
         names = sorted(sorted(names, key=lambda name: auc[name] or 0.0)[:limit], key=names.index)
         for number, name in enumerate(names):
             axes.plot(*roc.classes[name], label=_legend(name, auc[name]), **_series(number))
-        if roc.mean is not None and len(auc) > 2:
+        if roc.mean is not None and not roc.single:
             axes.plot(*roc.mean, color=_INK, linewidth=2.4, label=_legend("mean", mean_auc))
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="False-positive rate", ylabel="True-positive rate")
         axes.legend(loc="lower right")

@@ -13,7 +13,10 @@ from sklearn import metrics as sk
 from schemas.errors import EvaluationError
 from schemas.manifest import Split
 from schemas.results import Metrics
+from schemas.tasks import Task
 from stages.evaluate.bootstrap import auc_interval
+from stages.evaluate.multilabel import multilabel_metrics
+from stages.tasks import decide, judged_columns, positives
 
 CALIBRATION_BINS = 10
 """Equal-width bins of confidence, for the calibration error and the reliability curve."""
@@ -29,15 +32,17 @@ def compute_metrics(
     *,
     groups: Sequence[str] | None = None,
     split: Split = "test",
+    task: Task = "multiclass",
 ) -> Metrics:
     """All metrics of one split.
 
     Args:
-        labels: (n,) index of each row's label in `classes`.
+        labels: (n,) index of each row's label in `classes`; with several labels an image (n, C) zeros and ones.
         probabilities: (n, C), each in [0, 1].
         classes: The C label names, in the order of the model's outputs.
         groups: (n,) patient of each row, the unit of the bootstrap; None: each row by itself.
         split: Which rows these are; only recorded.
+        task: What was learnt.
 
     Returns:
         The metrics. What is not defined for these rows (the AUC of a class that does not occur) is null, never NaN.
@@ -48,16 +53,19 @@ def compute_metrics(
     # Seconds of import that training, which needs the AUC alone, does not pay.
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    y, p = check_predictions(labels, probabilities, classes)
+    y, p = check_predictions(labels, probabilities, classes, task)
     units = [str(row) for row in range(len(y))] if groups is None else list(groups)
     if len(units) != len(y):
         raise EvaluationError(f"{len(y)} rows were given with {len(units)} groups.")
-    predicted = p.argmax(axis=1)
+    per_class = auc_per_class(y, p)
+    if task == "multilabel":
+        return multilabel_metrics(y, p, classes, per_class, units, split, CALIBRATION_BINS)
+    predicted = decide(p, task)
     indices = np.arange(len(classes))
     present = np.unique(y)
-    per_class = auc_per_class(y, p)
     return Metrics(
         split=split,
+        task=task,
         images=len(y),
         groups=len(set(units)),
         auc=macro_auc(y, p),
@@ -80,37 +88,38 @@ def compute_metrics(
 
 def auc_per_class(labels: Labels, probabilities: Probabilities) -> list[float | None]:
     """One-vs-rest area under the ROC curve of each class; None for a class that all rows or none of them have."""
-    return [_auc(labels == index, probabilities[:, index]) for index in range(probabilities.shape[1])]
+    return [_auc(own, p) for own, p in zip(positives(labels, probabilities.shape[1]).T, probabilities.T, strict=True)]
 
 
 def macro_auc(labels: Labels, probabilities: Probabilities) -> float | None:
     """The AUC that is reported and that chooses the best epoch: binary with two classes, else macro one-vs-rest.
 
     Args:
-        labels: (n,) class indices.
+        labels: (n,) class indices, or (n, C) zeros and ones: then the mean over labels.
         probabilities: (n, C).
 
     Returns:
         None where a class is absent, so that two epochs or splits are never compared on different classes.
     """
     per_class = auc_per_class(labels, probabilities)
-    return per_class[1] if len(per_class) == 2 else _mean(per_class)
+    return _mean([per_class[index] for index in judged_columns(labels, len(per_class))])
 
 
 def check_predictions(
-    labels: npt.ArrayLike, probabilities: npt.ArrayLike, classes: Sequence[str]
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, classes: Sequence[str], task: Task = "multiclass"
 ) -> tuple[Labels, Probabilities]:
-    """The rows as arrays (n,) and (n, C), refused where a metric of them would be meaningless."""
+    """The rows as arrays (n,), multi-label (n, C), and (n, C), refused where a metric of them would be meaningless."""
     y, p = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
     if y.size == 0:
         raise EvaluationError("There are no rows to judge.")
     if len(classes) < 2:
         raise EvaluationError(f"Metrics need at least two classes, these rows have {len(classes)}.")
-    if y.ndim != 1 or p.shape != (len(y), len(classes)):
+    shape = (len(y), len(classes)) if task == "multilabel" else (len(y),)
+    if y.shape != shape or p.shape != (len(y), len(classes)):
         raise EvaluationError(
             f"Labels of shape {y.shape} and probabilities of shape {p.shape} do not fit {len(classes)} classes."
         )
-    if y.min() < 0 or y.max() >= len(classes):
+    if y.min() < 0 or y.max() >= (2 if task == "multilabel" else len(classes)):
         raise EvaluationError(f"A label is not one of the {len(classes)} classes.")
     broken = np.flatnonzero(~np.isfinite(p).all(axis=1))
     if broken.size:

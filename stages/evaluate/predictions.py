@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ import pyarrow.parquet as pq
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
 from schemas.results import JudgedModel
+from schemas.tasks import Task
 from stages.files import atomic_write
+from stages.tasks import decide, label_array, texts
 
 PROBABILITY = "p_"
 """Prefix of a probability column; no other column starts with it."""
@@ -33,33 +36,37 @@ class Predictions:
     """(n, C)."""
     model: JudgedModel | None = None
     """Who said it; None where the table does not say."""
+    task: Task = "multiclass"
+    """What the probabilities mean."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """(n,) index of each row's label."""
-        index = {name: position for position, name in enumerate(self.classes)}
-        return np.asarray([index[row.label] for row in self.rows], dtype=np.int64)
+        """(n,) index of each row's label; with several labels an image (n, C) zeros and ones."""
+        return label_array([row.label for row in self.rows], self.classes, self.task)
 
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
-        """(n,) index of the most probable class, the first of equals."""
-        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+        """The same of the prediction (`decide`)."""
+        return decide(self.probabilities, self.task)
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write the table: id, path, label, group, split, predicted and p_<class> for every class.
 
-    The same predictions give the same bytes. Class names in order, and the model, are in the schema's metadata.
+    The same predictions give the same bytes. Class names in order, the task where it is not multiclass, and the model
+    are in the schema's metadata.
     """
     rows, classes = predictions.rows, predictions.classes
     columns: dict[str, pa.Array] = {
         name: pa.array([getattr(row, name) for row in rows], pa.string())
         for name in ("id", "path", "label", "group", "split")
     }
-    columns["predicted"] = pa.array([classes[index] for index in predictions.predicted], pa.string())
+    columns["predicted"] = pa.array(texts(predictions.predicted, classes), pa.string())
     for index, name in enumerate(classes):
         columns[f"{PROBABILITY}{name}"] = pa.array(predictions.probabilities[:, index], pa.float32())
     metadata = {"classes": json.dumps(classes)}
+    if predictions.task != "multiclass":
+        metadata["task"] = predictions.task
     if predictions.model is not None:
         metadata["model"] = predictions.model.model_dump_json()
     table = pa.table(columns).replace_schema_metadata(metadata)
@@ -82,9 +89,15 @@ def read_predictions(path: Path) -> Predictions:
         model = JudgedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None
         names: Sequence[str] = ("id", "path", "label", "group", "split")
         rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
+        task = _task(metadata.get(b"task", b"multiclass").decode())
         columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
     except FileNotFoundError as error:
         raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
     except (OSError, KeyError, ValueError) as error:
         raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
-    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model)
+    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model, task)
+
+
+def _task(text: str) -> Task:
+    tasks: tuple[Task, ...] = get_args(Task)
+    return tasks[tasks.index(text)]

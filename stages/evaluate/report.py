@@ -18,9 +18,11 @@ from sklearn.metrics import precision_recall_fscore_support
 from schemas.manifest import SPLITS, Manifest
 from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics
 from schemas.settings import Method
-from stages.evaluate.curves import reliability, roc_curves
+from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
+from stages.evaluate.wording import metric_rows, mistake, number, sureness
+from stages.tasks import hits
 
 MISTAKES = 12
 """Mistakes that the report shows."""
@@ -37,14 +39,12 @@ METHODS: dict[Method, str] = {
     "knn": "k nearest neighbours",
     "attentive": "attentive probe",
 }
-NOT_DEFINED = "not defined"
 
 
 def confident_mistakes(predictions: Predictions, limit: int = MISTAKES) -> list[int]:
     """Positions of the wrong rows, the surest first; equals in the order of their paths."""
-    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
-    sureness = predictions.probabilities.max(axis=1)
-    return sorted(wrong.tolist(), key=lambda row: (-float(sureness[row]), predictions.rows[row].path))[:limit]
+    wrong, sure = np.flatnonzero(~hits(predictions.labels, predictions.predicted)), sureness(predictions)
+    return sorted(wrong.tolist(), key=lambda row: (-float(sure[row]), predictions.rows[row].path))[:limit]
 
 
 def render_report(
@@ -74,28 +74,33 @@ def render_report(
         files("stages.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8"),
     )
     mistakes = confident_mistakes(predictions)
-    total = int((labels != predictions.predicted).sum())
+    total = int((~hits(labels, predictions.predicted)).sum())
+    several = predictions.task == "multilabel"
     return template.render(
         title=f"{METHODS[spec.network.method]} on {spec.features.lpm.name}",
         judged=_judged(metrics),
         metrics=metrics,
         classes=classes,
-        table=_table(metrics),
+        table=metric_rows(metrics),
+        several=several,
         per_class=_per_class(metrics, predictions),
         roc_figure=draw_roc(roc, metrics.auc_per_class, metrics.auc, ROC_CURVES) if roc.classes else None,
         roc_alt=_roc_alt(metrics),
         roc_note=_roc_note(metrics),
         reliability_figure=draw_reliability(calibration),
-        reliability_alt="Reliability curve: "
-        + "; ".join(
-            f"{rows} images of mean confidence {confidence:.2f} are right in {share:.0%}"
-            for confidence, share, rows in zip(
-                calibration.confidence, calibration.accuracy, calibration.rows, strict=True
-            )
-        ),
+        reliability_alt=_reliability_alt(calibration, "pairs of image and label" if several else "images"),
         mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
-        mistakes_note=f"{len(mistakes)} of {total} wrong images, the surest first: predicted class and its "
-        "probability, then the label and what the model gave it.",
+        mistakes_note=f"{len(mistakes)} of {total} wrong images, the surest first: "
+        + (
+            "predicted labels, then those that it has and the worst of what is wrong."
+            if several
+            else "predicted class and its probability, then the label and what the model gave it."
+        ),
+        reliability_note=(
+            "Of each label and image, the probability against how often the label is there."
+            if several
+            else "Confidence is the highest probability of an image."
+        ),
         training=_training(train_dir, spec.best_epoch),
         splits=SPLITS,
         data=_data(manifest),
@@ -115,49 +120,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return NOT_DEFINED if value is None else f"{value:.{digits}f}"
-
-
-def _table(metrics: Metrics) -> list[dict[str, str]]:
-    classes = len(metrics.confusion)
-    counts = [sum(row) for row in metrics.confusion]
-    name = tuple(metrics.auc_per_class)[int(np.argmax(counts))]
-    constant = max(counts) / metrics.images
-    brier = "0 is best, 1 is worst" if classes == 2 else f"summed over {classes} classes, 0 is best, 2 is worst"
-    rows = (
-        (
-            "AUC",
-            metrics.auc,
-            "Chance that an image of a class is ranked above one of another; 0.5 is guessing, 1 is best.",
-        ),
-        (
-            "Accuracy",
-            metrics.accuracy,
-            f"Share of images whose most probable class is the label. Always answering {name} gives {constant:.3f}.",
-        ),
-        (
-            "Balanced accuracy",
-            metrics.balanced_accuracy,
-            f"Mean recall of the classes; guessing gives {1 / classes:.3f}.",
-        ),
-        ("Macro F1", metrics.f1, "Harmonic mean of precision and recall, mean over classes; 1 is best."),
-        (
-            "Quadratic kappa",
-            metrics.quadratic_kappa,
-            "Agreement beyond chance for ordered grades, far misses weigh more; 0 is chance, 1 is best."
-            " Ignore it where the order of the classes has no meaning.",
-        ),
-        ("Brier score", metrics.brier, f"Mean squared error of the probabilities; {brier}."),
-        (
-            "Calibration error",
-            metrics.calibration_error,
-            "Mean distance of confidence from accuracy over ten bins (ECE); 0 is best, 1 is worst.",
-        ),
-    )
-    return [{"name": name, "value": _number(value), "meaning": meaning} for name, value, meaning in rows]
-
-
 def _per_class(metrics: Metrics, predictions: Predictions) -> list[dict[str, str]]:
     indices = list(range(len(predictions.classes)))
     precision, recall, _, support = precision_recall_fscore_support(
@@ -167,22 +129,29 @@ def _per_class(metrics: Metrics, predictions: Predictions) -> list[dict[str, str
         {
             "name": name,
             "images": f"{int(support[index]):,}",
-            "auc": _number(metrics.auc_per_class[name]),
-            "recall": _number(None if np.isnan(recall[index]) else float(recall[index])),
-            "precision": _number(None if np.isnan(precision[index]) else float(precision[index])),
+            "auc": number(metrics.auc_per_class[name]),
+            "recall": number(None if np.isnan(recall[index]) else float(recall[index])),
+            "precision": number(None if np.isnan(precision[index]) else float(precision[index])),
         }
         for index, name in zip(indices, predictions.classes, strict=True)
     ]
 
 
+def _reliability_alt(curve: Reliability, what: str) -> str:
+    return "Reliability curve: " + "; ".join(
+        f"{rows} {what} of mean confidence {confidence:.2f} are right in {share:.0%}"
+        for confidence, share, rows in zip(curve.confidence, curve.accuracy, curve.rows, strict=True)
+    )
+
+
 def _roc_alt(metrics: Metrics) -> str:
-    aucs = ", ".join(f"{name} {_number(value)}" for name, value in metrics.auc_per_class.items())
+    aucs = ", ".join(f"{name} {number(value)}" for name, value in metrics.auc_per_class.items())
     return f"ROC curves. Area under the curve, one-vs-rest: {aucs}"
 
 
 def _roc_note(metrics: Metrics) -> str:
     names = list(metrics.auc_per_class)
-    if len(names) == 2:
+    if len(names) == 2 and metrics.task != "multilabel":
         return f"{names[1]} against {names[0]}; the figure in the legend is the AUC."
     shown = f"The {ROC_CURVES} classes with the lowest AUC. " if len(names) > ROC_CURVES else ""
     return f"{shown}Each class against all others; figures in the legend are AUCs."
@@ -191,17 +160,10 @@ def _roc_note(metrics: Metrics) -> str:
 def _mistake(
     predictions: Predictions, row: int, thumbnails: Mapping[str, npt.NDArray[np.uint8]]
 ) -> dict[str, str | None]:
-    item, p = predictions.rows[row], predictions.probabilities[row]
-    guess, label = predictions.predicted[row], predictions.labels[row]
+    item = predictions.rows[row]
     pixels = thumbnails.get(item.id)
-    return {
-        "path": item.path,
-        "label": item.label,
-        "predicted": predictions.classes[guess],
-        "probability": f"{p[guess]:.1%}",
-        "of_label": f"{p[label]:.1%}",
-        "image": None if pixels is None else _data_uri(pixels),
-    }
+    image = None if pixels is None else _data_uri(pixels)
+    return {"path": item.path, "image": image, **mistake(predictions, row)}
 
 
 def _data_uri(pixels: npt.NDArray[np.uint8]) -> str:
@@ -224,9 +186,11 @@ def _training(train_dir: Path | None, best_epoch: int) -> list[dict[str, str]]:
 def _data(manifest: Manifest) -> list[dict[str, Any]]:
     counts = {name: dict.fromkeys(SPLITS, 0) for name in manifest.classes}
     for row in manifest.rows:
-        counts[row.label][row.split] += 1
+        for name in manifest.names(row):
+            counts[name][row.split] += 1
     columns = {name: list(by_split.values()) for name, by_split in counts.items()}
-    columns["all classes"] = [sum(column) for column in zip(*columns.values(), strict=True)]
+    whole = "all images" if manifest.task == "multilabel" else "all classes"
+    columns[whole] = [sum(row.split == split for row in manifest.rows) for split in SPLITS]
     return [{"name": name, "counts": column} for name, column in columns.items()]
 
 
@@ -243,15 +207,24 @@ def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
         ("Feature fingerprint", features.fingerprint),
         ("Learnable parameters", f"{spec.learnable:,}"),
         *_model(spec),
+        ("Task", spec.task),
         ("Class weights", str(spec.train.class_weights)),
         ("Model, sha256", spec.weights_sha256),
     )
 
 
+def _loss(spec: BundleSpec) -> str:
+    train = spec.train
+    parts = [f"focal, gamma {train.focal_gamma:g}" if train.loss == "focal" else "cross-entropy"]
+    parts += [f"smoothing {train.label_smoothing:g}"] if train.label_smoothing else []
+    parts += [f"{train.kappa_weight:g} of a quadratic-kappa term"] if spec.task == "ordinal" else []
+    return ", ".join(parts)
+
+
 def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     """What only this kind of model has."""
     network, train, augment = spec.network, spec.train, spec.train.augment
-    auc = f"validation AUC {_number(spec.val_auc)}"
+    auc = f"validation AUC {number(spec.val_auc)}"
     if isinstance(network, LinearSpec):
         return (("C of the logistic regression", f"{network.c:g}, {auc}"),)
     if isinstance(network, KnnSpec):
@@ -263,6 +236,8 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
             f"{train.epochs} epochs, batches of {train.batch_size}, gradient norm at most {train.clip_norm:g}",
         ),
         ("Kept epoch", f"{spec.best_epoch}, {auc}"),
+        ("Loss", _loss(spec)),
+        ("Sampling of the images", train.sampling),
         ("Seed", str(train.seed)),
     )
     if isinstance(network, AttentiveSpec):

@@ -13,6 +13,7 @@ from schemas.errors import BundleError, CacheMismatchError, EvaluationError
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest, ManifestRow, Split
 from schemas.results import BundleSpec, JudgedModel, Metrics
+from schemas.tasks import Task
 from stages.evaluate.curves import roc_curves, write_plots
 from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions, write_predictions
@@ -20,6 +21,7 @@ from stages.evaluate.report import confident_mistakes, render_report
 from stages.files import atomic_write
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
+from stages.train import outputs
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import store_logits
 
@@ -65,10 +67,12 @@ def evaluate(
     rows = _rows(manifest, split)
     store = open_rows(cache_root, receipt, remote)
     try:
-        predictions = Predictions(manifest.classes, rows, _probabilities(bundle, store, rows), _judged(bundle.spec))
-        labels, p = check_predictions(predictions.labels, predictions.probabilities, manifest.classes)
+        task = manifest.task
+        found = _probabilities(bundle, store, rows)
+        predictions = Predictions(manifest.classes, rows, found, _judged(bundle.spec), task)
+        labels, p = check_predictions(predictions.labels, predictions.probabilities, manifest.classes, task)
         groups = [row.group for row in rows]
-        metrics = compute_metrics(labels, p, manifest.classes, groups=groups, split=split)
+        metrics = compute_metrics(labels, p, manifest.classes, groups=groups, split=split, task=task)
         report = render_report(
             metrics,
             predictions,
@@ -88,7 +92,13 @@ def evaluate(
 
 
 def check_fit(spec: BundleSpec, manifest: Manifest, receipt: ExtractionReceipt) -> None:
-    """Refuse a bundle that was trained for other classes or on other features."""
+    """Refuse a bundle that was trained for another task, for other classes or on other features."""
+    if spec.task != manifest.task:
+        raise BundleError(
+            f"The model was trained for {spec.task}; the manifest is {manifest.task}.",
+            "data.task changed after the model was trained.",
+            "Run `fpt train` again.",
+        )
     if spec.classes != manifest.classes:
         raise BundleError(
             f"The model knows the classes {', '.join(spec.classes)}; the manifest has {', '.join(manifest.classes)}.",
@@ -128,12 +138,12 @@ def _probabilities(bundle: Bundle, store: StoreReader, rows: tuple[ManifestRow, 
     """(n, C). A file under two names is computed once."""
     position = {image_id: number for number, image_id in enumerate(dict.fromkeys(row.id for row in rows))}
     logits = store_logits(bundle, store, list(position))
-    return probabilities(logits)[[position[row.id] for row in rows]]
+    return probabilities(logits, bundle.spec.task)[[position[row.id] for row in rows]]
 
 
-def probabilities(logits: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Softmax over classes: (n, C) logits to (n, C) probabilities, computed in double precision."""
-    p: npt.NDArray[np.float32] = logits.double().softmax(dim=1).float().numpy()
+def probabilities(logits: torch.Tensor, task: Task = "multiclass") -> npt.NDArray[np.float32]:
+    """(n, C) logits to (n, C) probabilities, computed in double precision."""
+    p: npt.NDArray[np.float32] = outputs.probabilities(logits, task).float().numpy()
     return p
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from schemas.errors import CacheMismatchError, EvaluationError, ImageError, WeightsError
+from schemas.errors import BundleError, CacheMismatchError, EvaluationError, ImageError, WeightsError
 from schemas.features import FeatureSpec
 from schemas.results import Prediction
 from schemas.settings import DataSettings, LpmSettings
@@ -19,6 +19,7 @@ from stages.extract.features import FeatureBatch, Pixels, compute_features, to_p
 from stages.extract.lpm import LoadedLpm, describe_lpm, load_lpm
 from stages.images import read_image
 from stages.progress import Progress
+from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import feature_logits
 
@@ -46,17 +47,24 @@ def predict(
         root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
         device: Of both networks; "auto": CUDA, else MPS, else the CPU.
         batch_size: Images per forward pass.
-        data: Limits of an image's size; None: the defaults.
+        data: Limits of an image's size, and the task where it is set; None: the defaults, whatever the task.
         progress: Called after each batch with (done, total) images.
 
     Raises:
-        BundleError: The bundle is missing or damaged.
+        BundleError: The bundle is missing or damaged, or of another task than `data` says.
         CacheMismatchError: The LPM has another shape or preprocessing than in training.
         WeightsError: The weights are missing, or are not those that the bundle was trained with.
         EvaluationError: The model's outputs are not finite.
     """
     place = pick_device(device) if isinstance(device, str) else device
     bundle = load_bundle(bundle_dir, place)
+    # A model alone is enough: only who states a task can contradict it.
+    if data is not None and "task" in data.model_fields_set and data.task != bundle.spec.task:
+        raise BundleError(
+            f"The model was trained for {bundle.spec.task}; data.task is {data.task}.",
+            "The settings are of another study, or changed after the model was trained.",
+            f"Set data.task to {bundle.spec.task}, or run `fpt train` again.",
+        )
     # The side network alone needs no features: no LPM is loaded for it.
     model = None if bundle.spec.network.method == "side" else _load(bundle.spec.features, lpm, root, place)
     rows: list[Prediction] = []
@@ -103,11 +111,11 @@ def _predict_batch(
             pixels[position] = to_pixels(image, spec)
         except ImageError as error:
             errors[position] = error.reason
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, tuple[str, dict[str, float]]] = {}
     if pixels:
         batch = list(pixels.values())
         features = _side_images(batch) if model is None else compute_features(model, spec, batch, device)
-        p = probabilities(feature_logits(bundle, features))
+        p = probabilities(feature_logits(bundle, features), bundle.spec.task)
         if not np.isfinite(p).all():
             raise EvaluationError(
                 "The outputs of the model are not finite.",
@@ -115,13 +123,15 @@ def _predict_batch(
                 "Train again, with a lower rate: fpt train --set train.lr=1e-4",
             )
         names = bundle.spec.classes
-        found = {at: dict(zip(names, row.tolist(), strict=True)) for at, row in zip(pixels, p, strict=True)}
+        said = texts(decide(p, bundle.spec.task), names)
+        shares = (dict(zip(names, row.tolist(), strict=True)) for row in p)
+        found = dict(zip(pixels, zip(said, shares, strict=True), strict=True))
     for position, path in enumerate(paths):
-        shares = found.get(position)
+        predicted, probability = found.get(position, (None, None))
         yield Prediction(
             path=str(path),
-            predicted=None if shares is None else max(shares, key=lambda name: shares[name]),
-            probabilities=shares,
+            predicted=predicted,
+            probabilities=probability,
             error=errors.get(position),
         )
 

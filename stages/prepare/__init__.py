@@ -14,6 +14,7 @@ from pathlib import Path
 from schemas.errors import UnreadableImagesError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, PrepareSummary
 from schemas.settings import DataSettings
+from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write, storage_errors
 from stages.manifest import write_manifest
 from stages.prepare.check import check_classes, check_conflicts, check_left
@@ -48,7 +49,7 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
     images = images_folder(data, root)
     items = scan_folders(images) if data.labels is None else read_table(data, root, images)
     check_names(items)
-    classes = check_classes(items, data.classes)
+    classes = check_classes(items, data.classes or data.label_columns, data.task)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, images, data.labels)
     digests = digest_images(items, images, max_pixels=data.max_pixels, min_side=data.min_side, progress=progress)
@@ -58,7 +59,7 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
             "Repair or remove them, or set data.on_error: quarantine in params.yaml to go on without them.",
         )
     usable = [item for item in items if item.path in digests.ids]
-    check_left(usable, classes, len(digests.failures))
+    check_left(usable, classes, len(digests.failures), data.task)
     check_conflicts(usable, digests.ids)
     manifest = _manifest(data, usable, classes, digests)
     summary = _summary(manifest, len(digests.failures))
@@ -70,33 +71,39 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
 
 def _manifest(data: DataSettings, items: Sequence[Item], classes: tuple[str, ...], digests: Digests) -> Manifest:
     if data.split_column is None:
-        clusters = find_clusters(items, digests.ids)
+        clusters = find_clusters(items, digests.ids, data.task)
         split_of = draw_splits(clusters, data.val_share, data.test_share, data.seed)
     else:
-        split_of = ready_splits(items, digests.ids, classes)
+        split_of = ready_splits(items, digests.ids, classes, data.task)
     # In the order of the items, which is that of the paths.
     rows = (
         ManifestRow(
             id=digests.ids[item.path],
             path=item.path,
-            label=item.label,
+            label=_in_order(item.label, classes, data.task),
             group=item.path if item.group is None else item.group,
             split=split_of[item.path],
         )
         for item in items
     )
-    return Manifest(classes=classes, rows=tuple(rows))
+    return Manifest(classes=classes, rows=tuple(rows), task=data.task)
+
+
+def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
+    """Several labels in the order of the classes."""
+    return written(sorted(names_in(label, task), key=classes.index))
 
 
 def _summary(manifest: Manifest, quarantined: int) -> PrepareSummary:
     copies = Counter(row.id for row in manifest.rows)
-    counts = Counter((row.split, row.label) for row in manifest.rows)
+    counts = Counter((row.split, name) for row in manifest.rows for name in manifest.names(row))
     return PrepareSummary(
         images=len(manifest.rows),
         duplicates=sum(copies[row.id] > 1 for row in manifest.rows),
         groups=len({row.group for row in manifest.rows}),
         quarantined=quarantined,
         counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},
+        split_images={split: sum(row.split == split for row in manifest.rows) for split in SPLITS},
     )
 
 

@@ -26,7 +26,7 @@ class Item:
     path: str
     """Relative to the folder of images, with forward slashes."""
     label: str
-    """Never empty."""
+    """As a manifest writes it; empty only where an image may have several labels, and has none."""
     group: str | None = None
     """Patient; None: not known."""
     split: Split | None = None

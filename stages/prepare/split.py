@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
+from schemas.tasks import Task, names_in
 from stages.prepare.listing import counted, listed
 from stages.prepare.scan import Item
 
@@ -41,12 +42,13 @@ class Cluster:
     """Label -> images, and the column of all images."""
 
 
-def find_clusters(items: Sequence[Item], ids: Mapping[str, str]) -> list[Cluster]:
+def find_clusters(items: Sequence[Item], ids: Mapping[str, str], task: Task = "multiclass") -> list[Cluster]:
     """Join images that share a group or a content (union-find).
 
     Args:
         items: Images.
         ids: Path -> content.
+        task: What a label says; an image counts for each of its labels.
     """
     parent: dict[tuple[str, str], tuple[str, str]] = {}
 
@@ -68,7 +70,7 @@ def find_clusters(items: Sequence[Item], ids: Mapping[str, str]) -> list[Cluster
         Cluster(
             key=min(ids[item.path] for item in cluster),
             paths=tuple(item.path for item in cluster),
-            counts={**Counter(item.label for item in cluster), _ANY: len(cluster)},
+            counts={**Counter(name for item in cluster for name in names_in(item.label, task)), _ANY: len(cluster)},
         )
         for cluster in members.values()
     ]
@@ -211,13 +213,16 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     return total
 
 
-def ready_splits(items: Sequence[Item], ids: Mapping[str, str], classes: Sequence[str]) -> dict[str, Split]:
+def ready_splits(
+    items: Sequence[Item], ids: Mapping[str, str], classes: Sequence[str], task: Task = "multiclass"
+) -> dict[str, Split]:
     """The splits that the user's table names, checked.
 
     Args:
         items: Images, each with its split.
         ids: Path -> content.
         classes: All labels.
+        task: What a label says.
 
     Returns:
         Path -> split.
@@ -243,7 +248,7 @@ def ready_splits(items: Sequence[Item], ids: Mapping[str, str], classes: Sequenc
             listed(leaks) + "\nA model would be judged on patients or images that it was trained on.",
             "Correct the split column.",
         )
-    found = {(item.label, split_of[item.path]) for item in items}
+    found = {(name, split_of[item.path]) for item in items for name in names_in(item.label, task)}
     gaps = [f"no {label!r} in {split}" for label in classes for split in SPLITS if (label, split) not in found]
     if gaps:
         raise DataError(

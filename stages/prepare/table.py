@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
+from stages.prepare.labels import join_labels, label_keys
 from stages.prepare.listing import counted, did_you_mean, listed
 from stages.prepare.scan import Item
 
@@ -31,7 +32,7 @@ def read_table(data: DataSettings, root: Path, images: Path) -> list[Item]:
     if data.labels is None:
         raise DataError("data.labels is not set.")
     table = root / Path(data.labels).expanduser()
-    wanted = {"data.path_column": data.path_column, "data.label_column": data.label_column}
+    wanted = {"data.path_column": data.path_column, **label_keys(data)}
     if data.group_column is not None:
         wanted["data.group_column"] = data.group_column
     if data.split_column is not None:
@@ -43,10 +44,13 @@ def read_table(data: DataSettings, root: Path, images: Path) -> list[Item]:
     def column(name: str | None) -> list[str]:
         return [""] * len(rows) if name is None else [row[header.index(name)] for _, row in rows]
 
-    paths, labels = column(data.path_column), column(data.label_column)
+    paths = column(data.path_column)
     lines = [number for number, _ in rows]
     _check_rows(table, f"has no {data.path_column}", _where(lines, [not path for path in paths]))
-    _check_rows(table, f"has no {data.label_column}", _where(lines, [not label for label in labels]))
+    cells = [column(name) for name in label_keys(data).values()]
+    if data.task != "multilabel":
+        _check_rows(table, f"has no {data.label_column}", _where(lines, [not label for label in cells[0]]))
+    labels = join_labels(data, str(table), lines, cells)
     relative = [_relative(path, images) for path in paths]
     outside = [f"line {n}: {path}" for n, path, inside in zip(lines, paths, relative, strict=True) if inside is None]
     if outside:

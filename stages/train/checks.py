@@ -15,6 +15,7 @@ from schemas.views import manifest_rows
 from stages.store.reader import StoreReader
 from stages.store.shards import REPAIR
 from stages.train.pooled import POOLED
+from stages.train.targets import Target, balanced_weights, class_counts
 
 UNREAD: dict[Method, tuple[str, ...]] = {
     "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
@@ -24,19 +25,9 @@ UNREAD: dict[Method, tuple[str, ...]] = {
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
 FREE = frozenset(
-    {
-        "lr",
-        "weight_decay",
-        "clip_norm",
-        "dropout",
-        "members",
-        "attentive",
-        "attentive_weight",
-        "probe_weight",
-        "keep",
-        "class_weights",
-        "seed",
-    }
+    {"lr", "weight_decay", "clip_norm", "dropout", "keep", "class_weights", "seed"}
+    | {"members", "attentive", "attentive_weight", "probe_weight"}
+    | {"loss", "focal_gamma", "label_smoothing", "kappa_weight"}
 )
 """Fields of `train` in which runs that share their batches may differ."""
 
@@ -122,26 +113,32 @@ def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> No
 
 
 def class_weights(
-    settings: Settings, labels: Sequence[int], classes: Sequence[str], device: torch.device
+    settings: Settings, labels: Sequence[Target], classes: Sequence[str], device: torch.device
 ) -> torch.Tensor | None:
-    """(C,) weights of the loss: none, balanced n / (C * n_c), or the listed ones.
+    """(C,) weights of the loss: none, balanced (`balanced_weights`), or the listed ones.
 
     Raises:
-        TrainingError: If a class has no training images.
+        TrainingError: If a class has no training images, or a label all of them.
         SettingsError: If the list does not have one weight a class.
     """
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(classes))
+    counts = class_counts(labels, len(classes))
     if absent := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]:
         raise TrainingError(
             f"No training image has the label {', '.join(absent)}.",
             "The split left the class out.",
             "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
         )
+    if full := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == len(labels)]:
+        raise TrainingError(
+            f"Every training image has the label {', '.join(full)}.",
+            "There is nothing to tell it from: the split left the others out.",
+            "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
+        )
     chosen = settings.train.class_weights
     if chosen == "none":
         return None
     if chosen == "balanced":
-        return (len(labels) / (len(classes) * counts.double())).float().to(device)
+        return torch.from_numpy(balanced_weights(counts, len(labels), settings.data.task)).float().to(device)
     if len(chosen) != len(classes):
         problem = f"lists {len(chosen)} weights for {len(classes)} classes ({', '.join(classes)})"
         raise SettingsError("The settings do not fit the data.", [("train.class_weights", problem)])

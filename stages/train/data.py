@@ -18,6 +18,7 @@ from stages.shared import SharedArrays
 from stages.store.layout import CACHED
 from stages.store.memory import Rows
 from stages.train.cached import Cached
+from stages.train.targets import Target
 
 READS: dict[Method, tuple[str, ...]] = {
     "fpt": (*CACHED, "side"),
@@ -45,7 +46,7 @@ class Batch:
     cached: Cached | None
     """Keys and values of all tapped layers; None where the method reads none."""
     labels: torch.Tensor
-    """(B,) int64."""
+    """(B,) int64; with several labels an image (B, C)."""
     pooled: torch.Tensor | None = None
     """(B, 2, D) float32, class token and mean of the patches; None where the method reads none."""
 
@@ -103,7 +104,7 @@ class Ticket:
 
     slot: int
     """Number of its memory."""
-    labels: list[int]
+    labels: list[Target]
     """Of its rows."""
 
 
@@ -118,7 +119,7 @@ class FeatureDataset(Dataset[Batch]):
         self,
         store: Rows,
         ids: Sequence[str],
-        labels: Sequence[int],
+        labels: Sequence[Target],
         size: int,
         augment: AugmentSettings | None = None,
         seed: int = 0,
@@ -131,7 +132,7 @@ class FeatureDataset(Dataset[Batch]):
         Args:
             store: Where they are.
             ids: Image id of each position.
-            labels: Class index of each position.
+            labels: Class index of each position; with several labels an image, zeros and ones.
             size: Input of the side network, in pixels.
             augment: None: the un-augmented image.
             seed: Of the augmentation and of the views.
@@ -156,6 +157,11 @@ class FeatureDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    @property
+    def labels(self) -> Sequence[Target]:
+        """Of each position."""
+        return self._labels
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {}, "_read": 0}

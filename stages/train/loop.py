@@ -16,16 +16,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from schemas.errors import TrainingError
 from schemas.results import EpochLog
 from schemas.settings import TrainSettings
+from schemas.tasks import Task
 from stages.evaluate.metrics import macro_auc
 from stages.files import storage_errors
+from stages.tasks import decide, hits
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
+from stages.train.losses import plain_loss, training_loss
 from stages.train.models import Network
+from stages.train.outputs import probabilities
+from stages.train.sampling import make_sampler
+from stages.train.targets import Target
 
 
 @dataclass
@@ -60,6 +65,8 @@ class Recipe:
     """Where the network is."""
     workers: int
     """Of the data loader."""
+    task: Task = "multiclass"
+    """What the network learns to say."""
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -97,7 +104,7 @@ def training_step(runs: Sequence[Run], batch: Batch) -> list[torch.Tensor]:
         run.state.optimizer.zero_grad(set_to_none=True)
     losses = [
         # A sum, not a mean: each member learns as it would alone.
-        torch.stack([F.cross_entropy(own, batch.labels, weight=run.recipe.class_weights) for own in logits]).sum()
+        torch.stack([_member_loss(own, batch.labels, run.recipe) for own in logits]).sum()
         for run, logits in zip(
             runs, training_logits([run.network for run in runs], batch, shared.mean, shared.std), strict=True
         )
@@ -110,8 +117,12 @@ def training_step(runs: Sequence[Run], batch: Batch) -> list[torch.Tensor]:
     return [loss.detach() / len(run.network.members) for run, loss in zip(runs, losses, strict=True)]
 
 
+def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    return training_loss(logits, labels, recipe.settings, recipe.task, recipe.class_weights)
+
+
 def fit(
-    runs: Sequence[Run], train: FeatureDataset, val: FeatureDataset, val_labels: Sequence[int], order_seed: int
+    runs: Sequence[Run], train: FeatureDataset, val: FeatureDataset, val_labels: Sequence[Target], order_seed: int
 ) -> None:
     """Train every run from its last finished epoch to the end, all on one stream of batches.
 
@@ -122,7 +133,7 @@ def fit(
         StorageError: If a checkpoint cannot be written.
     """
     shared = runs[0].recipe
-    sampler = EpochSampler(len(train), shared.settings.batch_size, order_seed)
+    sampler = make_sampler(shared.settings, train.labels, runs[0].network.spec.classes, order_seed)
     # One loader for all epochs: a worker takes seconds to start.
     train_batches = batches(train, sampler, shared.workers)
     val_batches = batches(val, EpochSampler(len(val), shared.settings.batch_size), shared.workers)
@@ -188,7 +199,7 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
 
 @torch.inference_mode()
 def _validate(
-    runs: Sequence[Run], loader: BatchLoader, labels: Sequence[int]
+    runs: Sequence[Run], loader: BatchLoader, labels: Sequence[Target]
 ) -> list[tuple[float, float | None, float]]:
     """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be."""
     shared = runs[0].recipe
@@ -203,21 +214,23 @@ def _validate(
     target = torch.tensor(labels)
     return [
         judge_logits(
-            run.network.settle(torch.cat(part), target, run.recipe.class_weights), labels, run.recipe.class_weights
+            run.network.settle(torch.cat(part), target, run.recipe.class_weights),
+            labels,
+            run.recipe.class_weights,
+            run.recipe.task,
         )
         for part, run in zip(parts, runs, strict=True)
     ]
 
 
 def judge_logits(
-    logits: torch.Tensor, labels: Sequence[int], class_weights: torch.Tensor | None
+    logits: torch.Tensor, labels: Sequence[Target], class_weights: torch.Tensor | None, task: Task = "multiclass"
 ) -> tuple[float, float | None, float]:
-    """Loss, AUC and accuracy of logits (n, C) on the CPU."""
-    target = torch.tensor(labels)
-    auc = macro_auc(target.numpy(), logits.double().softmax(dim=1).numpy())
+    """Log-loss, AUC and accuracy of logits (n, C) on the CPU."""
+    target, p = torch.tensor(labels), probabilities(logits, task).numpy()
     weight = None if class_weights is None else class_weights.cpu()
-    loss = float(F.cross_entropy(logits, target, weight=weight))
-    return loss, auc, float((logits.argmax(dim=1) == target).double().mean())
+    loss = float(plain_loss(logits, target, task, weight))
+    return loss, macro_auc(target.numpy(), p), float(hits(target.numpy(), decide(p, task)).mean())
 
 
 def _merit(log: EpochLog) -> tuple[float, float]:

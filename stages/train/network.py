@@ -24,6 +24,7 @@ from stages.train.cached import Cached
 from stages.train.calibration import sharpness
 from stages.train.fusion import Fusion
 from stages.train.members import member_logits
+from stages.train.outputs import log_pool_terms
 from stages.train.side_network import SideNetwork
 
 
@@ -164,12 +165,12 @@ class Ensemble(nn.Module):
 
     def experts(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
         """What the pool averages: (M, B, classes) of `member_logits` and (B, 2, D) -> (B, experts, classes)."""
-        said = logits.log_softmax(dim=-1)
+        said = log_pool_terms(logits, self.spec.task)
         terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
         if self.probe is not None:
             if pooled is None:
                 raise ValueError("the linear probe needs the pooled outputs")
-            terms.append(self.probe(pooled).log_softmax(dim=-1))
+            terms.append(log_pool_terms(self.probe(pooled), self.spec.task))
         return torch.stack(terms, dim=1)
 
     def settle(
@@ -185,7 +186,7 @@ class Ensemble(nn.Module):
         Returns:
             The opinion pool (n, classes).
         """
-        self.sharpness.copy_(sharpness(experts, labels, class_weights))
+        self.sharpness.copy_(sharpness(experts, labels, self.spec.task, class_weights))
         return self._pool(experts)
 
     def _pool(self, experts: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from schemas.results import EpochLog, KnnSpec, LinearSpec
 from schemas.settings import Method
+from schemas.tasks import Task
 from stages.train.loop import judge_logits
 from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
 
@@ -25,11 +26,16 @@ class PooledRows:
     x: npt.NDArray[np.float32]
     """(n, 2 D): class token and mean of the patches, one after the other."""
     y: npt.NDArray[np.int64]
-    """(n,) class indices."""
+    """(n,) class indices; with several labels an image (n, C) zeros and ones."""
 
 
 def fit_pooled(
-    method: Method, train: PooledRows, val: PooledRows, classes: int, class_weights: torch.Tensor | None
+    method: Method,
+    train: PooledRows,
+    val: PooledRows,
+    classes: int,
+    class_weights: torch.Tensor | None,
+    task: Task = "multiclass",
 ) -> tuple[LinearModel | KnnProbe, EpochLog]:
     """Fit on the CPU, C or k chosen on the validation rows.
 
@@ -43,12 +49,12 @@ def fit_pooled(
     weights = None if class_weights is None else class_weights.tolist()
     probe: LinearModel | KnnProbe
     if method == "linear":
-        probe = linear_model(fit_linear_probe(train.x, train.y, val.x, val.y, classes, weights))
+        probe = linear_model(fit_linear_probe(train.x, train.y, val.x, val.y, classes, weights), task)
     else:
-        probe = fit_knn(train.x, train.y, val.x, val.y, classes, weights)
+        probe = fit_knn(train.x, train.y, val.x, val.y, classes, weights, task)
     with torch.inference_mode():
         own, held = (
-            judge_logits(probe(None, None, torch.from_numpy(rows.x)), rows.y.tolist(), class_weights)
+            judge_logits(probe(None, None, torch.from_numpy(rows.x)), rows.y.tolist(), class_weights, task)
             for rows in (train, val)
         )
     log = EpochLog(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +13,11 @@ from torch.nn import functional as F
 
 from schemas.errors import TrainingError
 from schemas.results import KnnSpec, LinearSpec
+from schemas.tasks import Task
+from stages.tasks import positives
 from stages.train.cached import Cached
 from stages.train.network import LinearProbe
+from stages.train.regression import OneVsRest, Softmax, label_log_loss, log_loss
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
 """Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
@@ -58,21 +60,22 @@ def fit_linear_probe(
 ) -> LinearFit:
     """Logistic regression on standardised features, with the C of the lowest validation log-loss.
 
+    With several labels an image it is one of each label, with one C for all.
+
     The loss, not the AUC, chooses: of some dozen validation images the AUC takes few values and jumps between them,
     and what is joined with other evidence has to be calibrated.
 
     Args:
         x_train: (n, F).
-        y_train: (n,) class indices; every class occurs.
+        y_train: (n,) class indices; every class occurs. Several labels an image: (n, C) zeros and ones.
         x_val: (m, F), m > 0.
-        y_val: (m,) class indices; classes may be absent.
+        y_val: (m,) class indices; classes may be absent. Several labels: (m, C).
         classes: C, at least 2.
-        class_weights: (C,) weight of each class in both losses; None: all 1.
+        class_weights: (C,) weight of each class in both losses, of several labels that of yes; None: all 1.
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     x, y = np.asarray(x_train, np.float64), np.asarray(y_train, np.int64)
@@ -83,35 +86,27 @@ def fit_linear_probe(
     scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
     x, x_held = (x - mean) / scale, (x_held - mean) / scale
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
-    model = LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=TOLERANCE)
+    models = [
+        LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=TOLERANCE)
+        for _ in range(1 if y.ndim == 1 else classes)
+    ]
+    model = Softmax(models[0], weights) if y.ndim == 1 else OneVsRest(models, weights)
     best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0)), 0
     for c in STRENGTHS:
-        with warnings.catch_warnings():
-            # The weakest penalties on separable rows have their optimum far away; validation judges where it stopped.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.set_params(C=c).fit(x, y, sample_weight=weights[y])
-        loss = log_loss(np.asarray(model.predict_log_proba(x_held)), y_held, weights)
+        model.fit(x, y, c)
+        loss = model.loss(x_held, y_held)
         since += 1
         if loss < best[0]:
-            best, since = (loss, c, model.coef_.copy(), model.intercept_.copy()), 0
+            best, since = (loss, c, *model.coefficients()), 0
         elif since == PATIENCE:
             break
     _, c, weight, bias = best
-    if classes == 2:
-        # scikit-learn gives the logit of the second class alone; halves of it differ by it.
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     parts = [torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale)]
     return LinearFit(parts[0], parts[1], parts[2], parts[3], c)
 
 
-def log_loss(log_probabilities: Floats, labels: npt.NDArray[np.int64], class_weights: Floats) -> float:
-    """Weighted mean of -log p(label); plain where no label has weight."""
-    losses, weight = -log_probabilities[np.arange(len(labels)), labels], class_weights[labels]
-    return float(np.average(losses, weights=weight if weight.any() else None))
-
-
 def _check(x: Floats, y: npt.NDArray[np.int64], x_held: Floats, classes: int) -> None:
-    counts = np.bincount(y, minlength=classes)
+    counts = positives(y, classes).sum(axis=0)
     if (counts == 0).any():
         raise TrainingError(
             f"{int((counts == 0).sum())} of {classes} classes have no training images.",
@@ -151,7 +146,7 @@ class KnnProbe(nn.Module):
 
     Of the k nearest, each row votes for its label with exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978), the
     votes scaled to k in all. One more vote is shared among the classes as they occur in training: a class without a
-    neighbour is improbable, not impossible.
+    neighbour is improbable, not impossible. With several labels an image, a row votes yes or no for each.
     """
 
     rows: torch.Tensor
@@ -162,16 +157,21 @@ class KnnProbe(nn.Module):
         super().__init__()
         self.spec = spec
         self.register_buffer("rows", torch.zeros(spec.rows, spec.features))
-        self.register_buffer("labels", torch.zeros(spec.rows, dtype=torch.int64))
+        shape = (spec.rows, spec.classes) if spec.task == "multilabel" else (spec.rows,)
+        self.register_buffer("labels", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("class_weights", torch.ones(spec.classes))
 
     def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
-        """(B, 2, D) pooled outputs -> (B, classes) logarithms of the shares of the votes."""
+        """(B, 2, D) pooled outputs -> (B, classes) logarithms of the shares of the votes; of labels log-odds."""
         nearest = (F.normalize(_required(pooled).flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
         votes = self.spec.neighbours * torch.softmax(nearest.values / TEMPERATURE, dim=1)
-        labels = F.one_hot(self.labels, self.spec.classes).to(votes.dtype)
+        several = self.spec.task == "multilabel"
+        labels = (self.labels if several else F.one_hot(self.labels, self.spec.classes)).to(votes.dtype)
         counts = (votes[:, :, None] * labels[nearest.indices]).sum(dim=1) + labels.mean(dim=0)
         weighted = counts * self.class_weights
+        if several:
+            against = self.spec.neighbours + 1 - counts
+            return torch.log(weighted.clamp_min(1e-12)) - torch.log(against.clamp_min(1e-12))
         # A class of weight 0 has a share of 0, whose logarithm the losses could not average.
         return torch.log((weighted / weighted.sum(dim=1, keepdim=True)).clamp_min(1e-12))
 
@@ -182,10 +182,10 @@ def _required(pooled: torch.Tensor | None) -> torch.Tensor:
     return pooled
 
 
-def linear_model(fit: LinearFit) -> LinearModel:
+def linear_model(fit: LinearFit, task: Task = "multiclass") -> LinearModel:
     """The model of a fit."""
     classes, features = fit.weight.shape
-    model = LinearModel(LinearSpec(classes=classes, features=features, c=fit.c))
+    model = LinearModel(LinearSpec(classes=classes, features=features, c=fit.c, task=task))
     copy_fit(fit, model.probe)
     return model.eval()
 
@@ -202,6 +202,7 @@ def fit_knn(
     y_val: npt.NDArray[np.int64],
     classes: int,
     class_weights: Sequence[float] | None = None,
+    task: Task = "multiclass",
 ) -> KnnProbe:
     """A k-NN with the k of the lowest validation log-loss; arguments and errors as of `fit_linear_probe`."""
     _check(x_train.astype(np.float64), y_train, x_val.astype(np.float64), classes)
@@ -213,12 +214,16 @@ def fit_knn(
     }
 
     def probe(k: int) -> KnnProbe:
-        found = KnnProbe(KnnSpec(classes=classes, features=x_train.shape[1], rows=len(x_train), neighbours=k))
+        spec = KnnSpec(classes=classes, features=x_train.shape[1], rows=len(x_train), neighbours=k, task=task)
+        found = KnnProbe(spec)
         found.load_state_dict(state)
         return found.eval()
 
     def loss(k: int) -> float:
         held = probe(k)(None, None, torch.from_numpy(x_val))
+        if task == "multilabel":
+            yes, no = F.logsigmoid(held.double()).numpy(), F.logsigmoid(-held.double()).numpy()
+            return label_log_loss(yes, no, y_val, weights.double().numpy())
         return log_loss(held.double().numpy(), y_val, weights.double().numpy())
 
     return probe(min((k for k in NEIGHBOURS if k <= len(x_train)), key=loss))

@@ -29,6 +29,7 @@ from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
 from stages.train.probes import copy_fit, fit_linear_probe
+from stages.train.targets import Target, check_task, targets
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -118,6 +119,7 @@ def train_together(
     """
     first = variants[0]
     check_shared(variants)
+    check_task(first, manifest)
     for settings in variants:
         check_features(settings, lpm, receipt)
     check_views(first, receipt)
@@ -126,14 +128,14 @@ def train_together(
     check_rows(first, manifest, store)
     device = set_up(first.compute)
     classes = manifest.classes
-    labels = {split: _labels(manifest, split) for split in SPLITS}
+    labels = {split: targets(manifest, split) for split in SPLITS}
     tell = on_epoch or (lambda _position, _log: None)
     if first.method in POOLED:
         results = []
         train_rows, val_rows = (_pooled(first, manifest, store, split, labels[split]) for split in SPLITS)
         for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
             weights = class_weights(settings, labels["train"], classes, device)
-            probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights)
+            probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights, manifest.task)
             tell(position, log)
             learnable = _save(output, probe, probe.spec, classes, settings, receipt, log)
             results.append(
@@ -161,6 +163,7 @@ def train_together(
             class_weights=class_weights(settings, labels["train"], classes, device),
             device=device,
             workers=settings.compute.loader_workers,
+            task=manifest.task,
         )
         state = Fit(network.to(device), make_optimizer(network, settings.train))
         checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
@@ -217,7 +220,7 @@ def fit_probe(
     network: Network,
     rows: Rows,
     manifest: Manifest,
-    labels: Mapping[Split, Sequence[int]],
+    labels: Mapping[Split, Sequence[Target]],
     settings: Settings,
     classes: Sequence[str],
 ) -> None:
@@ -251,7 +254,7 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
 
 
 def _pooled(
-    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[int]
+    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[Target]
 ) -> PooledRows:
     """Pooled outputs and labels of a split; to train on, every view of an image is a row."""
     if split == "train":
@@ -260,12 +263,7 @@ def _pooled(
         views = [[row.id] for row in manifest.of(split)]
     ids = [row_id for rows in views for row_id in rows]
     x = store.read(ids, ["pooled"])["pooled"].reshape(len(ids), -1)
-    return PooledRows(x, np.repeat(labels, [len(rows) for rows in views]).astype(np.int64))
-
-
-def _labels(manifest: Manifest, split: Split) -> list[int]:
-    index = {name: position for position, name in enumerate(manifest.classes)}
-    return [index[row.label] for row in manifest.of(split)]
+    return PooledRows(x, np.repeat(np.asarray(labels, np.int64), [len(rows) for rows in views], axis=0))
 
 
 def _rows(
@@ -282,7 +280,7 @@ def _rows(
 
 
 def _dataset(
-    settings: Settings, manifest: Manifest, store: Rows, split: Split, labels: Sequence[int]
+    settings: Settings, manifest: Manifest, store: Rows, split: Split, labels: Sequence[Target]
 ) -> FeatureDataset:
     size = settings.train.side_image_size
     if size == "auto":

@@ -89,6 +89,7 @@ def test_class_folders(study: Path) -> None:
         groups=20,
         quarantined=0,
         counts={split: {"benign": n, "malignant": n} for split, n in per_class.items()},
+        split_images={split: 2 * n for split, n in per_class.items()},
     )
     assert Counter((row.split, row.label) for row in manifest.rows) == {
         (split, label): n for split, n in per_class.items() for label in manifest.classes

@@ -1,0 +1,28 @@
+"""What tables call the metrics."""
+
+from __future__ import annotations
+
+from schemas.tasks import Task
+
+NAMES = {
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1, macro",
+    "quadratic_kappa": "quadratic kappa",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "average_precision": "average precision",
+    "f1_micro": "F1, micro",
+    "hamming": "Hamming loss",
+}
+"""By the names of the fields."""
+
+MARKS = ("lacks it", "false alarm", "missed", "found")
+"""Columns of `Metrics.confusion` with several labels an image."""
+
+
+def metric_name(field: str, task: Task, start: bool = False) -> str:
+    """Name of a field of `Metrics`; `start`: at the start of a line."""
+    name = "exact match" if task == "multilabel" and field == "accuracy" else NAMES[field]
+    return name[0].upper() + name[1:] if start else name

@@ -1,0 +1,83 @@
+"""Numbers of a study with several labels an image: each label is a yes or no of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn import metrics as sk
+
+from schemas.manifest import Split
+from schemas.results import Metrics
+from stages.evaluate.bootstrap import auc_interval
+from stages.tasks import Floats, Labels, decide
+
+
+def multilabel_metrics(
+    labels: Labels,
+    probabilities: Floats,
+    classes: Sequence[str],
+    per_class: Sequence[float | None],
+    units: Sequence[str],
+    split: Split,
+    bins: int,
+) -> Metrics:
+    """All metrics of one split.
+
+    Args:
+        labels: (n, C) zeros and ones.
+        probabilities: (n, C).
+        classes: The C label names.
+        per_class: AUC of each label.
+        units: (n,) patient of each row.
+        split: Which rows these are.
+        bins: Of the calibration error.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    predicted = decide(probabilities, "multilabel")
+    columns = range(len(classes))
+    occurring = [index for index in columns if labels[:, index].any() or predicted[:, index].any()]
+    known = [value for value in per_class if value is not None]
+    counts = sk.multilabel_confusion_matrix(labels, predicted).reshape(len(classes), 4)
+    errors = [
+        float(
+            binary_calibration_error(
+                torch.tensor(probabilities[:, index]), torch.tensor(labels[:, index]), n_bins=bins, norm="l1"
+            )
+        )
+        for index in columns
+    ]
+    return Metrics(
+        split=split,
+        task="multilabel",
+        images=len(labels),
+        groups=len(set(units)),
+        auc=float(np.mean(known)) if len(known) == len(classes) else None,
+        auc_interval=auc_interval(labels, probabilities, units),
+        accuracy=float(sk.accuracy_score(labels, predicted)),
+        balanced_accuracy=float(np.mean([_balanced(labels[:, index], predicted[:, index]) for index in columns])),
+        f1=float(sk.f1_score(labels, predicted, labels=occurring or None, average="macro", zero_division=0.0)),
+        f1_micro=float(sk.f1_score(labels, predicted, average="micro", zero_division=0.0)),
+        hamming=float(sk.hamming_loss(labels, predicted)),
+        average_precision=average_precision(labels, probabilities),
+        quadratic_kappa=None,
+        brier=float(np.mean((probabilities - labels) ** 2)),
+        calibration_error=float(np.mean(errors)),
+        auc_per_class=dict(zip(classes, per_class, strict=True)),
+        absent_classes=tuple(name for name, auc in zip(classes, per_class, strict=True) if auc is None),
+        confusion=tuple(tuple(int(n) for n in row) for row in counts),
+    )
+
+
+def average_precision(labels: Labels, probabilities: Floats) -> float | None:
+    """Area under the precision-recall curve, the mean over labels; None where a label has no row."""
+    if not labels.any(axis=0).all():
+        return None
+    return float(sk.average_precision_score(labels, probabilities, average="macro"))
+
+
+def _balanced(there: Labels, predicted: Labels) -> float:
+    """Mean recall of yes and no, of those that occur."""
+    return float(sk.recall_score(there, predicted, labels=np.unique(there), average="macro", zero_division=0.0))
