@@ -53,6 +53,12 @@ def _show(comparison: Comparison) -> None:
         ["folder", "method", *METRICS.values(), "learnable", "training"],
         [_row(row) for row in models],
     )
+    show_differences(comparison)
+
+
+def show_differences(comparison: Comparison) -> None:
+    """The table of differences to the first model, where there are some."""
+    models = comparison.models
     paired = [name for name in METRICS if any(name in row.differences for row in models)]
     if paired:
         show_table(
