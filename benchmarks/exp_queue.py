@@ -1,10 +1,10 @@
-"""Learning rates through DVC's queue after one extraction: what runs, what it takes, and that the store is not touched.
+"""Learning rates through DVC's queue after one extraction: what runs, what it takes, is the store left alone.
 
-    python benchmarks/exp_queue.py STUDY                        a study under Git and DVC; it is brought up to date first
+    python benchmarks/exp_queue.py STUDY                     a study under Git and DVC; it is brought up to date first
     python benchmarks/exp_queue.py STUDY --rates 1e-3,2e-3
 
-Runs `dvc repro`, queues one experiment a rate with `dvc exp run --queue -S train.lr=...`, runs the queue, and prints the
-test AUC of each. It fails if a stage before `train` ran, or if any file of the feature store was made, changed or
+Runs `dvc repro`, queues one experiment a rate with `dvc exp run --queue -S train.lr=...`, runs the queue, and prints
+the test AUC of each. It fails if a stage before `train` ran, or if any file of the feature store was made, changed or
 removed: then the LPM would have been paid for again.
 """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.axes import Combination, draw, grid, parse_axes
-from pipeline.commands.compare import show_differences
+from pipeline.commands.compare import METRICS, show_differences
 from pipeline.console import say, score, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError, TrainingError
@@ -152,7 +152,8 @@ def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:
     show_table("Mean and standard deviation of the runs", ["settings", *columns], [_row(*row, pooled) for row in rows])
     for axis, values in summary.axes.items():
         if len(summary.axes) > 1:
-            show_table(f"By {axis}", [axis, *columns[:-1]], [_row(*row, pooled)[:-1] for row in values.items()])
+            one = ["runs", "validation AUC", *SHOWN.values()]
+            show_table(f"By {axis}", [axis, *one], [_row(*row, pooled)[: len(one) + 1] for row in values.items()])
     if len(comparisons) == 1:
         show_differences(comparisons[0])
     elif comparisons:
@@ -160,7 +161,7 @@ def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:
         metrics = list(summary.differences[first])
         show_table(
             f"Minus {comparisons[0].models[0].name}, runs averaged: mean and standard deviation of the splits",
-            ["settings", *metrics],
+            ["settings", *(METRICS[metric] for metric in metrics)],
             [
                 [name, *(_text(summary.differences[name][metric].difference, "+") for metric in metrics)]
                 for name in (first, *others)

