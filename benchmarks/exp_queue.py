@@ -46,7 +46,7 @@ def main() -> None:
     found = results(study, names)
     print(f"{'train.lr':>10} {'test AUC':>9}  stages that ran")
     for rate, name in zip(rates, names, strict=True):
-        print(f"{rate:10g} {found[name]:9.4f}  {', '.join(stages(logs[name]))}")
+        print(f"{rate:10g} {found[name]:9.4f}  {', '.join(stages(logs[name])) or 'none: known already'}")
     print(f"{len(rates)} experiments in {seconds:.1f} s, {seconds / len(rates):.1f} s each")
     print(f"Files of the feature store: {len(before)}, changed: {len({path for path, _ in changed})}")
     if wrong or changed:
