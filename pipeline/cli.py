@@ -18,6 +18,7 @@ from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.extract import extract
 from pipeline.commands.init import init
+from pipeline.commands.lr_find import lr_find
 from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, sweep, evaluate, compare, predict, cost, doctor):
+for verb in (init, prepare, extract, train, sweep, lr_find, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")

@@ -45,6 +45,13 @@ def _show(comparison: Comparison) -> None:
         ["folder", "method", *(metric_name(name, task) for name in METRICS[task]), "learnable", "training"],
         [_row(row) for row in models],
     )
+    show_differences(comparison)
+
+
+def show_differences(comparison: Comparison) -> None:
+    """The table of differences to the first model, where there are some."""
+    models = comparison.models
+    task = models[0].metrics.task
     paired = [name for name in METRICS[task] if any(name in row.differences for row in models)]
     if paired:
         show_table(

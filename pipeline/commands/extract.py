@@ -23,6 +23,10 @@ def extract(
     check: Annotated[
         bool, typer.Option("--check", help="Compare every byte of the store with its receipts first.")
     ] = False,
+    all_views: Annotated[
+        bool,
+        typer.Option("--all-views", help="Also views of images that are not trained on now: for other splits."),
+    ] = False,
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="KIND", help="inline, local, cuda, slurm, or a scheduler's tcp://host:8786."),
@@ -38,9 +42,12 @@ def extract(
     from stages.extract.run import extract as run
     from stages.extract.work import inline
     from stages.manifest import read_manifest
+    from stages.prepare.folds import all_to_train
 
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
     manifest = read_manifest(study.manifest)
+    if all_views:
+        manifest = all_to_train(manifest)
     if plan:
         found = plan_extraction(study.settings, study.root, study.cache, manifest)
         _show_plan(found, study.settings.features.dtype, as_json)

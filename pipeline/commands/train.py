@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,6 @@ import typer
 
 from pipeline.console import say, say_next, score, show_json, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
-from schemas.errors import StorageError
 
 if TYPE_CHECKING:
     from schemas.results import StoreMemory
@@ -35,16 +33,15 @@ def train(
     from pipeline.live import EpochLogger
     from pipeline.params import write_settings
     from pipeline.project import open_study
+    from pipeline.runs import note_use
     from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
-    from stages.store.uses import register_use
     from stages.train.pooled import POOLED
     from stages.train.run import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
     manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
-    with suppress(StorageError):  # A store that cannot be written can be trained from all the same.
-        register_use(study.cache, receipt.fingerprint, study.root, study.receipt, [int(n) for n in receipt.shards])
+    note_use(study, receipt)
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
     epochs = 1 if study.settings.method in POOLED else study.settings.train.epochs

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from schemas.base import digest
 from schemas.errors import EvaluationError
-from schemas.results import Metrics
+from schemas.results import JudgedModel, Metrics
 from stages.evaluate.metrics import compute_metrics
-from stages.evaluate.predictions import read_predictions
-from stages.tasks import pool
+from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
+from stages.files import atomic_write
+from stages.tasks import pool as log_pool
 
 
 def judge_together(folders: Sequence[Path]) -> Metrics:
@@ -21,6 +25,29 @@ def judge_together(folders: Sequence[Path]) -> Metrics:
     Raises:
         EvaluationError: There are none, or they are of other rows or classes.
     """
+    return _judge(_average(folders))
+
+
+def pool(parts: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics:
+    """One judgement of all parts of a cross-validation: in each, models are averaged; then the parts are joined.
+
+    Args:
+        parts: Of each split or fold the evaluations of the same rows; no row is in two parts.
+        output: Folder for `predictions.parquet` and `metrics.json`, which `compare` reads; None: nothing is written.
+
+    Raises:
+        EvaluationError: Evaluations of one part are of other rows or classes, or a row is in two parts.
+        StorageError: The output cannot be written.
+    """
+    table = _join([_average(folders) for folders in parts])
+    metrics = _judge(table)
+    if output is not None:
+        write_predictions(table, output / "predictions.parquet")
+        atomic_write(output / "metrics.json", (metrics.model_dump_json(indent=1) + "\n").encode())
+    return metrics
+
+
+def _average(folders: Sequence[Path]) -> Predictions:
     tables = [read_predictions(folder / "predictions.parquet") for folder in folders]
     if not tables:
         raise EvaluationError("There is nothing to average.", repair="Name folders that `fpt evaluate` wrote.")
@@ -32,7 +59,42 @@ def judge_together(folders: Sequence[Path]) -> Metrics:
                 "They are of different splits or studies.",
                 "Judge both again with `fpt evaluate`.",
             )
-    shares = pool([table.probabilities for table in tables], first.task)
-    groups = [row.group for row in first.rows]
-    split = first.rows[0].split
-    return compute_metrics(first.labels, shares, first.classes, groups=groups, split=split, task=first.task)
+    shares = log_pool([table.probabilities for table in tables], first.task)
+    learnable = sum(table.model.learnable for table in tables if table.model is not None)
+    return Predictions(first.classes, first.rows, shares.astype(np.float32), _model(tables, learnable), first.task)
+
+
+def _join(tables: Sequence[Predictions]) -> Predictions:
+    first, rows = tables[0], [row for table in tables for row in table.rows]
+    if len({row.path for row in rows}) != len(rows) or any(table.classes != first.classes for table in tables):
+        raise EvaluationError(
+            "These evaluations cannot be joined.", "An image is in two of them, or they are of other classes."
+        )
+    order = sorted(range(len(rows)), key=lambda place: rows[place].path)
+    p = np.concatenate([table.probabilities for table in tables])[order]
+    model = _model(tables, first.model.learnable if first.model is not None else 0)
+    return Predictions(first.classes, tuple(rows[place] for place in order), p, model, first.task)
+
+
+def _model(tables: Sequence[Predictions], learnable: int) -> JudgedModel | None:
+    """One description of several models; None where they are of several kinds, or unknown."""
+    models = [table.model for table in tables]
+    first = models[0]
+    known = [model for model in models if model is not None]
+    if first is None or len(known) < len(models) or len({(model.method, model.lpm) for model in known}) > 1:
+        return None
+    if len(known) == 1:
+        return first
+    weights = digest([model.weights_sha256 for model in known])
+    return first.model_copy(update={"learnable": learnable, "weights_sha256": weights})
+
+
+def _judge(table: Predictions) -> Metrics:
+    return compute_metrics(
+        table.labels,
+        table.probabilities,
+        table.classes,
+        groups=[row.group for row in table.rows],
+        split=table.rows[0].split,
+        task=table.task,
+    )

@@ -83,7 +83,8 @@ def read_predictions(path: Path) -> Predictions:
     """
     repair = "Write it again: fpt evaluate"
     try:
-        table = pq.read_table(path)
+        # Without partitioning: a folder named "key=value" would be read as a column.
+        table = pq.read_table(path, partitioning=None)
         metadata = table.schema.metadata or {}
         classes = tuple(json.loads(metadata[b"classes"]))
         model = JudgedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None

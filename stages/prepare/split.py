@@ -92,18 +92,40 @@ def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float
         DataError: A class cannot be in all three splits.
     """
     _check_enough(clusters)
-    shares: dict[Split, float] = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
-    deal = _Deal(clusters, shares)
-    for attempt in range(_ATTEMPTS):
-        deal.deal(f"{seed}" if attempt == 0 else f"{seed}/{attempt}")
-        if deal.fill_gaps():
-            return {path: deal.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
-    gaps = [f"no {label!r} in {split}" for label, split in deal.gaps()]
-    raise DataError(
-        "No split was found that keeps groups whole and has every class in train, val and test.",
-        listed(gaps),
+    shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
+    known: dict[str, Split] = {split: split for split in SPLITS}
+    repair = (
         "Too few groups hold these classes: set data.seed to another number, add images, or name a ready split with "
-        "data.split_column.",
+        "data.split_column."
+    )
+    return {path: known[part] for path, part in deal(clusters, shares, f"{seed}", repair).items()}
+
+
+def deal(clusters: Sequence[Cluster], shares: Mapping[str, float], salt: str, repair: str) -> dict[str, str]:
+    """Deal clusters to any parts.
+
+    Args:
+        clusters: Of all images.
+        shares: Part -> wanted share of the images; they sum to one.
+        salt: Decides between what is equally good.
+        repair: What to do where it cannot be done.
+
+    Returns:
+        Path -> part.
+
+    Raises:
+        DataError: A class cannot be in all parts.
+    """
+    table = _Deal(clusters, shares)
+    for attempt in range(_ATTEMPTS):
+        table.deal(salt if attempt == 0 else f"{salt}/{attempt}")
+        if table.fill_gaps():
+            return {path: table.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
+    *first, last = shares
+    raise DataError(
+        f"No split was found that keeps groups whole and has every class in {', '.join(first)} and {last}.",
+        listed([f"no {label!r} in {part}" for label, part in table.gaps()]),
+        repair,
     )
 
 
@@ -129,11 +151,11 @@ def _check_enough(clusters: Sequence[Cluster]) -> None:
 @dataclass
 class _Deal:
     clusters: Sequence[Cluster]
-    shares: Mapping[Split, float]
+    shares: Mapping[str, float]
     total: dict[str, int] = field(init=False)
-    split_of: dict[str, Split] = field(init=False)
-    have: dict[Split, Counter[str]] = field(init=False)
-    holders: dict[Split, Counter[str]] = field(init=False)
+    split_of: dict[str, str] = field(init=False)
+    have: dict[str, Counter[str]] = field(init=False)
+    holders: dict[str, Counter[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.total = dict(_sum(cluster.counts for cluster in self.clusters))
@@ -141,8 +163,8 @@ class _Deal:
     def deal(self, salt: str) -> None:
         """Give each cluster to the split where chi2 grows least, the largest clusters first."""
         self.split_of = {}
-        self.have = {split: Counter() for split in SPLITS}
-        self.holders = {split: Counter() for split in SPLITS}
+        self.have = {split: Counter() for split in self.shares}
+        self.holders = {split: Counter() for split in self.shares}
 
         def order(cluster: Cluster) -> tuple[float, str]:
             size = math.fsum(number / self.total[label] for label, number in cluster.counts.items())
@@ -150,12 +172,12 @@ class _Deal:
 
         self.clusters = sorted(self.clusters, key=order)
         for cluster in self.clusters:
-            # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of SPLITS.
-            self._put(cluster, min(SPLITS, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
+            # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of the parts.
+            self._put(cluster, min(self.shares, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
 
     def fill_gaps(self) -> bool:
         """Bring each class into each split by the moves that cost least; False where one is still missing."""
-        for _ in range(len(self.total) * len(SPLITS)):
+        for _ in range(len(self.total) * len(self.shares)):
             gaps = self.gaps()
             if not gaps:
                 return True
@@ -170,12 +192,12 @@ class _Deal:
             self._move(min(donors, key=lambda cluster: self._change(cluster, split)), split)
         return not self.gaps()
 
-    def gaps(self) -> list[tuple[str, Split]]:
+    def gaps(self) -> list[tuple[str, str]]:
         """Each (class, split) without an image, the rarest class first."""
         labels = sorted(self.total, key=lambda label: (self.total[label], label))
-        return [(label, split) for label in labels for split in SPLITS if not self.holders[split][label]]
+        return [(label, split) for label in labels for split in self.shares if not self.holders[split][label]]
 
-    def _growth(self, cluster: Cluster, split: Split, held: bool = False) -> float:
+    def _growth(self, cluster: Cluster, split: str, held: bool = False) -> float:
         """Growth of chi2 (halved) by the cluster in a split; `held`: it is counted there already.
 
         Up to a constant, chi2 is the sum of x^2 / (share * n^2): what a cluster of v images adds to it is
@@ -188,18 +210,18 @@ class _Deal:
             for label, number in cluster.counts.items()
         )
 
-    def _change(self, cluster: Cluster, there: Split) -> float:
+    def _change(self, cluster: Cluster, there: str) -> float:
         return self._growth(cluster, there) - self._growth(cluster, self.split_of[cluster.key], held=True)
 
-    def _may_leave(self, cluster: Cluster, split: Split) -> bool:
+    def _may_leave(self, cluster: Cluster, split: str) -> bool:
         return all(self.holders[split][label] > 1 for label in cluster.counts)
 
-    def _put(self, cluster: Cluster, split: Split) -> None:
+    def _put(self, cluster: Cluster, split: str) -> None:
         self.split_of[cluster.key] = split
         self.have[split].update(cluster.counts)
         self.holders[split].update(cluster.counts.keys())
 
-    def _move(self, cluster: Cluster, there: Split) -> None:
+    def _move(self, cluster: Cluster, there: str) -> None:
         here = self.split_of[cluster.key]
         self.have[here].subtract(cluster.counts)
         self.holders[here].subtract(cluster.counts.keys())

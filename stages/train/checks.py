@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,22 +39,24 @@ def check_shared(variants: Sequence[Settings]) -> None:
     Raises:
         SettingsError: With every field that they would have to share.
     """
-    fixed = [
-        {
-            "method": settings.method,
-            **{
-                f"{section}.{name}": value
-                for section in ("features", "lpm", "data", "train")
-                for name, value in getattr(settings, section).model_dump(mode="json").items()
-                if section != "train" or name not in FREE
-            },
-        }
-        for settings in variants
-    ]
+    fixed = [shared_fields(settings) for settings in variants]
     differing = sorted(name for name in fixed[0] if any(one[name] != fixed[0][name] for one in fixed))
     if differing:
         problems = [(name, "must be the same for runs that share their batches") for name in differing]
         raise SettingsError("These runs cannot be trained in one pass.", problems, "Train them one after the other.")
+
+
+def shared_fields(settings: Settings) -> dict[str, Any]:
+    """Dotted name -> value of what runs that share their batches have in common."""
+    return {
+        "method": settings.method,
+        **{
+            f"{section}.{name}": value
+            for section in ("features", "lpm", "data", "train")
+            for name, value in getattr(settings, section).model_dump(mode="json").items()
+            if section != "train" or name not in FREE
+        },
+    }
 
 
 def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:

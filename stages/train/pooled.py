@@ -18,6 +18,9 @@ from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe
 POOLED: frozenset[Method] = frozenset({"linear", "knn"})
 """Methods that are fitted to pooled outputs."""
 
+READ = frozenset({"class_weights"})
+"""Fields of `train` that decide them: another seed or learning rate fits the same model again."""
+
 
 @dataclass(frozen=True)
 class PooledRows:

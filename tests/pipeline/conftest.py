@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import Fpt, command_line
 from study_tools import Run, draw_images
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -93,3 +94,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, run: Run, settings: list[
 def study(tmp_path: Path, finished: Path) -> Path:
     """A copy of the finished study, still on the images of the first one."""
     return Path(shutil.copytree(finished / "study", tmp_path / "study", symlinks=True))
+
+
+@pytest.fixture
+def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
+    """`fpt` in this process; stdout and stderr come back."""
+    return command_line(capsys, monkeypatch)

@@ -1,36 +1,18 @@
 """The baselines by hand: train, evaluate, predict and compare on one study."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import Fpt
 from study_tools import draw_images
 
-from pipeline import cli
 from stages.train.bundle import load_bundle
 
 # The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
 pytestmark = pytest.mark.timeout(600)
 
 METHODS = ("side", "linear", "knn", "attentive")
-Fpt = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
-    monkeypatch.delenv("FPT_CACHE_DIR", raising=False)
-    monkeypatch.setenv("COLUMNS", "220")
-
-    def command(*words: object, cwd: Path, code: int = 0) -> tuple[str, str]:
-        monkeypatch.chdir(cwd)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert stopped.value.code == code, captured.err
-        return captured.out, captured.err
-
-    return command
 
 
 def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> None:

@@ -4,56 +4,36 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import Fpt
 from PIL import Image
-
-from pipeline import cli
 
 # The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
 pytestmark = pytest.mark.timeout(600)
 
-Fpt = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
-    monkeypatch.delenv("FPT_CACHE_DIR", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*words: object, cwd: Path, code: int = 0) -> tuple[int, str, str]:
-        monkeypatch.chdir(cwd)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert stopped.value.code == code, captured.err
-        return code, captured.out, captured.err
-
-    return command
-
 
 def test_prepare_prints_the_splits(study: Path, fpt: Fpt) -> None:
-    _, out, err = fpt("prepare", cwd=study)
+    out, err = fpt("prepare", cwd=study)
     assert "40 images" in out
     assert "Next: fpt extract" in err
-    _, out, _ = fpt("prepare", "--json", cwd=study)
+    out, _ = fpt("prepare", "--json", cwd=study)
     assert json.loads(out)["counts"]["test"] == {"bright": 4, "dark": 4}
 
 
 def test_the_next_command_is_not_said_inside_of_dvc(study: Path, fpt: Fpt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_STAGE", "extract")
-    assert "Next" not in fpt("extract", cwd=study)[2]
+    assert "Next" not in fpt("extract", cwd=study)[1]
 
 
 def test_plan_computes_nothing(study: Path, fpt: Fpt) -> None:
-    _, out, _ = fpt("extract", "--plan", "--json", "--set", "features.ratio=0.5", cwd=study)
+    out, _ = fpt("extract", "--plan", "--json", "--set", "features.ratio=0.5", cwd=study)
     plan = json.loads(out)
     assert (plan["images"], plan["cached"], plan["to_compute"]) == (40, 0, 40)
     assert plan["bytes"] == 40 * plan["bytes_per_image"]
     assert not Path(plan["store"]).exists()
-    _, out, _ = fpt("extract", "--plan", cwd=study)
+    out, _ = fpt("extract", "--plan", cwd=study)
     assert "Free disk" in out
     for dtype, count in plan["cache_bytes_by_dtype"].items():
         assert dtype in out
@@ -63,10 +43,10 @@ def test_plan_computes_nothing(study: Path, fpt: Fpt) -> None:
 
 
 def test_extract_counts_what_the_cache_had(study: Path, fpt: Fpt) -> None:
-    _, out, _ = fpt("extract", "--json", cwd=study)
+    out, _ = fpt("extract", "--json", cwd=study)
     report = json.loads(out)
     assert (report["images"], report["cached"], report["computed"]) == (40, 40, 0)
-    _, out, err = fpt("extract", cwd=study)
+    out, err = fpt("extract", cwd=study)
     assert out == ""
     assert "computed 0." in err
 
@@ -76,13 +56,13 @@ def test_extract_check_mends_a_flipped_byte(study: Path, fpt: Fpt) -> None:
     content = bytearray(shard.read_bytes())
     content[0] ^= 1
     shard.write_bytes(content)
-    _, _, err = fpt("extract", "--check", cwd=study)
+    _, err = fpt("extract", "--check", cwd=study)
     assert "1 damaged shard" in err
     assert "36 were in the cache, computed 4 " in err
 
 
 def test_train_logs_every_epoch_and_writes_its_settings(study: Path, fpt: Fpt) -> None:
-    _, out, err = fpt("train", "--set", "train.epochs=3", "--json", cwd=study)
+    out, err = fpt("train", "--set", "train.epochs=3", "--json", cwd=study)
     assert [line.split()[1] for line in err.splitlines() if line.startswith("Epoch")] == ["1/3", "2/3", "3/3"]
     assert len(json.loads(out)["epochs"]) == 3
     metrics = json.loads((study / "outputs" / "train" / "metrics.json").read_text())
@@ -95,7 +75,7 @@ def test_train_logs_every_epoch_and_writes_its_settings(study: Path, fpt: Fpt) -
 
 def test_a_training_that_cannot_start_keeps_the_last_metrics(study: Path, fpt: Fpt) -> None:
     before = (study / "outputs" / "train" / "metrics.json").read_text()
-    _, _, err = fpt("train", "--set", "features.ratio=0.5", cwd=study, code=2)
+    _, err = fpt("train", "--set", "features.ratio=0.5", cwd=study, code=2)
     assert "kept" in err
     assert (study / "outputs" / "train" / "metrics.json").read_text() == before
 
@@ -104,7 +84,7 @@ def test_method_and_output_train_a_second_model_beside_the_first(study: Path, fp
     first = (study / "outputs" / "model" / "model.safetensors").read_bytes()
     fpt("train", "--method", "side", "--output", "outputs/baseline", cwd=study)
     words = ["--model", "outputs/baseline/model", "--output", "outputs/baseline/evaluation", "--split", "val"]
-    _, out, _ = fpt("evaluate", *words, "--json", cwd=study)
+    out, _ = fpt("evaluate", *words, "--json", cwd=study)
     assert json.loads(out)["split"] == "val"
     assert (study / "outputs" / "model" / "model.safetensors").read_bytes() == first
     written = {path.name for path in (study / "outputs" / "baseline").iterdir()}
@@ -113,7 +93,7 @@ def test_method_and_output_train_a_second_model_beside_the_first(study: Path, fp
 
 
 def test_evaluate_shows_a_table_and_where_the_report_is(study: Path, fpt: Fpt) -> None:
-    _, out, err = fpt("evaluate", cwd=study)
+    out, err = fpt("evaluate", cwd=study)
     assert all(word in out for word in ("AUC", "Balanced accuracy", "Quadratic kappa", "bright", "dark"))
     assert str(study / "outputs" / "evaluation" / "report.html") in err
 
@@ -121,7 +101,7 @@ def test_evaluate_shows_a_table_and_where_the_report_is(study: Path, fpt: Fpt) -
 def test_predict_writes_a_row_an_image_and_lists_the_broken(study: Path, finished: Path, fpt: Fpt) -> None:
     (study / "broken.png").write_text("no image")
     words = ["predict", finished / "images" / "dark", study / "broken.png", "--output", "new.csv"]
-    _, out, err = fpt(*words, cwd=study, code=2)
+    out, err = fpt(*words, cwd=study, code=2)
     assert out == ""
     assert "1 image cannot be used" in err
     assert "20 of 21 images are predicted" in err
@@ -136,14 +116,14 @@ def test_predict_needs_no_study(study: Path, finished: Path, weights: Path, tmp_
     elsewhere.mkdir()
     image = finished / "images" / "bright" / "000.png"
     words = ["predict", image, "--model", model, "--set", f"lpm.weights={weights}"]
-    _, out, _ = fpt(*words, cwd=elsewhere)
+    out, _ = fpt(*words, cwd=elsewhere)
     (row,) = csv.DictReader(io.StringIO(out))
     assert row["predicted"] == "bright"
 
 
 def test_predict_refuses_a_folder_without_images(study: Path, tmp_path: Path, fpt: Fpt) -> None:
     (tmp_path / "empty").mkdir()
-    _, _, err = fpt("predict", tmp_path / "empty", cwd=study, code=2)
+    _, err = fpt("predict", tmp_path / "empty", cwd=study, code=2)
     assert "has no images" in err
 
 
@@ -153,7 +133,7 @@ def test_the_prediction_of_a_cached_image_is_the_evaluated_one(study: Path, fini
     judged = read_predictions(study / "outputs" / "evaluation" / "predictions.parquet")
     image = finished / "images" / judged.rows[0].path
     assert Image.open(image).size == (80, 72)
-    _, out, _ = fpt("predict", image, cwd=study)
+    out, _ = fpt("predict", image, cwd=study)
     (row,) = csv.DictReader(io.StringIO(out))
     shown = [float(row[f"p_{name}"]) for name in judged.classes]
     assert shown == pytest.approx(judged.probabilities[0].tolist(), abs=2e-3)
@@ -169,15 +149,15 @@ COST_KEYS = {
 
 
 def test_cost_in_a_study_knows_its_classes_and_obeys_options(study: Path, fpt: Fpt) -> None:
-    _, out, _ = fpt("cost", "--json", cwd=study)
+    out, _ = fpt("cost", "--json", cwd=study)
     report = json.loads(out)
     assert report.keys() >= COST_KEYS
     assert (report["lpm"], report["classes"], report["batch_size"]) == ("test_vit.r160_in1k", 2, 16)
-    _, out, _ = fpt("cost", "--json", "--classes", 7, "--batch-size", 4, "--dtype", "float32", cwd=study)
+    out, _ = fpt("cost", "--json", "--classes", 7, "--batch-size", 4, "--dtype", "float32", cwd=study)
     other = json.loads(out)
     assert (other["classes"], other["batch_size"], other["dtype"]) == (7, 4, "float32")
     assert other["cache_bytes_per_image"] > report["cache_bytes_per_image"]
-    _, out, _ = fpt("cost", cwd=study)
+    out, _ = fpt("cost", cwd=study)
     assert f"{report['learnable']:,}" in out
     for dtype, count in report["cache_bytes_by_dtype"].items():
         assert dtype in out
@@ -187,15 +167,15 @@ def test_cost_in_a_study_knows_its_classes_and_obeys_options(study: Path, fpt: F
 @pytest.mark.slow
 def test_cost_outside_of_a_study_from_flags_alone(tmp_path: Path, fpt: Fpt) -> None:
     words = "--lpm vit_base_patch16_384 --image-size 512 --method fpt+ --dtype float16 --batch-size 16 --classes 5"
-    _, out, _ = fpt("cost", "--json", *words.split(), cwd=tmp_path)
+    out, _ = fpt("cost", "--json", *words.split(), cwd=tmp_path)
     assert json.loads(out)["learnable"] == 900_965
 
 
 def test_demo_summary_prints_both_areas(study: Path, fpt: Fpt) -> None:
-    _, _, err = fpt("demo", "summary", cwd=study, code=2)
+    _, err = fpt("demo", "summary", cwd=study, code=2)
     assert "make demo" in err
     shutil.copytree(study / "outputs" / "evaluation", study / "outputs" / "baseline" / "evaluation")
-    _, out, err = fpt("demo", "summary", cwd=study)
+    out, err = fpt("demo", "summary", cwd=study)
     assert out.count("1.000") == 2
     assert "report.html" in err
 
@@ -204,7 +184,7 @@ def test_a_folder_is_the_lpm_from_extraction_to_prediction(
     study: Path, finished: Path, weights: Path, fpt: Fpt
 ) -> None:
     image = finished / "images" / "bright" / "003.png"
-    (named,) = csv.DictReader(io.StringIO(fpt("predict", image, cwd=study)[1]))
+    (named,) = csv.DictReader(io.StringIO(fpt("predict", image, cwd=study)[0]))
     (study / "lpm").mkdir()
     shutil.copy(weights, study / "lpm" / "model.safetensors")
     # The preprocessing of test_vit: the same model under another name gives the same prediction.
@@ -213,8 +193,8 @@ def test_a_folder_is_the_lpm_from_extraction_to_prediction(
     words = ["--set", "lpm.name=local-dir:lpm", "--set", "lpm.weights=hub"]
     fpt("extract", *words, cwd=study)
     fpt("train", *words, cwd=study)
-    (row,) = csv.DictReader(io.StringIO(fpt("predict", image, *words, cwd=study)[1]))
+    (row,) = csv.DictReader(io.StringIO(fpt("predict", image, *words, cwd=study)[0]))
     assert row["predicted"] == named["predicted"] == "bright"
     assert float(row["p_bright"]) == pytest.approx(float(named["p_bright"]), abs=1e-3)
-    _, _, err = fpt("predict", image, cwd=study, code=2)
+    _, err = fpt("predict", image, cwd=study, code=2)
     assert "Set lpm.name to the local-dir: of that model" in err

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from study_tools import Run, draw_images
 
 pytestmark = [pytest.mark.dvc, pytest.mark.slow, pytest.mark.timeout(600)]
 
+REPOSITORY = Path(__file__).parents[2]
 STAGES = ["prepare", "extract", "train", "evaluate"]
 
 
@@ -149,6 +151,39 @@ def test_an_experiment_in_a_study_below_the_repository(tmp_path: Path, finished:
     done = run(["dvc", "exp", "run", "--temp", "--name", "second", "-S", "train.lr=0.002"], cwd=study)
     assert "computed" not in done.stderr.replace("computed 0.", "")
     assert len(receipts(study)) == 10
+
+
+def test_the_queue_tries_learning_rates_without_the_lpm(study: Path, run: Run) -> None:
+    before = receipts(study)
+    script = REPOSITORY / "benchmarks" / "exp_queue.py"
+    done = run([sys.executable, script, study, "--rates", "0.002,0.004"], cwd=study)
+    assert "No stage before train ran" in done.stdout
+    for line, rate in zip(done.stdout.splitlines()[1:3], ("0.002", "0.004"), strict=True):
+        assert line.split()[0] == rate
+        assert line.endswith("train, evaluate")
+    assert receipts(study) == before
+    shown = json.loads(run(["dvc", "exp", "show", "--json"], cwd=study).stdout)
+    assert all(rate in json.dumps(shown) for rate in ("0.002", "0.004"))
+
+
+def test_a_sweep_is_a_stage_that_keeps_its_finished_runs(study: Path, run: Run) -> None:
+    text = (REPOSITORY / "docs" / "sweeps.md").read_text()
+    stage = text.split("```yaml\n")[1].split("```")[0]
+    pipeline = (study / "dvc.yaml").read_text() + stage
+    (study / "dvc.yaml").write_text(pipeline)
+    done = run(["dvc", "repro", "sweep"], cwd=study)
+    assert ran(done.stdout) == ["sweep"]
+    assert "12 runs were trained, 0 were there" in done.stderr
+    assert ran(run(["dvc", "repro", "sweep"], cwd=study).stdout) == []
+    shown = json.loads(run(["dvc", "metrics", "show", "--json"], cwd=study).stdout)
+    metrics = shown[""]["data"]["outputs/sweep/summary.json"]["data"]
+    written = json.loads((study / "outputs" / "sweep" / "summary.json").read_text())
+    assert metrics["axes"]["lr"]["5e-4"]["test"]["auc"]["mean"] == written["axes"]["lr"]["5e-4"]["test"]["auc"]["mean"]
+    assert len(written["chosen_test_auc"]["values"]) == 3
+    (study / "dvc.yaml").write_text(pipeline.replace("lr=5e-4,1e-3 ", "lr=5e-4,1e-3,2e-3 "))
+    done = run(["dvc", "repro", "sweep"], cwd=study)
+    assert "6 runs were trained, 12 were there" in done.stderr
+    assert run(["dvc", "status", "sweep"], cwd=study).stdout.strip().endswith("up to date.")
 
 
 def test_a_deleted_store_is_noticed_and_mended_by_one_command(study: Path, run: Run) -> None:

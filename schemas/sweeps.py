@@ -1,0 +1,122 @@
+"""What a sweep hands over: the note of each run, and what all runs say together."""
+
+from __future__ import annotations
+
+from schemas.base import Contract
+
+METHOD_AXIS, SEED_AXIS = "method", "seed"
+"""Axes with a meaning of their own: methods are compared with each other, seeds are averaged."""
+
+
+class Spread(Contract):
+    """Several values of one number."""
+
+    mean: float
+    """Their mean."""
+    std: float | None
+    """Standard deviation of the sample (n - 1); null for a single value."""
+    values: tuple[float, ...]
+    """All of them, in the order of the runs."""
+
+
+class RunRecord(Contract):
+    """`run.json` of a run: it is trained; written last, so that what lies beside it is whole."""
+
+    run: str
+    """Digest of everything that decides the model."""
+    best_epoch: int
+    """Whose weights are kept."""
+    val_auc: float | None
+    """Of that epoch; null where the validation split lacks a class."""
+    val_loss: float
+    """Of that epoch."""
+    judged: bool = False
+    """Whether its evaluation is whole."""
+
+
+class SweptRun(Contract):
+    """One run of a sweep."""
+
+    name: str
+    """Folder below `runs/`."""
+    part: str
+    """Split or fold; empty where there is the study's split alone."""
+    values: dict[str, str]
+    """Axis -> value, as it was written."""
+    settings: str
+    """Name of its settings: the values without the seed."""
+    val_auc: float | None
+    """Validation AUC of the epoch that is kept: what chooses."""
+    val_loss: float
+    """Validation loss of that epoch."""
+    test: dict[str, float]
+    """Metric -> value on the test images; what is not defined there is left out."""
+
+
+class SweptSettings(Contract):
+    """Runs that share settings, or a value of an axis."""
+
+    runs: int
+    """How many."""
+    val_auc: Spread | None
+    """Null where a run has none."""
+    val_loss: Spread
+    """Of the epochs that are kept."""
+    test: dict[str, Spread]
+    """Metric -> values of the runs, each on the test images of its split or fold."""
+    pooled_auc: Spread | None = None
+    """Cross-validation: AUC over the predictions of all folds at once, one value a seed."""
+    averaged_auc: Spread | None = None
+    """AUC of the runs averaged (log-probabilities), one value a split; of a cross-validation one, over all folds."""
+
+
+class PairedDifference(Contract):
+    """A metric of one method minus that of the first, on equal rows."""
+
+    difference: Spread
+    """One value a split."""
+    interval: tuple[float, float] | None
+    """95% interval over draws of whole groups; null where there are several splits, whose test images overlap."""
+
+
+class SweepSummary(Contract):
+    """`summary.json`: numbers that `dvc metrics show` reads, and every value."""
+
+    best: str
+    """Settings with the highest mean validation AUC (the lowest loss of equals). The test has no say in it."""
+    chosen_test_auc: Spread | None
+    """Test AUC of what the validation images of each split or fold choose there; the mean over its seeds."""
+    settings: dict[str, SweptSettings]
+    """Name -> its runs."""
+    axes: dict[str, dict[str, SweptSettings]]
+    """Axis -> value -> all runs with it, whatever their other values."""
+    all: SweptSettings
+    """Every run; `averaged_auc` is that of all of them averaged."""
+    differences: dict[str, dict[str, PairedDifference]]
+    """Method -> metric -> difference to the first method; each by its best settings, runs averaged."""
+    runs: dict[str, SweptRun]
+    """Folder below `runs/` -> run."""
+
+
+class RateTrial(Contract):
+    """A learning rate that was tried."""
+
+    lr: float
+    """The rate."""
+    val_loss: Spread
+    """Of the epoch that is kept, one value a seed."""
+    val_auc: Spread | None
+    """Of the same epochs; null where the validation split lacks a class."""
+    smoothed_loss: float
+    """Mean loss averaged with its neighbours (1/4, 1/2, 1/4): what chooses."""
+
+
+class RateFinding(Contract):
+    """What `fpt lr-find` says."""
+
+    lr: float
+    """With the lowest smoothed validation loss."""
+    at_edge: bool
+    """Whether it is the lowest or highest that was tried: a better one may lie beyond."""
+    trials: tuple[RateTrial, ...]
+    """Ascending."""

@@ -1,0 +1,116 @@
+"""Other splits of a manifest: nothing leaks, every image is tested once, and the first split can be drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from study import make_study
+
+from schemas.errors import DataError
+from schemas.manifest import SPLITS, Manifest, ManifestRow
+from stages.prepare.folds import all_to_train, draw_again, draw_folds
+
+
+def manifest_of(rows: list[tuple[str, str | None, str]]) -> Manifest:
+    """(label, group, content) of each image; every image starts in train."""
+    made = (
+        ManifestRow(
+            id=hashlib.sha256(content.encode()).hexdigest(),
+            path=f"{number:04d}.png",
+            label=label,
+            group=group or f"{number:04d}.png",
+            split="train",
+        )
+        for number, (label, group, content) in enumerate(rows)
+    )
+    return Manifest(classes=tuple(sorted({label for label, _, _ in rows})), rows=tuple(made))
+
+
+def by_patient(counts: dict[str, int], images: int = 3) -> Manifest:
+    return manifest_of(
+        [
+            (label, f"{label}{patient}", f"{label}{patient}/{image}")
+            for label, count in counts.items()
+            for patient in range(count)
+            for image in range(images)
+        ]
+    )
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    """Images of two or three classes with shared groups and contents, and some of their own for each class."""
+    labels = "abc"[: draw(st.integers(2, 3))]
+    some = st.tuples(st.sampled_from(labels), st.none() | st.integers(0, 9), st.integers(0, 30))
+    rows = [
+        (label, None if group is None else f"g{group}", f"{label}{content}")
+        for label, group, content in draw(st.lists(some, max_size=50))
+    ]
+    rows += [(label, None, f"own {label}{number}") for label in labels for number in range(8)]
+    return manifest_of(rows)
+
+
+@given(manifest=manifests(), folds=st.integers(2, 5), seed=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_every_image_is_tested_once_and_nothing_leaks(manifest: Manifest, folds: int, seed: int) -> None:
+    drawn = draw_folds(manifest, folds, 0.25, seed)
+    assert len(drawn) == folds
+    tested = Counter(row.path for fold in drawn for row in fold.of("test"))
+    assert tested == Counter(row.path for row in manifest.rows)
+    for fold in drawn:
+        assert [row.model_copy(update={"split": "train"}) for row in fold.rows] == list(manifest.rows)
+        places = defaultdict(set)
+        for row in fold.rows:
+            places[row.id].add(row.split)
+            places[row.group].add(row.split)
+        assert all(len(splits) == 1 for splits in places.values())
+        assert {(row.label, row.split) for row in fold.rows} == {
+            (label, split) for label in manifest.classes for split in SPLITS
+        }
+
+
+def test_folds_are_equal_and_stratified() -> None:
+    drawn = draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=0)
+    for fold in drawn:
+        counts = Counter((row.label, row.split) for row in fold.rows)
+        assert counts == {
+            ("rare", "test"): 6,
+            ("rare", "val"): 6,
+            ("rare", "train"): 18,
+            ("common", "test"): 24,
+            ("common", "val"): 24,
+            ("common", "train"): 72,
+        }
+    assert drawn == draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=0)
+    assert drawn != draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=1)
+    validated = {row.path for fold in drawn for row in fold.of("val")}
+    assert len(validated) > 60, "each fold draws its own validation images"
+
+
+def test_the_splits_of_prepare_are_drawn_again_by_its_seed(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    data = study.settings.data
+    assert draw_again(study.manifest, data.val_share, data.test_share, data.seed) == study.manifest
+    other = draw_again(study.manifest, data.val_share, data.test_share, data.seed + 1)
+    assert other.ids() == study.manifest.ids()
+    assert [row.split for row in other.rows] != [row.split for row in study.manifest.rows]
+
+
+def test_too_few_patients_for_the_folds_are_named() -> None:
+    with pytest.raises(DataError, match=r"'rare': 4 groups") as found:
+        draw_folds(by_patient({"rare": 4, "common": 20}), 5, 0.25, seed=0)
+    assert "--folds" in found.value.repair
+    with pytest.raises(DataError, match="need 4 each"):
+        draw_folds(by_patient({"rare": 3, "common": 20}), 2, 0.25, seed=0)
+
+
+def test_all_to_train_keeps_the_images() -> None:
+    manifest = by_patient({"a": 3, "b": 3})
+    (drawn, *_) = draw_folds(by_patient({"a": 4, "b": 4}), 2, 0.25, seed=0)
+    assert all_to_train(drawn).rows == tuple(row.model_copy(update={"split": "train"}) for row in drawn.rows)
+    assert all_to_train(manifest) == manifest
