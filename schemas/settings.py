@@ -203,12 +203,28 @@ class TrainSettings(Contract):
     """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class)."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a batch passes through the network, to save memory; must divide batch_size. The result is the same
+    up to rounding."""
+    checkpointing: bool = False
+    """Keep only what goes into each side block and compute the block again in the backward pass: less memory, more
+    time, the same result."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which matrix products of a training step are computed; weights, optimiser and validation stay float32."""
+    compile: bool = False
+    """Compile the side network's blocks (torch.compile, needs a C++ compiler): half a minute at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
     seed: int = 0
     """Seed of initialisation and dropout."""
     order_seed: Literal["auto"] | int = "auto"
     """Seed of the order of the images, their augmentation and views; auto: seed. Runs of one sweep share it."""
+
+    @model_validator(mode="after")
+    def _check_accumulate(self) -> TrainSettings:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        return self
 
     @field_validator("side_image_size")
     @classmethod

@@ -23,7 +23,11 @@ def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Seque
 
 
 def training_logits(
-    networks: Sequence[Network], batch: Batch, mean: Sequence[float], std: Sequence[float]
+    networks: Sequence[Network],
+    batch: Batch,
+    mean: Sequence[float],
+    std: Sequence[float],
+    checkpointing: bool = False,
 ) -> list[torch.Tensor]:
     """Of each network (M, B, classes): logits of each of its members by itself, which is what it learns from.
 
@@ -31,7 +35,7 @@ def training_logits(
     """
     image = _image(batch, mean, std)
     members = [member for network in networks for member in network.members if isinstance(member, PromptedSideNetwork)]
-    joint = member_logits(members, image, batch.cached) if members else torch.empty(0)
+    joint = member_logits(members, image, batch.cached, checkpointing) if members else torch.empty(0)
     found, start = [], 0
     for network in networks:
         if isinstance(network, AttentiveProbe):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,10 +23,15 @@ from schemas.errors import TrainingError
 from schemas.results import EpochLog
 from schemas.settings import TrainSettings
 from stages.evaluate.metrics import macro_auc
+from stages.extract.features import in_precision
 from stages.files import storage_errors
+from stages.ranks import ALONE, Ranks
+from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
 from stages.train.models import Network
+from stages.train.parallel import gather_rows
+from stages.train.parts import join_parts, split_batch
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Recipe:
     """Where the network is."""
     workers: int
     """Of the data loader."""
+    ranks: Ranks = ALONE
+    """Place of this process among those that train together."""
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -86,28 +94,57 @@ class Run:
         return self.state.network
 
 
-def training_step(runs: Sequence[Run], batch: Batch) -> list[torch.Tensor]:
+def training_step(runs: Sequence[Run], batch: Batch, whole: int | None = None) -> list[torch.Tensor]:
     """Forward, backward, clip, update, of every run by itself on the same batch.
+
+    Args:
+        runs: With recipes that share what must be shared.
+        batch: On any device; where it comes in parts, they are copied to the networks' device one by one.
+        whole: Rows of the batch of all processes together; None: there is one process.
 
     Returns:
         Of each run the loss of the batch before the update, a scalar; the mean over its members.
     """
-    shared = runs[0].recipe
+    shared, networks = runs[0].recipe, [run.network for run in runs]
+    count, settings = len(batch.labels), shared.settings
+    parts = split_batch(count, whole or count, settings.batch_size, settings.accumulate, shared.ranks)
+    entire = len(parts) == shared.ranks.count == 1
     for run in runs:
         run.state.optimizer.zero_grad(set_to_none=True)
-    losses = [
-        # A sum, not a mean: each member learns as it would alone.
-        torch.stack([F.cross_entropy(own, batch.labels, weight=run.recipe.class_weights) for own in logits]).sum()
-        for run, logits in zip(
-            runs, training_logits([run.network for run in runs], batch, shared.mean, shared.std), strict=True
-        )
-    ]
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    totals = [torch.zeros((), device=shared.device) for _ in runs]
+    for part in parts:
+        part.prepare(networks)
+        with eager_unless(part.usual) if settings.compile else nullcontext():
+            losses = _add_gradients(runs, batch.rows(part.rows).to(shared.device), "mean" if entire else "sum")
+        for total, loss in zip(totals, losses, strict=True):
+            total += loss
+    if not entire:
+        join_parts(runs, totals, batch.labels, shared.ranks)
     for run in runs:
         for member in run.network.members:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
-    return [loss.detach() / len(run.network.members) for run, loss in zip(runs, losses, strict=True)]
+    return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
+
+
+def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Literal["mean", "sum"]) -> list[torch.Tensor]:
+    """Forward and backward; gives the loss of each run, summed over its members: each learns as it would alone."""
+    shared = runs[0].recipe
+    with in_precision(shared.settings.precision, shared.device):
+        found = training_logits(
+            [run.network for run in runs], batch, shared.mean, shared.std, shared.settings.checkpointing
+        )
+    losses = [
+        torch.stack(
+            [
+                F.cross_entropy(own.float(), batch.labels, weight=run.recipe.class_weights, reduction=reduction)
+                for own in logits
+            ]
+        ).sum()
+        for run, logits in zip(runs, found, strict=True)
+    ]
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    return [loss.detach() for loss in losses]
 
 
 def fit(
@@ -122,10 +159,12 @@ def fit(
         StorageError: If a checkpoint cannot be written.
     """
     shared = runs[0].recipe
-    sampler = EpochSampler(len(train), shared.settings.batch_size, order_seed)
+    settings, ranks = shared.settings, shared.ranks
+    sampler = EpochSampler(len(train), settings.batch_size, order_seed, ranks)
+    val_sampler = EpochSampler(len(val), max(ranks.count, settings.batch_size // settings.accumulate), ranks=ranks)
     # One loader for all epochs: a worker takes seconds to start.
     train_batches = batches(train, sampler, shared.workers)
-    val_batches = batches(val, EpochSampler(len(val), shared.settings.batch_size), shared.workers)
+    val_batches = batches(val, val_sampler, shared.workers)
     for epoch in range(1, shared.settings.epochs + 1):
         # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
         behind = [run for run in runs if len(run.state.epochs) < epoch]
@@ -135,8 +174,8 @@ def fit(
         sampler.epoch = epoch
         for run in behind:
             run.network.reseed(run.recipe.settings.seed, epoch)
-        train_losses = _train_epoch(behind, train_batches, epoch)
-        judged = _validate(behind, val_batches, val_labels)
+        train_losses = _train_epoch(behind, train_batches, sampler, epoch)
+        judged = _validate(behind, val_batches, val_sampler, val_labels)
         seconds = round(time.perf_counter() - start, 3)
         for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
             log = EpochLog(
@@ -149,7 +188,8 @@ def fit(
                 seconds=seconds,
             )
             _keep(run, log)
-            save_checkpoint(run.state, run.checkpoint)
+            if ranks.first:
+                save_checkpoint(run.state, run.checkpoint)
             run.on_epoch(log)
 
 
@@ -161,7 +201,7 @@ def _keep(run: Run, log: EpochLog) -> None:
     state.epochs.append(log)
 
 
-def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[float]:
+def _train_epoch(runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int) -> list[float]:
     device, steps, seen = runs[0].recipe.device, len(loader), 0
     totals = [torch.zeros((), device=device) for _ in runs]
     for run in runs:
@@ -172,9 +212,10 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
             progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
             for group in run.state.optimizer.param_groups:
                 group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-        for total, loss in zip(totals, training_step(runs, batch.to(device)), strict=True):
-            total += loss * len(batch.labels)
-        seen += len(batch.labels)
+        whole = sampler.whole(step)
+        for total, loss in zip(totals, training_step(runs, batch, whole), strict=True):
+            total += loss * whole
+        seen += whole
     means = [float(total) / seen for total in totals]
     for run, mean in zip(runs, means, strict=True):
         if not math.isfinite(mean):
@@ -188,20 +229,34 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
 
 @torch.inference_mode()
 def _validate(
-    runs: Sequence[Run], loader: BatchLoader, labels: Sequence[int]
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[int]
 ) -> list[tuple[float, float | None, float]]:
-    """Loss, AUC and accuracy of the validation images, of each run."""
+    """Loss, AUC and accuracy of the validation images, of each run: in float32, whatever training computes in."""
     shared = runs[0].recipe
+    positions = [position for batch in sampler for _, position in batch]
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
         run.network.eval()
     for batch in loader:
+        if not len(batch.labels):
+            continue
         moved = batch.to(shared.device)
-        logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
+        with eager_unless(not shared.settings.compile):
+            logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
         for part, run, own in zip(parts, runs, logits, strict=True):
             part.append(run.network.join(own, moved.pooled).float().cpu())
     return [
-        judge_logits(torch.cat(part), labels, run.recipe.class_weights) for part, run in zip(parts, runs, strict=True)
+        judge_logits(
+            gather_rows(
+                torch.cat(part) if part else torch.empty(0, run.network.spec.classes),
+                positions,
+                len(labels),
+                shared.ranks,
+            ),
+            labels,
+            run.recipe.class_weights,
+        )
+        for part, run in zip(parts, runs, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from schemas.results import SideNetworkSpec
 from stages.train.cached import Cached
@@ -42,6 +43,22 @@ class PromptedSideNetwork(nn.Module):
     def member_logits(self, image: torch.Tensor | None, cached: Cached | None = None) -> torch.Tensor:
         """As `forward`, with an axis of one member: (1, B, classes)."""
         return member_logits(self.members, image, cached)
+
+    def advance(
+        self, layer: int, tokens: torch.Tensor, mixed: torch.Tensor | None, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tokens through one side block: draws nothing, so that it can be computed a second time.
+
+        Args:
+            layer: Position among the tapped layers, from 0.
+            tokens: (B, N, width).
+            mixed: `context` of this network's queries, (B, P, D); None without prompts.
+            kept: Dropout of the prompts, (B, P, width), or None.
+        """
+        prompts = None
+        if self.fusion is not None and mixed is not None:
+            prompts = self.fusion.prompts_from(layer, mixed, kept)
+        return self.side.block(layer, tokens, prompts)
 
     def forward(
         self, image: torch.Tensor, cached: Cached | None = None, _pooled: torch.Tensor | None = None
@@ -143,35 +160,56 @@ def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:
 
 
 def member_logits(
-    networks: Sequence[PromptedSideNetwork], image: torch.Tensor | None, cached: Cached | None
+    networks: Sequence[PromptedSideNetwork],
+    image: torch.Tensor | None,
+    cached: Cached | None,
+    checkpointing: bool = False,
 ) -> torch.Tensor:
     """Logits of networks of one spec, (M, B, classes).
 
     The prompts of all networks attend to the cached tokens at once: those are read and widened once for all.
+
+    Args:
+        networks: M of them.
+        image: (B, 3, S, S), normalised.
+        cached: Keys and values in the type of the store; may be None without prompts.
+        checkpointing: Keep for the backward pass what goes into a side block alone, and compute the block again then.
+            What the prompts found in the cached tokens is kept too: those are not read a third time.
     """
     if image is None:
         raise ValueError("side networks need the small image")
     tokens = [network.side.embed(image) for network in networks]
     for layer in range(networks[0].spec.layers):
-        prompts = _prompts(networks, layer, cached)
+        found = _mixed(networks, layer, cached)
         tokens = [
-            network.side.block(layer, own, prompt)
-            for network, own, prompt in zip(networks, tokens, prompts, strict=True)
+            _advance(network, layer, own, mixed, checkpointing)
+            for network, own, mixed in zip(networks, tokens, found, strict=True)
         ]
     return torch.stack([network.side.classify(own) for network, own in zip(networks, tokens, strict=True)])
 
 
-def _prompts(
-    networks: Sequence[PromptedSideNetwork], layer: int, cached: Cached | None
-) -> Sequence[torch.Tensor | None]:
+def _advance(
+    network: PromptedSideNetwork, layer: int, tokens: torch.Tensor, mixed: torch.Tensor | None, checkpointing: bool
+) -> torch.Tensor:
+    kept = None if network.fusion is None or mixed is None else network.fusion.draw_kept(mixed)
+    if not checkpointing or not torch.is_grad_enabled():
+        return network.advance(layer, tokens, mixed, kept)
+    again: torch.Tensor = checkpoint(
+        network.advance, layer, tokens, mixed, kept, use_reentrant=False, preserve_rng_state=False
+    )
+    return again
+
+
+def _mixed(networks: Sequence[PromptedSideNetwork], layer: int, cached: Cached | None) -> Sequence[torch.Tensor | None]:
+    """What the prompts of each network found in the cached tokens of a layer, (B, P, D); None without prompts."""
     fusions = [network.fusion for network in networks if network.fusion is not None]
     if not fusions:
         return [None] * len(networks)
     if cached is None:
         raise ValueError(f"method {networks[0].spec.method} needs keys and values")
     mixed = context(torch.cat([fusion.queries(layer) for fusion in fusions]), cached.layer(layer))
-    shares = mixed.split(networks[0].spec.prompts, dim=1)  # type: ignore[no-untyped-call]
-    return [fusion.prompts_from(layer, share) for fusion, share in zip(fusions, shares, strict=True)]
+    shares: Sequence[torch.Tensor] = mixed.split(networks[0].spec.prompts, dim=1)  # type: ignore[no-untyped-call]
+    return shares
 
 
 def learnable_parameters(network: nn.Module) -> int:
