@@ -99,7 +99,7 @@ class PromptDropout(nn.Module):
         self._before: torch.Tensor | None = None
 
     def draw(self, like: torch.Tensor, width: int) -> torch.Tensor | None:
-        """Factors for the prompts of one block: 0 for a share p, 1 / (1 - p) for the rest; None in evaluation.
+        """Which values of the prompts of one block are kept: all but a share p; None in evaluation.
 
         Drawn apart from what they multiply, so that this can be computed a second time (activation checkpointing).
 
@@ -108,18 +108,21 @@ class PromptDropout(nn.Module):
             width: Of the prompts.
 
         Returns:
-            (B, P, width) float32, or None.
+            (B, P, width) bool, or None.
         """
         if not self.training or not self.p:
             return None
         rows, whole = self._part or (slice(None), len(like))
-        factors = torch.empty(whole, like.shape[1], width, device=like.device)
-        return factors.bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p)[rows]
+        drawn = torch.empty(whole, like.shape[1], width, device=like.device)
+        return drawn.bernoulli_(1 - self.p, generator=self.generator)[rows].bool()
+
+    def apply_drawn(self, prompts: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """What is kept of (B, P, width), times 1 / (1 - p)."""
+        return prompts if kept is None else prompts * kept.float().div_(1 - self.p)
 
     def forward(self, prompts: torch.Tensor) -> torch.Tensor:
-        """(B, P, width) times `draw`."""
-        factors = self.draw(prompts, prompts.shape[-1])
-        return prompts if factors is None else prompts * factors
+        """Draw and apply."""
+        return self.apply_drawn(prompts, self.draw(prompts, prompts.shape[-1]))
 
     def draw_part(self, rows: slice | None, whole: int, again: bool) -> None:
         """From here on draw for some rows of a batch what they would get in the whole of it.
@@ -160,27 +163,29 @@ class Fusion(nn.Module):
         asked: torch.Tensor = self.query(self.prompts[layer])
         return asked
 
-    def prompts_from(self, layer: int, mixed: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    def gathered(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
+        """What Wo reads, (B, P, D): all that the backward pass needs to know of `context` of `queries`, `mixed`."""
+        return mixed + self.prompts[layer] if self.wide else mixed
+
+    def prompts_from(self, layer: int, gathered: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """Prompts for side block `layer`.
 
         Args:
             layer: Position among the tapped layers, from 0.
-            mixed: `context` of `queries`, (B, P, D).
+            gathered: Of this layer, (B, P, D).
             kept: What `draw_kept` gave.
 
         Returns:
             (B, P, width of the side network).
         """
-        prompts = self.prompts[layer]
-        fused = self.out(mixed + prompts) if self.wide else self.out(mixed) + prompts
-        prompted: torch.Tensor = fused if kept is None else fused * kept
-        return prompted
+        fused = self.out(gathered)
+        return self.dropout.apply_drawn(fused if self.wide else fused + self.prompts[layer], kept)
 
-    def draw_kept(self, mixed: torch.Tensor) -> torch.Tensor | None:
+    def draw_kept(self, gathered: torch.Tensor) -> torch.Tensor | None:
         """Dropout of the prompts of one side block, for `prompts_from`."""
-        return self.dropout.draw(mixed, self.out.out_features)
+        return self.dropout.draw(gathered, self.out.out_features)
 
     def forward(self, layer: int, cached: Cached) -> torch.Tensor:
         """Prompts for side block `layer` from the keys and values of that layer, (B, P, width of the side network)."""
-        mixed = context(self.queries(layer), cached)
-        return self.prompts_from(layer, mixed, self.draw_kept(mixed))
+        gathered = self.gathered(layer, context(self.queries(layer), cached))
+        return self.prompts_from(layer, gathered, self.draw_kept(gathered))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -33,13 +34,17 @@ def training_logits(
 
     Side networks read the cached tokens together, whichever of the networks they belong to.
     """
-    image = _image(batch, mean, std)
     members = [member for network in networks for member in network.members if isinstance(member, PromptedSideNetwork)]
+    image: torch.Tensor | Callable[[], torch.Tensor] | None
+    if checkpointing and batch.image is not None:
+        image = partial(normalise, batch.image, mean, std)
+    else:
+        image = _image(batch, mean, std)
     joint = member_logits(members, image, batch.cached, checkpointing) if members else torch.empty(0)
     found, start = [], 0
     for network in networks:
         if isinstance(network, AttentiveProbe):
-            found.append(network.member_logits(image, batch.cached))
+            found.append(network.member_logits(None, batch.cached))
         else:
             found.append(joint[start : start + len(network.members)])
             start += len(network.members)

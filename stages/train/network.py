@@ -10,7 +10,7 @@ the same batches but has its own initialisation and dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -45,19 +45,19 @@ class PromptedSideNetwork(nn.Module):
         return member_logits(self.members, image, cached)
 
     def advance(
-        self, layer: int, tokens: torch.Tensor, mixed: torch.Tensor | None, kept: torch.Tensor | None
+        self, layer: int, tokens: torch.Tensor, gathered: torch.Tensor | None, kept: torch.Tensor | None
     ) -> torch.Tensor:
         """Tokens through one side block: draws nothing, so that it can be computed a second time.
 
         Args:
             layer: Position among the tapped layers, from 0.
             tokens: (B, N, width).
-            mixed: `context` of this network's queries, (B, P, D); None without prompts.
+            gathered: By the prompts from the cached tokens, (B, P, D); None without prompts.
             kept: Dropout of the prompts, (B, P, width), or None.
         """
         prompts = None
-        if self.fusion is not None and mixed is not None:
-            prompts = self.fusion.prompts_from(layer, mixed, kept)
+        if self.fusion is not None and gathered is not None:
+            prompts = self.fusion.prompts_from(layer, gathered, kept)
         return self.side.block(layer, tokens, prompts)
 
     def forward(
@@ -161,7 +161,7 @@ def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:
 
 def member_logits(
     networks: Sequence[PromptedSideNetwork],
-    image: torch.Tensor | None,
+    image: torch.Tensor | Callable[[], torch.Tensor] | None,
     cached: Cached | None,
     checkpointing: bool = False,
 ) -> torch.Tensor:
@@ -171,14 +171,14 @@ def member_logits(
 
     Args:
         networks: M of them.
-        image: (B, 3, S, S), normalised.
+        image: (B, 3, S, S), normalised; for checkpointing a function that gives it, which is called again then.
         cached: Keys and values in the type of the store; may be None without prompts.
         checkpointing: Keep for the backward pass what goes into a side block alone, and compute the block again then.
-            What the prompts found in the cached tokens is kept too: those are not read a third time.
+            What the prompts gathered from the cached tokens is kept too: those are not read a third time.
     """
     if image is None:
         raise ValueError("side networks need the small image")
-    tokens = [network.side.embed(image) for network in networks]
+    tokens = _embed(networks, image)
     for layer in range(networks[0].spec.layers):
         found = _mixed(networks, layer, cached)
         tokens = [
@@ -188,14 +188,32 @@ def member_logits(
     return torch.stack([network.side.classify(own) for network, own in zip(networks, tokens, strict=True)])
 
 
+def _embed(
+    networks: Sequence[PromptedSideNetwork], image: torch.Tensor | Callable[[], torch.Tensor]
+) -> list[torch.Tensor]:
+    if isinstance(image, torch.Tensor):
+        return [network.side.embed(image) for network in networks]
+
+    def embed() -> list[torch.Tensor]:
+        pixels = image()
+        return [network.side.embed(pixels) for network in networks]
+
+    # The backward pass of the first layer reads the image, in floats four times as large as it was read.
+    again: list[torch.Tensor] = checkpoint(embed, use_reentrant=False, preserve_rng_state=False)
+    return again
+
+
 def _advance(
     network: PromptedSideNetwork, layer: int, tokens: torch.Tensor, mixed: torch.Tensor | None, checkpointing: bool
 ) -> torch.Tensor:
-    kept = None if network.fusion is None or mixed is None else network.fusion.draw_kept(mixed)
-    if not checkpointing or not torch.is_grad_enabled():
-        return network.advance(layer, tokens, mixed, kept)
+    gathered, kept = None, None
+    if network.fusion is not None and mixed is not None:
+        gathered = network.fusion.gathered(layer, mixed)
+        kept = network.fusion.draw_kept(gathered)
+    if not checkpointing:
+        return network.advance(layer, tokens, gathered, kept)
     again: torch.Tensor = checkpoint(
-        network.advance, layer, tokens, mixed, kept, use_reentrant=False, preserve_rng_state=False
+        network.advance, layer, tokens, gathered, kept, use_reentrant=False, preserve_rng_state=False
     )
     return again
 
