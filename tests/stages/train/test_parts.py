@@ -37,7 +37,7 @@ def batch(size: int = 8, seed: int = 0) -> Batch:
     return Batch(images, cached, torch.randint(0, 3, (size,), generator=g))
 
 
-def a_run(method: str, weights: torch.Tensor | None = None, **train: Any) -> Run:
+def a_run(method: str, weights: torch.Tensor | None = None, device: str = "cpu", **train: Any) -> Run:
     """A run whose every parameter is far from its initial value, at the start of an epoch."""
     spec = {**SHAPE, "method": method, "dropout": 0.5, "members": ALL[method], "probe_weight": 0.0}
     torch.manual_seed(0)
@@ -46,8 +46,8 @@ def a_run(method: str, weights: torch.Tensor | None = None, **train: Any) -> Run
         for parameter in network.parameters():
             parameter.normal_(std=0.3)
     settings = parse_settings({"train": {"batch_size": 8, "clip_norm": 0.5, **train}}).train
-    recipe = Recipe(settings, (0.5,) * 3, (0.5,) * 3, weights, torch.device("cpu"), 0)
-    network.train().reseed(0, 1)
+    recipe = Recipe(settings, (0.5,) * 3, (0.5,) * 3, weights, torch.device(device), 0)
+    network.to(device).train().reseed(0, 1)
     return Run(Fit(network, make_optimizer(network, settings)), recipe, Path(), lambda _: None)
 
 
@@ -192,3 +192,18 @@ def test_compiled_blocks_give_the_same_steps_and_the_last_smaller_batch_runs_as_
     assert list(compiled.network.state_dict()) == names
     # Two members of three blocks: one shape of block within, one last; nothing for the batch of five.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("train", "tolerance"),
+    [({"checkpointing": True}, 1e-5), ({"accumulate": 4}, 1e-5), ({"compile": True}, 1e-4)],
+    ids=["checkpointing", "accumulate", "compile"],
+)
+def test_a_gpu_gives_the_same_steps(train: dict[str, Any], tolerance: float) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    plain, cheaper = a_run("fpt-x", device="cuda"), a_run("fpt-x", device="cuda", **train)
+    if "compile" in train:
+        compile_blocks([cheaper.network], torch.device("cuda"))
+    assert_same_step(plain, cheaper, tolerance)
