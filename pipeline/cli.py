@@ -23,7 +23,11 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
-from schemas.errors import FptError
+from schemas.errors import FptError, PlatformError
+from stages.ranks import Ranks
+
+TOGETHER = ("train",)
+"""Verbs that several processes run together."""
 
 app = typer.Typer(
     name="fpt",
@@ -47,11 +51,19 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    count = Ranks.of().count
+    if count > 1 and context.invoked_subcommand not in TOGETHER:
+        verb = context.invoked_subcommand
+        raise PlatformError(
+            f"{count} processes were started to run `fpt {verb}`, which one does.",
+            "torchrun starts several; of all verbs only train makes use of them.",
+            f"Run `fpt {verb}` without torchrun.",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stages.ranks import Ranks
+
 
 def talk() -> Console:
     """The console for people: stderr, so that a pipe gets results alone."""
@@ -18,8 +20,9 @@ def talk() -> Console:
 
 
 def say(message: str) -> None:
-    """One line for people, without markup."""
-    talk().print(message, markup=False)
+    """One line for people, without markup; of several processes that train together, the first one speaks."""
+    if Ranks.of().first:
+        talk().print(message, markup=False)
 
 
 def say_next(command: str) -> None:

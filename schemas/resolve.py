@@ -13,7 +13,7 @@ from schemas.settings import Method, Precision, Settings
 WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"linear", "knn", "attentive"})
 """Methods that read no side image."""
 
-ATTENTIVE_WEIGHT = 0.25
+ATTENTIVE_WEIGHT = 0.2
 """Share of attentive probes in the averaged log-probabilities, where there are any."""
 
 SIDE_PATCH = 16
@@ -41,7 +41,7 @@ class Preset:
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=4, attentive=1, probe_weight=0.25, keep="last"),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.2, keep="last"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),

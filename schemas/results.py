@@ -331,6 +331,14 @@ class CostReport(Contract):
     """r = learnable / lpm_parameters."""
     train_tensor_mib: float
     """Peak tensor memory of a training step of stage two, MiB: parameters, gradients, optimiser, activations, batch."""
+    train_batch_mib: float
+    """Of it the batch as the store gives it: nothing makes a step smaller than this and the next."""
+    train_states_mib: float
+    """Of it parameters, gradients and the two states of AdamW."""
+    checkpointing: bool
+    """Whether side blocks are computed again in the backward pass."""
+    accumulate: int
+    """Parts in which the batch passes through the network; the batch itself counts as a whole."""
     full_finetune_tensor_mib: float
     """The same for full fine-tuning of the LPM with fused attention."""
     ppe_factor: float

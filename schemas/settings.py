@@ -217,14 +217,13 @@ class TrainSettings(Contract):
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 else."""
     members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
-    """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 4."""
+    """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 5."""
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Attentive probes that learn beside them on the same cached tokens; auto: 0, for fpt-x 1."""
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of the attentive probes in the averaged log-probabilities; auto: 0.25 where there are any."""
+    """Share of the attentive probes in the averaged log-probabilities; auto: 0.2 where there are any."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x
-    0.25."""
+    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.2."""
     keep: Literal["auto", "best", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
@@ -241,12 +240,28 @@ class TrainSettings(Contract):
     """Share of the target that is spread over all classes."""
     kappa_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the quadratic-kappa term that ordinal adds to the loss; other tasks have none."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a batch passes through the network, to save memory; must divide batch_size. The result is the same
+    up to rounding."""
+    checkpointing: bool = False
+    """Keep only what goes into each side block and compute the block again in the backward pass: less memory, more
+    time, the same result."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which matrix products of a training step are computed; weights, optimiser and validation stay float32."""
+    compile: bool = False
+    """Compile the side network's blocks (torch.compile, needs a C++ compiler): half a minute at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
     seed: int = 0
     """Seed of initialisation and dropout."""
     order_seed: Literal["auto"] | int = "auto"
     """Seed of the order of the images, their augmentation and views; auto: seed. Runs of one sweep share it."""
+
+    @model_validator(mode="after")
+    def _check_accumulate(self) -> TrainSettings:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        return self
 
     @field_validator("side_image_size")
     @classmethod

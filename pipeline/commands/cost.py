@@ -80,13 +80,16 @@ def _classes(settings: Settings, params: Path) -> int:
 
 def _show(report: CostReport) -> None:
     memory = report.train_tensor_mib / report.full_finetune_tensor_mib
+    parts = f" in {report.accumulate} parts" if report.accumulate > 1 else ""
+    again = ", checkpointing" if report.checkpointing else ""
+    fixed = f"the batch {report.train_batch_mib:,.1f}, parameters and their states {report.train_states_mib:,.1f}"
     show_pairs(
         f"{report.method} on {report.lpm}: {report.image_size} pixels, {report.classes} classes, "
-        f"batch {report.batch_size}, {report.dtype}",
+        f"batch {report.batch_size}{parts}, {report.dtype}{again}",
         [
             ("Learnable parameters", f"{report.learnable:,}"),
             ("Of full fine-tuning", f"{report.lpm_parameters:,} ({report.learnable_share:.2%} are learnable)"),
-            ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB"),
+            ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB ({fixed})"),
             ("Of full fine-tuning", f"{report.full_finetune_tensor_mib:,.1f} MiB ({memory:.2%} are needed)"),
             ("PPE is the score times", f"{report.ppe_factor:.4f}"),
             ("PME is the score times", f"{report.pme_factor:.4f}"),

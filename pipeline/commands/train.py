@@ -29,27 +29,38 @@ def train(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on the cached features. Opens no original image and no LPM; a killed run goes on where it was."""
+    """Train on the cached features. Opens no original image and no LPM; a killed run goes on where it was.
+
+    On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
+    """
     from pipeline.live import EpochLogger
     from pipeline.params import write_settings
     from pipeline.project import open_study
     from pipeline.runs import note_use
+    from stages.device import set_up
     from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
+    from stages.ranks import Ranks
+    from stages.train.parallel import process_group
     from stages.train.pooled import POOLED
     from stages.train.run import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
     manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
-    note_use(study, receipt)
+    here = Ranks.of()
+    if here.first:
+        note_use(study, receipt)
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
     epochs = 1 if study.settings.method in POOLED else study.settings.train.epochs
-    with EpochLogger(folder / "train", epochs) as logger:
+    with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
         result = run(
-            study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints, logger,
-            on_memory=None if as_json else _say_memory, remote=study.remote,
+            study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,
+            logger if ranks.first else None, on_memory=None if as_json else _say_memory, remote=study.remote,
+            ranks=ranks,
         )  # fmt: skip
+        if not ranks.first:
+            return
         logger.finish(result.best)
     write_settings(study.settings, model)
     if as_json:

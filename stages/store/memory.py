@@ -95,14 +95,17 @@ class MemoryRows:
         return found
 
 
-def decide(store: StoreReader, ids: Sequence[str], names: Iterable[str], settings: StoreSettings) -> StoreMemory:
-    """Whether the rows of a study fit into the memory that they may take."""
+def decide(
+    store: StoreReader, ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
+) -> StoreMemory:
+    """Whether the rows of a study fit into the memory that they may take; each process of a machine holds its own."""
     row = sum(
         math.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in (store.layouts[name] for name in names)
     )
     budget = settings.memory_bytes
     if budget is None:
         budget = int(AUTO_SHARE * available_memory())
+    budget //= processes
     held = 0 < row * len(ids) <= budget
     return StoreMemory(held=held, rows=len(ids), needed=row * len(ids), budget=budget, remote=store.url)
 

@@ -58,8 +58,10 @@ class AttentiveProbe(nn.Module):
         """(P, D)."""
         return self.queries[layer]
 
-    def advance(self, _layer: int, state: list[torch.Tensor], mixed: torch.Tensor | None) -> list[torch.Tensor]:
-        """What was found so far, and what this layer answered."""
+    def advance(
+        self, _layer: int, state: list[torch.Tensor], mixed: torch.Tensor | None, _checkpointing: bool = False
+    ) -> list[torch.Tensor]:
+        """What was found so far, and what this layer answered: there is nothing between to compute again."""
         return state if mixed is None else [*state, mixed]
 
     def finish(self, state: list[torch.Tensor]) -> torch.Tensor:
@@ -71,6 +73,9 @@ class AttentiveProbe(nn.Module):
     def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, classes)."""
         return logits[0]
+
+    kinds = 1
+    """Experts."""
 
     def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, 1, classes)."""

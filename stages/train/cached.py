@@ -55,6 +55,10 @@ class Cached:
         """One layer, without its axis."""
         return Cached(*(None if part is None else part[:, position] for part in self._fields()))  # type: ignore[arg-type]
 
+    def rows(self, some: slice) -> Cached:
+        """Some images, without a copy."""
+        return Cached(*(None if part is None else part[some] for part in self._fields()))  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> Cached:
         """Copy to a device."""
         parts = (None if part is None else part.to(device, non_blocking=True) for part in self._fields())
@@ -69,7 +73,9 @@ class Cached:
             if self.scale is None or self.offset is None:
                 yield tokens
                 continue
-            scales = scale_of(self.scale[part], kind).unsqueeze(-2)
+            # A code is an exponent: in a small type it would be several per cent off.
+            exact = torch.promote_types(kind, torch.float32)
+            scales = scale_of(self.scale[part], exact).to(kind).unsqueeze(-2)
             pair, offset = (scales[:, 0], scales[:, 1]), self.offset[part, 1].to(kind).unsqueeze(-2)
             if self.keys.dtype == torch.int8:
                 yield replace(tokens, per_token=pair, offset=offset)

@@ -8,7 +8,7 @@ runs. Temporaries inside a kernel and the allocator's rounding are not part of i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | N
         network = build_learner(spec)
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
-    mib = _side_step_mib(network, spec, features, settings.train)
+    mib, batch_mib = _side_step_mib(network, spec, features, settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
     share = learnable / lpm_parameters
     return CostReport(
@@ -64,6 +64,10 @@ def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | N
         lpm_parameters=lpm_parameters,
         learnable_share=share,
         train_tensor_mib=mib,
+        train_batch_mib=batch_mib,
+        train_states_mib=4 * _mib(network.parameters()),
+        checkpointing=settings.train.checkpointing,
+        accumulate=settings.train.accumulate,
         full_finetune_tensor_mib=full_mib,
         ppe_factor=efficiency_factor(share),
         pme_factor=efficiency_factor(mib / full_mib),
@@ -77,9 +81,19 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _side_step_mib(network: Network, spec: ModelSpec, features: FeatureSpec, train: TrainSettings) -> float:
-    """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states."""
-    reads = READS[spec.method]
+def _mib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+
+def _side_step_mib(
+    network: Network, spec: ModelSpec, features: FeatureSpec, train: TrainSettings
+) -> tuple[float, float]:
+    """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states.
+
+    Returns:
+        All of it, and the batch alone.
+    """
+    reads, batch_mib = READS[spec.method], 0.0
     mean, std = features.lpm.mean, features.lpm.std
     recipe = Recipe(train, mean, std, class_weights=None, device=torch.device("cpu"), workers=0)
 
@@ -98,11 +112,13 @@ def _side_step_mib(network: Network, spec: ModelSpec, features: FeatureSpec, tra
                 }
             )
             tensors += cached.tensors()
+        nonlocal batch_mib
+        batch_mib = _mib(tensors)
         batch, optimizer = Batch(images, cached, labels), make_optimizer(network, train)
         run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
         return optimizer, tensors, lambda: training_step([run], batch)
 
-    return _peak_mib(network, make_step)
+    return _peak_mib(network, make_step), batch_mib
 
 
 def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> float:

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from schemas.settings import AugmentSettings, Method
+from stages.ranks import ALONE, Ranks
 from stages.shared import SharedArrays
 from stages.store.layout import CACHED
 from stages.store.memory import Rows
@@ -55,6 +56,12 @@ class Batch:
         """Views of arrays of the store, by name, and an image of the side network's size."""
         pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None
         return Batch(image, Cached.of(arrays), labels, pooled)
+
+    def rows(self, some: slice) -> Batch:
+        """Some images, without a copy."""
+        cached = None if self.cached is None else self.cached.rows(some)
+        image, pooled = (None if part is None else part[some] for part in (self.image, self.pooled))
+        return Batch(image, cached, self.labels[some], pooled)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
@@ -191,6 +198,8 @@ class FeatureDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Batch:
         """Read a batch. Its keys and values are valid until the next batch is read."""
+        if not indices:
+            return Batch(None, None, torch.empty(0, dtype=torch.int64))
         if self._buffers and len(next(iter(self._buffers.values()))) < len(indices):
             self._buffers = {}
         batch, rows = self._fill(indices, self._buffers)
@@ -201,6 +210,8 @@ class FeatureDataset(Dataset[Batch]):
         """In a loader's worker: read a batch into the next of its slots."""
         slot = worker * (PREFETCH + 1) + self._read % (PREFETCH + 1)
         self._read += 1
+        if not indices:
+            return Ticket(slot, [])
         shared = self._slots[slot].arrays
         batch, _ = self._fill(indices, shared)
         if batch.image is not None:
@@ -245,15 +256,16 @@ class FeatureDataset(Dataset[Batch]):
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, position): shuffled by seed and epoch, or in order."""
 
-    def __init__(self, length: int, batch_size: int, seed: int | None = None) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int | None = None, ranks: Ranks = ALONE) -> None:
         """Order the positions.
 
         Args:
             length: Rows of the data set.
             batch_size: Rows per batch; the last batch may be smaller.
             seed: None: in order.
+            ranks: Of several processes this one gets its rows of each batch, which may be none.
         """
-        self._length, self.batch_size, self._seed = length, batch_size, seed
+        self._length, self.batch_size, self._seed, self._ranks = length, batch_size, seed, ranks
         self.epoch = 0
         """Set before each epoch."""
 
@@ -265,7 +277,15 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if self._seed is not None:
             np.random.default_rng((self._seed, self.epoch)).shuffle(order)
         for start in range(0, self._length, self.batch_size):
-            yield [(self.epoch, int(position)) for position in order[start : start + self.batch_size]]
+            yield [(self.epoch, int(position)) for position in self._own(order[start : start + self.batch_size])]
+
+    def _own(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of a batch the rows of this process."""
+        return batch[self._ranks.rows(len(batch))]
+
+    def whole(self, number: int) -> int:
+        """Rows of a batch, counted from 0, of all processes together."""
+        return min(self.batch_size, self._length - number * self.batch_size)
 
 
 class _InWorker(Dataset[Any]):

@@ -38,10 +38,16 @@ def context(query: torch.Tensor, cached: Cached) -> torch.Tensor:
     heads = cached.keys.shape[1]
     head_dim = query.shape[1] // heads
     # The query carries no batch axis: the scale and the head split are applied once, not per image.
-    split = (query * head_dim**-0.5).view(-1, heads, head_dim).transpose(0, 1)
+    split = (query * head_dim**-0.5).view(-1, heads, head_dim).transpose(0, 1).to(_attention_dtype(query))
     return cast("torch.Tensor", _Attend.apply(split, cached.keys, cached.values, cached.scale, cached.offset)).flatten(
         2
     )
+
+
+def _attention_dtype(query: torch.Tensor) -> torch.dtype:
+    """Type of autocast where that is on: it reaches no function with a backward pass of its own."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 class _Attend(torch.autograd.Function):
@@ -57,9 +63,11 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(query, *cached)
         heads, count, head_dim = query.shape
         mixed = query.new_empty(len(cached[0]), count, heads, head_dim)
-        for out, tokens in zip(torch.split(mixed, CHUNK), Cached(*cached).chunks(query), strict=True):
-            weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
-            out.copy_(tokens.mix(weights).transpose(1, 2))
+        # Everything has the type of the query already; the backward pass runs without autocast as well.
+        with torch.autocast(query.device.type, enabled=False):
+            for out, tokens in zip(torch.split(mixed, CHUNK), Cached(*cached).chunks(query), strict=True):
+                weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
+                out.copy_(tokens.mix(weights).transpose(1, 2))
         return mixed
 
     @staticmethod
@@ -87,13 +95,50 @@ class PromptDropout(nn.Module):
         super().__init__()
         self.p = p
         self.generator: torch.Generator | None = None
+        self._part: tuple[slice, int] | None = None
+        self._before: torch.Tensor | None = None
+
+    def draw(self, like: torch.Tensor, width: int) -> torch.Tensor | None:
+        """Which values of the prompts of one block are kept: all but a share p; None in evaluation.
+
+        Drawn apart from what they multiply, so that this can be computed a second time (activation checkpointing).
+
+        Args:
+            like: (B, P, ...), of the batch, prompts and device.
+            width: Of the prompts.
+
+        Returns:
+            (B, P, width) bool, or None.
+        """
+        if not self.training or not self.p:
+            return None
+        rows, whole = self._part or (slice(None), len(like))
+        drawn = torch.empty(whole, like.shape[1], width, device=like.device)
+        return drawn.bernoulli_(1 - self.p, generator=self.generator)[rows].bool()
+
+    def apply_drawn(self, prompts: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """What is kept of (B, P, width), times 1 / (1 - p)."""
+        return prompts if kept is None else prompts * kept.float().div_(1 - self.p)
 
     def forward(self, prompts: torch.Tensor) -> torch.Tensor:
-        """Zero a share p, scale the rest by 1 / (1 - p); as it is in evaluation."""
-        if not self.training or not self.p:
-            return prompts
-        kept = torch.empty_like(prompts).bernoulli_(1 - self.p, generator=self.generator)
-        return prompts * kept.div_(1 - self.p)
+        """Draw and apply."""
+        return self.apply_drawn(prompts, self.draw(prompts, prompts.shape[-1]))
+
+    def draw_part(self, rows: slice | None, whole: int, again: bool) -> None:
+        """From here on draw for some rows of a batch what they would get in the whole of it.
+
+        Args:
+            rows: Those; None: the batch is whole.
+            whole: Rows of the whole batch.
+            again: These are further rows of the batch that was drawn for last.
+        """
+        self._part = None if rows is None else (rows, whole)
+        if self.generator is None or rows is None:
+            return
+        if again and self._before is not None:
+            self.generator.set_state(self._before)
+        else:
+            self._before = self.generator.get_state()
 
 
 class Fusion(nn.Module):
@@ -118,21 +163,29 @@ class Fusion(nn.Module):
         asked: torch.Tensor = self.query(self.prompts[layer])
         return asked
 
-    def prompts_from(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
+    def gathered(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
+        """What Wo reads, (B, P, D): all that the backward pass needs to know of `context` of `queries`, `mixed`."""
+        return mixed + self.prompts[layer] if self.wide else mixed
+
+    def prompts_from(self, layer: int, gathered: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """Prompts for side block `layer`.
 
         Args:
             layer: Position among the tapped layers, from 0.
-            mixed: `context` of `queries`, (B, P, D).
+            gathered: Of this layer, (B, P, D).
+            kept: What `draw_kept` gave.
 
         Returns:
             (B, P, width of the side network).
         """
-        prompts = self.prompts[layer]
-        fused = self.out(mixed + prompts) if self.wide else self.out(mixed) + prompts
-        dropped: torch.Tensor = self.dropout(fused)
-        return dropped
+        fused = self.out(gathered)
+        return self.dropout.apply_drawn(fused if self.wide else fused + self.prompts[layer], kept)
+
+    def draw_kept(self, gathered: torch.Tensor) -> torch.Tensor | None:
+        """Dropout of the prompts of one side block, for `prompts_from`."""
+        return self.dropout.draw(gathered, self.out.out_features)
 
     def forward(self, layer: int, cached: Cached) -> torch.Tensor:
         """Prompts for side block `layer` from the keys and values of that layer, (B, P, width of the side network)."""
-        return self.prompts_from(layer, context(self.queries(layer), cached))
+        gathered = self.gathered(layer, context(self.queries(layer), cached))
+        return self.prompts_from(layer, gathered, self.draw_kept(gathered))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,14 +23,23 @@ def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Seque
 
 
 def training_logits(
-    networks: Sequence[Network], batch: Batch, mean: Sequence[float], std: Sequence[float]
+    networks: Sequence[Network],
+    batch: Batch,
+    mean: Sequence[float],
+    std: Sequence[float],
+    checkpointing: bool = False,
 ) -> list[torch.Tensor]:
     """Of each network (M, B, classes): logits of each of its members by itself, which is what it learns from.
 
     All members read the cached tokens together, whichever of the networks they belong to.
     """
     members = [member for network in networks for member in network.members]
-    logits = member_logits(members, _image(batch, mean, std), batch.cached)
+    image: torch.Tensor | Callable[[], torch.Tensor] | None
+    if checkpointing and batch.image is not None:
+        image = partial(normalise, batch.image, mean, std)
+    else:
+        image = _image(batch, mean, std)
+    logits = member_logits(members, image, batch.cached, checkpointing)
     return list(logits.split([len(network.members) for network in networks]))  # type: ignore[no-untyped-call]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ from schemas.results import EpochLog
 from schemas.settings import TrainSettings
 from schemas.tasks import Task
 from stages.evaluate.metrics import macro_auc
+from stages.extract.features import in_precision
 from stages.files import storage_errors
+from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
+from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
-from stages.train.losses import plain_loss, training_loss
+from stages.train.losses import Reduction, plain_loss, training_loss
 from stages.train.models import Network
 from stages.train.outputs import probabilities
+from stages.train.parallel import gather_rows
+from stages.train.parts import join_parts, split_batch
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
 
@@ -67,6 +73,8 @@ class Recipe:
     """Of the data loader."""
     task: Task = "multiclass"
     """What the network learns to say."""
+    ranks: Ranks = ALONE
+    """Place of this process among those that train together."""
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -93,32 +101,56 @@ class Run:
         return self.state.network
 
 
-def training_step(runs: Sequence[Run], batch: Batch) -> list[torch.Tensor]:
+def training_step(runs: Sequence[Run], batch: Batch, whole: int | None = None) -> list[torch.Tensor]:
     """Forward, backward, clip, update, of every run by itself on the same batch.
+
+    Args:
+        runs: With recipes that share what must be shared.
+        batch: On any device; where it comes in parts, they are copied to the networks' device one by one.
+        whole: Rows of the batch of all processes together; None: there is one process.
 
     Returns:
         Of each run the loss of the batch before the update, a scalar; the mean over its members.
     """
-    shared = runs[0].recipe
+    shared, networks = runs[0].recipe, [run.network for run in runs]
+    count, settings = len(batch.labels), shared.settings
+    parts = split_batch(count, whole or count, settings.batch_size, settings.accumulate, shared.ranks)
+    entire = len(parts) == shared.ranks.count == 1
     for run in runs:
         run.state.optimizer.zero_grad(set_to_none=True)
-    losses = [
-        # A sum, not a mean: each member learns as it would alone.
-        torch.stack([_member_loss(own, batch.labels, run.recipe) for own in logits]).sum()
-        for run, logits in zip(
-            runs, training_logits([run.network for run in runs], batch, shared.mean, shared.std), strict=True
-        )
-    ]
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    totals = [torch.zeros((), device=shared.device) for _ in runs]
+    for part in parts:
+        part.prepare(networks)
+        with eager_unless(part.usual) if settings.compile else nullcontext():
+            losses = _add_gradients(runs, batch.rows(part.rows).to(shared.device), "mean" if entire else "sum")
+        for total, loss in zip(totals, losses, strict=True):
+            total += loss
+    if not entire:
+        join_parts(runs, totals, batch.labels, shared.ranks)
     for run in runs:
         for member in run.network.members:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
-    return [loss.detach() / len(run.network.members) for run, loss in zip(runs, losses, strict=True)]
+    return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
 
 
-def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    return training_loss(logits, labels, recipe.settings, recipe.task, recipe.class_weights)
+def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction) -> list[torch.Tensor]:
+    """Forward and backward; gives the loss of each run, summed over its members: each learns as it would alone."""
+    shared = runs[0].recipe
+    with in_precision(shared.settings.precision, shared.device):
+        found = training_logits(
+            [run.network for run in runs], batch, shared.mean, shared.std, shared.settings.checkpointing
+        )
+    losses = [
+        torch.stack([_member_loss(own.float(), batch.labels, run.recipe, reduction) for own in logits]).sum()
+        for run, logits in zip(runs, found, strict=True)
+    ]
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    return [loss.detach() for loss in losses]
+
+
+def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
+    return training_loss(logits, labels, recipe.settings, recipe.task, recipe.class_weights, reduction)
 
 
 def fit(
@@ -133,10 +165,12 @@ def fit(
         StorageError: If a checkpoint cannot be written.
     """
     shared = runs[0].recipe
-    sampler = make_sampler(shared.settings, train.labels, runs[0].network.spec.classes, order_seed)
+    settings, ranks = shared.settings, shared.ranks
+    sampler = make_sampler(settings, train.labels, runs[0].network.spec.classes, order_seed, ranks)
+    val_sampler = EpochSampler(len(val), max(ranks.count, settings.batch_size // settings.accumulate), ranks=ranks)
     # One loader for all epochs: a worker takes seconds to start.
     train_batches = batches(train, sampler, shared.workers)
-    val_batches = batches(val, EpochSampler(len(val), shared.settings.batch_size), shared.workers)
+    val_batches = batches(val, val_sampler, shared.workers)
     for epoch in range(1, shared.settings.epochs + 1):
         # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
         behind = [run for run in runs if len(run.state.epochs) < epoch]
@@ -146,8 +180,8 @@ def fit(
         sampler.epoch = epoch
         for run in behind:
             run.network.reseed(run.recipe.settings.seed, epoch)
-        train_losses = _train_epoch(behind, train_batches, epoch)
-        judged = _validate(behind, val_batches, val_labels)
+        train_losses = _train_epoch(behind, train_batches, sampler, epoch)
+        judged = _validate(behind, val_batches, val_sampler, val_labels)
         seconds = round(time.perf_counter() - start, 3)
         for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
             log = EpochLog(
@@ -160,7 +194,8 @@ def fit(
                 seconds=seconds,
             )
             _keep(run, log)
-            save_checkpoint(run.state, run.checkpoint)
+            if ranks.first:
+                save_checkpoint(run.state, run.checkpoint)
             run.on_epoch(log)
 
 
@@ -172,7 +207,7 @@ def _keep(run: Run, log: EpochLog) -> None:
     state.epochs.append(log)
 
 
-def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[float]:
+def _train_epoch(runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int) -> list[float]:
     device, steps, seen = runs[0].recipe.device, len(loader), 0
     totals = [torch.zeros((), device=device) for _ in runs]
     for run in runs:
@@ -183,9 +218,10 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
             progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
             for group in run.state.optimizer.param_groups:
                 group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-        for total, loss in zip(totals, training_step(runs, batch.to(device)), strict=True):
-            total += loss * len(batch.labels)
-        seen += len(batch.labels)
+        whole = sampler.whole(step)
+        for total, loss in zip(totals, training_step(runs, batch, whole), strict=True):
+            total += loss * whole
+        seen += whole
     means = [float(total) / seen for total in totals]
     for run, mean in zip(runs, means, strict=True):
         if not math.isfinite(mean):
@@ -199,28 +235,32 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, epoch: int) -> list[f
 
 @torch.inference_mode()
 def _validate(
-    runs: Sequence[Run], loader: BatchLoader, labels: Sequence[Target]
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[Target]
 ) -> list[tuple[float, float | None, float]]:
-    """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be."""
+    """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be.
+
+    In float32, whatever training computes in.
+    """
     shared = runs[0].recipe
+    positions = [position for batch in sampler for _, position in batch]
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
         run.network.eval()
     for batch in loader:
+        if not len(batch.labels):
+            continue
         moved = batch.to(shared.device)
-        logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
+        with eager_unless(not shared.settings.compile):
+            logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
         for part, run, own in zip(parts, runs, logits, strict=True):
             part.append(run.network.experts(own, moved.pooled).float().cpu())
-    target = torch.tensor(labels)
-    return [
-        judge_logits(
-            run.network.settle(torch.cat(part), target, run.recipe.class_weights),
-            labels,
-            run.recipe.class_weights,
-            run.recipe.task,
-        )
-        for part, run in zip(parts, runs, strict=True)
-    ]
+    target, judged = torch.tensor(labels), []
+    for part, run in zip(parts, runs, strict=True):
+        network, weights = run.network, run.recipe.class_weights
+        own = torch.cat(part) if part else torch.empty(0, network.kinds, network.spec.classes)
+        experts = gather_rows(own, positions, len(labels), shared.ranks)
+        judged.append(judge_logits(network.settle(experts, target, weights), labels, weights, run.recipe.task))
+    return judged
 
 
 def judge_logits(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn import functional as F
 
 from schemas.settings import TrainSettings
 from schemas.tasks import Task
+
+Reduction = Literal["mean", "sum"]
 
 EPSILON = 1e-6
 """In the logarithm of the kappa term: bounds it from below where a batch is all right."""
@@ -18,6 +22,7 @@ def training_loss(
     settings: TrainSettings,
     task: Task = "multiclass",
     class_weights: torch.Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """The loss of a batch, a scalar.
 
@@ -27,14 +32,24 @@ def training_loss(
         settings: `loss`, `focal_gamma`, `label_smoothing`, `kappa_weight`.
         task: What the logits mean.
         class_weights: (C,), of each class, multi-label of the images that have the label; None: all 1.
+        reduction: "sum": the mean times `loss_weight`, which parts of a batch can add up. The kappa of a part is that
+            of its rows alone.
     """
     gamma = settings.focal_gamma if settings.loss == "focal" else 0.0
     if task == "multilabel":
-        return label_loss(logits, labels, class_weights, gamma, settings.label_smoothing)
-    loss = class_loss(logits, labels, class_weights, gamma, settings.label_smoothing)
+        return label_loss(logits, labels, class_weights, gamma, settings.label_smoothing, reduction)
+    loss = class_loss(logits, labels, class_weights, gamma, settings.label_smoothing, reduction)
     if task == "ordinal" and settings.kappa_weight:
-        loss = loss + settings.kappa_weight * kappa_loss(logits, labels)
+        rows = 1.0 if reduction == "mean" else loss_weight(labels, task, class_weights)
+        loss = loss + rows * settings.kappa_weight * kappa_loss(logits, labels)
     return loss
+
+
+def loss_weight(labels: torch.Tensor, task: Task, class_weights: torch.Tensor | None) -> torch.Tensor:
+    """What the sum of a batch's losses is divided by for their mean, a scalar."""
+    if class_weights is None or task == "multilabel":
+        return torch.tensor(float(len(labels)))
+    return class_weights[labels.to(class_weights.device)].sum()
 
 
 def plain_loss(
@@ -50,6 +65,7 @@ def class_loss(
     class_weights: torch.Tensor | None = None,
     gamma: float = 0.0,
     smoothing: float = 0.0,
+    reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """Cross-entropy of one class an image, or its focal loss.
 
@@ -58,13 +74,12 @@ def class_loss(
     by w of the label, which is `cross_entropy` at gamma = 0.
     """
     if gamma == 0:
-        return F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=smoothing, reduction=reduction)
     logs = logits.log_softmax(dim=1)
     target = F.one_hot(labels, logits.shape[1]) * (1 - smoothing) + smoothing / logits.shape[1]
     terms = -target * _right(logs, gamma) * logs
-    if class_weights is None:
-        return terms.sum(dim=1).mean()
-    return (terms * class_weights).sum() / class_weights[labels].sum()
+    total = (terms if class_weights is None else terms * class_weights).sum()
+    return total if reduction == "sum" else total / loss_weight(labels, "multiclass", class_weights)
 
 
 def label_loss(
@@ -73,6 +88,7 @@ def label_loss(
     class_weights: torch.Tensor | None = None,
     gamma: float = 0.0,
     smoothing: float = 0.0,
+    reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """Binary cross-entropy of each label, or its focal loss, the mean over images and labels.
 
@@ -80,10 +96,12 @@ def label_loss(
     """
     target = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
     if gamma == 0:
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
+        losses = F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights, reduction=reduction)
+        return losses if reduction == "mean" else losses / logits.shape[1]
     yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
     found, spared = target * _right(yes, gamma) * yes, (1 - target) * _right(no, gamma) * no
-    return -((found if class_weights is None else found * class_weights) + spared).mean()
+    losses = -((found if class_weights is None else found * class_weights) + spared).mean(dim=1)
+    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def _right(logs: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from stages.train.cached import Cached
 from stages.train.fusion import context
@@ -24,8 +25,11 @@ class Member(Protocol):
     def asks(self, layer: int) -> torch.Tensor | None:
         """What it asks the cached tokens of a layer, (P, D); None: nothing."""
 
-    def advance(self, layer: int, state: Any, mixed: torch.Tensor | None) -> Any:
-        """Its state after a layer, whose tokens answered (B, P, D), the `context` of its queries."""
+    def advance(self, layer: int, state: Any, mixed: torch.Tensor | None, checkpointing: bool) -> Any:
+        """Its state after a layer, whose tokens answered (B, P, D), the `context` of its queries.
+
+        With checkpointing only what goes into the layer is kept, and the rest is computed again for the backward pass.
+        """
 
     def finish(self, state: Any) -> torch.Tensor:
         """Logits (B, classes), from the state after the last layer."""
@@ -37,26 +41,47 @@ class Member(Protocol):
     """As of any module."""
 
 
-def member_logits(members: Sequence[Member], image: torch.Tensor | None, cached: Cached | None) -> torch.Tensor:
+def member_logits(
+    members: Sequence[Member],
+    image: torch.Tensor | Callable[[], torch.Tensor] | None,
+    cached: Cached | None,
+    checkpointing: bool = False,
+) -> torch.Tensor:
     """Logits of members of the same layers and classes, each by itself.
 
     The queries of all attend to the cached tokens at once: those are read and widened once for all.
 
     Args:
         members: At least one.
-        image: (B, 3, S, S), normalised; may be None where no member looks at it.
+        image: (B, 3, S, S), normalised; for checkpointing a function that gives it, which is called again then; may be
+            None where no member looks at it.
         cached: Keys and values in the type of the store; may be None where no member asks.
+        checkpointing: Compute the layers again in the backward pass rather than keep them.
 
     Returns:
         (members, B, classes).
     """
-    states = [member.begin(image) for member in members]
+    states = _begin(members, image)
     for layer in range(members[0].depth):
         answers = _answers([member.asks(layer) for member in members], layer, cached)
         states = [
-            member.advance(layer, state, mixed) for member, state, mixed in zip(members, states, answers, strict=True)
+            member.advance(layer, state, mixed, checkpointing)
+            for member, state, mixed in zip(members, states, answers, strict=True)
         ]
     return torch.stack([member.finish(state) for member, state in zip(members, states, strict=True)])
+
+
+def _begin(members: Sequence[Member], image: torch.Tensor | Callable[[], torch.Tensor] | None) -> list[Any]:
+    if image is None or isinstance(image, torch.Tensor):
+        return [member.begin(image) for member in members]
+
+    def begin() -> list[Any]:
+        pixels = image()
+        return [member.begin(pixels) for member in members]
+
+    # The backward pass of the first layer reads the image, in floats four times as large as it was read.
+    again: list[Any] = checkpoint(begin, use_reentrant=False, preserve_rng_state=False)
+    return again
 
 
 def _answers(asked: Sequence[torch.Tensor | None], layer: int, cached: Cached | None) -> Sequence[torch.Tensor | None]:

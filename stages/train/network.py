@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from schemas.resolve import attentive_spec
 from schemas.results import SideNetworkSpec
@@ -60,10 +61,32 @@ class PromptedSideNetwork(nn.Module):
         """Queries of the prompts of a layer, (P, D); None without prompts."""
         return None if self.fusion is None else self.fusion.queries(layer)
 
-    def advance(self, layer: int, state: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
-        """Tokens after a block, with the prompts made of the answer (B, P, D) of the cached tokens."""
-        prompts = None if self.fusion is None or mixed is None else self.fusion.prompts_from(layer, mixed)
-        return self.side.block(layer, state, prompts)
+    def advance(
+        self, layer: int, state: torch.Tensor, mixed: torch.Tensor | None, checkpointing: bool = False
+    ) -> torch.Tensor:
+        """Tokens after a block, with the prompts made of the answer (B, P, D) of the cached tokens.
+
+        What the prompts gathered from the cached tokens is kept even with checkpointing: those are not read again.
+        """
+        gathered, kept = None, None
+        if self.fusion is not None and mixed is not None:
+            gathered = self.fusion.gathered(layer, mixed)
+            kept = self.fusion.draw_kept(gathered)
+        if not checkpointing:
+            return self._block(layer, state, gathered, kept)
+        again: torch.Tensor = checkpoint(
+            self._block, layer, state, gathered, kept, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
+
+    def _block(
+        self, layer: int, tokens: torch.Tensor, gathered: torch.Tensor | None, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tokens (B, N, width) through one side block: draws nothing, so that it can be computed a second time."""
+        prompts = None
+        if self.fusion is not None and gathered is not None:
+            prompts = self.fusion.prompts_from(layer, gathered, kept)
+        return self.side.block(layer, tokens, prompts)
 
     def finish(self, state: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes) from the tokens after the last block."""
@@ -86,6 +109,9 @@ class PromptedSideNetwork(nn.Module):
     def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, classes)."""
         return logits[0]
+
+    kinds = 1
+    """Experts."""
 
     def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
@@ -143,6 +169,11 @@ class Ensemble(nn.Module):
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
         """The side networks, each with its prompts, then the attentive probes."""
         return (*self.networks, *self.attentive)  # type: ignore[arg-type]
+
+    @property
+    def kinds(self) -> int:
+        """Experts: side networks, attentive probes, linear probe, as far as there are any."""
+        return len(self.shares)
 
     def forward(
         self, image: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None

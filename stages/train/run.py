@@ -18,15 +18,18 @@ from schemas.results import BundleSpec, EpochLog, ModelSpec, StoreMemory, TrainR
 from schemas.settings import Settings
 from schemas.views import train_views
 from stages.device import set_up
+from stages.ranks import ALONE, Ranks
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import save_bundle, serialise
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
+from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
+from stages.train.parallel import begin_alike
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
 from stages.train.probes import copy_fit, fit_linear_probe
 from stages.train.targets import Target, check_task, targets
@@ -46,6 +49,7 @@ def train(
     on_epoch: Callable[[EpochLog], None] | None = None,
     on_memory: Callable[[StoreMemory], None] | None = None,
     remote: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train, and write the bundle of the epoch that is kept.
 
@@ -61,6 +65,8 @@ def train(
         on_memory: Told before the first epoch whether the features are held in memory.
         remote: `store.remote` of the settings, a relative folder taken from the study's: read where the cache root
             lacks the store.
+        ranks: Place of this process among those that train together, inside `parallel.process_group`. The first one
+            writes.
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
@@ -81,6 +87,7 @@ def train(
         lambda _, log: tell(log),
         on_memory,
         remote,
+        ranks,
     )
     return result
 
@@ -96,6 +103,7 @@ def train_together(
     on_epoch: Callable[[int, EpochLog], None] | None = None,
     on_memory: Callable[[StoreMemory], None] | None = None,
     remote: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[TrainResult]:
     """Train several variants on one stream of batches: the cached tokens are read and widened once for all.
 
@@ -112,6 +120,7 @@ def train_together(
         on_epoch: Called after each epoch with the position of the variant.
         on_memory: As for `train`.
         remote: As for `train`.
+        ranks: As for `train`.
 
     Raises:
         SettingsError: If the variants cannot share their batches.
@@ -137,7 +146,7 @@ def train_together(
             weights = class_weights(settings, labels["train"], classes, device)
             probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights, manifest.task)
             tell(position, log)
-            learnable = _save(output, probe, probe.spec, classes, settings, receipt, log)
+            learnable = _save(output, probe, probe.spec, classes, settings, receipt, log, ranks)
             results.append(
                 TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
             )
@@ -145,9 +154,9 @@ def train_together(
         return results
     # What any of them reads is read for all.
     reading = max(variants, key=lambda settings: settings.train.probe_weight != 0)
-    rows = _rows(reading, manifest, store, on_memory)
+    rows = _rows(reading, manifest, store, on_memory, ranks)
     data = {split: _dataset(reading, manifest, rows, split, labels[split]) for split in SPLITS}
-    runs, specs, resumed = [], [], []
+    runs, specs, resumed, keys = [], [], [], []
     for position, settings in enumerate(variants):
         # A baseline takes the layers that were extracted, whatever "auto" means for its method.
         layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
@@ -164,21 +173,28 @@ def train_together(
             device=device,
             workers=settings.compute.loader_workers,
             task=manifest.task,
+            ranks=ranks,
         )
         state = Fit(network.to(device), make_optimizer(network, settings.train))
-        checkpoint = checkpoints / f"{run_key(settings, manifest, receipt)[:16]}.pt"
+        key = run_key(settings, manifest, receipt)
+        checkpoint = checkpoints / f"{key[:16]}.pt"
         resumed.append(len(state.epochs) if load_checkpoint(state, checkpoint) else 0)
+        keys.append(key)
+        if settings.train.compile:
+            compile_blocks([network], device)
         runs.append(Run(state, recipe, checkpoint, partial(tell, position)))
         specs.append(spec)
         for log in state.epochs:
             tell(position, log)
+    begin_alike([run.network for run in runs], list(zip(keys, resumed, strict=True)), ranks)
     fit(runs, data["train"], data["val"], labels["val"], order_seed(first))
     results = []
     for settings, output, run, spec, done in zip(variants, outputs, runs, specs, resumed, strict=True):
         best = run.state.epochs[run.state.best - 1]
         run.network.load_state_dict(run.state.best_state)
-        learnable = _save(output, run.network, spec, classes, settings, receipt, best)
-        run.checkpoint.unlink(missing_ok=True)
+        learnable = _save(output, run.network, spec, classes, settings, receipt, best, ranks)
+        if ranks.first:
+            run.checkpoint.unlink(missing_ok=True)
         results.append(TrainResult(best=best, epochs=tuple(run.state.epochs), resumed_from=done, learnable=learnable))
     store.close()
     return results
@@ -199,8 +215,11 @@ def _save(
     settings: Settings,
     receipt: ExtractionReceipt,
     best: EpochLog,
+    ranks: Ranks,
 ) -> int:
-    """Write the bundle; says how many parameters were trained."""
+    """Write the bundle, as the first process; says how many parameters were trained."""
+    if not ranks.first:
+        return learnable_parameters(network)
     weights, weights_sha256 = serialise(network)
     bundle = BundleSpec(
         classes=classes,
@@ -267,13 +286,17 @@ def _pooled(
 
 
 def _rows(
-    settings: Settings, manifest: Manifest, store: StoreReader, tell: Callable[[StoreMemory], None] | None
+    settings: Settings,
+    manifest: Manifest,
+    store: StoreReader,
+    tell: Callable[[StoreMemory], None] | None,
+    ranks: Ranks,
 ) -> Rows:
     """The store, or in memory what training reads of it."""
     views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
     ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
     names = array_names(store.layouts, settings.method, bool(settings.train.probe_weight))
-    memory = decide(store, ids, names, settings.store)
+    memory = decide(store, ids, names, settings.store, ranks.local_count)
     if tell is not None:
         tell(memory)
     return MemoryRows(store, ids, names) if memory.held else store

@@ -17,17 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.settings import TrainSettings
+from stages.ranks import ALONE, Ranks
 from stages.tasks import positives
 from stages.train.data import EpochSampler
 from stages.train.targets import Target
 
 
-def make_sampler(settings: TrainSettings, labels: Sequence[Target], classes: int, seed: int) -> EpochSampler:
+def make_sampler(
+    settings: TrainSettings, labels: Sequence[Target], classes: int, seed: int, ranks: Ranks = ALONE
+) -> EpochSampler:
     """The order of the training images, of resolved settings."""
     if settings.sampling == "natural":
-        return EpochSampler(len(labels), settings.batch_size, seed)
+        return EpochSampler(len(labels), settings.batch_size, seed, ranks)
     last = settings.epochs if settings.sampling == "decay" else None
-    return ClassSampler(strata(labels, classes), settings.batch_size, seed, settings.epochs, last)
+    return ClassSampler(strata(labels, classes), settings.batch_size, seed, settings.epochs, last, ranks)
 
 
 def strata(labels: Sequence[Target], classes: int) -> npt.NDArray[np.int64]:
@@ -44,7 +47,13 @@ class ClassSampler(EpochSampler):
     """Batches with stated shares of the classes; (seed, epoch) determine them."""
 
     def __init__(
-        self, strata: npt.NDArray[np.int64], batch_size: int, seed: int, epochs: int, natural_at: int | None = None
+        self,
+        strata: npt.NDArray[np.int64],
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        natural_at: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Sort the positions by class.
 
@@ -55,8 +64,9 @@ class ClassSampler(EpochSampler):
             epochs: Of the whole training.
             natural_at: Epoch from which shares are those of the rows, having been balanced in epoch 1; None: balanced
                 throughout.
+            ranks: Of several processes this one gets its rows of each batch.
         """
-        super().__init__(len(strata), batch_size, seed)
+        super().__init__(len(strata), batch_size, seed, ranks)
         self._members = [np.flatnonzero(strata == name) for name in np.unique(strata)]
         self._entropy, self._epochs, self._natural_at = seed, epochs, natural_at
 
@@ -76,7 +86,7 @@ class ClassSampler(EpochSampler):
         ]
         order = rng.permutation(len(draws))
         for start in range(0, len(order), self.batch_size):
-            yield [draws[number] for number in order[start : start + self.batch_size]]
+            yield [draws[number] for number in self._own(order[start : start + self.batch_size])]
 
     def _counts(self, rng: np.random.Generator) -> list[int]:
         """Systematic sampling: n draws in all, of each class its share to within one, and on average exactly."""

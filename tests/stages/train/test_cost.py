@@ -71,6 +71,36 @@ def test_training_takes_half_the_memory_of_the_published_code(
     assert report.pme_factor > 0.98
 
 
+@pytest.fixture(scope="module")
+def saving() -> dict[str, CostReport]:
+    """The same on int8 features with checkpointing."""
+    train = {"checkpointing": True}
+    return {m: cost("vit_base_patch16_384", 512, 5, train, method=m, dtype="int8") for m in ("fpt+", "fpt")}
+
+
+@pytest.mark.parametrize(("method", "bound"), [("fpt+", 57.0), ("fpt", 170.0)])
+def test_checkpointing_on_codes_halves_that_again(
+    published: dict[str, CostReport], saving: dict[str, CostReport], method: str, bound: float
+) -> None:
+    report = saving[method]
+    assert report.checkpointing
+    assert report.train_batch_mib + report.train_states_mib < report.train_tensor_mib <= bound
+    # Codes, a byte of scale per token and head, a half of offset per channel; the small images and the labels.
+    layers, side = {"fpt+": (6, 128), "fpt": (12, 224)}[method]
+    batch = 16 * (2 * layers * 12 * (205 * 64 + 205 + 2 * 64) + 3 * side**2 + 8)
+    assert report.train_batch_mib == pytest.approx(batch / MIB)
+    assert report.train_states_mib == pytest.approx(4 * 4 * report.learnable / MIB)
+    assert published[method].train_states_mib == report.train_states_mib
+
+
+def test_a_batch_in_parts_takes_less_beside_the_batch_itself() -> None:
+    whole, parts = tiny(), cost("test_vit", 96, 3, {"accumulate": 4})
+    assert (whole.accumulate, parts.accumulate) == (1, 4)
+    assert parts.train_batch_mib == whole.train_batch_mib
+    fixed = whole.train_batch_mib + whole.train_states_mib
+    assert parts.train_tensor_mib - fixed < 0.5 * (whole.train_tensor_mib - fixed)
+
+
 def test_one_row_of_the_store(published: dict[str, CostReport]) -> None:
     # 6 layers, 12 heads, 205 tokens: keys and values of 64 halves and an index; two pooled outputs, side image, id.
     row = 6 * 12 * 205 * (2 * 64 * 2 + 2) + 2 * 768 * 4 + 3 * 144**2 + 32

@@ -176,8 +176,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (4, 0.25, "last")
-    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.25)
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.2, "last")
+    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.2)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
     assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
@@ -203,7 +203,7 @@ def test_attentive_probes_can_join_the_published_network(study: Study) -> None:
     raw = parse_settings(
         {"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, "attentive": 2}}
     )
-    assert resolve(raw, study.lpm).train.attentive_weight == 0.25
+    assert resolve(raw, study.lpm).train.attentive_weight == 0.2
 
 
 def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
@@ -257,7 +257,7 @@ def test_a_probe_without_pooled_outputs_is_refused(study: Study) -> None:
     with pytest.raises(SettingsError, match=r"features\.pooled"):
         resolve(parse_settings(raw), study.lpm)
     raw["train"] = {"side_reduction": 4, "probe_weight": 0.0}
-    assert resolve(parse_settings(raw), study.lpm).train.members == 4
+    assert resolve(parse_settings(raw), study.lpm).train.members == 5
 
 
 def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
