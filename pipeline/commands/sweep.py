@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.axes import Combination, draw, grid, parse_axes
-from pipeline.commands.compare import METRICS, show_differences
+from pipeline.commands.compare import show_differences
 from pipeline.console import say, score, show_json, show_table
+from pipeline.metric_names import metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError, TrainingError
 
@@ -158,10 +159,11 @@ def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:
         show_differences(comparisons[0])
     elif comparisons:
         first, *others = summary.differences
+        task = comparisons[0].models[0].metrics.task
         metrics = list(summary.differences[first])
         show_table(
             f"Minus {comparisons[0].models[0].name}, runs averaged: mean and standard deviation of the splits",
-            ["settings", *(METRICS[metric] for metric in metrics)],
+            ["settings", *(metric_name(metric, task) for metric in metrics)],
             [
                 [name, *(_text(summary.differences[name][metric].difference, "+") for metric in metrics)]
                 for name in (first, *others)

@@ -19,26 +19,23 @@ class Member(Protocol):
     def depth(self) -> int:
         """Tapped layers."""
 
-    def begin(self, image: torch.Tensor | None) -> Any:
+    def begin(self, image: torch.Tensor | None, /) -> Any:
         """Its state before the first layer, from (B, 3, S, S) normalised pixels, where it looks at them."""
 
-    def asks(self, layer: int) -> torch.Tensor | None:
+    def asks(self, layer: int, /) -> torch.Tensor | None:
         """What it asks the cached tokens of a layer, (P, D); None: nothing."""
 
-    def advance(self, layer: int, state: Any, mixed: torch.Tensor | None, checkpointing: bool) -> Any:
+    def advance(self, layer: int, state: Any, mixed: torch.Tensor | None, checkpointing: bool, /) -> Any:
         """Its state after a layer, whose tokens answered (B, P, D), the `context` of its queries.
 
         With checkpointing only what goes into the layer is kept, and the rest is computed again for the backward pass.
         """
 
-    def finish(self, state: Any) -> torch.Tensor:
+    def finish(self, state: Any, /) -> torch.Tensor:
         """Logits (B, classes), from the state after the last layer."""
 
     def reseed(self, *entropy: int) -> None:
         """Draw whatever is random in training from here on as these numbers determine."""
-
-    parameters: Any
-    """As of any module."""
 
 
 def member_logits(

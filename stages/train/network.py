@@ -168,7 +168,7 @@ class Ensemble(nn.Module):
     @property
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
         """The side networks, each with its prompts, then the attentive probes."""
-        return (*self.networks, *self.attentive)  # type: ignore[arg-type]
+        return (*self.networks, *self.attentive)
 
     @property
     def kinds(self) -> int:
