@@ -71,7 +71,7 @@ def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, 
         return _svg(figure, "roc")
 
 
-def draw_reliability(curve: Reliability) -> str:
+def draw_reliability(curve: Reliability, ylabel: str = "Share that is right") -> str:
     """Accuracy against confidence; the area of a dot is the number of rows in its bin."""
     with rc_context(_STYLE):
         figure, axes = _figure(4.6, 4.1)
@@ -80,7 +80,7 @@ def draw_reliability(curve: Reliability) -> str:
         axes.scatter(curve.confidence, curve.accuracy, s=20 + 160 * curve.rows / curve.rows.sum(), color=_COLOURS[0])
         for x, rows in zip(curve.confidence, curve.rows, strict=True):
             axes.annotate(f"{rows}", (x, 0.0), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-        axes.set(xlim=(-0.01, 1.03), ylim=(-0.01, 1.04), xlabel="Confidence", ylabel="Share that is right")
+        axes.set(xlim=(-0.01, 1.03), ylim=(-0.01, 1.04), xlabel="Confidence", ylabel=ylabel)
         axes.legend(loc="upper left")
         return _svg(figure, "reliability")
 

@@ -87,7 +87,9 @@ def render_report(
         roc_figure=draw_roc(roc, metrics.auc_per_class, metrics.auc, ROC_CURVES) if roc.classes else None,
         roc_alt=_roc_alt(metrics),
         roc_note=_roc_note(metrics),
-        reliability_figure=draw_reliability(calibration),
+        reliability_figure=draw_reliability(
+            calibration, "Share that has the label" if several else "Share that is right"
+        ),
         reliability_alt=_reliability_alt(calibration, "pairs of image and label" if several else "images"),
         mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
         mistakes_note=f"{len(mistakes)} of {total} wrong images, the surest first: "
@@ -97,9 +99,11 @@ def render_report(
             else "predicted class and its probability, then the label and what the model gave it."
         ),
         reliability_note=(
-            "Of each label and image, the probability against how often the label is there."
+            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
+            "pairs of image and label in each dot. Below the diagonal it is there less often than the model says."
             if several
-            else "Confidence is the highest probability of an image."
+            else "Confidence is the highest probability of an image. At the foot, the number of images in each dot. "
+            "Below the diagonal the model is surer than it should be."
         ),
         training=_training(train_dir, spec.best_epoch),
         splits=SPLITS,
@@ -154,7 +158,12 @@ def _roc_note(metrics: Metrics) -> str:
     if len(names) == 2 and metrics.task != "multilabel":
         return f"{names[1]} against {names[0]}; the figure in the legend is the AUC."
     shown = f"The {ROC_CURVES} classes with the lowest AUC. " if len(names) > ROC_CURVES else ""
-    return f"{shown}Each class against all others; figures in the legend are AUCs."
+    what = (
+        "Images with each label against those without"
+        if metrics.task == "multilabel"
+        else "Each class against all others"
+    )
+    return f"{shown}{what}; figures in the legend are AUCs."
 
 
 def _mistake(
