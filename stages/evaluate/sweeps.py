@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from schemas.results import Comparison, Metrics
 from schemas.sweeps import PairedDifference, RateFinding, RateTrial, Spread, SweptRun, SweptSettings
 
-SHOWN = ("auc", "accuracy", "balanced_accuracy", "f1", "quadratic_kappa", "brier", "calibration_error")
-"""Metrics of the test that a sweep collects, by their names in `Metrics`."""
-
 
 def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of at least one value."""
@@ -28,14 +25,15 @@ def spread_known(values: Sequence[float | None]) -> Spread | None:
 
 
 def metric_values(metrics: Metrics) -> dict[str, float]:
-    """Those that are defined."""
-    found = {name: getattr(metrics, name) for name in SHOWN}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    """Those that are one number and defined, by their names in `Metrics`."""
+    found = {name: getattr(metrics, name) for name in Metrics.model_fields}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def gather(runs: Sequence[SweptRun]) -> SweptSettings:
     """What some runs have in common."""
-    metrics = {name: spread_known([run.test.get(name) for run in runs]) for name in SHOWN}
+    names = dict.fromkeys(name for run in runs for name in run.test)
+    metrics = {name: spread_known([run.test.get(name) for run in runs]) for name in names}
     return SweptSettings(
         runs=len(runs),
         val_auc=spread_known([run.val_auc for run in runs]),

@@ -228,6 +228,7 @@ def test_a_learning_rate_is_found_without_the_test_images(root: Path, fpt: Fpt) 
     words = ["lr-find", "--from", "1e-5", "--to", "1e-2", "--count", "4", "--seeds", "2"]
     found = json.loads(fpt(*words, "--json", cwd=root)[0])
     assert [trial["lr"] for trial in found["trials"]] == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert all(len(trial["val_loss"]["values"]) == 2 for trial in found["trials"])
     smoothed = {trial["lr"]: trial["smoothed_loss"] for trial in found["trials"]}
     assert found["lr"] == min(smoothed, key=lambda lr: smoothed[lr])
     folder = root / "outputs/lr-find"

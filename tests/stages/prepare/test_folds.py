@@ -87,7 +87,10 @@ def test_folds_are_equal_and_stratified() -> None:
             ("common", "train"): 72,
         }
     assert drawn == draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=0)
-    assert drawn != draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=1)
+    (first, *_), (other, *_) = drawn, draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.25, seed=1)
+    assert list(first.of("test")) != list(other.of("test"))
+    same_test = draw_folds(by_patient({"rare": 10, "common": 40}), 5, 0.5, seed=0)[0]
+    assert list(first.of("test")) == list(same_test.of("test")), "the folds do not depend on the validation share"
     validated = {row.path for fold in drawn for row in fold.of("val")}
     assert len(validated) > 60, "each fold draws its own validation images"
 
