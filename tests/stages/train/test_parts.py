@@ -18,6 +18,7 @@ from stages.ranks import Ranks
 from stages.train.cached import Cached
 from stages.train.compiling import compile_blocks
 from stages.train.data import Batch
+from stages.train.fusion import context
 from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network
 from stages.train.network import build_network
@@ -180,6 +181,19 @@ def test_bfloat16_gradients_are_near_those_of_float32(method: str) -> None:
     expected, found = (torch.cat([g.flatten() for g in gradients(run.network).values()]) for run in (plain, half))
     assert found.dtype == torch.float32
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_attention_to_codes_takes_part_in_bfloat16_with_exact_scales() -> None:
+    g = torch.Generator().manual_seed(0)
+    codes = [torch.randint(-127, 128, (5, 2, 7, 16), generator=g).to(torch.int8) for _ in range(2)]
+    scale = torch.randint(100, 110, (5, 2, 2, 7), generator=g).to(torch.uint8)
+    cached = Cached(*codes, scale, torch.zeros(5, 2, 2, 16, dtype=torch.float16))
+    query = 0.01 * torch.randn(4, 32, generator=g)
+    expected = context(query, cached)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = context(query, cached)
+    assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    assert 0 < float((found.float() - expected).norm() / expected.norm()) < 0.008
 
 
 @pytest.mark.slow
