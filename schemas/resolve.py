@@ -34,14 +34,14 @@ class Preset:
     """Attentive probes."""
     probe_weight: float = 0.0
     """Of the linear probe."""
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "late", "last"] = "best"
     """Which epoch."""
 
 
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.2, keep="last"),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.2, keep="late"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),

@@ -224,8 +224,9 @@ class TrainSettings(Contract):
     """Share of the attentive probes in the averaged log-probabilities; auto: 0.2 where there are any."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.2."""
-    keep: Literal["auto", "best", "last"] = "auto"
-    """Epoch whose weights are kept: the best by validation AUC, or the last; auto: best, for fpt-x last."""
+    keep: Literal["auto", "best", "late", "last"] = "auto"
+    """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
+    best, for fpt-x late."""
     class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class). With multilabel the weight of an image that
     has the label; balanced: images without it / images with it."""

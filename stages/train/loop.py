@@ -193,15 +193,18 @@ def fit(
                 lr=run.state.optimizer.param_groups[0]["lr"],
                 seconds=seconds,
             )
-            _keep(run, log)
+            keep_epoch(run, log)
             if ranks.first:
                 save_checkpoint(run.state, run.checkpoint)
             run.on_epoch(log)
 
 
-def _keep(run: Run, log: EpochLog) -> None:
-    state = run.state
-    if run.recipe.settings.keep == "last" or state.best == 0 or _merit(log) > _merit(state.epochs[state.best - 1]):
+def keep_epoch(run: Run, log: EpochLog) -> None:
+    """Add an epoch to those of a run, and keep its weights if `train.keep` wants them."""
+    state, settings = run.state, run.recipe.settings
+    # Half trained, a network can be lucky on few validation images; once it is settled, earlier luck does not count.
+    settled = settings.keep == "late" and state.best <= settings.epochs // 2 < log.epoch
+    if settings.keep == "last" or state.best == 0 or settled or _merit(log) > _merit(state.epochs[state.best - 1]):
         state.best = log.epoch
         state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
     state.epochs.append(log)

@@ -12,7 +12,7 @@ from study import Study, make_study
 from schemas.errors import SettingsError
 from schemas.parse import parse_settings
 from schemas.resolve import attentive_spec, network_spec, resolve
-from schemas.results import SideNetworkSpec, TrainResult
+from schemas.results import EpochLog, SideNetworkSpec, TrainResult
 from stages.evaluate.run import evaluate
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.lpm import load_lpm
@@ -24,7 +24,7 @@ from stages.train.cached import Cached
 from stages.train.calibration import sharpness
 from stages.train.data import Batch
 from stages.train.infer import feature_logits, store_logits
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Fit, Recipe, Run, keep_epoch, make_optimizer, training_step
 from stages.train.members import member_logits
 from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
@@ -176,7 +176,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.2, "last")
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.2, "late")
     assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.2)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
@@ -208,7 +208,8 @@ def test_attentive_probes_can_join_the_published_network(study: Study) -> None:
 
 def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     result = run(study, "model")
-    assert result.best == result.epochs[-1]
+    late = result.epochs[1:]
+    assert result.best == max(late, key=lambda log: (log.val_auc, -log.val_loss))
     bundle = load_bundle(study.root / "model")
     assert bundle.spec.network == network_spec(study.settings, study.lpm, 3)
     assert isinstance(bundle.network, Ensemble)
@@ -239,6 +240,22 @@ def test_workers_read_the_pooled_outputs_too(study: Study) -> None:
     finally:
         study.settings = settings
     assert [log.val_loss for log in again.epochs] == [log.val_loss for log in calm.epochs]
+
+
+def logged(epoch: int, auc: float) -> EpochLog:
+    return EpochLog(epoch=epoch, train_loss=1.0, val_loss=1.0, val_auc=auc, val_accuracy=0.5, lr=0.1, seconds=1.0)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", 1), ("late", 3), ("last", 4)])
+def test_which_epoch_is_kept(keep: str, kept: int) -> None:
+    network = build_network(tiny(1, 0.0))
+    setting = recipe(keep=keep, epochs=4)
+    run = as_run(network, make_optimizer(network, setting.settings), setting)
+    for epoch, auc in enumerate((0.9, 0.6, 0.8, 0.7), start=1):
+        torch.nn.init.constant_(network.side.head.bias, epoch)  # type: ignore[union-attr, arg-type]
+        keep_epoch(run, logged(epoch, auc))
+    assert run.state.best == kept
+    assert run.state.best_state["side.head.bias"].tolist() == [kept] * 3
 
 
 def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
