@@ -73,9 +73,7 @@ class Cached:
             if self.scale is None or self.offset is None:
                 yield tokens
                 continue
-            # A code is an exponent: in a small type it would be several per cent off.
-            exact = torch.promote_types(kind, torch.float32)
-            scales = scale_of(self.scale[part], exact).to(kind).unsqueeze(-2)
+            scales = scale_of(self.scale[part], kind).unsqueeze(-2)
             pair, offset = (scales[:, 0], scales[:, 1]), self.offset[part, 1].to(kind).unsqueeze(-2)
             if self.keys.dtype == torch.int8:
                 yield replace(tokens, per_token=pair, offset=offset)
