@@ -119,7 +119,7 @@ class FeatureSettings(Contract):
     pooled: bool = True
     """Also keep the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward pass
     ends with the last tapped keys and values."""
-    precision: Literal["auto"] | Precision = "float32"
+    precision: Literal["auto"] | Precision = "auto"
     """Type in which the LPM computes; auto: the fastest where the store is begun, by a short measurement."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""

@@ -98,7 +98,8 @@ def extract(
     copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
     views = f" ({rows} rows with their views)" if rows > receipt.images else ""
     outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
-    say(f"{receipt.images} images{views}: {outcome}. Store: {store}")
+    kind = f" The LPM computes in {receipt.spec.precision}." if receipt.spec.precision != "float32" else ""
+    say(f"{receipt.images} images{views}: {outcome}.{kind} Store: {store}")
     say_next("fpt train")
 
 

@@ -20,6 +20,8 @@ from stages.store.inventory import find_stores
 GAIN = 1.3
 """A narrower type has to be this much faster: below it, exact features are worth more than the time."""
 ROUNDS = 3
+WORTHWHILE = 1e9
+"""Floating-point operations of a block below which nothing is measured: a small LPM takes no time in any type."""
 TRIED: dict[str, tuple[Precision, ...]] = {
     # float16 on a CPU is emulated, and ten times slower than float32 where that was measured.
     "cpu": ("float32", "bfloat16"),
@@ -50,7 +52,9 @@ def stored_precision(cache_root: Path, wanted: FeatureSpec) -> Precision | None:
 
 
 def fastest_precision(lpm: LpmInfo, device: torch.device) -> Precision:
-    """Time one block's matrix products and attention in each type that suits the device."""
+    """Time one block's matrix products and attention in each type that suits the device; float32 for small LPMs."""
+    if 24 * lpm.tokens * lpm.width**2 + 4 * lpm.tokens**2 * lpm.width < WORTHWHILE:
+        return "float32"
     seconds = measure_precisions(lpm, device)
     best = min(seconds, key=lambda name: seconds[name])
     return best if seconds["float32"] >= GAIN * seconds[best] else "float32"

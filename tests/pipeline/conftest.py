@@ -33,6 +33,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(weights: Path) -> list[str]:
     """`--set` values of a study that runs in seconds."""
     return [
+        "method=fpt+",
         "lpm.name=test_vit",
         f"lpm.weights={weights}",
         "features.image_size=64",

@@ -189,6 +189,7 @@ def test_bfloat16_is_near_and_another_store(made: Study, dtype: str) -> None:
 
 def test_auto_goes_on_in_the_type_in_which_the_store_was_begun(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     lpm = made.lpm
+    monkeypatch.setattr(precision, "WORTHWHILE", 0.0)
     for fastest, other in (("bfloat16", "float32"), ("float32", "bfloat16")):
         times = {fastest: 1.0, other: 1.29 if fastest == "float32" else 1.31}
         monkeypatch.setattr(precision, "measure_precisions", lambda *_, t=times: t)
@@ -201,6 +202,13 @@ def test_auto_goes_on_in_the_type_in_which_the_store_was_begun(made: Study, monk
     made.extract()
     assert choose_precision(made.settings, lpm, made.cache) == "bfloat16"
     assert choose_precision(made.changed(features={"ratio": 0.1}), lpm, made.cache) == "float32"
+
+
+def test_a_small_lpm_is_not_measured(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: {"bfloat16": 1.0, "float32": 9.0})
+    assert fastest_precision(made.lpm, torch.device("cpu")) == "float32"
+    base = made.lpm.model_copy(update={"width": 384, "image_size": 512})
+    assert fastest_precision(base, torch.device("cpu")) == "bfloat16"
 
 
 def test_types_are_really_timed(made: Study) -> None:
