@@ -1,18 +1,18 @@
 """The settings of a study: one `params.yaml`, one tree of frozen models, no unknown key.
 
-Defaults are the published recipe of FPT+ (arXiv 2408.02426). "auto" values are resolved before anything runs and
-the resolved settings are written beside each result. Nothing here depends on the machine.
+Beside what makes FPT-X, defaults are the published recipe of FPT+ (arXiv 2408.02426). "auto" values are resolved before
+anything runs and the resolved settings are written beside each result. Nothing here depends on the machine.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Contract
+from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.tasks import SEPARATOR, Task
 
 SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
@@ -269,110 +269,6 @@ class TrainSettings(Contract):
     def _check_side(cls, value: object) -> object:
         if isinstance(value, int) and value % 16:
             raise ValueError("must be a multiple of 16, the side network's patch")
-        return value
-
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-"""Bytes of a unit."""
-
-
-class StoreSettings(Contract):
-    """How stage two reads the feature store. Never part of a fingerprint; DVC does not watch it."""
-
-    memory_budget: Annotated[int, Field(ge=0)] | str = "auto"
-    """Features of the study's images are held in memory if they take no more than this: bytes, or text such as 2GB or
-    1.5GiB; 0: never; auto: half of the memory that is free when training starts."""
-    remote: str | None = None
-    """URL or folder of a cache root, such as `fpt cache push` fills, whose store training and evaluation read in place
-    where the local cache lacks it; null: none. Relative paths start at the folder of `params.yaml`."""
-
-    @field_validator("memory_budget")
-    @classmethod
-    def _check_budget(cls, value: int | str) -> int | str:
-        if isinstance(value, str) and value != "auto" and _bytes(value) is None:
-            raise ValueError("must be auto, a number of bytes, or text such as 2GB or 1.5GiB")
-        return value
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """The budget in bytes; None: auto."""
-        return _bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
-
-
-def _bytes(text: str) -> int | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS:
-        return None
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-class ComputeSettings(Contract):
-    """How to use this machine. Never part of a fingerprint; DVC does not watch it."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else Apple's MPS, else the CPU."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """torch threads; 0: as many as the process may use."""
-    extract_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Images per forward pass of the LPM, halved where they do not fit the memory; auto: 4, on an accelerator 32."""
-    loader_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read the store in training; 0: the training process itself."""
-
-
-class SlurmSettings(Contract):
-    """What a job of SLURM asks for; one job is one worker. null: what Dask's jobqueue.yaml or the site says."""
-
-    queue: str | None = None
-    """Partition."""
-    account: str | None = None
-    """Account that pays."""
-    walltime: str | None = None
-    """Longest time of a job, such as 04:00:00; a shard that is cut off is computed again by another."""
-    cores: Annotated[int, Field(ge=1)] = 4
-    """CPU cores of a job."""
-    directives: tuple[str, ...] = ()
-    """Further #SBATCH options, such as --gres=gpu:1."""
-
-
-class ClusterSettings(Contract):
-    """Who does stage one: this process, or workers of Dask. Never part of a fingerprint; DVC does not watch it."""
-
-    kind: Literal["inline", "local", "scheduler", "cuda", "slurm"] = "inline"
-    """inline: this process; local: processes of this machine; cuda: one for each of its GPUs; slurm: jobs; scheduler:
-    the workers of a running one."""
-    workers: Annotated[int, Field(ge=1)] = 2
-    """Processes of local, jobs of slurm."""
-    threads_per_worker: Annotated[int, Field(ge=0)] = 0
-    """torch threads of a worker; 0: compute.threads, and if that is 0 too, its share of the cores."""
-    memory: Annotated[str, Field(validate_default=True)] = "auto"
-    """Memory of a worker, such as 16GiB: one that takes more is killed; auto: its share of this machine's."""
-    address: Annotated[str | None, Field(validate_default=True)] = None
-    """Address of the scheduler, such as tcp://host:8786."""
-    retries: Annotated[int, Field(ge=0)] = 3
-    """How often a shard is given away again after its worker died or failed."""
-    resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
-    """What a shard takes of a worker's resources, such as {GPU: 0.5} for two at once on a worker that offers GPU=1."""
-    wait: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait for a worker of a job, and after the last worker was lost."""
-    slurm: SlurmSettings = SlurmSettings()
-    """Jobs of slurm."""
-
-    @field_validator("memory")
-    @classmethod
-    def _check_memory(cls, value: str, info: ValidationInfo) -> str:
-        if value != "auto" and not _bytes(value):
-            raise ValueError("must be auto, or text such as 16GiB")
-        if value == "auto" and info.data.get("kind") == "slurm":
-            raise ValueError("slurm needs the memory of a job, such as 16GiB")
-        return value
-
-    @field_validator("address")
-    @classmethod
-    def _check_address(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and info.data.get("kind") == "scheduler":
-            raise ValueError("scheduler needs an address, such as tcp://host:8786")
-        if value is not None and not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d+", value):
-            raise ValueError("must be like tcp://host:8786")
         return value
 
 

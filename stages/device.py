@@ -7,7 +7,7 @@ import os
 import torch
 
 from schemas.errors import SettingsError
-from schemas.settings import ComputeSettings
+from schemas.machine import ComputeSettings
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from distributed import Client
 
 from pipeline.cluster.worker import PACKAGES, check_worker, require_versions, versions
 from schemas.errors import ClusterError, FptError
-from schemas.settings import ClusterSettings
+from schemas.machine import ClusterSettings
 
 
 def fitting_workers(client: Client, resources: Mapping[str, float]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pipeline.cluster.start import connect
 from pipeline.cluster.worker import ShardPlugin, compute_shard
 from pipeline.project import extraction_log
 from schemas.errors import ClusterError, FptError
-from schemas.settings import ClusterSettings, Settings
+from schemas.machine import ClusterSettings
+from schemas.settings import Settings
 from stages.extract.work import ShardDone, ShardTask
 from stages.files import storage_errors
 from stages.store.layout import Store

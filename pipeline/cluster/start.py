@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 
 from pipeline.console import say
 from schemas.errors import ClusterError, FptError, PlatformError
-from schemas.settings import ClusterSettings
+from schemas.machine import ClusterSettings
 
 TASKS_PER_WORKER = 2
 """Dask threads of a worker: while one shard has the LPM, the other is decoded or written."""

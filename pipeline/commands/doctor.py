@@ -78,7 +78,7 @@ def _packages() -> list[Finding]:
 
 
 def _machine(settings: Settings | None, cache: Path) -> list[Finding]:
-    from schemas.settings import ComputeSettings
+    from schemas.machine import ComputeSettings
     from stages.doctor.disk import check_file_system, check_locks, check_space, check_writable
     from stages.doctor.guard import run_check
     from stages.doctor.machine import check_device, check_threads

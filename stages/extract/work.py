@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.errors import DeviceMemoryError, ImageError
-from schemas.settings import ComputeSettings, Settings
+from schemas.machine import ComputeSettings
+from schemas.settings import Settings
 from schemas.views import ViewRow
 from stages.device import set_up
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels

@@ -18,7 +18,7 @@ from web import served
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, FptError, TransferError
 from schemas.features import ExtractionReceipt, ShardReceipt
-from schemas.settings import StoreSettings
+from schemas.machine import StoreSettings
 from stages.store.layout import Store, create_store
 from stages.store.memory import MemoryRows, decide
 from stages.store.reader import StoreReader, open_store

@@ -10,7 +10,7 @@ import pytest
 import torch
 from study import Study
 
-from schemas.settings import StoreSettings
+from schemas.machine import StoreSettings
 from stages.store.memory import MemoryRows, available_memory, decide
 from stages.store.reader import StoreReader, open_store
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
