@@ -1,9 +1,9 @@
 """What an epoch of stage two costs beside the published way, and eight runs in one pass beside one after the other.
 
-    python benchmarks/train_speed.py [--rows 96] [--repeats 5] [--dtype int8] [--folder DIR]
+    python benchmarks/train_speed.py [--rows 96] [--repeats 5] [--dtype int8] [--threads 1] [--folder DIR]
 
-Geometry: FPT+ on ViT-B at 512 pixels, batches of 16, 5 classes; random features, JPEGs of 1,024 pixels. One torch
-thread; all ways take turns within one run, medians, page cache warm. Loading a row's features, its image, augmentation
+Geometry: FPT+ on ViT-B at 512 pixels, batches of 16, 5 classes; random features, JPEGs of 1,024 pixels. All ways take
+turns within one run, medians, page cache warm. Loading a row's features, its image, augmentation
 and the training step are in it; validation is not.
 
 "published" reads one safetensors float32 file an image, decodes the original image and augments it at full size, as the
@@ -36,6 +36,7 @@ from stages.extract.features import normalise
 from stages.store.memory import MemoryRows
 from stages.store.reader import open_store
 from stages.train.data import EpochSampler, FeatureDataset, array_names, augmentation, batches
+from stages.train.lanes import ONE, Lanes, open_lanes
 from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork
 from stages.train.side_network import Attention
@@ -47,13 +48,13 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 def settings(lr: float = 5e-4) -> TrainSettings:
     """The published recipe."""
-    return resolve(parse_settings({"train": {"lr": lr}}), LPM).train
+    return resolve(parse_settings({"method": "fpt+", "train": {"lr": lr}}), LPM).train
 
 
 def network() -> PromptedSideNetwork:
     """FPT+ on ViT-B, always the same weights."""
     torch.manual_seed(0)
-    return PromptedSideNetwork(network_spec(resolve(parse_settings({}), LPM), LPM, CLASSES))
+    return PromptedSideNetwork(network_spec(resolve(parse_settings({"method": "fpt+"}), LPM), LPM, CLASSES))
 
 
 def run_of(model: PromptedSideNetwork, lr: float = 5e-4) -> Run:
@@ -63,10 +64,10 @@ def run_of(model: PromptedSideNetwork, lr: float = 5e-4) -> Run:
     return Run(Fit(model, make_optimizer(model, recipe.settings)), recipe, Path(), lambda _: None)
 
 
-def epoch(runs: list[Run], data: FeatureDataset) -> None:
+def epoch(runs: list[Run], data: FeatureDataset, lanes: Lanes = ONE) -> None:
     """One epoch of all runs on one stream."""
     for batch in batches(data, EpochSampler(len(data), BATCH, 0)):
-        training_step(runs, batch)
+        training_step(runs, batch, lanes=lanes)
 
 
 class ExplicitAttention(nn.Module):
@@ -130,14 +131,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; else the temporary folder")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        measure(Path(name), arguments)
+    torch.set_num_threads(arguments.threads)
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.folder) as name,
+        open_lanes(len(RATES), torch.device("cpu")) as lanes,
+    ):
+        measure(Path(name), arguments, lanes)
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> None:
+def measure(folder: Path, arguments: argparse.Namespace, lanes: Lanes) -> None:
     """Time everything in turns."""
     _, receipt = fill(folder / "store", make_spec(arguments.dtype), arguments.rows)
     ids = [image_id(number) for number in range(arguments.rows)]
@@ -157,7 +162,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
         "fpt+, from the disk": lambda: epoch([single], disk),
         "fpt+, held in memory": lambda: epoch([single], held),
         "eight one after the other": lambda: [epoch([run], held) for run in alone],
-        "eight in one pass": lambda: epoch(many, held),
+        "eight in one pass": lambda: epoch(many, held, lanes),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for attempt in range(arguments.repeats + 1):
@@ -168,7 +173,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
                 times[name].append(time.perf_counter() - start)
         if not attempt:
             print(f"largest difference of a weight after an epoch: {difference(alone, many):.1e}")
-    print(f"{arguments.rows} rows, {arguments.dtype}, {arguments.repeats} repeats, one thread")
+    print(f"{arguments.rows} rows, {arguments.dtype}, {arguments.repeats} repeats, torch threads: {arguments.threads}")
     for name, found in times.items():
         print(f"  {name:<28}{1e3 * statistics.median(found) / arguments.rows:8.1f} ms an image and epoch")
     for ours in ("fpt+, from the disk", "fpt+, held in memory"):

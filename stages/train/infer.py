@@ -12,8 +12,8 @@ from stages.extract.features import FeatureBatch, normalise
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
 from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches, to_size
-from stages.train.members import member_logits
-from stages.train.models import Model, Network
+from stages.train.members import Member, member_logits
+from stages.train.models import Model
 
 
 def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -23,24 +23,19 @@ def batch_logits(network: Model, batch: Batch, mean: Sequence[float], std: Seque
 
 
 def training_logits(
-    networks: Sequence[Network],
+    members: Sequence[Member],
     batch: Batch,
     mean: Sequence[float],
     std: Sequence[float],
     checkpointing: bool = False,
-) -> list[torch.Tensor]:
-    """Of each network (M, B, classes): logits of each of its members by itself, which is what it learns from.
-
-    All members read the cached tokens together, whichever of the networks they belong to.
-    """
-    members = [member for network in networks for member in network.members]
+) -> torch.Tensor:
+    """(members, B, classes): logits of each member by itself, which is what it learns from."""
     image: torch.Tensor | Callable[[], torch.Tensor] | None
     if checkpointing and batch.image is not None:
         image = partial(normalise, batch.image, mean, std)
     else:
         image = _image(batch, mean, std)
-    logits = member_logits(members, image, batch.cached, checkpointing)
-    return list(logits.split([len(network.members) for network in networks]))  # type: ignore[no-untyped-call]
+    return member_logits(members, image, batch.cached, checkpointing)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from stages.tasks import decide, hits
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
+from stages.train.lanes import ONE, Lanes, open_lanes
 from stages.train.losses import Reduction, plain_loss, training_loss
+from stages.train.members import Member
 from stages.train.models import Network
 from stages.train.outputs import probabilities
 from stages.train.parallel import gather_rows
@@ -101,13 +104,16 @@ class Run:
         return self.state.network
 
 
-def training_step(runs: Sequence[Run], batch: Batch, whole: int | None = None) -> list[torch.Tensor]:
+def training_step(
+    runs: Sequence[Run], batch: Batch, whole: int | None = None, lanes: Lanes = ONE
+) -> list[torch.Tensor]:
     """Forward, backward, clip, update, of every run by itself on the same batch.
 
     Args:
         runs: With recipes that share what must be shared.
         batch: On any device; where it comes in parts, they are copied to the networks' device one by one.
         whole: Rows of the batch of all processes together; None: there is one process.
+        lanes: Threads that the members are shared out to.
 
     Returns:
         Of each run the loss of the batch before the update, a scalar; the mean over its members.
@@ -122,31 +128,43 @@ def training_step(runs: Sequence[Run], batch: Batch, whole: int | None = None) -
     for part in parts:
         part.prepare(networks)
         with eager_unless(part.usual) if settings.compile else nullcontext():
-            losses = _add_gradients(runs, batch.rows(part.rows).to(shared.device), "mean" if entire else "sum")
+            losses = _add_gradients(runs, batch.rows(part.rows).to(shared.device), "mean" if entire else "sum", lanes)
         for total, loss in zip(totals, losses, strict=True):
             total += loss
     if not entire:
         join_parts(runs, totals, batch.labels, shared.ranks)
+    lanes.map(_update, runs)
+    return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
+
+
+def _update(runs: Sequence[Run]) -> list[None]:
+    """Clip the gradients of each member by itself, and take the step."""
     for run in runs:
         for member in run.network.members:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
-    return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
+    return [None] * len(runs)
 
 
-def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction) -> list[torch.Tensor]:
+def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, lanes: Lanes) -> list[torch.Tensor]:
     """Forward and backward; gives the loss of each run, summed over its members: each learns as it would alone."""
     shared = runs[0].recipe
-    with in_precision(shared.settings.precision, shared.device):
-        found = training_logits(
-            [run.network for run in runs], batch, shared.mean, shared.std, shared.settings.checkpointing
-        )
-    losses = [
-        torch.stack([_member_loss(own.float(), batch.labels, run.recipe, reduction) for own in logits]).sum()
-        for run, logits in zip(runs, found, strict=True)
-    ]
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-    return [loss.detach() for loss in losses]
+
+    def learn(some: Sequence[tuple[Run, Member]]) -> list[torch.Tensor]:
+        with in_precision(shared.settings.precision, shared.device):
+            logits = training_logits(
+                [member for _, member in some], batch, shared.mean, shared.std, shared.settings.checkpointing
+            )
+        losses = [
+            _member_loss(own.float(), batch.labels, run.recipe, reduction)
+            for (run, _), own in zip(some, logits, strict=True)
+        ]
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        return [loss.detach() for loss in losses]
+
+    pairs = [(run, member) for run in runs for member in run.network.members]
+    found = iter(lanes.map(learn, pairs))
+    return [torch.stack([next(found) for _ in run.network.members]).sum() for run in runs]
 
 
 def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
@@ -171,32 +189,34 @@ def fit(
     # One loader for all epochs: a worker takes seconds to start.
     train_batches = batches(train, sampler, shared.workers)
     val_batches = batches(val, val_sampler, shared.workers)
-    for epoch in range(1, shared.settings.epochs + 1):
-        # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
-        behind = [run for run in runs if len(run.state.epochs) < epoch]
-        if not behind:
-            continue
-        start = time.perf_counter()
-        sampler.epoch = epoch
-        for run in behind:
-            run.network.reseed(run.recipe.settings.seed, epoch)
-        train_losses = _train_epoch(behind, train_batches, sampler, epoch)
-        judged = _validate(behind, val_batches, val_sampler, val_labels)
-        seconds = round(time.perf_counter() - start, 3)
-        for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
-            log = EpochLog(
-                epoch=epoch,
-                train_loss=train_loss,
-                val_loss=val_loss,
-                val_auc=auc,
-                val_accuracy=accuracy,
-                lr=run.state.optimizer.param_groups[0]["lr"],
-                seconds=seconds,
-            )
-            keep_epoch(run, log)
-            if ranks.first:
-                save_checkpoint(run.state, run.checkpoint)
-            run.on_epoch(log)
+    members = sum(len(run.network.members) for run in runs)
+    with open_lanes(1 if settings.compile else members, shared.device) as lanes:
+        for epoch in range(1, shared.settings.epochs + 1):
+            # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
+            behind = [run for run in runs if len(run.state.epochs) < epoch]
+            if not behind:
+                continue
+            start = time.perf_counter()
+            sampler.epoch = epoch
+            for run in behind:
+                run.network.reseed(run.recipe.settings.seed, epoch)
+            train_losses = _train_epoch(behind, train_batches, sampler, epoch, lanes)
+            judged = _validate(behind, val_batches, val_sampler, val_labels, lanes)
+            seconds = round(time.perf_counter() - start, 3)
+            for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
+                log = EpochLog(
+                    epoch=epoch,
+                    train_loss=train_loss,
+                    val_loss=val_loss,
+                    val_auc=auc,
+                    val_accuracy=accuracy,
+                    lr=run.state.optimizer.param_groups[0]["lr"],
+                    seconds=seconds,
+                )
+                keep_epoch(run, log)
+                if ranks.first:
+                    save_checkpoint(run.state, run.checkpoint)
+                run.on_epoch(log)
 
 
 def keep_epoch(run: Run, log: EpochLog) -> None:
@@ -210,7 +230,9 @@ def keep_epoch(run: Run, log: EpochLog) -> None:
     state.epochs.append(log)
 
 
-def _train_epoch(runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int) -> list[float]:
+def _train_epoch(
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int, lanes: Lanes
+) -> list[float]:
     device, steps, seen = runs[0].recipe.device, len(loader), 0
     totals = [torch.zeros((), device=device) for _ in runs]
     for run in runs:
@@ -222,7 +244,7 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler
             for group in run.state.optimizer.param_groups:
                 group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
         whole = sampler.whole(step)
-        for total, loss in zip(totals, training_step(runs, batch, whole), strict=True):
+        for total, loss in zip(totals, training_step(runs, batch, whole, lanes), strict=True):
             total += loss * whole
         seen += whole
     means = [float(total) / seen for total in totals]
@@ -238,7 +260,7 @@ def _train_epoch(runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler
 
 @torch.inference_mode()
 def _validate(
-    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[Target]
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[Target], lanes: Lanes
 ) -> list[tuple[float, float | None, float]]:
     """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be.
 
@@ -246,6 +268,7 @@ def _validate(
     """
     shared = runs[0].recipe
     positions = [position for batch in sampler for _, position in batch]
+    members = [member for run in runs for member in run.network.members]
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
         run.network.eval()
@@ -254,8 +277,9 @@ def _validate(
             continue
         moved = batch.to(shared.device)
         with eager_unless(not shared.settings.compile):
-            logits = training_logits([run.network for run in runs], moved, shared.mean, shared.std)
-        for part, run, own in zip(parts, runs, logits, strict=True):
+            logits = iter(lanes.map(partial(_look, moved, shared), members))
+        for part, run in zip(parts, runs, strict=True):
+            own = torch.stack([next(logits) for _ in run.network.members])
             part.append(run.network.experts(own, moved.pooled).float().cpu())
     target, judged = torch.tensor(labels), []
     for part, run in zip(parts, runs, strict=True):
@@ -264,6 +288,12 @@ def _validate(
         experts = gather_rows(own, positions, len(labels), shared.ranks)
         judged.append(judge_logits(network.settle(experts, target, weights), labels, weights, run.recipe.task))
     return judged
+
+
+@torch.inference_mode()
+def _look(batch: Batch, shared: Recipe, members: Sequence[Member]) -> Sequence[torch.Tensor]:
+    """Logits (B, classes) of each; decorated for itself, since each thread has a mode of its own."""
+    return training_logits(members, batch, shared.mean, shared.std).unbind(0)
 
 
 def judge_logits(
