@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -51,20 +50,19 @@ ONE = Lanes()
 
 @contextmanager
 def open_lanes(members: int, device: torch.device) -> Iterator[Lanes]:
-    """As many lanes as there are torch threads and members; each gets its share of the threads. One on accelerators."""
+    """As many lanes as there are torch threads and members, one on accelerators.
+
+    Inside, torch has an equal share of its threads in every lane, and in the calling thread.
+    """
     threads = torch.get_num_threads()
     count = min(threads, members) if device.type == "cpu" else 1
     if count == 1:
         yield ONE
         return
-    with ThreadPoolExecutor(count, thread_name_prefix="lane") as pool:
-        # Each thread has a number of its own, which it has to set itself; later ones begin with what was set last.
-        together = Barrier(count)
-
-        def begin(share: int) -> None:
-            torch.set_num_threads(share)
-            together.wait()
-
-        list(pool.map(begin, [threads // count + (lane < threads % count) for lane in range(count)]))
+    # Before the lanes start: where torch keeps a number for each thread, a new one begins with what was set last.
+    torch.set_num_threads(threads // count)
+    try:
+        with ThreadPoolExecutor(count, thread_name_prefix="lane") as pool:
+            yield Lanes(pool, count)
+    finally:
         torch.set_num_threads(threads)
-        yield Lanes(pool, count)
