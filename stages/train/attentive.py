@@ -13,21 +13,19 @@ deviation 1 before the linear head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from schemas.results import AttentiveSpec
 from stages.train.cached import Cached
-from stages.train.members import member_logits
+from stages.train.members import SingleExpert, member_logits
 
 QUERY_STD = 0.02
 """Of the queries at the start: attention begins nearly uniform, and different from query to query."""
 
 
-class AttentiveProbe(nn.Module):
+class AttentiveProbe(SingleExpert):
     """Logits from cached keys and values alone."""
 
     def __init__(self, spec: AttentiveSpec) -> None:
@@ -39,11 +37,6 @@ class AttentiveProbe(nn.Module):
         # A head that says nothing yet, as logistic regression starts: its many inputs would add up to noise.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    @property
-    def members(self) -> Sequence[AttentiveProbe]:
-        """This one."""
-        return (self,)
 
     @property
     def depth(self) -> int:
@@ -69,23 +62,6 @@ class AttentiveProbe(nn.Module):
         pooled = F.layer_norm(torch.stack(state, dim=1), (self.spec.lpm_width,))
         logits: torch.Tensor = self.head(pooled.flatten(1))
         return logits
-
-    def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(1, B, classes) of `member_logits` -> (B, classes)."""
-        return logits[0]
-
-    kinds = 1
-    """Experts."""
-
-    def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
-        return logits.transpose(0, 1)
-
-    def settle(
-        self, experts: torch.Tensor, _labels: torch.Tensor, _class_weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(n, 1, classes) of `experts` -> (n, classes): nothing to fit."""
-        return experts[:, 0]
 
     def reseed(self, *_entropy: int) -> None:
         """Nothing here draws while it is trained."""

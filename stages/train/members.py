@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.train.cached import Cached
@@ -36,6 +37,32 @@ class Member(Protocol):
 
     def reseed(self, *entropy: int) -> None:
         """Draw whatever is random in training from here on as these numbers determine."""
+
+
+class SingleExpert(nn.Module):
+    """A network of one member: nothing to average, nothing to fit on validation images."""
+
+    kinds = 1
+    """Experts."""
+
+    @property
+    def members(self) -> tuple[Self]:
+        """This one."""
+        return (self,)
+
+    def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, classes)."""
+        return logits[0]
+
+    def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
+        return logits.transpose(0, 1)
+
+    def settle(
+        self, experts: torch.Tensor, _labels: torch.Tensor, _class_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n, 1, classes) of `experts` -> (n, classes)."""
+        return experts[:, 0]
 
 
 def member_logits(

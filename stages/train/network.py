@@ -24,12 +24,12 @@ from stages.train.attentive import AttentiveProbe
 from stages.train.cached import Cached
 from stages.train.calibration import sharpness
 from stages.train.fusion import Fusion
-from stages.train.members import member_logits
+from stages.train.members import SingleExpert, member_logits
 from stages.train.outputs import log_pool_terms
 from stages.train.side_network import SideNetwork
 
 
-class PromptedSideNetwork(nn.Module):
+class PromptedSideNetwork(SingleExpert):
     """Logits from a small image and the cached keys and values of the LPM.
 
     With method "side" there are no prompts and the cached features are not used: the same side network alone.
@@ -40,11 +40,6 @@ class PromptedSideNetwork(nn.Module):
         self.spec = spec
         self.side = SideNetwork(spec)
         self.fusion = None if spec.method == "side" else Fusion(spec)
-
-    @property
-    def members(self) -> Sequence[PromptedSideNetwork]:
-        """This one."""
-        return (self,)
 
     @property
     def depth(self) -> int:
@@ -105,23 +100,6 @@ class PromptedSideNetwork(nn.Module):
             Logits (B, classes).
         """
         return self.join(member_logits(self.members, image, cached))
-
-    def join(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(1, B, classes) of `member_logits` -> (B, classes)."""
-        return logits[0]
-
-    kinds = 1
-    """Experts."""
-
-    def experts(self, logits: torch.Tensor, _pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
-        return logits.transpose(0, 1)
-
-    def settle(
-        self, experts: torch.Tensor, _labels: torch.Tensor, _class_weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(n, 1, classes) of `experts` -> (n, classes): nothing to fit."""
-        return experts[:, 0]
 
     def reseed(self, *entropy: int) -> None:
         """Draw dropout from here on as these numbers determine, whatever else draws."""

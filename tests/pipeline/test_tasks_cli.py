@@ -3,34 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from command_line import Fpt
 from task_studies import GRADES, LABELS, draw_grades, draw_labelled
 
-from pipeline import cli
-
 pytestmark = pytest.mark.timeout(600)
-
-Fpt = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def fpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fpt:
-    monkeypatch.delenv("FPT_CACHE_DIR", raising=False)
-    monkeypatch.setenv("COLUMNS", "220")
-
-    def command(*words: object, cwd: Path, code: int = 0) -> tuple[str, str]:
-        monkeypatch.chdir(cwd)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        captured = capsys.readouterr()
-        assert stopped.value.code == code, captured.err
-        return captured.out, captured.err
-
-    return command
 
 
 def make(root: Path, weights: Path, task: str) -> Path:
