@@ -32,6 +32,12 @@ def main() -> None:
     arguments = parser.parse_args()
     study, rates = arguments.study.absolute(), [float(rate) for rate in arguments.rates.split(",")]
     dvc(study, "repro", "evaluate")
+    state = ["git", "status", "--porcelain", "--", "dvc.lock"]
+    if subprocess.run(state, cwd=study, check=True, capture_output=True, text=True).stdout:
+        # The queue starts from the last commit: without the lock it knows nothing of what has run.
+        raise SystemExit(
+            "dvc.lock is not committed: git add -f dvc.lock && git commit -m 'What has run', then once more."
+        )
     before = files_of_stores(study)
     if not before:
         raise SystemExit(f"There is no feature store at {cache_root(study)}.")
