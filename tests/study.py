@@ -85,6 +85,11 @@ def make_study(root: Path, per_class: int = 8, method: str = "fpt+", **sections:
         "train": {"side_image_size": 32, "epochs": 2, "batch_size": 8, "side_reduction": 4},
         "compute": {"threads": 1, "device": "cpu"},
     }
+    return study_of(root, raw, sections)
+
+
+def study_of(root: Path, raw: dict[str, Any], sections: dict[str, dict[str, Any]]) -> Study:
+    """The study of raw settings with some keys of some sections changed; prepared."""
     for name, keys in sections.items():
         raw[name] = {**raw.get(name, {}), **keys}
     settings = parse_settings(raw)

@@ -8,12 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from study import Study, save_weights
-
-from schemas.manifest import Manifest
-from schemas.parse import parse_settings
-from schemas.resolve import resolve
-from stages.extract.lpm import describe_lpm
+from study import Study, save_weights, study_of
 
 LABELS = ("bars", "bright", "stripes")
 GRADES = ("none", "mild", "strong", "severe")
@@ -70,10 +65,4 @@ def task_study(root: Path, task: str, method: str = "fpt+", **sections: dict[str
     }
     if task == "ordinal":
         raw["data"]["classes"] = GRADES
-    for name, keys in sections.items():
-        raw[name] = {**raw.get(name, {}), **keys}
-    settings = parse_settings(raw)
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
-    study = Study(root, resolve(settings, lpm), lpm, Manifest(classes=(), rows=()))
-    study.prepare()
-    return study
+    return study_of(root, raw, sections)

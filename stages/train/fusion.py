@@ -184,8 +184,3 @@ class Fusion(nn.Module):
     def draw_kept(self, gathered: torch.Tensor) -> torch.Tensor | None:
         """Dropout of the prompts of one side block, for `prompts_from`."""
         return self.dropout.draw(gathered, self.out.out_features)
-
-    def forward(self, layer: int, cached: Cached) -> torch.Tensor:
-        """Prompts for side block `layer` from the keys and values of that layer, (B, P, width of the side network)."""
-        gathered = self.gathered(layer, context(self.queries(layer), cached))
-        return self.prompts_from(layer, gathered, self.draw_kept(gathered))

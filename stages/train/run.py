@@ -31,11 +31,14 @@ from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
-from stages.train.probes import copy_fit, fit_linear_probe
+from stages.train.probes import LinearFit, copy_fit, fit_linear_probe
 from stages.train.targets import Target, check_task, targets
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
+
+Fits = dict[str | tuple[float, ...], LinearFit]
+"""Linear probes by `train.class_weights`."""
 
 
 def train(
@@ -157,6 +160,7 @@ def train_together(
     rows = _rows(reading, manifest, store, on_memory, ranks)
     data = {split: _dataset(reading, manifest, rows, split, labels[split]) for split in SPLITS}
     runs, specs, resumed, keys = [], [], [], []
+    fits: Fits = {}
     for position, settings in enumerate(variants):
         # A baseline takes the layers that were extracted, whatever "auto" means for its method.
         layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
@@ -164,7 +168,7 @@ def train_together(
         spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
         torch.manual_seed(settings.train.seed)
         network = build_learner(spec)
-        fit_probe(network, rows, manifest, labels, settings, classes)
+        fit_probe(network, rows, manifest, labels, settings, classes, fits)
         recipe = Recipe(
             settings=settings.train,
             mean=lpm.mean,
@@ -242,20 +246,36 @@ def fit_probe(
     labels: Mapping[Split, Sequence[Target]],
     settings: Settings,
     classes: Sequence[str],
+    fits: Fits,
 ) -> None:
-    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images."""
+    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images.
+
+    Runs of one pass have the same images and differ in the class weights alone: equal ones share a fit, in `fits`.
+    """
     if not isinstance(network, Ensemble) or network.probe is None:
         return
+    chosen = settings.train.class_weights
+    if chosen not in fits:
+        fits[chosen] = _fit(rows, manifest, labels, settings, classes)
+    copy_fit(fits[chosen], network.probe)
+
+
+def _fit(
+    rows: Rows,
+    manifest: Manifest,
+    labels: Mapping[Split, Sequence[Target]],
+    settings: Settings,
+    classes: Sequence[str],
+) -> LinearFit:
     found = []
     for split in SPLITS:
         ids = [row.id for row in manifest.of(split)]
         pooled = rows.read_rows(rows.locate(ids), ids, ("pooled",))["pooled"]
         found.append((pooled.reshape(len(ids), -1), labels[split]))
     weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
-    fitted = fit_linear_probe(
+    return fit_linear_probe(
         *found[0], *found[1], len(classes), class_weights=None if weights is None else weights.tolist()
     )
-    copy_fit(fitted, network.probe)
 
 
 def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:

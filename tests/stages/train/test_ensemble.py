@@ -18,6 +18,7 @@ from stages.extract.features import compute_features, to_pixels
 from stages.extract.lpm import load_lpm
 from stages.images import read_image
 from stages.store.reader import open_store
+from stages.train import run as training
 from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
@@ -28,6 +29,7 @@ from stages.train.loop import Fit, Recipe, Run, keep_epoch, make_optimizer, trai
 from stages.train.members import member_logits
 from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
+from stages.train.probes import LinearFit, fit_linear_probe
 from stages.train.run import train
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
@@ -296,3 +298,27 @@ def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert (study.root / "calm/model.safetensors").read_bytes() == (
         study.root / "killed/model.safetensors"
     ).read_bytes()
+
+
+def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
+    fits = []
+
+    def counted(*given: Any, **named: Any) -> LinearFit:
+        fits.append(fit_linear_probe(*given, **named))
+        return fits[-1]
+
+    monkeypatch.setattr(training, "fit_linear_probe", counted)
+    weighted = {"class_weights": (1.0, 2.0, 3.0)}
+    variants = [study.changed(train={"order_seed": 0, **keys}) for keys in ({}, {"lr": 1e-3}, weighted)]
+    outputs = [tmp_path / str(number) for number in range(3)]
+    training.train_together(
+        variants, study.lpm, study.manifest, study.extract(), study.cache, outputs, tmp_path / "checkpoints"
+    )
+    assert len(fits) == 2
+    for output, fit in zip(outputs, (fits[0], fits[0], fits[1]), strict=True):
+        network = load_bundle(output).network
+        assert isinstance(network, Ensemble)
+        assert network.probe is not None
+        torch.testing.assert_close(network.probe.weight, fit.weight)
+    assert not torch.equal(fits[0].weight, fits[1].weight)
