@@ -41,7 +41,7 @@ class Preset:
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.2, keep="late"),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.3, keep="late"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),
@@ -77,7 +77,7 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
         problems.append(("train.side_reduction", whole))
     pool = _pool(settings, preset, problems)
     if pool["probe_weight"] and not features.pooled:
-        problems.append(("features.pooled", "must be true: the linear probe reads the pooled outputs"))
+        problems.append(("features.pooled", "must be true: linear probes read the pooled outputs"))
     named = settings.data.classes or settings.data.label_columns
     if isinstance(train.class_weights, tuple) and named is not None:
         have, need = len(train.class_weights), len(named)

@@ -44,7 +44,7 @@ class SideNetworkSpec(Contract):
     attentive_weight: float = 0.0
     """Share of the attentive probes in the log-probabilities."""
     probe_weight: float = 0.0
-    """Share of the linear probe in the log-probabilities; 0: there is none."""
+    """Share of the linear probes in the log-probabilities; 0: there are none."""
     task: Task = "multiclass"
     """What the outputs mean."""
 
@@ -52,6 +52,11 @@ class SideNetworkSpec(Contract):
     def side_weight(self) -> float:
         """Share of the side networks in the log-probabilities."""
         return 1.0 - self.attentive_weight - self.probe_weight
+
+    @property
+    def sources(self) -> int:
+        """What linear probes are fitted to: the pooled outputs, and the statistics of keys and values of each layer."""
+        return 1 if self.method == "side" else 1 + 2 * self.layers
 
 
 class LinearSpec(Contract):

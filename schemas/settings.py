@@ -223,7 +223,8 @@ class TrainSettings(Contract):
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Share of the attentive probes in the averaged log-probabilities; auto: 0.2 where there are any."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of a linear probe of the LPM's pooled outputs in the averaged log-probabilities; auto: 0, for fpt-x 0.2."""
+    """Share of linear probes of the LPM's pooled outputs and of the cached tokens' statistics in the averaged
+    log-probabilities; auto: 0, for fpt-x 0.3."""
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
     best, for fpt-x late."""
@@ -276,7 +277,7 @@ class Settings(Contract):
     """All settings of a study."""
 
     method: Method = "fpt-x"
-    """Preset: fpt-x (side networks of fpt+, attentive probes and a linear probe, averaged), the published fpt (MICCAI
+    """Preset: fpt-x (side networks of fpt+, attentive and linear probes, averaged), the published fpt (MICCAI
     2024) and fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+ without them),
     linear (logistic regression) and knn on the pooled outputs, attentive (queries on the tokens)."""
     data: DataSettings = DataSettings()

@@ -253,7 +253,7 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
         return (("Queries per block", str(network.queries)), *loop)
     pool = (
         f"{network.members} side networks ({network.side_weight:g}), "
-        f"{network.attentive} attentive probes ({network.attentive_weight:g}), linear probe ({network.probe_weight:g})"
+        f"{network.attentive} attentive probes ({network.attentive_weight:g}), linear probes ({network.probe_weight:g})"
     )
     return (
         *((("Averaged", pool),) if network.members > 1 or network.attentive or network.probe_weight else ()),

@@ -280,7 +280,7 @@ def _validate(
             logits = iter(lanes.map(partial(_look, moved, shared), members))
         for part, run in zip(parts, runs, strict=True):
             own = torch.stack([next(logits) for _ in run.network.members])
-            part.append(run.network.experts(own, moved.pooled).float().cpu())
+            part.append(run.network.experts(own, moved.cached, moved.pooled).float().cpu())
     target, judged = torch.tensor(labels), []
     for part, run in zip(parts, runs, strict=True):
         network, weights = run.network, run.recipe.class_weights

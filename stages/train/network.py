@@ -3,10 +3,11 @@
 FPT and FPT+ (arXiv 2403.07576, 2408.02426) are one `PromptedSideNetwork`. FPT-X is an `Ensemble`:
 
     log p = (1 - a - w) s_1 mean_m log softmax(side network m)
-          + a s_2 mean_n log softmax(attentive probe n) + w s_3 log softmax(linear probe)   up to a constant
+          + a s_2 mean_n log softmax(attentive probe n) + w s_3 log p(linear probes)   up to a constant
 
-a logarithmic opinion pool of experts, the factors s from `stages.train.calibration`. An untrained side network says
-nothing, so that it starts as the probe; each member sees the same batches but has its own initialisation and dropout.
+a logarithmic opinion pool of experts, the factors s from `stages.train.calibration`, the linear probes from
+`stages.train.evidence`. An untrained side network says nothing, so that it starts as the linear probes; each member
+sees the same batches but has its own initialisation and dropout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from schemas.results import SideNetworkSpec
 from stages.train.attentive import AttentiveProbe
 from stages.train.cached import Cached
 from stages.train.calibration import sharpness
+from stages.train.evidence import EvidenceProbe, describe
 from stages.train.fusion import Fusion
 from stages.train.members import SingleExpert, member_logits
 from stages.train.outputs import log_pool_terms
@@ -108,27 +110,8 @@ class PromptedSideNetwork(SingleExpert):
             self.fusion.dropout.generator = torch.Generator(self.fusion.prompts.device).manual_seed(seed)
 
 
-class LinearProbe(nn.Module):
-    """Logistic regression on the LPM's pooled outputs. Fitted, not trained: no gradient reaches it."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        for name, shape in {"weight": (classes, width), "bias": (classes,), "mean": (width,)}.items():
-            self.register_buffer(name, torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(width))
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(B, 2, D) -> logits (B, classes)."""
-        return (pooled.flatten(1) - self.mean) / self.scale @ self.weight.T + self.bias
-
-
 class Ensemble(nn.Module):
-    """Side networks and attentive probes that read the cached tokens together, and a linear probe."""
+    """Side networks and attentive probes that read the cached tokens together, and linear probes."""
 
     shares: torch.Tensor
     sharpness: torch.Tensor
@@ -138,7 +121,9 @@ class Ensemble(nn.Module):
         self.spec = spec
         self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
         self.attentive = nn.ModuleList(AttentiveProbe(attentive_spec(spec)) for _ in range(spec.attentive))
-        self.probe = LinearProbe(2 * spec.lpm_width, spec.classes) if spec.probe_weight else None
+        self.probe: EvidenceProbe | None = None
+        if spec.probe_weight:
+            self.probe = EvidenceProbe(spec.sources, 2 * spec.lpm_width, spec.classes, spec.task)
         shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
         self.register_buffer("shares", torch.tensor([share for share in shares if share]), persistent=False)
         self.register_buffer("sharpness", torch.ones(len(self.shares)))
@@ -161,25 +146,29 @@ class Ensemble(nn.Module):
         Args:
             image: (B, 3, S, S), normalised.
             cached: Keys and values in the type of the store; may be None without prompts.
-            pooled: (B, 2, D); may be None without a probe.
+            pooled: (B, 2, D); may be None without linear probes.
 
         Returns:
             Log-probabilities up to a constant of each image, (B, classes).
         """
-        return self.join(member_logits(self.members, image, cached), pooled)
+        return self.join(member_logits(self.members, image, cached), cached, pooled)
 
-    def join(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """(M, B, classes) of `member_logits` and (B, 2, D) -> (B, classes), the opinion pool."""
-        return self._pool(self.experts(logits, pooled))
+    def join(
+        self, logits: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(M, B, classes) of `member_logits`, and what the linear probes read -> (B, classes), the opinion pool."""
+        return self._pool(self.experts(logits, cached, pooled))
 
-    def experts(self, logits: torch.Tensor, pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """What the pool averages: (M, B, classes) of `member_logits` and (B, 2, D) -> (B, experts, classes)."""
+    def experts(
+        self, logits: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the pool averages: as for `join` -> (B, experts, classes)."""
         said = log_pool_terms(logits, self.spec.task)
         terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
         if self.probe is not None:
             if pooled is None:
-                raise ValueError("the linear probe needs the pooled outputs")
-            terms.append(log_pool_terms(self.probe(pooled), self.spec.task))
+                raise ValueError("linear probes need the pooled outputs")
+            terms.append(log_pool_terms(self.probe(describe(pooled, cached)), self.spec.task))
         return torch.stack(terms, dim=1)
 
     def settle(
@@ -215,7 +204,7 @@ def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:
 
 
 def learnable_parameters(network: nn.Module) -> int:
-    """Number of parameters that training changes, the coefficients of a linear probe included."""
+    """Number of parameters that training changes, the coefficients of linear probes included."""
     learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     probe = getattr(network, "probe", None)
     return learned if probe is None else learned + probe.weight.numel() + probe.bias.numel()

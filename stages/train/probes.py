@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from schemas.results import KnnSpec, LinearSpec
 from schemas.tasks import Task
 from stages.tasks import positives
 from stages.train.cached import Cached
-from stages.train.network import LinearProbe
 from stages.train.regression import OneVsRest, Softmax, label_log_loss, log_loss
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
@@ -76,20 +75,13 @@ def fit_linear_probe(
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    from sklearn.linear_model import LogisticRegression
-
     x, y = np.asarray(x_train, np.float64), np.asarray(y_train, np.int64)
     x_held, y_held = np.asarray(x_val, np.float64), np.asarray(y_val, np.int64)
-    _check(x, y, x_held, classes)
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    # What varies by rounding alone is constant: divided by its deviation it would be noise of size 1.
-    scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
+    check_probed(x, y, x_held, classes)
+    mean, scale = spread(x)
     x, x_held = (x - mean) / scale, (x_held - mean) / scale
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
-    models = [
-        LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=TOLERANCE)
-        for _ in range(1 if y.ndim == 1 else classes)
-    ]
+    models = [logistic_regression() for _ in range(1 if y.ndim == 1 else classes)]
     model = Softmax(models[0], weights) if y.ndim == 1 else OneVsRest(models, weights)
     best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0)), 0
     for c in STRENGTHS:
@@ -105,7 +97,27 @@ def fit_linear_probe(
     return LinearFit(parts[0], parts[1], parts[2], parts[3], c)
 
 
-def _check(x: Floats, y: npt.NDArray[np.int64], x_held: Floats, classes: int) -> None:
+def logistic_regression(tolerance: float = TOLERANCE) -> Any:
+    """One that starts where its last fit ended."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=tolerance)
+
+
+def spread(x: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation (F,) of rows (n, F); the deviation 1 where they do not vary."""
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    # What varies by rounding alone is constant: divided by its deviation it would be noise of size 1.
+    scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
+    return mean, scale
+
+
+def check_probed(x: npt.NDArray[Any], y: npt.NDArray[np.int64], x_held: npt.NDArray[Any], classes: int) -> None:
+    """Refuse rows that nothing can be fitted to.
+
+    Raises:
+        TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
+    """
     counts = positives(y, classes).sum(axis=0)
     if (counts == 0).any():
         raise TrainingError(
@@ -121,10 +133,29 @@ def _check(x: Floats, y: npt.NDArray[np.int64], x_held: Floats, classes: int) ->
         )
     if not (np.isfinite(x).all() and np.isfinite(x_held).all()):
         raise TrainingError(
-            "The pooled outputs of the LPM are not finite.",
+            "The features of the LPM are not finite.",
             "The features are damaged.",
             "Check them with `fpt cache verify`.",
         )
+
+
+class LinearProbe(nn.Module):
+    """Logistic regression on the LPM's pooled outputs. Fitted, not trained: no gradient reaches it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        for name, shape in {"weight": (classes, width), "bias": (classes,), "mean": (width,)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, 2, D) -> logits (B, classes)."""
+        return (pooled.flatten(1) - self.mean) / self.scale @ self.weight.T + self.bias
 
 
 class LinearModel(nn.Module):
@@ -205,7 +236,7 @@ def fit_knn(
     task: Task = "multiclass",
 ) -> KnnProbe:
     """A k-NN with the k of the lowest validation log-loss; arguments and errors as of `fit_linear_probe`."""
-    _check(x_train.astype(np.float64), y_train, x_val.astype(np.float64), classes)
+    check_probed(x_train, y_train, x_val, classes)
     weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
     state = {
         "rows": F.normalize(torch.from_numpy(x_train), dim=1),

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from schemas.base import digest
@@ -23,22 +24,26 @@ from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import save_bundle, serialise
+from stages.train.cached import Cached
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
+from stages.train.evidence import EvidenceFit, describe, fit_evidence
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
 from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
-from stages.train.probes import LinearFit, copy_fit, fit_linear_probe
 from stages.train.targets import Target, check_task, targets
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
 
-Fits = dict[str | tuple[float, ...], LinearFit]
+Fits = dict[str | tuple[float, ...], EvidenceFit]
 """Linear probes by `train.class_weights`."""
+
+DESCRIBED = 64
+"""Rows that are read at a time to be described."""
 
 
 def train(
@@ -248,7 +253,7 @@ def fit_probe(
     classes: Sequence[str],
     fits: Fits,
 ) -> None:
-    """Fit the linear probe of an ensemble, where it has one; its strength is chosen on the validation images.
+    """Fit the linear probes of an ensemble, where it has some.
 
     Runs of one pass have the same images and differ in the class weights alone: equal ones share a fit, in `fits`.
     """
@@ -257,7 +262,7 @@ def fit_probe(
     chosen = settings.train.class_weights
     if chosen not in fits:
         fits[chosen] = _fit(rows, manifest, labels, settings, classes)
-    copy_fit(fits[chosen], network.probe)
+    fits[chosen].copy_to(network.probe)
 
 
 def _fit(
@@ -266,16 +271,29 @@ def _fit(
     labels: Mapping[Split, Sequence[Target]],
     settings: Settings,
     classes: Sequence[str],
-) -> LinearFit:
-    found = []
-    for split in SPLITS:
-        ids = [row.id for row in manifest.of(split)]
-        pooled = rows.read_rows(rows.locate(ids), ids, ("pooled",))["pooled"]
-        found.append((pooled.reshape(len(ids), -1), labels[split]))
+) -> EvidenceFit:
+    names = [name for name in array_names(rows.layouts, settings.method, probe=True) if name != "side"]
+    train_rows, val_rows = (_described(rows, [row.id for row in manifest.of(split)], names) for split in SPLITS)
     weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
-    return fit_linear_probe(
-        *found[0], *found[1], len(classes), class_weights=None if weights is None else weights.tolist()
+    return fit_evidence(
+        train_rows,
+        labels["train"],
+        [row.group for row in manifest.of("train")],
+        val_rows,
+        labels["val"],
+        len(classes),
+        class_weights=None if weights is None else weights.tolist(),
     )
+
+
+def _described(rows: Rows, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
+    """(n, S, 2 D) of `describe`."""
+    found = []
+    for start in range(0, len(ids), DESCRIBED):
+        some = ids[start : start + DESCRIBED]
+        arrays = rows.read_rows(rows.locate(some), some, names)
+        found.append(describe(torch.from_numpy(arrays["pooled"]), Cached.of(arrays)).numpy())
+    return np.concatenate(found)
 
 
 def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) -> str:

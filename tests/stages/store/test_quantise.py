@@ -11,26 +11,17 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantised import LPM, numpy, spec
 
 from schemas.base import digest
 from schemas.errors import DataError
-from schemas.features import LATER_FIELDS, FeatureSpec, LpmInfo
+from schemas.features import LATER_FIELDS, FeatureSpec
 from schemas.settings import FeatureSettings
 from stages.store.layout import array_layouts, create_store
 from stages.store.quantise import dequantise, encode, round_mantissa
 from stages.store.writer import claim_shard, write_shard
 
-LPM = LpmInfo(
-    name="vit_base", depth=12, width=768, heads=12, patch=16, prefix_tokens=1, has_class_token=True, image_size=512,
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
-)  # fmt: skip
 DTYPES = ("float32", "float16", "int8", "int4")
-
-
-def spec(dtype: str, head_dim: int = 6, **changes: Any) -> FeatureSpec:
-    tiny = LPM.model_copy(update={"width": 2 * head_dim, "heads": 2})
-    keys = {"lpm": tiny, "weights_sha256": "0" * 64, "layers": (1, 3), "importance": "global", "kept": 9}
-    return FeatureSpec(**{**keys, "dtype": dtype, "side_image_size": 16, **changes})
 
 
 def features(seed: int, head_dim: int = 6, low: float = -6, high: float = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +37,6 @@ def features(seed: int, head_dim: int = 6, low: float = -6, high: float = 3) -> 
         return torch.randn(shape, generator=draw) * sizes + centre
 
     return part(), part()
-
-
-def numpy(arrays: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: array.numpy() for name, array in arrays.items()}
 
 
 def round_trip(keys: torch.Tensor, values: torch.Tensor, of: FeatureSpec) -> list[torch.Tensor]:

@@ -24,12 +24,12 @@ from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
 from stages.train.calibration import sharpness
 from stages.train.data import Batch
+from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
 from stages.train.infer import feature_logits, store_logits
 from stages.train.loop import Fit, Recipe, Run, keep_epoch, make_optimizer, training_step
 from stages.train.members import member_logits
 from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
-from stages.train.probes import LinearFit, fit_linear_probe
 from stages.train.run import train
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
@@ -52,6 +52,22 @@ def batch(seed: int, size: int = 5) -> Batch:
 def recipe(**keys: Any) -> Recipe:
     settings = parse_settings({"train": {"lr": 1e-2, "clip_norm": 0.05, **keys}}).train
     return Recipe(settings, (0.5,) * 3, (0.5,) * 3, None, torch.device("cpu"), 0)
+
+
+def fill(probe: EvidenceProbe) -> None:
+    for name in ("weight", "bias", "mean"):
+        getattr(probe, name).normal_()
+    probe.scale.uniform_(0.5, 2.0)
+    probe.share.copy_(torch.rand(7).softmax(0))
+
+
+def said_by(probe: EvidenceProbe, sources: torch.Tensor) -> torch.Tensor:
+    """(B, C), source by source."""
+    total = torch.zeros(len(sources), 3)
+    for source, share in enumerate(probe.share):
+        x = (sources[:, source] - probe.mean[source]) / probe.scale[source]
+        total += share * torch.nn.functional.linear(x, probe.weight[source], probe.bias[source]).softmax(-1).log()
+    return total
 
 
 def as_run(network: Any, optimizer: Any, setting: Recipe) -> Run:
@@ -103,9 +119,7 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
     network = build_network(tiny(2, 0.25, attentive=2, share=0.35))
     assert isinstance(network, Ensemble)
     assert network.probe is not None
-    for name in ("weight", "bias", "mean"):
-        getattr(network.probe, name).normal_()
-    network.probe.scale.uniform_(0.5, 2.0)
+    fill(network.probe)
     network.sharpness.copy_(torch.tensor([0.5, 0.1, 2.0]))
     for member in network.attentive:
         member.head.weight.data.normal_()  # type: ignore[operator, union-attr]
@@ -114,8 +128,7 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
     with torch.no_grad():
         found = network.eval()(own.image.float(), own.cached, own.pooled)
         parts = [member(own.image.float(), own.cached).softmax(-1).log() for member in network.members]
-        x = (own.pooled.reshape(5, 64) - network.probe.mean) / network.probe.scale
-        probe = torch.nn.functional.linear(x, network.probe.weight, network.probe.bias).softmax(-1).log()
+        probe = said_by(network.probe, describe(own.pooled, own.cached)).log_softmax(-1)
     torch.testing.assert_close(found, 0.2 * (parts[0] + parts[1]) / 2 + 0.035 * (parts[2] + parts[3]) / 2 + 0.5 * probe)
     with pytest.raises(ValueError, match="pooled"):
         network(own.image.float(), own.cached)
@@ -126,21 +139,21 @@ def test_before_training_it_ranks_as_the_probe_does() -> None:
     network = build_network(tiny(4, 0.3, attentive=2, share=0.3))
     assert isinstance(network, Ensemble)
     assert network.probe is not None
-    network.probe.weight.normal_()
+    fill(network.probe)
     own = batch(1, 12)
     assert own.pooled is not None
     with torch.no_grad():
         for member in network.networks:
             member.side.head.weight.zero_()
         found = network.eval()(own.image.float(), own.cached, own.pooled)
-        probe = network.probe(own.pooled).log_softmax(-1)
+        probe = said_by(network.probe, describe(own.pooled, own.cached)).log_softmax(-1)
     assert torch.equal(found.argsort(0), probe.argsort(0))
 
 
 def test_one_member_without_a_probe_is_the_published_network() -> None:
     assert isinstance(build_network(tiny(1, 0.0)), PromptedSideNetwork)
     one = learnable_parameters(build_network(tiny(1, 0.0)))
-    assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 3 * 2 * 32 + 3
+    assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 7 * (3 * 2 * 32 + 3)
     probe = learnable_parameters(AttentiveProbe(attentive_spec(tiny(1, 0.0))))
     assert learnable_parameters(build_network(tiny(1, 0.0, attentive=2, share=0.5))) == one + 2 * probe
 
@@ -178,7 +191,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.2, "late")
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.3, "late")
     assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.2)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
@@ -304,11 +317,11 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
     fits = []
 
-    def counted(*given: Any, **named: Any) -> LinearFit:
-        fits.append(fit_linear_probe(*given, **named))
+    def counted(*given: Any, **named: Any) -> EvidenceFit:
+        fits.append(fit_evidence(*given, **named))
         return fits[-1]
 
-    monkeypatch.setattr(training, "fit_linear_probe", counted)
+    monkeypatch.setattr(training, "fit_evidence", counted)
     weighted = {"class_weights": (1.0, 2.0, 3.0)}
     variants = [study.changed(train={"order_seed": 0, **keys}) for keys in ({}, {"lr": 1e-3}, weighted)]
     outputs = [tmp_path / str(number) for number in range(3)]

@@ -26,8 +26,9 @@ from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train import loop
 from stages.train.bundle import load_bundle
+from stages.train.cached import Cached
 from stages.train.infer import store_logits
-from stages.train.network import Ensemble, LinearProbe
+from stages.train.network import Ensemble
 from stages.train.outputs import probabilities
 from stages.train.run import train, train_together
 
@@ -146,10 +147,11 @@ def test_labels_are_pooled_by_their_odds() -> None:
         members=2, probe_weight=0.25, task="multilabel",
     )  # fmt: skip
     network = Ensemble(spec)
-    assert isinstance(network.probe, LinearProbe)
-    network.probe.bias.copy_(torch.tensor([1.0, -2.0]))
+    assert network.probe is not None
+    network.probe.bias.copy_(torch.tensor([1.0, -2.0]).expand(3, 2))
     members = torch.tensor([[[2.0, 0.0]], [[-1.0, 4.0]]])
-    p = probabilities(network.join(members, torch.zeros(1, 2, 8)), "multilabel")
+    zeros = Cached(*(torch.zeros(1, 1, 2, 3, 4) for _ in range(2)))
+    p = probabilities(network.join(members, zeros, torch.zeros(1, 2, 8)), "multilabel")
     own, probe = members.double().sigmoid(), torch.tensor([1.0, -2.0]).double().sigmoid()
     yes = own[0].sqrt() * own[1].sqrt()
     no = (1 - own[0]).sqrt() * (1 - own[1]).sqrt()

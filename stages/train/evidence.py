@@ -1,0 +1,230 @@
+"""What the LPM knows without training: linear probes of its pooled outputs and of the statistics of its cached tokens.
+
+Of each tapped layer, the mean and the standard deviation of every channel over the kept tokens, of keys and of values,
+describe an image as a texture does (Gram matrices, Gatys et al. 2015, arXiv 1505.07376; here their diagonal). Which
+layer tells most depends on the images: a logistic regression is fitted to each source by itself, and what they say is
+averaged,
+
+    log p = sum_s share_s log softmax(W_s z_s + b_s)   up to a constant,   share_s ~ exp(-PREFERENCE * loss_s)
+
+with z the standardised source and loss its log-loss on images that it did not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from schemas.tasks import Task
+from stages.tasks import positives
+from stages.train.cached import CHUNK, Cached
+from stages.train.outputs import log_pool_terms
+from stages.train.probes import PATIENCE, STRENGTHS, TOLERANCE, check_probed, logistic_regression, spread
+from stages.train.regression import OneVsRest, Softmax
+
+PREFERENCE = 20.0
+"""A source whose log-loss is 0.05 nats an image higher has a share smaller by e."""
+FOLDS = 5
+"""Parts of the training images that are held out in turn."""
+ROUGH = 1e-4
+"""Largest gradient at which the solver stops on a fold, which only judges."""
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+def describe(pooled: torch.Tensor, cached: Cached | None) -> torch.Tensor:
+    """Sources of a batch.
+
+    Args:
+        pooled: (B, 2, D).
+        cached: Keys and values of L layers, or None.
+
+    Returns:
+        (B, S, 2 D) float32 with S = 1 + 2 L: the pooled outputs, then of each layer the keys' mean and standard
+        deviation over the tokens, and the values'. S = 1 without cached tokens.
+    """
+    found = [pooled.float().flatten(1)]
+    if cached is not None:
+        for layer in range(cached.keys.shape[1]):
+            found += _moments(cached.layer(layer))
+    return torch.stack(found, dim=1)
+
+
+def _moments(cached: Cached) -> list[torch.Tensor]:
+    """Of keys and of values of one layer: mean and standard deviation over the tokens, (B, 2 D)."""
+    parts: list[list[torch.Tensor]] = [[], []]
+    for start in range(0, len(cached.keys), CHUNK):
+        for found, (mean, deviation) in zip(
+            parts, cached.rows(slice(start, start + CHUNK)).token_moments(), strict=True
+        ):
+            found.append(torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1))
+    return [torch.cat(found) for found in parts]
+
+
+class EvidenceProbe(nn.Module):
+    """Logistic regressions, one a source, averaged. Fitted, not trained: no gradient reaches it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+    share: torch.Tensor
+
+    def __init__(self, sources: int, width: int, classes: int, task: Task = "multiclass") -> None:
+        super().__init__()
+        self.task = task
+        self.register_buffer("weight", torch.zeros(sources, classes, width))
+        self.register_buffer("bias", torch.zeros(sources, classes))
+        self.register_buffer("mean", torch.zeros(sources, width))
+        self.register_buffer("scale", torch.ones(sources, width))
+        self.register_buffer("share", torch.full((sources,), 1.0 / sources))
+
+    def forward(self, sources: torch.Tensor) -> torch.Tensor:
+        """(B, S, F) of `describe` -> (B, classes) of the opinion pool."""
+        scaled = (sources - self.mean) / self.scale
+        logits = torch.einsum("bsf,scf->bsc", scaled, self.weight) + self.bias
+        return (log_pool_terms(logits, self.task) * self.share[:, None]).sum(dim=1)
+
+
+class EvidenceFit(NamedTuple):
+    """State of an `EvidenceProbe`."""
+
+    weight: torch.Tensor
+    """(S, classes, F) float32."""
+    bias: torch.Tensor
+    """(S, classes) float32."""
+    mean: torch.Tensor
+    """(S, F) float32, of the training rows."""
+    scale: torch.Tensor
+    """(S, F) float32, standard deviation of the training rows; 1 where they do not vary."""
+    share: torch.Tensor
+    """(S,) float32; they sum to 1."""
+
+    def copy_to(self, probe: EvidenceProbe) -> None:
+        """Give it to a probe."""
+        probe.load_state_dict(self._asdict())
+
+
+def fit_evidence(
+    x_train: npt.NDArray[np.float32],
+    y_train: npt.ArrayLike,
+    groups: Sequence[str],
+    x_val: npt.NDArray[np.float32],
+    y_val: npt.ArrayLike,
+    classes: int,
+    class_weights: Sequence[float] | None = None,
+) -> EvidenceFit:
+    """Logistic regression on each standardised source.
+
+    Its penalty and its share follow from the log-loss on images that it did not see: the validation images, and the
+    training images in up to five folds, whole groups each. On some dozen validation images alone, both were a matter of
+    luck. Classes of a single group leave no folds.
+
+    Args:
+        x_train: (n, S, F).
+        y_train: (n,) class indices; every class occurs. Several labels an image: (n, C) zeros and ones.
+        groups: (n,) patients: images of one stay together.
+        x_val: (m, S, F), m > 0.
+        y_val: (m,) or (m, C).
+        classes: C, at least 2.
+        class_weights: (C,) weight of each class in the losses; None: all 1.
+
+    Raises:
+        TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
+    """
+    y, y_held = np.asarray(y_train, np.int64), np.asarray(y_val, np.int64)
+    check_probed(x_train, y, x_val, classes)
+    weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
+    folds = list(_folds(y, groups, classes))
+    found = [
+        _fit_source(x_train[:, source], y, x_val[:, source], y_held, folds, weights)
+        for source in range(x_train.shape[1])
+    ]
+    losses = np.array([one.loss for one in found])
+    # Of several labels an image the loss is a mean over them: an image's is their sum.
+    losses *= 1 if y.ndim == 1 else classes
+    preferred = np.exp(-PREFERENCE * (losses - losses.min()))
+    parts = [np.stack([getattr(one, name) for one in found]) for name in ("weight", "bias", "mean", "scale")]
+    return EvidenceFit(*(torch.from_numpy(part.astype(np.float32)) for part in [*parts, preferred / preferred.sum()]))
+
+
+class _Source(NamedTuple):
+    weight: Floats
+    bias: Floats
+    mean: Floats
+    scale: Floats
+    loss: float
+
+
+def _fit_source(
+    x_train: npt.NDArray[np.float32],
+    y: Labels,
+    x_val: npt.NDArray[np.float32],
+    y_held: Labels,
+    folds: Sequence[npt.NDArray[np.bool_]],
+    weights: Floats,
+) -> _Source:
+    """One regression, with the strength of the lowest loss on what it did not see."""
+    mean, scale = spread(x_train.astype(np.float64))
+    x, x_held = (x_train - mean) / scale, (x_val - mean) / scale
+    axes = _axes(x)
+    x, x_held = x @ axes, x_held @ axes
+    everything = np.ones(len(y), bool)
+    parts = [(everything, x_held, y_held), *((~fold, x[fold], y[fold]) for fold in folds)]
+    models = [_regression(y, weights, TOLERANCE if part == 0 else ROUGH) for part in range(len(parts))]
+    best, since = (np.inf, np.zeros(0), np.zeros(0)), 0
+    for c in STRENGTHS:
+        total = 0.0
+        for model, (seen, x_part, y_part) in zip(models, parts, strict=True):
+            model.fit(x[seen], y[seen], c)
+            total += len(y_part) * model.loss(x_part, y_part)
+        loss = total / sum(len(y_part) for _, _, y_part in parts)
+        since += 1
+        if loss < best[0]:
+            best, since = (loss, *models[0].coefficients()), 0
+        elif since == PATIENCE:
+            break
+    return _Source(best[1] @ axes.T, best[2], mean, scale, best[0])
+
+
+def _axes(x: Floats) -> Floats:
+    """(F, r) orthonormal, r <= n: of fewer rows than features, what the penalised optimum is made of; else all."""
+    rows, features = x.shape
+    if rows >= features:
+        return np.eye(features)
+    _, sizes, right = np.linalg.svd(x, full_matrices=False)
+    axes: Floats = right[sizes > 1e-7 * sizes[0]].T
+    return axes
+
+
+def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVsRest:
+    if y.ndim == 1:
+        return Softmax(logistic_regression(tolerance), weights)
+    return OneVsRest([logistic_regression(tolerance) for _ in weights], weights)
+
+
+def _folds(y: Labels, groups: Sequence[str], classes: int) -> Iterator[npt.NDArray[np.bool_]]:
+    """Rows of each fold, whole groups; none whose absence leaves a class without rows, or without others."""
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+    there = positives(y, classes)
+    names = np.asarray(groups)
+    count = min(FOLDS, *(len(set(names[column > 0])) for column in there.T))
+    if count < 2:
+        return
+    # Rows of several labels have no one class to be balanced by.
+    splitter: Any = GroupKFold(count)
+    if y.ndim == 1:
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
+    for seen, held in splitter.split(there, y if y.ndim == 1 else None, names):
+        known = there[seen].sum(axis=0)
+        if known.min() > 0 and (y.ndim == 1 or known.max() < len(seen)):
+            fold = np.zeros(len(y), bool)
+            fold[held] = True
+            yield fold
