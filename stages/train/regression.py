@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.tasks import LEAST
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -35,7 +37,7 @@ class Softmax:
 
     def loss(self, x: Floats, y: Labels) -> float:
         """Weighted log-loss of other rows."""
-        return log_loss(np.asarray(self._model.predict_log_proba(x)), y, self._weights)
+        return log_loss(_log_probabilities(self._model, x), y, self._weights)
 
     def coefficients(self) -> tuple[Floats, Floats]:
         """Weight (C, F) and bias (C,)."""
@@ -59,7 +61,9 @@ class OneVsRest:
 
     def loss(self, x: Floats, y: Labels) -> float:
         """Weighted log-loss of other rows, the mean over labels."""
-        no, yes = np.stack([model.predict_log_proba(x) for model in self._models], axis=1).transpose(2, 0, 1)
+        found = np.stack([_log_probabilities(model, x) for model in self._models], axis=1)
+        # Of an impossible label that is not there, 0 times minus infinity would be no number.
+        no, yes = np.maximum(found, np.log(LEAST)).transpose(2, 0, 1)
         return label_log_loss(yes, no, y, self._weights)
 
     def coefficients(self) -> tuple[Floats, Floats]:
@@ -68,6 +72,12 @@ class OneVsRest:
             np.concatenate([model.coef_ for model in self._models]),
             np.concatenate([model.intercept_ for model in self._models]),
         )
+
+
+def _log_probabilities(model: Any, x: Floats) -> Floats:
+    """(n, classes); minus infinity is a fair verdict on weak penalties, no reason to warn."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(model.predict_log_proba(x))
 
 
 def _fit(model: Any, x: Floats, y: Labels, weights: Floats, c: float) -> None:
