@@ -106,7 +106,7 @@ def _variants(
     """Resolved settings of each combination; all have the order of images of the study."""
     from pipeline.params import load_settings
     from schemas.resolve import resolve
-    from stages.train.pooled import POOLED, READ
+    from stages.train.fitted import FITTED, READ
 
     shared = [
         f"train.order_seed={study.settings.train.order_seed}",
@@ -117,7 +117,7 @@ def _variants(
     for asked in combinations:
         combination = asked
         settings = load_settings(params, [*assignments, *combination.assignments, *shared])
-        if settings.method in POOLED:
+        if settings.method in FITTED:
             # The same fit for every seed and rate: once is enough.
             combination = combination.only(READ | {METHOD_AXIS})
             settings = load_settings(params, [*assignments, *combination.assignments, *shared])
@@ -187,13 +187,13 @@ def _passes(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> None:
     from pipeline.live import EpochLogger
     from pipeline.params import write_settings
-    from stages.train.pooled import POOLED
+    from stages.train.fitted import FITTED
     from stages.train.run import train_together
 
     with ExitStack() as stack:
         loggers = []
         for job in jobs:
-            epochs = 1 if job.settings.method in POOLED else job.settings.train.epochs
+            epochs = 1 if job.settings.method in FITTED else job.settings.train.epochs
             loggers.append(stack.enter_context(EpochLogger(job.folder / "train", epochs, title=f"{job.name}  ")))
 
         def follow(position: int, log: EpochLog) -> None:

@@ -10,7 +10,7 @@ from schemas.features import FeatureSpec, LpmInfo
 from schemas.results import AttentiveSpec, SideNetworkSpec
 from schemas.settings import Method, Precision, Settings
 
-WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"linear", "knn", "attentive"})
+WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"statistics", "linear", "knn", "attentive"})
 """Methods that read no side image."""
 
 ATTENTIVE_WEIGHT = 0.2
@@ -33,7 +33,7 @@ class Preset:
     attentive: int = 0
     """Attentive probes."""
     probe_weight: float = 0.0
-    """Of the linear probe."""
+    """Of the linear probes."""
     keep: Literal["best", "late", "last"] = "best"
     """Which epoch."""
 
@@ -43,6 +43,7 @@ PRESETS: dict[Method, Preset] = {
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
     "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.3, keep="late"),
     "side": Preset(first_layer=0.5, side_image_size=128),
+    "statistics": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),
     "knn": Preset(first_layer=0.5, side_image_size=128),
     "attentive": Preset(first_layer=0.5, side_image_size=128),
@@ -166,7 +167,7 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
     """The network of resolved settings.
 
     Raises:
-        SettingsError: If the method trains none: linear and knn are fitted to the pooled outputs.
+        SettingsError: If the method trains none: it is fitted to all rows at once.
     """
     features, train = settings.features, settings.train
     if (
@@ -178,10 +179,10 @@ def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkS
         or train.probe_weight == "auto"
     ):
         raise SettingsError("The settings are not resolved.")
-    if settings.method == "linear" or settings.method == "knn":
+    if settings.method == "statistics" or settings.method == "linear" or settings.method == "knn":
         raise SettingsError(
             f"{settings.method} has no training step: there is nothing to estimate.",
-            [("method", "is fitted to the pooled outputs of all training images at once")],
+            [("method", "is fitted to all training images at once")],
             "Choose a method that trains a network, such as --method attentive.",
         )
     if settings.method == "attentive":

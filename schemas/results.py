@@ -91,6 +91,30 @@ class KnnSpec(Contract):
     """What the outputs mean."""
 
 
+class StatisticsSpec(Contract):
+    """All that is needed to rebuild linear probes of statistics around their weights."""
+
+    method: Literal["statistics"] = "statistics"
+    """The kind of model."""
+    classes: int
+    """Outputs."""
+    layers: tuple[int, ...]
+    """Tapped blocks of the features, from 0."""
+    features: int
+    """Inputs of each source, 2 D."""
+    shares: tuple[float, ...]
+    """Of each source in the average: the pooled outputs, then of each layer keys and values."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
+
+    @property
+    def ranked(self) -> tuple[tuple[str, float], ...]:
+        """Sources by name, with their shares, the largest first."""
+        parts = (f"{part} of block {layer}" for layer in self.layers for part in ("keys", "values"))
+        named = zip(("pooled outputs", *parts), self.shares, strict=True)
+        return tuple(sorted(named, key=lambda pair: -pair[1]))
+
+
 class AttentiveSpec(Contract):
     """All that is needed to rebuild an attentive probe around its weights."""
 
@@ -110,7 +134,7 @@ class AttentiveSpec(Contract):
     """What the outputs mean."""
 
 
-ModelSpec = SideNetworkSpec | LinearSpec | KnnSpec | AttentiveSpec
+ModelSpec = SideNetworkSpec | StatisticsSpec | LinearSpec | KnnSpec | AttentiveSpec
 """Every kind of trained model; `method` tells them apart."""
 
 

@@ -16,7 +16,7 @@ from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.tasks import SEPARATOR, Task
 
 SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
-Method = Literal[SideMethod, "linear", "knn", "attentive"]
+Method = Literal[SideMethod, "statistics", "linear", "knn", "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -279,7 +279,8 @@ class Settings(Contract):
     method: Method = "fpt-x"
     """Preset: fpt-x (side networks of fpt+, attentive and linear probes, averaged), the published fpt (MICCAI
     2024) and fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+ without them),
-    linear (logistic regression) and knn on the pooled outputs, attentive (queries on the tokens)."""
+    statistics (logistic regressions on mean and deviation of the tokens, layer by layer), linear (logistic regression)
+    and knn on the pooled outputs, attentive (queries on the tokens)."""
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()

@@ -37,15 +37,15 @@ def lr_find(
     from stages.extract.receipt import read_extraction_receipt
     from stages.files import atomic_write
     from stages.manifest import read_manifest
-    from stages.train.pooled import POOLED
+    from stages.train.fitted import FITTED
 
     if not 0 < low < high:
         raise SettingsError("Learning rates cannot be tried.", [("--from, --to", "must be 0 < from < to")])
     study = open_study(params, assignments or [])
-    if study.settings.method in POOLED:
+    if study.settings.method in FITTED:
         raise SettingsError(
             f"{study.settings.method} has no learning rate.",
-            [("method", "is fitted to the pooled outputs of all training images at once")],
+            [("method", "is fitted to all training images at once")],
             "Choose a method that trains a network, such as --set method=fpt+.",
         )
     manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)

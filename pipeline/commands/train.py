@@ -41,8 +41,8 @@ def train(
     from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
     from stages.ranks import Ranks
+    from stages.train.fitted import FITTED
     from stages.train.parallel import process_group
-    from stages.train.pooled import POOLED
     from stages.train.run import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
@@ -52,7 +52,7 @@ def train(
         note_use(study, receipt)
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
-    epochs = 1 if study.settings.method in POOLED else study.settings.train.epochs
+    epochs = 1 if study.settings.method in FITTED else study.settings.train.epochs
     with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
         result = run(
             study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,

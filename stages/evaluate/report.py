@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.manifest import SPLITS, Manifest
-from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics
+from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics, StatisticsSpec
 from schemas.settings import Method
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
@@ -30,11 +30,15 @@ MISTAKES = 12
 ROC_CURVES = 8
 """One-vs-rest curves that one figure can still show."""
 
+LEAST_SHARE = 0.05
+"""Of a regression in the average, below which it is not listed."""
+
 METHODS: dict[Method, str] = {
     "fpt": "FPT",
     "fpt+": "FPT+",
     "fpt-x": "FPT-X",
     "side": "side network alone",
+    "statistics": "statistics of the tokens",
     "linear": "linear probe",
     "knn": "k nearest neighbours",
     "attentive": "attentive probe",
@@ -236,6 +240,9 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     auc = f"validation AUC {number(spec.val_auc)}"
     if isinstance(network, LinearSpec):
         return (("C of the logistic regression", f"{network.c:g}, {auc}"),)
+    if isinstance(network, StatisticsSpec):
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in network.ranked if share >= LEAST_SHARE)
+        return (("Shares of the regressions", f"{shares}, {auc}"),)
     if isinstance(network, KnnSpec):
         return (("Neighbours", f"{network.neighbours} of {network.rows:,} rows, {auc}"),)
     loop = (

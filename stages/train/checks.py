@@ -15,13 +15,14 @@ from schemas.settings import Method, Settings
 from schemas.views import manifest_rows
 from stages.store.reader import StoreReader
 from stages.store.shards import REPAIR
-from stages.train.pooled import POOLED
+from stages.train.fitted import FITTED
 from stages.train.targets import Target, balanced_weights, class_counts
 
 UNREAD: dict[Method, tuple[str, ...]] = {
     "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
     "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
     "attentive": ("layers", "pooled", "side_image_size"),
+    "statistics": ("layers", "pooled", "side_image_size"),
 }
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
@@ -62,7 +63,7 @@ def shared_fields(settings: Settings) -> dict[str, Any]:
 def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
     """Refuse features that were computed under other settings than these; the differing fields are named."""
     found = receipt.spec
-    if settings.method in POOLED and not found.pooled:
+    if settings.method in FITTED and not found.pooled:
         raise CacheMismatchError(
             f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
             {"pooled": (True, False)},

@@ -26,6 +26,7 @@ READS: dict[Method, tuple[str, ...]] = {
     "fpt+": (*CACHED, "side"),
     "fpt-x": (*CACHED, "side"),
     "side": ("side",),
+    "statistics": (*CACHED, "pooled"),
     "linear": ("pooled",),
     "knn": ("pooled",),
     "attentive": CACHED,

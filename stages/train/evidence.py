@@ -20,11 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from schemas.results import StatisticsSpec
 from schemas.tasks import Task
 from stages.tasks import positives
 from stages.train.cached import CHUNK, Cached
 from stages.train.outputs import log_pool_terms
-from stages.train.probes import PATIENCE, STRENGTHS, TOLERANCE, check_probed, logistic_regression, spread
+from stages.train.probes import PATIENCE, STRENGTHS, TOLERANCE, check_probed, logistic_regression, required, spread
 from stages.train.regression import OneVsRest, Softmax
 
 PREFERENCE = 20.0
@@ -92,6 +93,24 @@ class EvidenceProbe(nn.Module):
         return (log_pool_terms(logits, self.task) * self.share[:, None]).sum(dim=1)
 
 
+class StatisticsModel(nn.Module):
+    """The probes, and nothing else."""
+
+    def __init__(self, spec: StatisticsSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.probe = EvidenceProbe(len(spec.shares), spec.features, spec.classes, spec.task)
+
+    def forward(self, _image: torch.Tensor | None, cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
+        """Cached tokens and (B, 2, D) pooled outputs -> (B, classes) log-probabilities up to a constant."""
+        return self.judge(describe(required(pooled), cached))
+
+    def judge(self, sources: torch.Tensor) -> torch.Tensor:
+        """(B, S, 2 D) of `describe` -> (B, classes), as the whole model."""
+        logits: torch.Tensor = self.probe(sources)
+        return logits
+
+
 class EvidenceFit(NamedTuple):
     """State of an `EvidenceProbe`."""
 
@@ -109,6 +128,16 @@ class EvidenceFit(NamedTuple):
     def copy_to(self, probe: EvidenceProbe) -> None:
         """Give it to a probe."""
         probe.load_state_dict(self._asdict())
+
+
+def statistics_model(fit: EvidenceFit, layers: tuple[int, ...], task: Task = "multiclass") -> StatisticsModel:
+    """The model of a fit to features of these blocks."""
+    _, classes, features = fit.weight.shape
+    shares = tuple(fit.share.tolist())
+    spec = StatisticsSpec(classes=classes, layers=layers, features=features, shares=shares, task=task)
+    model = StatisticsModel(spec)
+    fit.copy_to(model.probe)
+    return model.eval()
 
 
 def fit_evidence(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from schemas.results import AttentiveSpec, KnnSpec, LinearSpec, ModelSpec, SideNetworkSpec
+from schemas.results import AttentiveSpec, KnnSpec, LinearSpec, ModelSpec, SideNetworkSpec, StatisticsSpec
 from stages.train.attentive import AttentiveProbe
+from stages.train.evidence import StatisticsModel
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network
 from stages.train.probes import KnnProbe, LinearModel
 
 Network = PromptedSideNetwork | Ensemble | AttentiveProbe
 """What the training loop trains: each has `members`, and `member_logits` that they learn from."""
 
-Model = Network | LinearModel | KnnProbe
+Model = Network | StatisticsModel | LinearModel | KnnProbe
 """Whatever can be judged and predicts."""
 
 
 def build_model(spec: ModelSpec) -> Model:
     """A model of this spec, its weights not yet those of anything trained."""
+    if isinstance(spec, StatisticsSpec):
+        return StatisticsModel(spec)
     if isinstance(spec, LinearSpec):
         return LinearModel(spec)
     if isinstance(spec, KnnSpec):

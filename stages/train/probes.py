@@ -168,7 +168,11 @@ class LinearModel(nn.Module):
 
     def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
         """(B, 2, D) pooled outputs -> (B, classes) logits."""
-        logits: torch.Tensor = self.probe(_required(pooled))
+        return self.judge(required(pooled))
+
+    def judge(self, sources: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 2 D) or (B, 2, D) -> (B, classes) logits."""
+        logits: torch.Tensor = self.probe(sources)
         return logits
 
 
@@ -194,7 +198,11 @@ class KnnProbe(nn.Module):
 
     def forward(self, _image: torch.Tensor | None, _cached: Cached | None, pooled: torch.Tensor | None) -> torch.Tensor:
         """(B, 2, D) pooled outputs -> (B, classes) logarithms of the shares of the votes; of labels log-odds."""
-        nearest = (F.normalize(_required(pooled).flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
+        return self.judge(required(pooled))
+
+    def judge(self, sources: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 2 D) or (B, 2, D) -> (B, classes), as the whole model."""
+        nearest = (F.normalize(sources.flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
         votes = self.spec.neighbours * torch.softmax(nearest.values / TEMPERATURE, dim=1)
         several = self.spec.task == "multilabel"
         labels = (self.labels if several else F.one_hot(self.labels, self.spec.classes)).to(votes.dtype)
@@ -207,7 +215,12 @@ class KnnProbe(nn.Module):
         return torch.log((weighted / weighted.sum(dim=1, keepdim=True)).clamp_min(1e-12))
 
 
-def _required(pooled: torch.Tensor | None) -> torch.Tensor:
+def required(pooled: torch.Tensor | None) -> torch.Tensor:
+    """Them, or an error.
+
+    Raises:
+        ValueError: If they were not read.
+    """
     if pooled is None:
         raise ValueError("this model needs the pooled outputs")
     return pooled
@@ -251,7 +264,7 @@ def fit_knn(
         return found.eval()
 
     def loss(k: int) -> float:
-        held = probe(k)(None, None, torch.from_numpy(x_val))
+        held = probe(k).judge(torch.from_numpy(x_val))
         if task == "multilabel":
             yes, no = F.logsigmoid(held.double()).numpy(), F.logsigmoid(-held.double()).numpy()
             return label_log_loss(yes, no, y_val, weights.double().numpy())

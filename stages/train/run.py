@@ -29,11 +29,11 @@ from stages.train.checks import check_features, check_rows, check_shared, check_
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
 from stages.train.evidence import EvidenceFit, describe, fit_evidence
+from stages.train.fitted import FITTED, FittedRows, chosen, fit_rows
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
-from stages.train.pooled import POOLED, PooledRows, chosen, fit_pooled
 from stages.train.targets import Target, check_task, targets
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -147,12 +147,14 @@ def train_together(
     classes = manifest.classes
     labels = {split: targets(manifest, split) for split in SPLITS}
     tell = on_epoch or (lambda _position, _log: None)
-    if first.method in POOLED:
+    if first.method in FITTED:
         results = []
-        train_rows, val_rows = (_pooled(first, manifest, store, split, labels[split]) for split in SPLITS)
+        train_rows, val_rows = (_to_fit(first, manifest, store, split, labels[split]) for split in SPLITS)
         for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
             weights = class_weights(settings, labels["train"], classes, device)
-            probe, log = fit_pooled(settings.method, train_rows, val_rows, len(classes), weights, manifest.task)
+            probe, log = fit_rows(
+                settings.method, receipt.spec.layers, train_rows, val_rows, len(classes), weights, manifest.task
+            )
             tell(position, log)
             learnable = _save(output, probe, probe.spec, classes, settings, receipt, log, ranks)
             results.append(
@@ -310,17 +312,20 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
     )
 
 
-def _pooled(
+def _to_fit(
     settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[Target]
-) -> PooledRows:
-    """Pooled outputs and labels of a split; to train on, every view of an image is a row."""
+) -> FittedRows:
+    """What models without epochs read of a split; to train on, every view of an image is a row."""
     if split == "train":
         views = [[row.id for row in rows] for rows in train_views(manifest, settings.features)]
     else:
         views = [[row.id] for row in manifest.of(split)]
-    ids = [row_id for rows in views for row_id in rows]
-    x = store.read(ids, ["pooled"])["pooled"].reshape(len(ids), -1)
-    return PooledRows(x, np.repeat(np.asarray(labels, np.int64), [len(rows) for rows in views], axis=0))
+    counts = [len(rows) for rows in views]
+    return FittedRows(
+        _described(store, [row_id for rows in views for row_id in rows], array_names(store.layouts, settings.method)),
+        np.repeat(np.asarray(labels, np.int64), counts, axis=0),
+        np.repeat([row.group for row in manifest.of(split)], counts).tolist(),
+    )
 
 
 def _rows(

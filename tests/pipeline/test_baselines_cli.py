@@ -12,7 +12,7 @@ from stages.train.bundle import load_bundle
 # The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
 pytestmark = pytest.mark.timeout(600)
 
-METHODS = ("side", "linear", "knn", "attentive")
+METHODS = ("side", "statistics", "linear", "knn", "attentive")
 
 
 def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> None:
@@ -21,7 +21,8 @@ def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> Non
         _, err = fpt("train", "--method", method, "--output", folder, cwd=study)
         follow = err[err.index("Next: fpt ") + len("Next: fpt ") :].split()
         fpt(*follow, cwd=study)
-        assert ("C = " in err, "k = " in err) == (method == "linear", method == "knn")
+        said = [part in err for part in ("C = ", "k = ", "share of ")]
+        assert said == [method == chosen for chosen in ("linear", "knn", "statistics")]
         assert f"method: {method}" in (study / folder / "model/settings.yaml").read_text()
         log = json.loads((study / folder / "train/metrics.json").read_text())
         assert log["seconds"] >= 0
@@ -52,7 +53,7 @@ def test_the_time_of_another_training_is_not_shown(study: Path, fpt: Fpt) -> Non
 
 def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> None:
     images = draw_images(tmp_path / "new", per_class=1, seed=5)
-    for method in ("linear", "knn", "attentive"):
+    for method in ("statistics", "linear", "knn", "attentive"):
         fpt("train", "--method", method, "--output", f"outputs/{method}", cwd=study)
         out, _ = fpt("predict", "--model", f"outputs/{method}/model", images, cwd=study)
         lines = out.splitlines()

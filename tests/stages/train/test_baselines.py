@@ -30,7 +30,7 @@ from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batche
 from stages.train.infer import store_logits
 from stages.train.run import train
 
-PROBES: tuple[Method, ...] = ("linear", "knn", "attentive")
+PROBES: tuple[Method, ...] = ("statistics", "linear", "knn", "attentive")
 LOOP = {"epochs": 12, "lr": 2e-3, "prompts": 4}
 
 
@@ -110,17 +110,18 @@ def test_a_baseline_uses_the_features_of_another_method(tmp_path: Path, method: 
         )  # fmt: skip
 
 
-def test_only_the_attentive_probe_minds_how_tokens_are_kept(study: Study) -> None:
+def test_only_what_reads_tokens_minds_how_they_are_kept(study: Study) -> None:
     receipt = study.extract()
     features = study.settings.features.model_copy(update={"importance": "class_token", "dtype": "int8"})
     settings = study.settings.model_copy(update={"features": features})
     for method in ("linear", "knn"):
         run(study, receipt, method, settings=settings.model_copy(update={"method": method}))
-    with pytest.raises(CacheMismatchError, match="importance"):
-        run(study, receipt, settings=settings.model_copy(update={"method": "attentive"}))
+    for method in ("attentive", "statistics"):
+        with pytest.raises(CacheMismatchError, match="importance"):
+            run(study, receipt, settings=settings.model_copy(update={"method": method}))
 
 
-@pytest.mark.parametrize("method", ["linear", "knn"])
+@pytest.mark.parametrize("method", ["statistics", "linear", "knn"])
 def test_features_without_pooled_outputs_are_refused(tmp_path: Path, method: Method) -> None:
     study = make_study(tmp_path, features={"pooled": False})
     receipt = study.extract()

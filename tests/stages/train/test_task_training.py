@@ -32,7 +32,7 @@ from stages.train.network import Ensemble
 from stages.train.outputs import probabilities
 from stages.train.run import train, train_together
 
-METHODS: tuple[Method, ...] = ("fpt+", "fpt-x", "side", "linear", "knn", "attentive")
+METHODS: tuple[Method, ...] = ("fpt+", "fpt-x", "side", "statistics", "linear", "knn", "attentive")
 
 
 def run(study: Study, receipt: ExtractionReceipt, output: str = "run", **keywords: Any) -> TrainResult:

@@ -1,0 +1,100 @@
+"""Models without epochs: fitted to all training rows at once, judged like any other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
+from schemas.settings import Method
+from schemas.tasks import Task
+from stages.train.evidence import StatisticsModel, fit_evidence, statistics_model
+from stages.train.loop import judge_logits
+from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
+
+FITTED: frozenset[Method] = frozenset({"statistics", "linear", "knn"})
+"""Methods without epochs. All read the pooled outputs."""
+
+Fitted = StatisticsModel | LinearModel | KnnProbe
+"""Their models."""
+
+READ = frozenset({"class_weights"})
+"""Fields of `train` that decide them: another seed or learning rate fits the same model again."""
+
+
+@dataclass(frozen=True)
+class FittedRows:
+    """What such a model reads of one split."""
+
+    x: npt.NDArray[np.float32]
+    """(n, S, 2 D) of `evidence.describe`; of linear and knn the pooled outputs alone, S = 1."""
+    y: npt.NDArray[np.int64]
+    """(n,) class indices; with several labels an image (n, C) zeros and ones."""
+    groups: Sequence[str]
+    """(n,) patients."""
+
+
+def fit_rows(
+    method: Method,
+    layers: tuple[int, ...],
+    train: FittedRows,
+    val: FittedRows,
+    classes: int,
+    class_weights: torch.Tensor | None,
+    task: Task = "multiclass",
+) -> tuple[Fitted, EpochLog]:
+    """Fit on the CPU, C or k chosen on the validation rows.
+
+    Args:
+        method: One of `FITTED`.
+        layers: Tapped blocks of the features.
+        train: To fit to.
+        val: To choose and judge by.
+        classes: C.
+        class_weights: (C,) weights of the losses, or None.
+        task: What the labels are.
+
+    Returns:
+        The model, and its judgement in the form of one epoch. (Each training row of a k-NN finds itself.)
+
+    Raises:
+        TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
+    """
+    start = time.perf_counter()
+    weights = None if class_weights is None else class_weights.tolist()
+    probe: Fitted
+    if method == "statistics":
+        found = fit_evidence(train.x, train.y, train.groups, val.x, val.y, classes, weights)
+        probe = statistics_model(found, layers, task)
+    elif method == "linear":
+        probe = linear_model(fit_linear_probe(train.x[:, 0], train.y, val.x[:, 0], val.y, classes, weights), task)
+    else:
+        probe = fit_knn(train.x[:, 0], train.y, val.x[:, 0], val.y, classes, weights, task)
+    with torch.inference_mode():
+        own, held = (
+            judge_logits(probe.judge(torch.from_numpy(rows.x)), rows.y.tolist(), class_weights, task)
+            for rows in (train, val)
+        )
+    log = EpochLog(
+        epoch=1,
+        train_loss=own[0],
+        val_loss=held[0],
+        val_auc=held[1],
+        val_accuracy=held[2],
+        lr=None,
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    return probe, log
+
+
+def chosen(spec: StatisticsSpec | LinearSpec | KnnSpec) -> dict[str, float]:
+    """What the validation rows chose; of statistics the largest share, and whose it is."""
+    if isinstance(spec, StatisticsSpec):
+        name, share = spec.ranked[0]
+        return {f"share of {name}": round(share, 2)}
+    return {"C": spec.c} if isinstance(spec, LinearSpec) else {"k": spec.neighbours}
