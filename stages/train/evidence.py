@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from schemas.results import StatisticsSpec
 from schemas.tasks import Task
 from stages.tasks import positives
 from stages.train.cached import CHUNK, Cached
+from stages.train.lanes import ONE, Lanes
 from stages.train.outputs import log_pool_terms
 from stages.train.probes import PATIENCE, STRENGTHS, TOLERANCE, check_probed, logistic_regression, required, spread
 from stages.train.regression import OneVsRest, Softmax
@@ -148,6 +150,7 @@ def fit_evidence(
     y_val: npt.ArrayLike,
     classes: int,
     class_weights: Sequence[float] | None = None,
+    lanes: Lanes = ONE,
 ) -> EvidenceFit:
     """Logistic regression on each standardised source.
 
@@ -163,6 +166,7 @@ def fit_evidence(
         y_val: (m,) or (m, C).
         classes: C, at least 2.
         class_weights: (C,) weight of each class in the losses; None: all 1.
+        lanes: Threads that the sources are shared out to.
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
@@ -171,10 +175,13 @@ def fit_evidence(
     check_probed(x_train, y, x_val, classes)
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
     folds = list(_folds(y, groups, classes))
-    found = [
-        _fit_source(x_train[:, source], y, x_val[:, source], y_held, folds, weights)
-        for source in range(x_train.shape[1])
-    ]
+
+    def fit(sources: Sequence[int]) -> list[_Source]:
+        return [_fit_source(x_train[:, one], y, x_val[:, one], y_held, folds, weights) for one in sources]
+
+    # Products of a few hundred rows are too small to be shared out among cores; whole fits are not.
+    with threadpool_limits(1):
+        found = lanes.map(fit, range(x_train.shape[1]))
     losses = np.array([one.loss for one in found])
     # Of several labels an image the loss is a mean over them: an image's is their sum.
     losses *= 1 if y.ndim == 1 else classes

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
-from schemas.settings import Method
-from schemas.tasks import Task
+from schemas.settings import Method, Settings
 from stages.train.evidence import StatisticsModel, fit_evidence, statistics_model
+from stages.train.lanes import ONE, Lanes
 from stages.train.loop import judge_logits
 from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
 
@@ -37,27 +37,27 @@ class FittedRows:
     """(n,) class indices; with several labels an image (n, C) zeros and ones."""
     groups: Sequence[str]
     """(n,) patients."""
+    classes: int
+    """C."""
 
 
 def fit_rows(
-    method: Method,
+    settings: Settings,
     layers: tuple[int, ...],
     train: FittedRows,
     val: FittedRows,
-    classes: int,
     class_weights: torch.Tensor | None,
-    task: Task = "multiclass",
+    lanes: Lanes = ONE,
 ) -> tuple[Fitted, EpochLog]:
     """Fit on the CPU, C or k chosen on the validation rows.
 
     Args:
-        method: One of `FITTED`.
+        settings: Of a method of `FITTED`.
         layers: Tapped blocks of the features.
         train: To fit to.
         val: To choose and judge by.
-        classes: C.
         class_weights: (C,) weights of the losses, or None.
-        task: What the labels are.
+        lanes: Threads that regressions are shared out to.
 
     Returns:
         The model, and its judgement in the form of one epoch. (Each training row of a k-NN finds itself.)
@@ -65,16 +65,16 @@ def fit_rows(
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    start = time.perf_counter()
+    start, task = time.perf_counter(), settings.data.task
     weights = None if class_weights is None else class_weights.tolist()
     probe: Fitted
-    if method == "statistics":
-        found = fit_evidence(train.x, train.y, train.groups, val.x, val.y, classes, weights)
+    if settings.method == "statistics":
+        found = fit_evidence(train.x, train.y, train.groups, val.x, val.y, train.classes, weights, lanes)
         probe = statistics_model(found, layers, task)
-    elif method == "linear":
-        probe = linear_model(fit_linear_probe(train.x[:, 0], train.y, val.x[:, 0], val.y, classes, weights), task)
+    elif settings.method == "linear":
+        probe = linear_model(fit_linear_probe(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights), task)
     else:
-        probe = fit_knn(train.x[:, 0], train.y, val.x[:, 0], val.y, classes, weights, task)
+        probe = fit_knn(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights, task)
     with torch.inference_mode():
         own, held = (
             judge_logits(probe.judge(torch.from_numpy(rows.x)), rows.y.tolist(), class_weights, task)

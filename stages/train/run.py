@@ -30,6 +30,7 @@ from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
 from stages.train.evidence import EvidenceFit, describe, fit_evidence
 from stages.train.fitted import FITTED, FittedRows, chosen, fit_rows
+from stages.train.lanes import open_lanes
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
@@ -42,8 +43,10 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 Fits = dict[str | tuple[float, ...], EvidenceFit]
 """Linear probes by `train.class_weights`."""
 
-DESCRIBED = 64
+DESCRIBED = 16
 """Rows that are read at a time to be described."""
+MANY = 64
+"""Lanes that a fit can use, if there are as many cores."""
 
 
 def train(
@@ -149,17 +152,16 @@ def train_together(
     tell = on_epoch or (lambda _position, _log: None)
     if first.method in FITTED:
         results = []
-        train_rows, val_rows = (_to_fit(first, manifest, store, split, labels[split]) for split in SPLITS)
-        for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
-            weights = class_weights(settings, labels["train"], classes, device)
-            probe, log = fit_rows(
-                settings.method, receipt.spec.layers, train_rows, val_rows, len(classes), weights, manifest.task
-            )
-            tell(position, log)
-            learnable = _save(output, probe, probe.spec, classes, settings, receipt, log, ranks)
-            results.append(
-                TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
-            )
+        with open_lanes(MANY, torch.device("cpu")) as lanes:
+            train_rows, val_rows = (_to_fit(first, manifest, store, split, labels[split]) for split in SPLITS)
+            for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
+                weights = class_weights(settings, labels["train"], classes, device)
+                probe, log = fit_rows(settings, receipt.spec.layers, train_rows, val_rows, weights, lanes)
+                tell(position, log)
+                learnable = _save(output, probe, probe.spec, classes, settings, receipt, log, ranks)
+                results.append(
+                    TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
+                )
         store.close()
         return results
     # What any of them reads is read for all.
@@ -275,17 +277,19 @@ def _fit(
     classes: Sequence[str],
 ) -> EvidenceFit:
     names = [name for name in array_names(rows.layouts, settings.method, probe=True) if name != "side"]
-    train_rows, val_rows = (_described(rows, [row.id for row in manifest.of(split)], names) for split in SPLITS)
     weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
-    return fit_evidence(
-        train_rows,
-        labels["train"],
-        [row.group for row in manifest.of("train")],
-        val_rows,
-        labels["val"],
-        len(classes),
-        class_weights=None if weights is None else weights.tolist(),
-    )
+    with open_lanes(MANY, torch.device("cpu")) as lanes:
+        train_rows, val_rows = (_described(rows, [row.id for row in manifest.of(split)], names) for split in SPLITS)
+        return fit_evidence(
+            train_rows,
+            labels["train"],
+            [row.group for row in manifest.of("train")],
+            val_rows,
+            labels["val"],
+            len(classes),
+            None if weights is None else weights.tolist(),
+            lanes,
+        )
 
 
 def _described(rows: Rows, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -325,6 +329,7 @@ def _to_fit(
         _described(store, [row_id for rows in views for row_id in rows], array_names(store.layouts, settings.method)),
         np.repeat(np.asarray(labels, np.int64), counts, axis=0),
         np.repeat([row.group for row in manifest.of(split)], counts).tolist(),
+        len(manifest.classes),
     )
 
 
