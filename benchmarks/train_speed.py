@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py [--rows 96] [--repeats 5] [--dtype int8] [--threads 1] [--folder DIR]
 
 Geometry: FPT+ on ViT-B at 512 pixels, batches of 16, 5 classes; random features, JPEGs of 1,024 pixels. All ways take
-turns within one run, medians, page cache warm. Loading a row's features, its image, augmentation and the training step
+turns within one process that keeps freed memory as training does, medians, page cache warm. Loading a row's features, its image, augmentation and the training step
 are in it; validation is not.
 
 "published" is the published training loop as `benchmarks/published.py` says: one safetensors float32 file an image, the
@@ -33,6 +33,7 @@ from read_speed import BATCH, KEPT, LPM, fill, fill_peer, image_id, make_spec
 from schemas.parse import parse_settings
 from schemas.resolve import network_spec, resolve
 from schemas.settings import TrainSettings
+from stages.device import keep_freed_memory
 from stages.store.memory import MemoryRows
 from stages.store.reader import open_store
 from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; else the temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as name,
         open_lanes(len(RATES), torch.device("cpu")) as lanes,
