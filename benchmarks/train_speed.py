@@ -3,8 +3,8 @@
     python benchmarks/train_speed.py [--rows 96] [--repeats 5] [--dtype int8] [--threads 1] [--folder DIR]
 
 Geometry: FPT+ on ViT-B at 512 pixels, batches of 16, 5 classes; random features, JPEGs of 1,024 pixels. All ways take
-turns within one process that keeps freed memory as training does, medians, page cache warm. Loading a row's features, its image, augmentation and the training step
-are in it; validation is not.
+turns within one process, which keeps freed memory as training does; medians, page cache warm. Loading a row's features,
+its image, augmentation and the training step are in it; validation is not.
 
 "published" is the published training loop as `benchmarks/published.py` says: one safetensors float32 file an image, the
 original image decoded, then flipped, jittered and cropped at full size with PIL, samples stacked by a DataLoader
