@@ -50,11 +50,12 @@ def self_attention(qkv: torch.Tensor, heads: int, kept: int) -> torch.Tensor:
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
     return (
-        tensor.device.type == "cpu"
+        # First: what follows would break the graph.
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
-        and _has_libraries()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and _has_libraries()
     )
 
 
