@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stages.store.quantise import CENTRE, scale_of, unpack
 
-CHUNK = 4
+CHUNK = 2
 """Images whose keys and values are widened to the type of the query at a time: bounds memory, and fits the caches."""
 
 
@@ -68,21 +68,21 @@ class Cached:
         parts = (None if part is None else part.to(device, non_blocking=True) for part in self._fields())
         return Cached(*parts)  # type: ignore[arg-type]
 
-    def chunks(self, query: torch.Tensor) -> Iterator[Tokens]:
-        """One layer, a few images at a time, for queries like this one (..., d)."""
+    def chunks(self, query: torch.Tensor) -> Iterator[tuple[slice, Tokens]]:
+        """One layer, a few images at a time and which, for queries like this one (..., d)."""
         kind, head_dim = query.dtype, query.shape[-1]
         for start in range(0, len(self.keys), CHUNK):
             part = slice(start, start + CHUNK)
             tokens = Tokens(self.keys[part], self.values[part], kind, head_dim)
             if self.scale is None or self.offset is None:
-                yield tokens
+                yield part, tokens
                 continue
             scales = scale_of(self.scale[part], kind).unsqueeze(-2)
             pair, offset = (scales[:, 0], scales[:, 1]), self.offset[part, 1].to(kind).unsqueeze(-2)
             if self.keys.dtype == torch.int8:
-                yield replace(tokens, per_token=pair, offset=offset)
+                yield part, replace(tokens, per_token=pair, offset=offset)
             else:
-                yield replace(tokens, per_channel=pair, offset=offset - CENTRE * pair[1])
+                yield part, replace(tokens, per_channel=pair, offset=offset - CENTRE * pair[1])
 
     def token_moments(self) -> tuple[Moments, Moments]:
         """Mean and standard deviation of each channel over the tokens of one layer, of keys and of values."""

@@ -22,15 +22,18 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from schemas.results import SideNetworkSpec
-from stages.train.cached import CHUNK, Cached
+from stages.train.cached import Cached
+from stages.train.kernels import linear
 
 
-def context(query: torch.Tensor, cached: Cached) -> torch.Tensor:
+def context(query: torch.Tensor, cached: Cached, keep: bool = False) -> torch.Tensor:
     """Cross-attention of prompts to cached tokens.
 
     Args:
         query: (P, D), the same for every image of the batch.
         cached: One layer, D = H * d. A constant: no gradient is computed for it.
+        keep: Keep the attention weights (B, H, P, T) of tokens in codes for the backward pass, where they take less
+            than the codes save; else it computes them again.
 
     Returns:
         (B, P, D) in the type of `query`.
@@ -39,9 +42,8 @@ def context(query: torch.Tensor, cached: Cached) -> torch.Tensor:
     head_dim = query.shape[1] // heads
     # The query carries no batch axis: the scale and the head split are applied once, not per image.
     split = (query * head_dim**-0.5).view(-1, heads, head_dim).transpose(0, 1).to(_attention_dtype(query))
-    return cast("torch.Tensor", _Attend.apply(split, cached.keys, cached.values, cached.scale, cached.offset)).flatten(
-        2
-    )
+    parts = cached.keys, cached.values, cached.scale, cached.offset
+    return cast("torch.Tensor", _Attend.apply(split, keep and cached.scale is not None, *parts)).flatten(2)
 
 
 def _attention_dtype(query: torch.Tensor) -> torch.dtype:
@@ -51,23 +53,25 @@ def _attention_dtype(query: torch.Tensor) -> torch.dtype:
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(q k^T) v that keeps nothing for the backward pass but its inputs, keys and values as they are stored.
+    """A v with A = softmax(q k^T), which keeps its inputs, keys and values as they are stored, and perhaps A.
 
-    Plain operations would keep a widened copy of both and the attention weights, for gradients of which all but that
-    of the query are thrown away.
+    Plain operations would keep a widened copy of both, for gradients of which all but that of the query are thrown
+    away.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, *cached: Any) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, keep: bool, *cached: Any) -> torch.Tensor:
         """(H, P, d) and keys, values, scale, offset of `Cached` -> (B, P, H, d)."""
-        ctx.save_for_backward(query, *cached)
         heads, count, head_dim = query.shape
         mixed = query.new_empty(len(cached[0]), count, heads, head_dim)
+        kept = []
         # Everything has the type of the query already; the backward pass runs without autocast as well.
         with torch.autocast(query.device.type, enabled=False):
-            for out, tokens in zip(torch.split(mixed, CHUNK), Cached(*cached).chunks(query), strict=True):
+            for part, tokens in Cached(*cached).chunks(query):
                 weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
-                out.copy_(tokens.mix(weights).transpose(1, 2))
+                mixed[part].copy_(tokens.mix(weights).transpose(1, 2))
+                kept += [weights] if keep else []
+        ctx.save_for_backward(query, *cached, *kept)
         return mixed
 
     @staticmethod
@@ -77,15 +81,15 @@ class _Attend(torch.autograd.Function):
 
         Offsets drop out: dO . o is the same for every token, and each row of dS sums to 0.
         """
-        query, *cached = ctx.saved_tensors
+        query, keys, values, scale, offset, *kept = ctx.saved_tensors
         total = torch.zeros_like(query)
-        for grad, tokens in zip(torch.split(grads[0], CHUNK), Cached(*cached).chunks(query), strict=True):
+        for number, (part, tokens) in enumerate(Cached(keys, values, scale, offset).chunks(query)):
+            inner = tokens.unmix(grads[0][part].transpose(1, 2))
             wide = tokens.wide_keys()
-            weights = torch.softmax(tokens.scores(query, wide), dim=-1)
-            inner = tokens.unmix(grad.transpose(1, 2))
+            weights = kept[number] if kept else torch.softmax(tokens.scores(query, wide), dim=-1)
             inner -= (inner * weights).sum(dim=-1, keepdim=True)
             total += tokens.unscore(inner.mul_(weights), wide).sum(dim=0)
-        return total, None, None, None, None
+        return total, None, None, None, None, None
 
 
 class PromptDropout(nn.Module):
@@ -178,7 +182,7 @@ class Fusion(nn.Module):
         Returns:
             (B, P, width of the side network).
         """
-        fused = self.out(gathered)
+        fused = linear(self.out, gathered)
         return self.dropout.apply_drawn(fused if self.wide else fused + self.prompts[layer], kept)
 
     def draw_kept(self, gathered: torch.Tensor) -> torch.Tensor | None:

@@ -91,7 +91,7 @@ def member_logits(
     """
     states = _begin(members, image)
     for layer in range(members[0].depth):
-        answers = _answers([member.asks(layer) for member in members], layer, cached)
+        answers = _answers([member.asks(layer) for member in members], layer, cached, not checkpointing)
         states = [
             member.advance(layer, state, mixed, checkpointing)
             for member, state, mixed in zip(members, states, answers, strict=True)
@@ -112,12 +112,14 @@ def _begin(members: Sequence[Member], image: torch.Tensor | Callable[[], torch.T
     return again
 
 
-def _answers(asked: Sequence[torch.Tensor | None], layer: int, cached: Cached | None) -> Sequence[torch.Tensor | None]:
+def _answers(
+    asked: Sequence[torch.Tensor | None], layer: int, cached: Cached | None, keep: bool
+) -> Sequence[torch.Tensor | None]:
     queries = [query for query in asked if query is not None]
     if not queries:
         return asked
     if cached is None:
         raise ValueError("keys and values are needed")
-    mixed = context(torch.cat(queries), cached.layer(layer))
+    mixed = context(torch.cat(queries), cached.layer(layer), keep)
     parts = iter(mixed.split([len(query) for query in queries], dim=1))  # type: ignore[no-untyped-call]
     return [None if query is None else next(parts) for query in asked]

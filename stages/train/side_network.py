@@ -5,13 +5,15 @@ Fine-grained Prompt Tuning, arXiv 2403.07576, section 2.2 (asymmetric input) and
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from schemas.resolve import SIDE_PATCH
 from schemas.results import SideNetworkSpec
+from stages.train.kernels import linear, self_attention
 
 
 class Attention(nn.Module):
@@ -25,12 +27,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
         """(B, N, width) -> (B, kept, width): the first tokens, which attend to all."""
-        batch, count, width = tokens.shape
-        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query[:, :, :kept], key, value)
-        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, kept, width))
-        return projected
+        return linear(self.proj, self_attention(linear(self.qkv, tokens), self.heads, kept))
 
 
 class Block(nn.Module):
@@ -46,14 +43,13 @@ class Block(nn.Module):
     def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
         """(B, N, width) -> (B, kept, width): what follows attention is computed for the first tokens alone."""
         tokens = tokens[:, :kept] + self.attn(self.norm1(tokens), kept)
-        hidden = self.mlp[0](self.norm2(tokens))
+        hidden = linear(cast("nn.Linear", self.mlp[0]), self.norm2(tokens))
         # Four times as wide as a token: the activation is cheaper to compute again than to keep.
         mixed: torch.Tensor = checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
         return tokens + mixed
 
     def _narrow(self, hidden: torch.Tensor) -> torch.Tensor:
-        narrow: torch.Tensor = self.mlp[2](self.mlp[1](hidden))
-        return narrow
+        return linear(cast("nn.Linear", self.mlp[2]), self.mlp[1](hidden))
 
 
 class SideNetwork(nn.Module):
