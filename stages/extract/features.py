@@ -59,7 +59,7 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """uint8 (B, 3, S, S) -> float32, (x / 255 - mean) / std per channel."""
     scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
     shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
-    return (pixels.float() / 255 - shift) / scale
+    return pixels.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)
 
 
 @torch.inference_mode()

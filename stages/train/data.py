@@ -231,7 +231,8 @@ class FeatureDataset(Dataset[Batch]):
     def _image(self, side: torch.Tensor, indices: Sequence[tuple[int, int]]) -> torch.Tensor:
         if self._augment is None:
             return to_size(side, self._size)
-        return torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
+        with torch.random.fork_rng(devices=[]):
+            return torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
 
     def _drawn(self, epoch: int, position: int) -> int:
         """Which of the rows this position has in this epoch."""
@@ -248,10 +249,9 @@ class FeatureDataset(Dataset[Batch]):
     def _augmented(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         if self._augment is None:
             raise ValueError("this data set does not augment")
-        seed, _ = self._random(epoch, position)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self._augment(image)
+        # Of the CPU alone: on a GPU nothing is drawn here, and `manual_seed` would seed it, too.
+        torch.default_generator.manual_seed(self._random(epoch, position)[0])
+        return self._augment(image)
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
