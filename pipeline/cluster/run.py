@@ -184,7 +184,11 @@ class _Run:
                 cause,
                 f"Look at the workers' logs. {AGAIN}",
             ) from error
-        done = future.result()
+        try:
+            done = future.result()
+        except OSError as error:
+            # The shard is done, and the scheduler died while its result was on the way: distributed's CommClosedError.
+            raise self._lost_scheduler() from error
         if isinstance(done, FptError):
             raise done
         if not isinstance(done, ShardDone):
