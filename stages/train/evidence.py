@@ -27,17 +27,13 @@ from stages.tasks import positives
 from stages.train.cached import CHUNK, Cached
 from stages.train.lanes import ONE, Lanes
 from stages.train.outputs import log_pool_terms
-from stages.train.probes import PATIENCE, STRENGTHS, TOLERANCE, check_probed, logistic_regression, required, spread
-from stages.train.regression import OneVsRest, Softmax
+from stages.train.probes import LinearFit, check_probed, fit_regression, required
 
 PREFERENCE = 20.0
 """A source whose log-loss is 0.05 nats an image higher has a share smaller by e."""
 FOLDS = 5
 """Parts of the training images that are held out in turn."""
-ROUGH = 1e-4
-"""Largest gradient at which the solver stops on a fold, which only judges."""
 
-Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 
@@ -176,8 +172,8 @@ def fit_evidence(
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
     folds = list(_folds(y, groups, classes))
 
-    def fit(sources: Sequence[int]) -> list[_Source]:
-        return [_fit_source(x_train[:, one], y, x_val[:, one], y_held, folds, weights) for one in sources]
+    def fit(sources: Sequence[int]) -> list[LinearFit]:
+        return [fit_regression(x_train[:, one], y, x_val[:, one], y_held, weights, folds) for one in sources]
 
     # Products of a few hundred rows are too small to be shared out among cores; whole fits are not.
     with threadpool_limits(1):
@@ -186,63 +182,8 @@ def fit_evidence(
     # Of several labels an image the loss is a mean over them: an image's is their sum.
     losses *= 1 if y.ndim == 1 else classes
     preferred = np.exp(-PREFERENCE * (losses - losses.min()))
-    parts = [np.stack([getattr(one, name) for one in found]) for name in ("weight", "bias", "mean", "scale")]
-    return EvidenceFit(*(torch.from_numpy(part.astype(np.float32)) for part in [*parts, preferred / preferred.sum()]))
-
-
-class _Source(NamedTuple):
-    weight: Floats
-    bias: Floats
-    mean: Floats
-    scale: Floats
-    loss: float
-
-
-def _fit_source(
-    x_train: npt.NDArray[np.float32],
-    y: Labels,
-    x_val: npt.NDArray[np.float32],
-    y_held: Labels,
-    folds: Sequence[npt.NDArray[np.bool_]],
-    weights: Floats,
-) -> _Source:
-    """One regression, with the strength of the lowest loss on what it did not see."""
-    mean, scale = spread(x_train.astype(np.float64))
-    x, x_held = (x_train - mean) / scale, (x_val - mean) / scale
-    axes = _axes(x)
-    x, x_held = x @ axes, x_held @ axes
-    everything = np.ones(len(y), bool)
-    parts = [(everything, x_held, y_held), *((~fold, x[fold], y[fold]) for fold in folds)]
-    models = [_regression(y, weights, TOLERANCE if part == 0 else ROUGH) for part in range(len(parts))]
-    best, since = (np.inf, np.zeros(0), np.zeros(0)), 0
-    for c in STRENGTHS:
-        total = 0.0
-        for model, (seen, x_part, y_part) in zip(models, parts, strict=True):
-            model.fit(x[seen], y[seen], c)
-            total += len(y_part) * model.loss(x_part, y_part)
-        loss = total / sum(len(y_part) for _, _, y_part in parts)
-        since += 1
-        if loss < best[0]:
-            best, since = (loss, *models[0].coefficients()), 0
-        elif since == PATIENCE:
-            break
-    return _Source(best[1] @ axes.T, best[2], mean, scale, best[0])
-
-
-def _axes(x: Floats) -> Floats:
-    """(F, r) orthonormal, r <= n: of fewer rows than features, what the penalised optimum is made of; else all."""
-    rows, features = x.shape
-    if rows >= features:
-        return np.eye(features)
-    _, sizes, right = np.linalg.svd(x, full_matrices=False)
-    axes: Floats = right[sizes > 1e-7 * sizes[0]].T
-    return axes
-
-
-def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVsRest:
-    if y.ndim == 1:
-        return Softmax(logistic_regression(tolerance), weights)
-    return OneVsRest([logistic_regression(tolerance) for _ in weights], weights)
+    parts = {name: torch.stack([getattr(one, name) for one in found]) for name in ("weight", "bias", "mean", "scale")}
+    return EvidenceFit(**parts, share=torch.from_numpy((preferred / preferred.sum()).astype(np.float32)))
 
 
 def _folds(y: Labels, groups: Sequence[str], classes: int) -> Iterator[npt.NDArray[np.bool_]]:

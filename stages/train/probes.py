@@ -25,6 +25,8 @@ ITERATIONS = 2000
 """Of the solver per candidate; each starts where the stronger penalty before it ended."""
 TOLERANCE = 1e-7
 """Largest gradient at which the solver stops; at its own default weak penalties end far from the optimum."""
+ROUGH = 1e-4
+"""The same on a fold, which only judges."""
 PATIENCE = 4
 """Candidates without a lower validation loss after which the weaker penalties are not tried."""
 NEIGHBOURS: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)
@@ -33,6 +35,7 @@ TEMPERATURE = 0.07
 """Of the cosine similarity in the votes of neighbours."""
 
 Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
 
 
 class LinearFit(NamedTuple):
@@ -48,6 +51,8 @@ class LinearFit(NamedTuple):
     """(F,) float32, standard deviation of the training rows; 1 where they do not vary."""
     c: float
     """Inverse of the penalty that was chosen."""
+    loss: float
+    """Log-loss of the rows that it did not see."""
 
 
 def fit_linear_probe(
@@ -79,32 +84,73 @@ def fit_linear_probe(
     x, y = np.asarray(x_train, np.float64), np.asarray(y_train, np.int64)
     x_held, y_held = np.asarray(x_val, np.float64), np.asarray(y_val, np.int64)
     check_probed(x, y, x_held, classes)
-    mean, scale = spread(x)
-    x, x_held = (x - mean) / scale, (x_held - mean) / scale
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
-    models = [logistic_regression() for _ in range(1 if y.ndim == 1 else classes)]
-    model = Softmax(models[0], weights) if y.ndim == 1 else OneVsRest(models, weights)
-    best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0)), 0
+    # Products of a few hundred rows are too small to be shared out among cores: beside other work, 92 s for 1 s.
     with threadpool_limits(1):
-        # Products of a few hundred rows are too small to be shared out among cores: beside other work, 92 s for 1 s.
-        for c in STRENGTHS:
-            model.fit(x, y, c)
-            loss = model.loss(x_held, y_held)
-            since += 1
-            if loss < best[0]:
-                best, since = (loss, c, *model.coefficients()), 0
-            elif since == PATIENCE:
-                break
-    _, c, weight, bias = best
-    parts = [torch.from_numpy(part.astype(np.float32)) for part in (weight, bias, mean, scale)]
-    return LinearFit(parts[0], parts[1], parts[2], parts[3], c)
+        return fit_regression(x, y, x_held, y_held, weights)
 
 
-def logistic_regression(tolerance: float = TOLERANCE) -> Any:
-    """One that starts where its last fit ended."""
+def fit_regression(
+    x: npt.NDArray[Any],
+    y: Labels,
+    x_held: npt.NDArray[Any],
+    y_held: Labels,
+    weights: Floats,
+    folds: Sequence[npt.NDArray[np.bool_]] = (),
+) -> LinearFit:
+    """Logistic regression on standardised rows, with the C of the lowest log-loss on rows that it did not see.
+
+    Args:
+        x: (n, F), checked.
+        y: (n,), or of several labels (n, C).
+        x_held: (m, F): judges the regression of all rows.
+        y_held: (m,) or (m, C).
+        weights: (C,) weight of each class in the losses.
+        folds: (n,) each: rows that judge a regression of the others, too.
+    """
+    mean, scale = spread(x.astype(np.float64))
+    x, x_held = (x - mean) / scale, (x_held - mean) / scale
+    axes = _axes(x)
+    x, x_held = x @ axes, x_held @ axes
+    everything = np.ones(len(y), bool)
+    parts = [(everything, x_held, y_held), *((~fold, x[fold], y[fold]) for fold in folds)]
+    models = [_regression(y, weights, TOLERANCE if part == 0 else ROUGH) for part in range(len(parts))]
+    best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0)), 0
+    for c in STRENGTHS:
+        total = 0.0
+        for model, (seen, x_part, y_part) in zip(models, parts, strict=True):
+            model.fit(x[seen], y[seen], c)
+            total += len(y_part) * model.loss(x_part, y_part)
+        loss = total / sum(len(y_part) for _, _, y_part in parts)
+        since += 1
+        if loss < best[0]:
+            best, since = (loss, c, *models[0].coefficients()), 0
+        elif since == PATIENCE:
+            break
+    loss, c, weight, bias = best
+    found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale)]
+    return LinearFit(found[0], found[1], found[2], found[3], c, loss)
+
+
+def _axes(x: Floats) -> Floats:
+    """(F, r) orthonormal, r <= n: of fewer rows than features, what the penalised optimum is made of; else all."""
+    rows, features = x.shape
+    if rows >= features:
+        return np.eye(features)
+    _, sizes, right = np.linalg.svd(x, full_matrices=False)
+    axes: Floats = right[sizes > 1e-7 * sizes[0]].T
+    return axes
+
+
+def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVsRest:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=tolerance)
+    models = [
+        # Each fit starts where the last one ended.
+        LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=tolerance)
+        for _ in range(1 if y.ndim == 1 else len(weights))
+    ]
+    return Softmax(models[0], weights) if y.ndim == 1 else OneVsRest(models, weights)
 
 
 def spread(x: Floats) -> tuple[Floats, Floats]:

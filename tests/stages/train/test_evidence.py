@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
 from stages.store.quantise import dequantise, encode
-from stages.train import evidence
+from stages.train import evidence, probes
 from stages.train.cached import Cached
 from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
 
@@ -79,7 +79,7 @@ def test_what_tells_more_has_the_larger_share() -> None:
 
 @pytest.mark.parametrize("width", [12, 200], ids=["more rows", "more features"])
 def test_each_is_a_logistic_regression(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(probes, "STRENGTHS", (0.01,))
     (x, y), (x_val, y_val) = made(60, 0, width=width), made(20, 1, width=width)
     fit = fit_evidence(x, y, alone(60), x_val, y_val, 3)
     mean, scale = x[:, 1].mean(0), x[:, 1].std(0)
