@@ -30,6 +30,7 @@ from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
+from stages.train.evidence import describe
 from stages.train.infer import training_logits
 from stages.train.lanes import ONE, Lanes, open_lanes
 from stages.train.losses import Reduction, plain_loss, training_loss
@@ -278,9 +279,11 @@ def _validate(
         moved = batch.to(shared.device)
         with eager_unless(not shared.settings.compile):
             logits = iter(lanes.map(partial(_look, moved, shared), members))
+        # Pooled outputs are read where a probe wants them; they are described once for all runs.
+        sources = None if moved.pooled is None else describe(moved.pooled, moved.cached)
         for part, run in zip(parts, runs, strict=True):
             own = torch.stack([next(logits) for _ in run.network.members])
-            part.append(run.network.experts(own, moved.cached, moved.pooled).float().cpu())
+            part.append(run.network.experts(own, sources).float().cpu())
     target, judged = torch.tensor(labels), []
     for part, run in zip(parts, runs, strict=True):
         network, weights = run.network, run.recipe.class_weights

@@ -151,24 +151,21 @@ class Ensemble(nn.Module):
         Returns:
             Log-probabilities up to a constant of each image, (B, classes).
         """
-        return self.join(member_logits(self.members, image, cached), cached, pooled)
+        sources = None if self.probe is None or pooled is None else describe(pooled, cached)
+        return self.join(member_logits(self.members, image, cached), sources)
 
-    def join(
-        self, logits: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(M, B, classes) of `member_logits`, and what the linear probes read -> (B, classes), the opinion pool."""
-        return self._pool(self.experts(logits, cached, pooled))
+    def join(self, logits: torch.Tensor, sources: torch.Tensor | None = None) -> torch.Tensor:
+        """(M, B, classes) of `member_logits`, (B, S, 2 D) for the linear probes -> (B, classes), the opinion pool."""
+        return self._pool(self.experts(logits, sources))
 
-    def experts(
-        self, logits: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def experts(self, logits: torch.Tensor, sources: torch.Tensor | None = None) -> torch.Tensor:
         """What the pool averages: as for `join` -> (B, experts, classes)."""
         said = log_pool_terms(logits, self.spec.task)
         terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
         if self.probe is not None:
-            if pooled is None:
+            if sources is None:
                 raise ValueError("linear probes need the pooled outputs")
-            terms.append(log_pool_terms(self.probe(describe(pooled, cached)), self.spec.task))
+            terms.append(log_pool_terms(self.probe(sources), self.spec.task))
         return torch.stack(terms, dim=1)
 
     def settle(

@@ -27,6 +27,7 @@ from stages.store.reader import open_store
 from stages.train import loop
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
+from stages.train.evidence import describe
 from stages.train.infer import store_logits
 from stages.train.network import Ensemble
 from stages.train.outputs import probabilities
@@ -151,7 +152,7 @@ def test_labels_are_pooled_by_their_odds() -> None:
     network.probe.bias.copy_(torch.tensor([1.0, -2.0]).expand(3, 2))
     members = torch.tensor([[[2.0, 0.0]], [[-1.0, 4.0]]])
     zeros = Cached(*(torch.zeros(1, 1, 2, 3, 4) for _ in range(2)))
-    p = probabilities(network.join(members, zeros, torch.zeros(1, 2, 8)), "multilabel")
+    p = probabilities(network.join(members, describe(torch.zeros(1, 2, 8), zeros)), "multilabel")
     own, probe = members.double().sigmoid(), torch.tensor([1.0, -2.0]).double().sigmoid()
     yes = own[0].sqrt() * own[1].sqrt()
     no = (1 - own[0]).sqrt() * (1 - own[1]).sqrt()
