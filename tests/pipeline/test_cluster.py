@@ -19,7 +19,8 @@ import dask
 import numpy as np
 import psutil
 import pytest
-from distributed import LocalCluster
+from distributed import Future, LocalCluster
+from distributed.comm import CommClosedError
 from soak import array_bytes
 from study import Study, make_images, make_study, save_weights
 
@@ -293,6 +294,20 @@ def test_a_scheduler_that_dies_costs_nothing_that_has_a_receipt(tmp_path: Path) 
     assert 1 <= len(kept) < 30
     assert study.extract().images == 120
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_scheduler_that_dies_while_a_result_is_on_the_way(lent: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_future: Future[Any]) -> None:
+        raise CommClosedError("in <TCP (closed)>: Stream is closed")
+
+    # A real kill meets this moment once in many tries.
+    monkeypatch.setattr(Future, "result", lost)
+    with pytest.raises(ClusterError, match="connection to the scheduler is lost"):
+        lent.extract(execute=on_cluster)
+    monkeypatch.undo()
+    store = open_store_layout(lent.cache, requested_spec(lent.settings, lent.root))
+    assert store.finished_shards()
+    assert lent.extract(execute=on_cluster).images == 24
 
 
 def _workers(address: str | None) -> int:
