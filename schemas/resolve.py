@@ -13,7 +13,7 @@ from schemas.settings import Method, Precision, Settings
 WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"statistics", "linear", "knn", "attentive"})
 """Methods that read no side image."""
 
-ATTENTIVE_WEIGHT = 0.2
+ATTENTIVE_WEIGHT = 0.1
 """Share of attentive probes in the averaged log-probabilities, where there are any."""
 
 SIDE_PATCH = 16
@@ -41,7 +41,7 @@ class Preset:
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.3, keep="late"),
+    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.5, keep="late"),
     "side": Preset(first_layer=0.5, side_image_size=128),
     "statistics": Preset(first_layer=0.5, side_image_size=128),
     "linear": Preset(first_layer=0.5, side_image_size=128),

@@ -221,10 +221,10 @@ class TrainSettings(Contract):
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Attentive probes that learn beside them on the same cached tokens; auto: 0, for fpt-x 1."""
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of the attentive probes in the averaged log-probabilities; auto: 0.2 where there are any."""
+    """Share of the attentive probes in the averaged log-probabilities; auto: 0.1 where there are any."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Share of linear probes of the LPM's pooled outputs and of the cached tokens' statistics in the averaged
-    log-probabilities; auto: 0, for fpt-x 0.3."""
+    log-probabilities; auto: 0, for fpt-x 0.5."""
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
     best, for fpt-x late."""

@@ -64,6 +64,11 @@ def all_to_train(manifest: Manifest) -> Manifest:
     return _with_splits(manifest, {row.path: "train" for row in manifest.rows})
 
 
+def unit_of(manifest: Manifest) -> dict[str, str]:
+    """Path -> name of what must not be torn apart: images of a group, and whatever is a copy of one of them."""
+    return {path: cluster.key for cluster in _clusters(manifest) for path in cluster.paths}
+
+
 def _clusters(manifest: Manifest) -> list[Cluster]:
     # `prepare` names the group of an image that has none by its own path.
     items = [Item(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]

@@ -13,6 +13,7 @@ with z the standardised source and loss its log-loss on images that it did not s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from stages.train.probes import LinearFit, check_probed, fit_regression, require
 PREFERENCE = 20.0
 """A source whose log-loss is 0.05 nats an image higher has a share smaller by e."""
 FOLDS = 5
-"""Parts of the training images that are held out in turn."""
+"""Parts of the images that are held out in turn."""
 
 Labels = npt.NDArray[np.int64]
 
@@ -138,52 +139,76 @@ def statistics_model(fit: EvidenceFit, layers: tuple[int, ...], task: Task = "mu
     return model.eval()
 
 
-def fit_evidence(
-    x_train: npt.NDArray[np.float32],
-    y_train: npt.ArrayLike,
-    groups: Sequence[str],
-    x_val: npt.NDArray[np.float32],
-    y_val: npt.ArrayLike,
-    classes: int,
-    class_weights: Sequence[float] | None = None,
-    lanes: Lanes = ONE,
-) -> EvidenceFit:
-    """Logistic regression on each standardised source.
+@dataclass(frozen=True)
+class FittedRows:
+    """What regressions read of one split."""
 
-    Its penalty and its share follow from the log-loss on images that it did not see: the validation images, and the
-    training images in up to five folds, whole groups each. On some dozen validation images alone, both were a matter of
-    luck. Classes of a single group leave no folds.
+    x: npt.NDArray[np.float32]
+    """(n, S, F) of `describe`; of the pooled outputs alone S = 1."""
+    y: Labels
+    """(n,) class indices; with several labels an image (n, C) zeros and ones."""
+    groups: Sequence[str]
+    """(n,) patients: images of one stay together."""
+    classes: int
+    """C, at least 2."""
+
+    def joined(self, others: FittedRows) -> FittedRows:
+        """These, then the others."""
+        x, y = np.concatenate([self.x, others.x]), np.concatenate([self.y, others.y])
+        return FittedRows(x, y, [*self.groups, *others.groups], self.classes)
+
+    def first(self, count: int) -> FittedRows:
+        """The first of them."""
+        return FittedRows(self.x[:count], self.y[:count], self.groups[:count], self.classes)
+
+
+def fit_evidence(
+    train: FittedRows, val: FittedRows, class_weights: Sequence[float] | None = None, lanes: Lanes = ONE
+) -> tuple[EvidenceFit, torch.Tensor]:
+    """Logistic regression on each standardised source, of training and validation images together.
+
+    Its penalty and its share follow from the log-loss on images that it did not see: all are held out once, in up to
+    five folds, whole groups each. Some dozen validation images alone would make both a matter of luck, and be lost to
+    the fit. Where classes of a single group leave no folds, training images are fitted to and validation images judge.
 
     Args:
-        x_train: (n, S, F).
-        y_train: (n,) class indices; every class occurs. Several labels an image: (n, C) zeros and ones.
-        groups: (n,) patients: images of one stay together.
-        x_val: (m, S, F), m > 0.
-        y_val: (m,) or (m, C).
-        classes: C, at least 2.
+        train: Every class occurs.
+        val: At least one row.
         class_weights: (C,) weight of each class in the losses; None: all 1.
         lanes: Threads that the sources are shared out to.
+
+    Returns:
+        The fit, and (m, C) float32: what an `EvidenceProbe` says of the validation images, each from regressions that
+        did not see it.
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    y, y_held = np.asarray(y_train, np.int64), np.asarray(y_val, np.int64)
-    check_probed(x_train, y, x_val, classes)
+    classes, count = train.classes, len(val.y)
+    check_probed(train.x, train.y, val.x, classes)
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
-    folds = list(_folds(y, groups, classes))
+    rows = train.joined(val)
+    folds = list(_folds(rows.y, rows.groups, classes))
+    if folds and np.any(folds, axis=0)[len(train.y) :].all():
+        rows, val = rows, val.first(0)
+    else:
+        rows, folds = train, list(_folds(train.y, train.groups, classes))
 
     def fit(sources: Sequence[int]) -> list[LinearFit]:
-        return [fit_regression(x_train[:, one], y, x_val[:, one], y_held, weights, folds) for one in sources]
+        return [fit_regression(rows.x[:, one], rows.y, val.x[:, one], val.y, weights, folds) for one in sources]
 
     # Products of a few hundred rows are too small to be shared out among cores; whole fits are not.
     with threadpool_limits(1):
-        found = lanes.map(fit, range(x_train.shape[1]))
+        found = lanes.map(fit, range(rows.x.shape[1]))
     losses = np.array([one.loss for one in found])
     # Of several labels an image the loss is a mean over them: an image's is their sum.
-    losses *= 1 if y.ndim == 1 else classes
+    losses *= 1 if rows.y.ndim == 1 else classes
     preferred = np.exp(-PREFERENCE * (losses - losses.min()))
+    share = torch.from_numpy((preferred / preferred.sum()).astype(np.float32))
     parts = {name: torch.stack([getattr(one, name) for one in found]) for name in ("weight", "bias", "mean", "scale")}
-    return EvidenceFit(**parts, share=torch.from_numpy((preferred / preferred.sum()).astype(np.float32)))
+    held = torch.stack([one.held[-count:] for one in found], dim=1)
+    terms = log_pool_terms(held, "multiclass" if rows.y.ndim == 1 else "multilabel")
+    return EvidenceFit(**parts, share=share), (terms * share[:, None]).sum(dim=1)
 
 
 def _folds(y: Labels, groups: Sequence[str], classes: int) -> Iterator[npt.NDArray[np.bool_]]:

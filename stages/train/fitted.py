@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
 from schemas.settings import Method, Settings
-from stages.train.evidence import StatisticsModel, fit_evidence, statistics_model
+from stages.train.evidence import FittedRows, StatisticsModel, fit_evidence, statistics_model
 from stages.train.lanes import ONE, Lanes
 from stages.train.loop import judge_logits
 from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
@@ -27,20 +23,6 @@ READ = frozenset({"class_weights"})
 """Fields of `train` that decide them: another seed or learning rate fits the same model again."""
 
 
-@dataclass(frozen=True)
-class FittedRows:
-    """What such a model reads of one split."""
-
-    x: npt.NDArray[np.float32]
-    """(n, S, 2 D) of `evidence.describe`; of linear and knn the pooled outputs alone, S = 1."""
-    y: npt.NDArray[np.int64]
-    """(n,) class indices; with several labels an image (n, C) zeros and ones."""
-    groups: Sequence[str]
-    """(n,) patients."""
-    classes: int
-    """C."""
-
-
 def fit_rows(
     settings: Settings,
     layers: tuple[int, ...],
@@ -49,7 +31,7 @@ def fit_rows(
     class_weights: torch.Tensor | None,
     lanes: Lanes = ONE,
 ) -> tuple[Fitted, EpochLog]:
-    """Fit on the CPU, C or k chosen on the validation rows.
+    """Fit on the CPU: C or k chosen on the validation rows, but for statistics, which fits to them, too.
 
     Args:
         settings: Of a method of `FITTED`.
@@ -60,7 +42,8 @@ def fit_rows(
         lanes: Threads that regressions are shared out to.
 
     Returns:
-        The model, and its judgement in the form of one epoch. (Each training row of a k-NN finds itself.)
+        The model, and its judgement in the form of one epoch. (Each training row of a k-NN finds itself; validation
+        rows are judged by models that did not see them.)
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
@@ -68,17 +51,19 @@ def fit_rows(
     start, task = time.perf_counter(), settings.data.task
     weights = None if class_weights is None else class_weights.tolist()
     probe: Fitted
+    said: torch.Tensor | None = None
     if settings.method == "statistics":
-        found = fit_evidence(train.x, train.y, train.groups, val.x, val.y, train.classes, weights, lanes)
+        found, said = fit_evidence(train, val, weights, lanes)
         probe = statistics_model(found, layers, task)
     elif settings.method == "linear":
         probe = linear_model(fit_linear_probe(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights), task)
     else:
         probe = fit_knn(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights, task)
     with torch.inference_mode():
+        said = probe.judge(torch.from_numpy(val.x)) if said is None else said
         own, held = (
-            judge_logits(probe.judge(torch.from_numpy(rows.x)), rows.y.tolist(), class_weights, task)
-            for rows in (train, val)
+            judge_logits(logits, rows.y.tolist(), class_weights, task)
+            for logits, rows in ((probe.judge(torch.from_numpy(train.x)), train), (said, val))
         )
     log = EpochLog(
         epoch=1,

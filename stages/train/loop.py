@@ -30,7 +30,6 @@ from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
-from stages.train.evidence import describe
 from stages.train.infer import training_logits
 from stages.train.lanes import ONE, Lanes, open_lanes
 from stages.train.losses import Reduction, plain_loss, training_loss
@@ -98,6 +97,8 @@ class Run:
     """Written after every epoch."""
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
+    probed: torch.Tensor | None = None
+    """(n, C): what its linear probes say of the validation images, had they not seen them; None: it has none."""
 
     @property
     def network(self) -> Network:
@@ -268,27 +269,25 @@ def _validate(
     In float32, whatever training computes in.
     """
     shared = runs[0].recipe
-    positions = [position for batch in sampler for _, position in batch]
+    places = [[position for _, position in batch] for batch in sampler]
     members = [member for run in runs for member in run.network.members]
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
         run.network.eval()
-    for batch in loader:
-        if not len(batch.labels):
+    for rows, batch in zip(places, loader, strict=True):
+        if not rows:
             continue
         moved = batch.to(shared.device)
         with eager_unless(not shared.settings.compile):
             logits = iter(lanes.map(partial(_look, moved, shared), members))
-        # Pooled outputs are read where a probe wants them; they are described once for all runs.
-        sources = None if moved.pooled is None else describe(moved.pooled, moved.cached)
         for part, run in zip(parts, runs, strict=True):
-            own = torch.stack([next(logits) for _ in run.network.members])
-            part.append(run.network.experts(own, sources).float().cpu())
+            own = torch.stack([next(logits) for _ in run.network.members]).float().cpu()
+            part.append(run.network.experts(own, None if run.probed is None else run.probed[rows]))
     target, judged = torch.tensor(labels), []
     for part, run in zip(parts, runs, strict=True):
         network, weights = run.network, run.recipe.class_weights
         own = torch.cat(part) if part else torch.empty(0, network.kinds, network.spec.classes)
-        experts = gather_rows(own, positions, len(labels), shared.ranks)
+        experts = gather_rows(own, [place for rows in places for place in rows], len(labels), shared.ranks)
         judged.append(judge_logits(network.settle(experts, target, weights), labels, weights, run.recipe.task))
     return judged
 

@@ -50,11 +50,11 @@ class SingleExpert(nn.Module):
         """This one."""
         return (self,)
 
-    def join(self, logits: torch.Tensor, _sources: torch.Tensor | None = None) -> torch.Tensor:
+    def join(self, logits: torch.Tensor, _probed: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, classes)."""
         return logits[0]
 
-    def experts(self, logits: torch.Tensor, _sources: torch.Tensor | None = None) -> torch.Tensor:
+    def experts(self, logits: torch.Tensor, _probed: torch.Tensor | None = None) -> torch.Tensor:
         """(1, B, classes) of `member_logits` -> (B, 1, classes)."""
         return logits.transpose(0, 1)
 

@@ -28,6 +28,7 @@ from stages.train.evidence import EvidenceProbe, describe
 from stages.train.fusion import Fusion
 from stages.train.members import SingleExpert, member_logits
 from stages.train.outputs import log_pool_terms
+from stages.train.probes import required
 from stages.train.side_network import SideNetwork
 
 
@@ -151,21 +152,21 @@ class Ensemble(nn.Module):
         Returns:
             Log-probabilities up to a constant of each image, (B, classes).
         """
-        sources = None if self.probe is None or pooled is None else describe(pooled, cached)
-        return self.join(member_logits(self.members, image, cached), sources)
+        probed = None if self.probe is None else self.probe(describe(required(pooled), cached))
+        return self.join(member_logits(self.members, image, cached), probed)
 
-    def join(self, logits: torch.Tensor, sources: torch.Tensor | None = None) -> torch.Tensor:
-        """(M, B, classes) of `member_logits`, (B, S, 2 D) for the linear probes -> (B, classes), the opinion pool."""
-        return self._pool(self.experts(logits, sources))
+    def join(self, logits: torch.Tensor, probed: torch.Tensor | None = None) -> torch.Tensor:
+        """(M, B, classes) of `member_logits`, (B, classes) of the linear probes -> (B, classes), the opinion pool."""
+        return self._pool(self.experts(logits, probed))
 
-    def experts(self, logits: torch.Tensor, sources: torch.Tensor | None = None) -> torch.Tensor:
+    def experts(self, logits: torch.Tensor, probed: torch.Tensor | None = None) -> torch.Tensor:
         """What the pool averages: as for `join` -> (B, experts, classes)."""
         said = log_pool_terms(logits, self.spec.task)
         terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
         if self.probe is not None:
-            if sources is None:
-                raise ValueError("linear probes need the pooled outputs")
-            terms.append(log_pool_terms(self.probe(sources), self.spec.task))
+            if probed is None:
+                raise ValueError("what the linear probes say is missing")
+            terms.append(log_pool_terms(probed, self.spec.task))
         return torch.stack(terms, dim=1)
 
     def settle(

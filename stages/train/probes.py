@@ -53,6 +53,9 @@ class LinearFit(NamedTuple):
     """Inverse of the penalty that was chosen."""
     loss: float
     """Log-loss of the rows that it did not see."""
+    held: torch.Tensor
+    """(n + m, classes) float32: logits of its n rows, then of m others, by regressions that did not see them; NaN where
+    there is none."""
 
 
 def fit_linear_probe(
@@ -103,7 +106,7 @@ def fit_regression(
     Args:
         x: (n, F), checked.
         y: (n,), or of several labels (n, C).
-        x_held: (m, F): judges the regression of all rows.
+        x_held: (m, F), m = 0 where there are folds alone: judges the regression of all rows.
         y_held: (m,) or (m, C).
         weights: (C,) weight of each class in the losses.
         folds: (n,) each: rows that judge a regression of the others, too.
@@ -112,24 +115,29 @@ def fit_regression(
     x, x_held = (x - mean) / scale, (x_held - mean) / scale
     axes = _axes(x)
     x, x_held = x @ axes, x_held @ axes
-    everything = np.ones(len(y), bool)
-    parts = [(everything, x_held, y_held), *((~fold, x[fold], y[fold]) for fold in folds)]
+    rows, labels, everything = np.concatenate([x, x_held]), np.concatenate([y, y_held]), np.arange(len(y))
+    # (rows to fit to, rows to judge by) of each.
+    parts = [(everything, len(y) + np.arange(len(y_held)))]
+    parts += [(everything[~fold], everything[fold]) for fold in folds]
     models = [_regression(y, weights, TOLERANCE if part == 0 else ROUGH) for part in range(len(parts))]
-    best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0)), 0
+    best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0), np.zeros((0, 0))), 0
     for c in STRENGTHS:
-        total = 0.0
-        for model, (seen, x_part, y_part) in zip(models, parts, strict=True):
-            model.fit(x[seen], y[seen], c)
-            total += len(y_part) * model.loss(x_part, y_part)
-        loss = total / sum(len(y_part) for _, _, y_part in parts)
+        total, held = 0.0, np.full((len(rows), len(weights)), np.nan)
+        for model, (seen, judged) in zip(models, parts, strict=True):
+            model.fit(rows[seen], labels[seen], c)
+            if len(judged):
+                total += len(judged) * model.loss(rows[judged], labels[judged])
+                weight, bias = model.coefficients()
+                held[judged] = rows[judged] @ weight.T + bias
+        loss = total / sum(len(judged) for _, judged in parts)
         since += 1
         if loss < best[0]:
-            best, since = (loss, c, *models[0].coefficients()), 0
+            best, since = (loss, c, *models[0].coefficients(), held), 0
         elif since == PATIENCE:
             break
-    loss, c, weight, bias = best
-    found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale)]
-    return LinearFit(found[0], found[1], found[2], found[3], c, loss)
+    loss, c, weight, bias, held = best
+    found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale, held)]
+    return LinearFit(found[0], found[1], found[2], found[3], c, loss, found[4])
 
 
 def _axes(x: Floats) -> Floats:

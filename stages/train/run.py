@@ -19,6 +19,7 @@ from schemas.results import BundleSpec, EpochLog, ModelSpec, StoreMemory, TrainR
 from schemas.settings import Settings
 from schemas.views import train_views
 from stages.device import set_up
+from stages.prepare.folds import unit_of
 from stages.ranks import ALONE, Ranks
 from stages.store.memory import MemoryRows, Rows, decide
 from stages.store.reader import StoreReader
@@ -28,8 +29,8 @@ from stages.train.cached import Cached
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
-from stages.train.evidence import EvidenceFit, describe, fit_evidence
-from stages.train.fitted import FITTED, FittedRows, chosen, fit_rows
+from stages.train.evidence import EvidenceFit, FittedRows, describe, fit_evidence
+from stages.train.fitted import FITTED, chosen, fit_rows
 from stages.train.lanes import open_lanes
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
 from stages.train.models import Model, Network, build_learner
@@ -40,8 +41,8 @@ from stages.train.targets import Target, check_task, targets
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
 
-Fits = dict[str | tuple[float, ...], EvidenceFit]
-"""Linear probes by `train.class_weights`."""
+Fits = dict[str | tuple[float, ...], tuple[EvidenceFit, torch.Tensor]]
+"""Linear probes by `train.class_weights`, and what they say of the validation images."""
 
 DESCRIBED = 16
 """Rows that are read at a time to be described."""
@@ -177,7 +178,7 @@ def train_together(
         spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
         torch.manual_seed(settings.train.seed)
         network = build_learner(spec)
-        fit_probe(network, rows, manifest, labels, settings, classes, fits)
+        probed = fit_probe(network, rows, manifest, labels, settings, fits)
         recipe = Recipe(
             settings=settings.train,
             mean=lpm.mean,
@@ -195,7 +196,7 @@ def train_together(
         keys.append(key)
         if settings.train.compile:
             compile_blocks([network], device)
-        runs.append(Run(state, recipe, checkpoint, partial(tell, position)))
+        runs.append(Run(state, recipe, checkpoint, partial(tell, position), probed))
         specs.append(spec)
         for log in state.epochs:
             tell(position, log)
@@ -254,42 +255,39 @@ def fit_probe(
     manifest: Manifest,
     labels: Mapping[Split, Sequence[Target]],
     settings: Settings,
-    classes: Sequence[str],
     fits: Fits,
-) -> None:
-    """Fit the linear probes of an ensemble, where it has some.
+) -> torch.Tensor | None:
+    """Fit the linear probes of an ensemble, where it has some; says what they say of validation images.
 
     Runs of one pass have the same images and differ in the class weights alone: equal ones share a fit, in `fits`.
     """
     if not isinstance(network, Ensemble) or network.probe is None:
-        return
+        return None
     chosen = settings.train.class_weights
     if chosen not in fits:
-        fits[chosen] = _fit(rows, manifest, labels, settings, classes)
-    fits[chosen].copy_to(network.probe)
+        fits[chosen] = _fit(rows, manifest, labels, settings)
+    found, probed = fits[chosen]
+    found.copy_to(network.probe)
+    return probed
 
 
 def _fit(
-    rows: Rows,
-    manifest: Manifest,
-    labels: Mapping[Split, Sequence[Target]],
-    settings: Settings,
-    classes: Sequence[str],
-) -> EvidenceFit:
+    rows: Rows, manifest: Manifest, labels: Mapping[Split, Sequence[Target]], settings: Settings
+) -> tuple[EvidenceFit, torch.Tensor]:
     names = [name for name in array_names(rows.layouts, settings.method, probe=True) if name != "side"]
-    weights = class_weights(settings, labels["train"], classes, torch.device("cpu"))
+    weights = class_weights(settings, labels["train"], manifest.classes, torch.device("cpu"))
+    units = unit_of(manifest)
     with open_lanes(MANY, torch.device("cpu")) as lanes:
-        train_rows, val_rows = (_described(rows, [row.id for row in manifest.of(split)], names) for split in SPLITS)
-        return fit_evidence(
-            train_rows,
-            labels["train"],
-            [row.group for row in manifest.of("train")],
-            val_rows,
-            labels["val"],
-            len(classes),
-            None if weights is None else weights.tolist(),
-            lanes,
+        train_rows, val_rows = (
+            FittedRows(
+                _described(rows, [row.id for row in manifest.of(split)], names),
+                np.asarray(labels[split], np.int64),
+                [units[row.path] for row in manifest.of(split)],
+                len(manifest.classes),
+            )
+            for split in SPLITS
         )
+        return fit_evidence(train_rows, val_rows, None if weights is None else weights.tolist(), lanes)
 
 
 def _described(rows: Rows, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -324,11 +322,11 @@ def _to_fit(
         views = [[row.id for row in rows] for rows in train_views(manifest, settings.features)]
     else:
         views = [[row.id] for row in manifest.of(split)]
-    counts = [len(rows) for rows in views]
+    counts, units = [len(rows) for rows in views], unit_of(manifest)
     return FittedRows(
         _described(store, [row_id for rows in views for row_id in rows], array_names(store.layouts, settings.method)),
         np.repeat(np.asarray(labels, np.int64), counts, axis=0),
-        np.repeat([row.group for row in manifest.of(split)], counts).tolist(),
+        np.repeat([units[row.path] for row in manifest.of(split)], counts).tolist(),
         len(manifest.classes),
     )
 
@@ -365,6 +363,5 @@ def _dataset(
         augment=settings.train.augment if training else None,
         seed=order_seed(settings),
         method=settings.method,
-        probe=bool(settings.train.probe_weight),
         views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )

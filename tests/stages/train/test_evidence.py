@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from schemas.errors import TrainingError
 from stages.store.quantise import dequantise, encode
 from stages.train import evidence, probes
 from stages.train.cached import Cached
-from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
+from stages.train.evidence import EvidenceFit, EvidenceProbe, FittedRows, describe, fit_evidence
 
 SHAPE = (2, 2, 9, 6)
 """Layers, heads, tokens, width of a head, as in `spec`."""
@@ -58,6 +60,15 @@ def alone(n: int) -> list[str]:
     return [str(number) for number in range(n)]
 
 
+def fit_to(
+    train: tuple[Any, Any], val: tuple[Any, Any], groups: list[str] | None = None, classes: int = 3, weights: Any = None
+) -> tuple[EvidenceFit, torch.Tensor]:
+    """Fit to rows and labels; no two are of one patient unless it is said."""
+    known = alone(len(train[1])) if groups is None else groups
+    others = [f"val {number}" for number in range(len(val[1]))]
+    return fit_evidence(FittedRows(*train, known, classes), FittedRows(*val, others, classes), weights)
+
+
 def probe_of(fit: EvidenceFit) -> EvidenceProbe:
     sources, classes, width = fit.weight.shape
     probe = EvidenceProbe(sources, width, classes)
@@ -66,14 +77,14 @@ def probe_of(fit: EvidenceFit) -> EvidenceProbe:
 
 
 def test_what_tells_more_has_the_larger_share() -> None:
-    (x, y), (x_val, y_val), (x_test, y_test) = made(90, 0), made(30, 1), made(300, 2)
-    fit = fit_evidence(x, y, alone(90), x_val, y_val, 3)
+    x_test, y_test = made(300, 2)
+    fit, _ = fit_to(made(90, 0), made(30, 1))
     assert float(fit.share.sum()) == pytest.approx(1.0)
     assert fit.share[1] > 0.9
     right = (probe_of(fit)(torch.from_numpy(x_test)).argmax(1).numpy() == y_test).mean()
     assert right > 0.6
     # Of sources that say equally little none is preferred.
-    blind = fit_evidence(*made(90, 0, told=0.0), alone(90), x_val * 0, y_val, 3)
+    blind, _ = fit_to(made(90, 0, told=0.0), made(30, 1, told=0.0))
     assert blind.share.max() < 0.6
 
 
@@ -81,7 +92,8 @@ def test_what_tells_more_has_the_larger_share() -> None:
 def test_each_is_a_logistic_regression(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "STRENGTHS", (0.01,))
     (x, y), (x_val, y_val) = made(60, 0, width=width), made(20, 1, width=width)
-    fit = fit_evidence(x, y, alone(60), x_val, y_val, 3)
+    fit, _ = fit_to((x, y), (x_val, y_val))
+    x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])
     mean, scale = x[:, 1].mean(0), x[:, 1].std(0)
     model = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit((x[:, 1] - mean) / scale, y)
     expected = model.decision_function((x_val[:, 1] - mean) / scale)
@@ -89,6 +101,36 @@ def test_each_is_a_logistic_regression(width: int, monkeypatch: pytest.MonkeyPat
     # What all classes share is free.
     centred = [logits - logits.mean(1, keepdims=True) for logits in (found, expected)]
     np.testing.assert_allclose(*centred, atol=1e-3)
+
+
+def test_validation_images_are_fitted_to_and_judged_by_what_did_not_see_them() -> None:
+    # Labels that nothing explains: whoever saw them says them, whoever did not cannot.
+    rng = np.random.default_rng(3)
+    train, val = ((rng.standard_normal((n, 2, 300)).astype(np.float32), np.arange(n) % 3) for n in (60, 30))
+    fit, said = fit_to(train, val)
+    assert said.shape == (30, 3)
+    labels = torch.from_numpy(val[1])
+    seen = probe_of(fit)(torch.from_numpy(val[0]))
+    assert (seen.argmax(1) == labels).float().mean() > 0.8
+    assert (said.argmax(1) == labels).float().mean() < 0.6
+
+
+def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probes, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(probes, "ROUGH", 1e-8)
+    (x, y), (x_val, y_val) = made(60, 0), made(20, 1)
+    fit, said = fit_to((x, y), (x_val, y_val))
+    x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])
+    groups = [*alone(60), *(f"val {number}" for number in range(20))]
+    expected = np.zeros((80, 3))
+    for fold in evidence._folds(y, groups, 3):
+        for source, share in enumerate(fit.share.tolist()):
+            z = (x[:, source] - x[:, source].mean(0)) / x[:, source].std(0)
+            model = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit(z[~fold], y[~fold])
+            expected[fold] += share * model.predict_log_proba(z[fold])
+    np.testing.assert_allclose(said.numpy(), expected[60:], atol=1e-3)
 
 
 def test_patients_are_held_out_whole() -> None:
@@ -106,7 +148,12 @@ def test_a_class_of_one_patient_leaves_the_validation_images_to_judge() -> None:
     (x, y), (x_val, y_val) = made(90, 0), made(30, 1)
     groups = ["one" if label == 0 else str(number) for number, label in enumerate(y)]
     assert list(evidence._folds(y, groups, 3)) == []
-    assert fit_evidence(x, y, groups, x_val, y_val, 3).share[1] > 0.9
+    # A class whose only patient is in training is in no fold; its regressions see the training images alone.
+    others = y_val > 0
+    fit, said = fit_to((x, y), (x_val[others], y_val[others]), groups)
+    assert fit.share[1] > 0.9
+    torch.testing.assert_close(fit.mean, torch.from_numpy(x.mean(0)))
+    torch.testing.assert_close(said, probe_of(fit)(torch.from_numpy(x_val[others])), rtol=1e-4, atol=1e-4)
 
 
 def test_of_several_labels_each_has_its_regression() -> None:
@@ -115,7 +162,7 @@ def test_of_several_labels_each_has_its_regression() -> None:
     x, x_val = (rng.standard_normal((len(part), 2, 6)).astype(np.float32) for part in (y, y_val))
     x[:, 0, :2] += 3 * y
     x_val[:, 0, :2] += 3 * y_val
-    fit = fit_evidence(x, y, alone(80), x_val, y_val, 2)
+    fit, _ = fit_to((x, y), (x_val, y_val), classes=2)
     assert fit.share[0] > 0.9
     probe = EvidenceProbe(2, 6, 2, "multilabel")
     fit.copy_to(probe)
@@ -123,8 +170,8 @@ def test_of_several_labels_each_has_its_regression() -> None:
 
 
 def test_classes_can_weigh_more() -> None:
-    (x, y), (x_val, y_val) = made(90, 0, told=0.5), made(30, 1, told=0.5)
-    plain, weighted = (fit_evidence(x, y, alone(90), x_val, y_val, 3, w) for w in (None, (5.0, 1.0, 1.0)))
+    train, (x_val, y_val) = made(90, 0, told=0.5), made(30, 1, told=0.5)
+    plain, weighted = (fit_to(train, (x_val, y_val), weights=w)[0] for w in (None, (5.0, 1.0, 1.0)))
     chosen = [(probe_of(fit)(torch.from_numpy(x_val)).argmax(1) == 0).sum() for fit in (plain, weighted)]
     assert chosen[1] > chosen[0]
 
@@ -132,9 +179,9 @@ def test_classes_can_weigh_more() -> None:
 def test_what_cannot_be_fitted_is_refused() -> None:
     (x, y), (x_val, y_val) = made(30, 0), made(9, 1)
     with pytest.raises(TrainingError, match="1 of 4 classes"):
-        fit_evidence(x, y, alone(30), x_val, y_val, 4)
+        fit_to((x, y), (x_val, y_val), classes=4)
     with pytest.raises(TrainingError, match="no validation images"):
-        fit_evidence(x, y, alone(30), x_val[:0], y_val[:0], 3)
+        fit_to((x, y), (x_val[:0], y_val[:0]))
     x[3, 2, 1] = np.nan
     with pytest.raises(TrainingError, match="not finite"):
-        fit_evidence(x, y, alone(30), x_val, y_val, 3)
+        fit_to((x, y), (x_val, y_val))
