@@ -165,6 +165,13 @@ class BundleSpec(Contract):
         """What its outputs mean."""
         return self.network.task
 
+    @property
+    def learnt_from(self) -> tuple[Split, ...]:
+        """Splits whose images trained it: linear probes of statistics take those of validation, too."""
+        network = self.network
+        probes = network.probe_weight > 0 if isinstance(network, SideNetworkSpec) else network.method == "statistics"
+        return ("train", "val") if probes else ("train",)
+
 
 class EpochLog(Contract):
     """One epoch of training, as it is shown, logged and kept in the checkpoint; of models without epochs, the fit."""
@@ -174,9 +181,9 @@ class EpochLog(Contract):
     train_loss: float
     """Mean over the training images, augmented and with dropout."""
     val_loss: float
-    """Mean over the validation images."""
+    """Mean over the validation images; linear probes that learn from them, too, speak as fitted without them."""
     val_auc: float | None
-    """Chooses the best epoch; null where the validation split lacks a class."""
+    """Of the same; chooses the best epoch; null where the validation split lacks a class."""
     val_accuracy: float
     """Share of the validation images whose prediction is the label, or with several labels all of them."""
     lr: float | None

@@ -82,7 +82,7 @@ def render_report(
     several = predictions.task == "multilabel"
     return template.render(
         title=f"{METHODS[spec.network.method]} on {spec.features.lpm.name}",
-        judged=_judged(metrics),
+        judged=_judged(metrics, spec),
         metrics=metrics,
         classes=classes,
         table=metric_rows(metrics),
@@ -116,11 +116,13 @@ def render_report(
     )
 
 
-def _judged(metrics: Metrics) -> str:
+def _judged(metrics: Metrics, spec: BundleSpec) -> str:
     text = (
         f"Judged on the {metrics.split} split: {_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
     )
     text += f", {len(metrics.confusion)} classes."
+    if metrics.split in spec.learnt_from:
+        text += " The model has learnt from these images."
     return text
 
 

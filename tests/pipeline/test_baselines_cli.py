@@ -61,6 +61,21 @@ def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> N
         assert all(line.endswith(",") for line in lines[1:]), "no errors"
 
 
+def test_images_that_a_model_has_learnt_from_are_named_as_such(study: Path, fpt: Fpt) -> None:
+    for method, split, seen in (
+        ("linear", "train", True),
+        ("linear", "val", False),
+        ("statistics", "val", True),
+        ("statistics", "test", False),
+    ):
+        fpt("train", "--method", method, "--output", f"outputs/{method}", cwd=study)
+        words = ["--model", f"outputs/{method}/model", "--output", f"outputs/{method}/{split}", "--split", split]
+        out, _ = fpt("evaluate", *words, cwd=study)
+        report = (study / "outputs" / method / split / "report.html").read_text()
+        assert ("has learnt from these images" in out) == seen
+        assert ("has learnt from these images" in report) == seen
+
+
 def test_other_splits_are_not_compared(study: Path, fpt: Fpt) -> None:
     fpt("evaluate", "--split", "val", "--output", "outputs/val", cwd=study)
     _, err = fpt("compare", "outputs/evaluation", "outputs/val", cwd=study, code=2)

@@ -191,8 +191,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.3, "late")
-    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.2)
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.5, "late")
+    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.1)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
     assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
@@ -218,7 +218,7 @@ def test_attentive_probes_can_join_the_published_network(study: Study) -> None:
     raw = parse_settings(
         {"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, "attentive": 2}}
     )
-    assert resolve(raw, study.lpm).train.attentive_weight == 0.2
+    assert resolve(raw, study.lpm).train.attentive_weight == 0.1
 
 
 def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
@@ -237,7 +237,8 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     logits = store_logits(bundle, reader, [row.id for row in rows])
     target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
     loss = float(torch.nn.functional.cross_entropy(logits, target))
-    assert loss == pytest.approx(result.best.val_loss, abs=1e-6)
+    # The linear probes have learnt from these images; training judged by probes that had not.
+    assert loss < result.best.val_loss - 1e-3
     lpm = load_lpm(study.settings.lpm, 64, study.root)
     image = read_image(study.root / "images" / rows[0].path, max_pixels=10**6)
     features = compute_features(lpm, receipt.spec, [to_pixels(image, receipt.spec)])
@@ -246,7 +247,7 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     assert metrics.images == len(list(study.manifest.of("test")))
 
 
-def test_workers_read_the_pooled_outputs_too(study: Study) -> None:
+def test_workers_change_nothing(study: Study) -> None:
     calm = run(study, "a")
     settings = study.settings
     study.settings = study.changed(compute={"loader_workers": 1}, store={"memory_budget": 0})
@@ -317,9 +318,10 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
     fits = []
 
-    def counted(*given: Any, **named: Any) -> EvidenceFit:
-        fits.append(fit_evidence(*given, **named))
-        return fits[-1]
+    def counted(*given: Any, **named: Any) -> tuple[EvidenceFit, torch.Tensor]:
+        found = fit_evidence(*given, **named)
+        fits.append(found[0])
+        return found
 
     monkeypatch.setattr(training, "fit_evidence", counted)
     weighted = {"class_weights": (1.0, 2.0, 3.0)}
