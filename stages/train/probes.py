@@ -116,26 +116,28 @@ def fit_regression(
     axes = _axes(x)
     x, x_held = x @ axes, x_held @ axes
     rows, labels, everything = np.concatenate([x, x_held]), np.concatenate([y, y_held]), np.arange(len(y))
-    # (rows to fit to, rows to judge by) of each.
-    parts = [(everything, len(y) + np.arange(len(y_held)))]
-    parts += [(everything[~fold], everything[fold]) for fold in folds]
-    models = [_regression(y, weights, TOLERANCE if part == 0 else ROUGH) for part in range(len(parts))]
-    best, since = (np.inf, 0.0, np.zeros(0), np.zeros(0), np.zeros((0, 0))), 0
+    # Of each that judges a penalty: rows to fit to, rows to judge by, the solver's tolerance.
+    judges = [(everything, len(y) + np.arange(len(y_held)), TOLERANCE)] if len(y_held) else []
+    judges += [(everything[~fold], everything[fold], ROUGH) for fold in folds]
+    models = [_regression(y, weights, tolerance) for _, _, tolerance in judges]
+    best, since = (np.inf, 0.0, np.zeros((0, 0))), 0
     for c in STRENGTHS:
         total, held = 0.0, np.full((len(rows), len(weights)), np.nan)
-        for model, (seen, judged) in zip(models, parts, strict=True):
+        for model, (seen, judged, _) in zip(models, judges, strict=True):
             model.fit(rows[seen], labels[seen], c)
-            if len(judged):
-                total += len(judged) * model.loss(rows[judged], labels[judged])
-                weight, bias = model.coefficients()
-                held[judged] = rows[judged] @ weight.T + bias
-        loss = total / sum(len(judged) for _, judged in parts)
+            total += len(judged) * model.loss(rows[judged], labels[judged])
+            weight, bias = model.coefficients()
+            held[judged] = rows[judged] @ weight.T + bias
+        loss = total / sum(len(judged) for _, judged, _ in judges)
         since += 1
         if loss < best[0]:
-            best, since = (loss, c, *models[0].coefficients(), held), 0
+            best, since = (loss, c, held), 0
         elif since == PATIENCE:
             break
-    loss, c, weight, bias, held = best
+    loss, c, held = best
+    whole = _regression(y, weights, TOLERANCE)
+    whole.fit(x, y, c)
+    weight, bias = whole.coefficients()
     found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale, held)]
     return LinearFit(found[0], found[1], found[2], found[3], c, loss, found[4])
 

@@ -86,7 +86,11 @@ def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method
     logits = store_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
     target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
     loss = float(torch.nn.functional.cross_entropy(logits, target))
-    assert loss == pytest.approx(result.best.val_loss, abs=1e-5)
+    if method == "statistics":
+        # Its regressions have learnt from these images; training judged by others that had not.
+        assert loss < result.best.val_loss - 1e-3
+    else:
+        assert loss == pytest.approx(result.best.val_loss, abs=1e-5)
     first = (tmp_path / "model/model.safetensors").read_bytes()
     run(study, receipt, "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == first
