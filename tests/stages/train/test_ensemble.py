@@ -17,6 +17,7 @@ from stages.evaluate.run import evaluate
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.lpm import load_lpm
 from stages.images import read_image
+from stages.prepare.folds import unit_of
 from stages.store.reader import open_store
 from stages.train import run as training
 from stages.train.attentive import AttentiveProbe
@@ -319,6 +320,9 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     fits = []
 
     def counted(*given: Any, **named: Any) -> tuple[EvidenceFit, torch.Tensor]:
+        units = unit_of(study.manifest)
+        for rows, split in zip(given[:2], training.SPLITS, strict=True):
+            assert rows.groups == [units[row.path] for row in study.manifest.of(split)]
         found = fit_evidence(*given, **named)
         fits.append(found[0])
         return found
