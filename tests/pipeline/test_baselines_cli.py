@@ -70,9 +70,9 @@ def test_images_that_a_model_has_learnt_from_are_named_as_such(study: Path, fpt:
     ):
         fpt("train", "--method", method, "--output", f"outputs/{method}", cwd=study)
         words = ["--model", f"outputs/{method}/model", "--output", f"outputs/{method}/{split}", "--split", split]
-        out, _ = fpt("evaluate", *words, cwd=study)
+        _, err = fpt("evaluate", *words, cwd=study)
         report = (study / "outputs" / method / split / "report.html").read_text()
-        assert ("has learnt from these images" in out) == seen
+        assert ("has learnt from these images" in err) == seen
         assert ("has learnt from these images" in report) == seen
 
 
