@@ -44,6 +44,9 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 Fits = dict[str | tuple[float, ...], tuple[EvidenceFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, and what they say of the validation images."""
 
+RECIPE = 2
+"""Goes up where the same settings train another model: what an earlier version began is not gone on with."""
+
 DESCRIBED = 16
 """Rows that are read at a time to be described."""
 MANY = 64
@@ -304,6 +307,7 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
     """Names the checkpoint: two runs share it only if they would give the same model."""
     return digest(
         {
+            "recipe": RECIPE,
             "method": settings.method,
             "train": settings.train.model_dump(mode="json"),
             "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
