@@ -46,7 +46,7 @@ def evaluate(
     from stages.extract.receipt import read_extraction_receipt
     from stages.files import atomic_write
     from stages.manifest import read_manifest
-    from stages.train.bundle import load_bundle
+    from stages.train.bundle import read_spec
 
     study = open_study(params, assignments or [])
     bundle = study.outputs / "model" if model is None else model.absolute()
@@ -71,7 +71,7 @@ def evaluate(
         show_json(metrics.model_dump(mode="json"))
         return
     _show(metrics)
-    if split.value in load_bundle(bundle).spec.learnt_from:
+    if split.value in read_spec(bundle).learnt_from:
         say("The model has learnt from these images: this says how well it remembers them.")
     say(f"Report: {folder / 'report.html'}")
 

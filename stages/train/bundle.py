@@ -53,26 +53,38 @@ def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
     atomic_write(folder / SPEC, (spec.model_dump_json(indent=1) + "\n").encode())
 
 
-def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Read a bundle and check its weights against the digest in its JSON.
+def read_spec(folder: Path) -> BundleSpec:
+    """What a bundle says of itself; its weights are not read.
 
     Raises:
-        BundleError: If a file is missing or damaged, or the two do not belong together.
+        BundleError: If the file is missing or damaged.
     """
     try:
-        spec = BundleSpec.model_validate_json((folder / SPEC).read_bytes())
-        data = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
-        raise BundleError(
-            f"There is no model bundle in {folder}: {Path(str(error.filename)).name} is missing.",
-            repair="Run `fpt train`.",
-        ) from None
+        return BundleSpec.model_validate_json(_read(folder, SPEC))
     except ValidationError:
         raise BundleError(
             f"{folder / SPEC} cannot be understood.",
             "It was changed, or written by another version.",
             "Run `fpt train` again.",
         ) from None
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(
+            f"There is no model bundle in {folder}: {name} is missing.", repair="Run `fpt train`."
+        ) from None
+
+
+def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
+    """Read a bundle and check its weights against the digest in its JSON.
+
+    Raises:
+        BundleError: If a file is missing or damaged, or the two do not belong together.
+    """
+    spec, data = read_spec(folder), _read(folder, WEIGHTS)
     if hashlib.sha256(data).hexdigest() != spec.weights_sha256:
         raise BundleError(
             f"{folder / WEIGHTS} is not the file that {SPEC} describes.",

@@ -157,10 +157,6 @@ class FittedRows:
         x, y = np.concatenate([self.x, others.x]), np.concatenate([self.y, others.y])
         return FittedRows(x, y, [*self.groups, *others.groups], self.classes)
 
-    def first(self, count: int) -> FittedRows:
-        """The first of them."""
-        return FittedRows(self.x[:count], self.y[:count], self.groups[:count], self.classes)
-
 
 def fit_evidence(
     train: FittedRows, val: FittedRows, class_weights: Sequence[float] | None = None, lanes: Lanes = ONE
@@ -187,15 +183,14 @@ def fit_evidence(
     classes, count = train.classes, len(val.y)
     check_probed(train.x, train.y, val.x, classes)
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
-    rows = train.joined(val)
+    rows, x_held, y_held = train.joined(val), val.x[:0], val.y[:0]
     folds = list(_folds(rows.y, rows.groups, classes))
-    if folds and np.any(folds, axis=0)[len(train.y) :].all():
-        rows, val = rows, val.first(0)
-    else:
-        rows, folds = train, list(_folds(train.y, train.groups, classes))
+    if not folds or not np.any(folds, axis=0)[len(train.y) :].all():
+        rows, x_held, y_held = train, val.x, val.y
+        folds = list(_folds(train.y, train.groups, classes))
 
     def fit(sources: Sequence[int]) -> list[LinearFit]:
-        return [fit_regression(rows.x[:, one], rows.y, val.x[:, one], val.y, weights, folds) for one in sources]
+        return [fit_regression(rows.x[:, one], rows.y, x_held[:, one], y_held, weights, folds) for one in sources]
 
     # Products of a few hundred rows are too small to be shared out among cores; whole fits are not.
     with threadpool_limits(1):

@@ -120,24 +120,30 @@ def fit_regression(
     judges = [(everything, len(y) + np.arange(len(y_held)), TOLERANCE)] if len(y_held) else []
     judges += [(everything[~fold], everything[fold], ROUGH) for fold in folds]
     models = [_regression(y, weights, tolerance) for _, _, tolerance in judges]
-    best, since = (np.inf, 0.0, np.zeros((0, 0))), 0
+    best, since = (np.inf, 0.0), 0
+    fits: list[tuple[Floats, Floats]] = []
     for c in STRENGTHS:
-        total, held = 0.0, np.full((len(rows), len(weights)), np.nan)
+        total = 0.0
         for model, (seen, judged, _) in zip(models, judges, strict=True):
             model.fit(rows[seen], labels[seen], c)
             total += len(judged) * model.loss(rows[judged], labels[judged])
-            weight, bias = model.coefficients()
-            held[judged] = rows[judged] @ weight.T + bias
         loss = total / sum(len(judged) for _, judged, _ in judges)
         since += 1
         if loss < best[0]:
-            best, since = (loss, c, held), 0
+            best, since = (loss, c), 0
+            fits = [model.coefficients() for model in models]
         elif since == PATIENCE:
             break
-    loss, c, held = best
-    whole = _regression(y, weights, TOLERANCE)
-    whole.fit(x, y, c)
-    weight, bias = whole.coefficients()
+    loss, c = best
+    held = np.full((len(rows), len(weights)), np.nan)
+    for (weight, bias), (_, judged, _) in zip(fits, judges, strict=True):
+        held[judged] = rows[judged] @ weight.T + bias
+    if not len(y_held):
+        # No judge has seen all rows.
+        whole = _regression(y, weights, TOLERANCE)
+        whole.fit(x, y, c)
+        fits = [whole.coefficients()]
+    weight, bias = fits[0]
     found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale, held)]
     return LinearFit(found[0], found[1], found[2], found[3], c, loss, found[4])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -157,7 +157,13 @@ def train_together(
     if first.method in FITTED:
         results = []
         with open_lanes(MANY, torch.device("cpu")) as lanes:
-            train_rows, val_rows = (_to_fit(first, manifest, store, split, labels[split]) for split in SPLITS)
+            # To train on, every view of an image is a row.
+            ids: dict[Split, list[list[str]]] = {
+                "train": [[row.id for row in views] for views in train_views(manifest, first.features)],
+                "val": [[row.id] for row in manifest.of("val")],
+            }
+            names = array_names(store.layouts, first.method)
+            train_rows, val_rows = _to_fit(store, manifest, ids, labels, names)
             for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
                 weights = class_weights(settings, labels["train"], classes, device)
                 probe, log = fit_rows(settings, receipt.spec.layers, train_rows, val_rows, weights, lanes)
@@ -279,17 +285,9 @@ def _fit(
 ) -> tuple[EvidenceFit, torch.Tensor]:
     names = [name for name in array_names(rows.layouts, settings.method, probe=True) if name != "side"]
     weights = class_weights(settings, labels["train"], manifest.classes, torch.device("cpu"))
-    units = unit_of(manifest)
+    originals = {split: [[row.id] for row in manifest.of(split)] for split in SPLITS}
     with open_lanes(MANY, torch.device("cpu")) as lanes:
-        train_rows, val_rows = (
-            FittedRows(
-                _described(rows, [row.id for row in manifest.of(split)], names),
-                np.asarray(labels[split], np.int64),
-                [units[row.path] for row in manifest.of(split)],
-                len(manifest.classes),
-            )
-            for split in SPLITS
-        )
+        train_rows, val_rows = _to_fit(rows, manifest, originals, labels, names)
         return fit_evidence(train_rows, val_rows, None if weights is None else weights.tolist(), lanes)
 
 
@@ -319,20 +317,22 @@ def run_key(settings: Settings, manifest: Manifest, receipt: ExtractionReceipt) 
 
 
 def _to_fit(
-    settings: Settings, manifest: Manifest, store: StoreReader, split: Split, labels: Sequence[Target]
-) -> FittedRows:
-    """What models without epochs read of a split; to train on, every view of an image is a row."""
-    if split == "train":
-        views = [[row.id for row in rows] for rows in train_views(manifest, settings.features)]
-    else:
-        views = [[row.id] for row in manifest.of(split)]
-    counts, units = [len(rows) for rows in views], unit_of(manifest)
-    return FittedRows(
-        _described(store, [row_id for rows in views for row_id in rows], array_names(store.layouts, settings.method)),
-        np.repeat(np.asarray(labels, np.int64), counts, axis=0),
-        np.repeat([units[row.path] for row in manifest.of(split)], counts).tolist(),
-        len(manifest.classes),
-    )
+    rows: Rows,
+    manifest: Manifest,
+    ids: Mapping[Split, Sequence[Sequence[str]]],
+    labels: Mapping[Split, Sequence[Target]],
+    names: Sequence[str],
+) -> Iterator[FittedRows]:
+    """What regressions read of each split: the rows of each image that `ids` names, of the arrays `names`."""
+    units = unit_of(manifest)
+    for split in SPLITS:
+        counts = [len(views) for views in ids[split]]
+        yield FittedRows(
+            _described(rows, [row_id for views in ids[split] for row_id in views], names),
+            np.repeat(np.asarray(labels[split], np.int64), counts, axis=0),
+            np.repeat([units[row.path] for row in manifest.of(split)], counts).tolist(),
+            len(manifest.classes),
+        )
 
 
 def _rows(
