@@ -19,9 +19,10 @@ from stages.files import atomic_write, storage_errors
 from stages.manifest import write_manifest
 from stages.prepare.check import check_classes, check_conflicts, check_left
 from stages.prepare.digest import Digests, digest_images
-from stages.prepare.scan import Item, check_names, images_folder, scan_folders
+from stages.prepare.items import list_items
+from stages.prepare.scan import Item
 from stages.prepare.split import draw_splits, find_clusters, ready_splits
-from stages.prepare.table import check_files, read_table
+from stages.prepare.table import check_files
 from stages.progress import Progress
 
 MANIFEST_FILE = "manifest.parquet"
@@ -46,9 +47,7 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
         DataError: Images and labels make no data set.
         StorageError: The output cannot be written.
     """
-    images = images_folder(data, root)
-    items = scan_folders(images) if data.labels is None else read_table(data, root, images)
-    check_names(items)
+    images, items = list_items(data, root)
     classes = check_classes(items, data.classes or data.label_columns, data.task)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, images, data.labels)
