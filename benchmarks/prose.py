@@ -80,7 +80,7 @@ def lines_of(folder: Path) -> list[Line]:
 def rates(lines: list[Line]) -> tuple[int, dict[str, float]]:
     """Number of words, and occurrences of each pattern per 1,000 of them."""
     words = sum(len(WORD.findall(line.text)) for line in lines)
-    counts = Counter({name: 0 for name in PATTERNS})
+    counts = Counter(dict.fromkeys(PATTERNS, 0))
     for line in lines:
         for name, pattern in PATTERNS.items():
             counts[name] += len(pattern.findall(line.text))
