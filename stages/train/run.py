@@ -44,8 +44,9 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 Fits = dict[str | tuple[float, ...], tuple[EvidenceFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, and what they say of the validation images."""
 
-RECIPE = 2
-"""Goes up where the same settings train another model: what an earlier version began is not gone on with."""
+RECIPE = 3
+"""Recipe version. Bump it when the same settings would train a different model, so that older checkpoints are not
+resumed."""
 
 DESCRIBED = 16
 """Rows that are read at a time to be described."""

@@ -15,6 +15,12 @@ from schemas.resolve import SIDE_PATCH
 from schemas.results import SideNetworkSpec
 from stages.train.kernels import linear, self_attention
 
+NORM_EPS = 1e-12
+"""Epsilon of every LayerNorm of the side network, as in the published code."""
+
+INIT_STD = 0.02
+"""Standard deviation of the initial weights."""
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with one projection to queries, keys and values, all with bias."""
@@ -35,9 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
@@ -62,18 +68,21 @@ class SideNetwork(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, spec.width))
         self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.width, eps=1e-6)
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.head = nn.Linear(spec.width, spec.classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random initialisation as usual for ViTs: truncated normal of 0.02, zero biases, class token near zero."""
+        """Initialise as the published side network: truncated normal of std 0.02, zero biases.
+
+        That holds for linear layers, patch convolution, class token and position embedding.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(cast("torch.Tensor", module.bias))
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) normalised pixels -> (B, 1 + patches, width), class token first."""

@@ -95,7 +95,7 @@ def fuse(method: str, layer: int, keys: torch.Tensor, values: torch.Tensor, w: W
 def side_block(tokens: torch.Tensor, layer: int, heads: int, w: Weights) -> torch.Tensor:
     name, width = f"side.blocks.{layer}", tokens.shape[-1]
     dim = width // heads
-    qkv = linear(layer_norm(tokens, w, f"{name}.norm1", 1e-6), w, f"{name}.attn.qkv")
+    qkv = linear(layer_norm(tokens, w, f"{name}.norm1", 1e-12), w, f"{name}.attn.qkv")
     query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
     mixed = torch.stack(
         [
@@ -111,7 +111,7 @@ def side_block(tokens: torch.Tensor, layer: int, heads: int, w: Weights) -> torc
         ]
     )
     tokens = tokens + linear(mixed, w, f"{name}.attn.proj")
-    hidden = linear(layer_norm(tokens, w, f"{name}.norm2", 1e-6), w, f"{name}.mlp.0")
+    hidden = linear(layer_norm(tokens, w, f"{name}.norm2", 1e-12), w, f"{name}.mlp.0")
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     return tokens + linear(hidden, w, f"{name}.mlp.2")
 
@@ -143,7 +143,7 @@ def transcribe(
                     prompts = prompts * mask[layer, index] / (1 - spec.dropout)
                 state = torch.cat([state, prompts])
             state = side_block(state, layer, spec.heads, w)[:count]
-        logits.append(linear(layer_norm(state, w, "side.norm", 1e-6)[0], w, "side.head"))
+        logits.append(linear(layer_norm(state, w, "side.norm", 1e-12)[0], w, "side.head"))
     return torch.stack(logits)
 
 
@@ -313,6 +313,13 @@ def test_fresh_weights_are_those_of_the_recipe(method: str) -> None:
     assert prompts.std().item() == pytest.approx(1e-6, rel=0.2)
     assert network.get_parameter("side.blocks.0.attn.qkv.weight").std().item() == pytest.approx(0.02, rel=0.2)
     assert network.get_parameter("side.blocks.2.mlp.0.bias").abs().max() == 0
+    patches = network.get_parameter("side.patch_embed.weight")
+    assert patches.std().item() == pytest.approx(0.02, rel=0.1)
+    assert patches.abs().max() <= 2.0
+    assert network.get_parameter("side.patch_embed.bias").abs().max() == 0
+    assert network.get_parameter("side.cls_token").std().item() == pytest.approx(0.02, rel=0.6)
+    norms = [module for module in network.side.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-12}
 
 
 def test_side_needs_no_features_and_the_presets_say_that_they_do() -> None:
