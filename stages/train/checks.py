@@ -26,6 +26,9 @@ UNREAD: dict[Method, tuple[str, ...]] = {
 }
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
+SIDE_IMAGE_FIELDS = frozenset({"feature_version", "resize", "lpm.mean", "lpm.std", "lpm.interpolation"})
+"""Fields of the features that determine the stored small images and their normalisation."""
+
 FREE = frozenset(
     {"lr", "weight_decay", "clip_norm", "dropout", "keep", "class_weights", "seed"}
     | {"members", "attentive", "attentive_weight", "probe_weight"}
@@ -74,16 +77,17 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
     expected = feature_spec(settings, lpm, found.weights_sha256)
     # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
     expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
+    differing = expected.differing(found)
     size = settings.train.side_image_size
     if settings.method == "side" and size != "auto" and size <= found.side_image_size:
-        # The side network alone reads nothing but the small images: whatever lies beside them will do.
-        return
-    if differing := expected.differing(found):
+        # The other arrays are irrelevant: only what determines the pixels of the small images must agree.
+        differing = {name: values for name, values in differing.items() if name in SIDE_IMAGE_FIELDS}
+    if differing:
         raise CacheMismatchError(
             "The extracted features do not fit the settings.",
             differing,
             "The settings changed after the features were extracted.",
-            "Run `fpt extract` with these settings, or take the change back.",
+            "Run `fpt extract` with these settings, or revert the change.",
         )
 
 
@@ -99,7 +103,7 @@ def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
             f"The settings ask for views that were not extracted: {', '.join(absent)}.",
             absent,
             "features.views or features.crops changed after the features were extracted.",
-            "Run `fpt extract`: it computes just these views. Or take the change back.",
+            "Run `fpt extract`: it computes just these views. Or revert the change.",
         )
 
 

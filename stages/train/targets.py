@@ -47,5 +47,5 @@ def check_task(settings: Settings, manifest: Manifest) -> None:
         raise SettingsError(
             f"The manifest was prepared for {manifest.task}.",
             [("data.task", f"is {settings.data.task}")],
-            "Run `fpt prepare` again, or take the change back.",
+            "Run `fpt prepare` again, or revert the change.",
         )

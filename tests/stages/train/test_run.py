@@ -136,6 +136,22 @@ def test_the_side_network_alone_takes_the_small_images_of_any_features(tmp_path:
         run(study, receipt, settings=larger)
 
 
+@pytest.mark.parametrize("field", ["resize", "lpm.mean", "lpm.std", "lpm.interpolation"])
+def test_the_side_network_refuses_small_images_of_another_preprocessing(tmp_path: Path, field: str) -> None:
+    study = make_study(tmp_path, method="fpt")
+    receipt = study.extract()
+    study.settings = make_study(tmp_path / "side", method="side").settings
+    if field == "resize":
+        study.settings = study.changed(features={"resize": "letterbox"})
+    else:
+        # Training would normalise with these, evaluation with those of the receipt.
+        other = "nearest" if field == "lpm.interpolation" else (0.1, 0.2, 0.3)
+        study.lpm = study.lpm.model_copy(update={field.removeprefix("lpm."): other})
+    with pytest.raises(CacheMismatchError) as caught:
+        run(study, receipt)
+    assert set(caught.value.differing) == {field}
+
+
 def test_images_without_features_are_refused(study: Study) -> None:
     receipt = study.extract()
     rows = study.manifest.rows
