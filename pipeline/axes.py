@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas.errors import SettingsError
+from schemas.parse import shorten
 from schemas.sweeps import METHOD_AXIS, SEED_AXIS
 
 AS_SET = "as-set"
 """Name of the settings where no axis but the seed changes them."""
+MOST_RUNS = 10_000
+"""Combinations of one sweep."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
@@ -95,11 +99,15 @@ def parse_axes(words: Sequence[str]) -> dict[str, tuple[str, ...] | Range]:
         axes[key] = texts
         if len(texts) == 1 and (found := re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})", texts[0])):
             low, high = float(found[1]), float(found[2])
-            if not 0 <= low < high:
-                problems.append((word, "a range must go from a lower to a higher number, and not below 0"))
             whole = all(text.lstrip("+").isdigit() for text in found.groups())
             # Seeds are not drawn: a range of them means all.
             every = key == SEED_AXIS and whole
+            if not 0 <= low < high <= 1e15:
+                problems.append((shorten(word), "a range must go from a lower to a higher number, from 0 to 1e15"))
+                continue
+            if every and high - low >= MOST_RUNS:
+                problems.append((word, f"names more than {MOST_RUNS:,} seeds"))
+                continue
             axes[key] = tuple(map(str, range(int(low), int(high) + 1))) if every else Range(low, high, whole)
     if problems:
         raise SettingsError("A sweep cannot be read.", problems)
@@ -110,13 +118,18 @@ def grid(axes: Axes) -> list[Combination]:
     """Every combination.
 
     Raises:
-        SettingsError: An axis is a range.
+        SettingsError: An axis is a range, or there are more than `MOST_RUNS` combinations.
     """
     ranges = [key for key, values in axes.items() if isinstance(values, Range)]
     if ranges:
         problems = [(key, "is a range, which has no end of values") for key in ranges]
         raise SettingsError("A sweep cannot be read.", problems, "Say how many to draw, such as --random 16.")
     lists = [values for values in axes.values() if not isinstance(values, Range)]
+    if (count := math.prod(map(len, lists))) > MOST_RUNS:
+        raise SettingsError(
+            f"The sweep has {count:,} combinations; at most {MOST_RUNS:,} are allowed.",
+            repair="Name fewer values, or draw some of them: --random 16.",
+        )
     return [Combination(dict(zip(axes, chosen, strict=True))) for chosen in itertools.product(*lists)]
 
 

@@ -11,6 +11,12 @@ from pydantic import BaseModel, ValidationError
 from schemas.errors import SettingsError
 from schemas.settings import Settings
 
+MOST_PROBLEMS = 50
+"""Problems that one message lists."""
+
+_LONGEST_GUESS = 100
+"""Characters of an unknown key for which a similar valid one is sought; comparing takes quadratic time."""
+
 
 def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Settings:
     """Validate a whole settings tree.
@@ -20,15 +26,18 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
         source: Name of the file, for the message.
 
     Raises:
-        SettingsError: With every problem; `problems` holds (dotted path, message).
+        SettingsError: With every problem, up to `MOST_PROBLEMS`; `problems` holds (dotted path, message).
     """
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
         problems = _problems(error)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        shown = problems[:MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown = (*shown, ("...", f"and {len(problems) - len(shown)} more"))
         raise SettingsError(
-            f"{source} is not valid: {count}.", problems, f"Correct {source}, or the --set override."
+            f"{source} is not valid: {count}.", shown, f"Correct {source}, or the --set override."
         ) from None
 
 
@@ -54,8 +63,22 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
             continue
         value = rejected.get(path)
         plain = path in rejected and (isinstance(value, str | int | float | bool) or value is None)
-        lines.append((".".join(path) or "(top level)", "; or: ".join(texts) + (f" (is {value!r})" if plain else "")))
+        text = "; or: ".join(shorten(text) for text in texts) + (f" (is {_shown(value)})" if plain else "")
+        lines.append((shorten(".".join(path)) or "(top level)", text))
     return tuple(lines)
+
+
+def shorten(text: str, longest: int = 200) -> str:
+    """The text, or its start and its length where it is longer than a message should repeat."""
+    return text if len(text) <= longest else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def _shown(value: object) -> str:
+    try:
+        return shorten(repr(value), 100)
+    except ValueError:
+        # Python refuses to write integers of more than 4,300 digits, since that takes quadratic time.
+        return "an integer of thousands of digits"
 
 
 def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
@@ -73,6 +96,8 @@ def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
 
 def _nearest(path: tuple[str, ...]) -> str | None:
     """The nearest valid key: the same name elsewhere, then the same section, then anywhere in the tree."""
+    if len(path[-1]) > _LONGEST_GUESS:
+        return None
     section: type[BaseModel] | None = Settings
     for part in path[:-1]:
         section = _child(section, part)
