@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +23,9 @@ from schemas.settings import TrainSettings
 from schemas.tasks import Task
 from stages.evaluate.metrics import macro_auc
 from stages.extract.features import in_precision
-from stages.files import storage_errors
 from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
+from stages.train.checkpoints import Checkpoint
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
@@ -93,7 +91,7 @@ class Run:
     """Where it is."""
     recipe: Recipe
     """Of the same batch size, epochs, mean, std, device and workers as the others."""
-    checkpoint: Path
+    checkpoint: Checkpoint
     """Written after every epoch."""
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
@@ -217,7 +215,7 @@ def fit(
                 )
                 keep_epoch(run, log)
                 if ranks.first:
-                    save_checkpoint(run.state, run.checkpoint)
+                    run.checkpoint.write(run.state)
                 run.on_epoch(log)
 
 
@@ -311,38 +309,3 @@ def judge_logits(
 def _merit(log: EpochLog) -> tuple[float, float]:
     """Higher is better: AUC, then the lower loss; the loss alone where the AUC is not defined."""
     return (log.val_auc if log.val_auc is not None else 0.0, -log.val_loss)
-
-
-def save_checkpoint(state: Fit, path: Path) -> None:
-    """Write the whole state to a new file, then rename it over the old one."""
-    content: dict[str, Any] = {
-        "network": state.network.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "epochs": [log.model_dump_json() for log in state.epochs],
-        "best": state.best,
-        "best_state": state.best_state,
-    }
-    partial = path.with_suffix(".part")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        partial.replace(path)
-
-
-def load_checkpoint(state: Fit, path: Path) -> bool:
-    """Go on from a checkpoint, if there is a whole one; says whether there was."""
-    if not path.exists():
-        return False
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state.network.load_state_dict(content["network"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        state.epochs = [EpochLog.model_validate_json(text) for text in content["epochs"]]
-        state.best, state.best_state = content["best"], content["best_state"]
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise TrainingError(
-            f"The checkpoint {path} cannot be read: {error}",
-            "It was damaged.",
-            f"Delete it (rm {path}) to start this run afresh.",
-        ) from error
-    return True

@@ -26,13 +26,14 @@ from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import save_bundle, serialise
 from stages.train.cached import Cached
+from stages.train.checkpoints import Checkpoint
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
 from stages.train.evidence import EvidenceFit, FittedRows, describe, fit_evidence
 from stages.train.fitted import FITTED, chosen, fit_rows
 from stages.train.lanes import open_lanes
-from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
+from stages.train.loop import Fit, Recipe, Run, fit, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
@@ -201,8 +202,8 @@ def train_together(
         )
         state = Fit(network.to(device), make_optimizer(network, settings.train))
         key = run_key(settings, manifest, receipt)
-        checkpoint = checkpoints / f"{key[:16]}.pt"
-        resumed.append(len(state.epochs) if load_checkpoint(state, checkpoint) else 0)
+        checkpoint = Checkpoint.of(checkpoints, key)
+        resumed.append(len(state.epochs) if checkpoint.read(state) else 0)
         keys.append(key)
         if settings.train.compile:
             compile_blocks([network], device)
@@ -218,7 +219,7 @@ def train_together(
         run.network.load_state_dict(run.state.best_state)
         learnable = _save(output, run.network, spec, classes, settings, receipt, best, ranks)
         if ranks.first:
-            run.checkpoint.unlink(missing_ok=True)
+            run.checkpoint.remove()
         results.append(TrainResult(best=best, epochs=tuple(run.state.epochs), resumed_from=done, learnable=learnable))
     store.close()
     return results
