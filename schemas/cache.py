@@ -83,6 +83,8 @@ class Verification(Contract):
     """Empty: the store is whole."""
     images: tuple[ImageId, ...]
     """To be computed again: rows of theirs, maybe of other views, are in damaged shards only."""
+    completed: int = 0
+    """Receipts of earlier versions that now have the checksums of their rows."""
 
 
 class Garbage(Contract):

@@ -52,11 +52,13 @@ class RemoteRows(StoreReader):
         self._url = f"{store.remote.url.rstrip('/')}/{store.spec.fingerprint[:16]}"
         local = Store(Path(store.path), store.spec, store.shard_size)
         sources = {
-            name: ZarrArray(f"{self._url}/features.zarr", name, layout, REPAIR, remote=True)
+            name: ZarrArray(f"{self._url}/features.zarr", name, layout, store.shard_size, REPAIR, remote=True)
             for name, layout in local.layouts.items()
         }
         self._remote = store
         super().__init__(local, expected, _index(local, receipts), sources)
+        for receipt in receipts:
+            self._bind(receipt)
         self._ids = {receipt.shard: bytes.fromhex("".join(receipt.rows)) for receipt in receipts}
 
     def __getstate__(self) -> dict[str, Any]:

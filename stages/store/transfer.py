@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from schemas.cache import Transfer
-from schemas.errors import CacheMismatchError, TransferError
+from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
 from schemas.features import FileDigest, ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.progress import Progress
+from stages.store.checksums import exchanged_shards, stored_checksums
 from stages.store.claim import only_push
 from stages.store.inventory import sound_receipts
 from stages.store.layout import Store, array_layouts, create_store, grow_store
@@ -78,6 +79,8 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
     with at_work(store.path):
         store = create_store(cache_root, source.spec, source.shard_size)
         sound = sound_receipts(store)
+        for shard in exchanged_shards(store, sound):
+            del sound[shard]
         # Damage would hold a number, and the rows that it lost may be among those that arrive.
         remove_claimed_shards(store, set(store.finished_shards()) - sound.keys())
         theirs = source.receipts()
@@ -184,7 +187,12 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
     if stored_rows(store, number, len(receipt.rows)) != receipt.rows:
         count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
         return False
-    arrived = receipt.model_copy(update={"shard": number})
+    try:
+        checksums = stored_checksums(store, number, len(receipt.rows))
+    except (CacheCorruptError, CacheIncompleteError) as error:
+        count.failures.append(f"shard {receipt.shard}: it was damaged before its receipt was written: {error.state}")
+        return False
+    arrived = receipt.model_copy(update={"shard": number, "crc32c": checksums})
     atomic_write(store.receipt(number), arrived.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
@@ -220,7 +228,8 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
     if problems := [problem for problem, _ in results if problem]:
         count.failures.append(problems[0])
         return
-    sent = receipt.model_copy(update={"shard": number})
+    checksums = stored_checksums(store, receipt.shard, len(receipt.rows))
+    sent = receipt.model_copy(update={"shard": number, "crc32c": checksums})
     remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
