@@ -135,7 +135,7 @@ def test_exchanged_files_of_a_remote_store_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_pull_replaces_exchanged_files(tmp_path: Path) -> None:
-    store, _ = filled(tmp_path / "a")
+    filled(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     copy = open_store_layout(tmp_path / "b", SPEC)
     exchange(copy, "keys")
