@@ -102,6 +102,21 @@ class Garbage(Contract):
     """Newest extraction or training that was noted, UTC."""
 
 
+class UnreachableStudy(Contract):
+    """A study that counts as a user of stores because it cannot be looked at."""
+
+    study: str
+    """Folder of the study as it was noted."""
+    host: str
+    """Machine whose path this is."""
+    reason: str
+    """Why it cannot be looked at."""
+    stores: tuple[str, ...]
+    """Stores that stay for it: beginnings of their fingerprints."""
+    last_used: datetime
+    """Its newest extraction or training that was noted, UTC."""
+
+
 class Transfer(Contract):
     """What a push or pull did to one store."""
 

@@ -92,7 +92,8 @@ def test_other_layouts_are_compared_row_by_row(tmp_path: Path, layout: str) -> N
         shards = {} if layout == "no shards" else {"shards": (4, *values.shape)}
         chunks = (4, *values.shape) if layout == "no shards" else (1, 1, *values.shape[1:])
         array = group.create_array(
-            "values", shape=(8, *values.shape), chunks=chunks, dtype=values.dtype, compressors=[zarr.codecs.Crc32cCodec()],
+            "values", shape=(8, *values.shape), chunks=chunks, dtype=values.dtype,
+            compressors=[zarr.codecs.Crc32cCodec()],
             chunk_key_encoding={"name": "default", "separator": "."}, filters=None, overwrite=True, **shards,
             config={"write_empty_chunks": True},
         )  # fmt: skip
