@@ -80,7 +80,7 @@ def forgettable(cache_root: Path, studies: Iterable[Path]) -> frozenset[str]:
             raise ProjectError(
                 f"No study at {study} counts as in use without being reachable.",
                 "It can be reached, so that what it needs stays, or no store has a note of it.",
-                "`fpt cache gc` lists the studies that cannot be reached. To give up a study's features, delete the study.",
+                "`fpt cache gc` lists the studies that cannot be reached.",
             )
     return frozenset(asked)
 
