@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import SettingsError
 from schemas.settings import Settings
+from schemas.urls import masked
 
 
 def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Settings:
@@ -54,7 +55,8 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
             continue
         value = rejected.get(path)
         plain = path in rejected and (isinstance(value, str | int | float | bool) or value is None)
-        lines.append((".".join(path) or "(top level)", "; or: ".join(texts) + (f" (is {value!r})" if plain else "")))
+        shown = f" (is {masked(repr(value))})" if plain else ""
+        lines.append((".".join(path) or "(top level)", "; or: ".join(texts) + shown))
     return tuple(lines)
 
 
