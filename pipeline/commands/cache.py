@@ -190,7 +190,7 @@ def push(url: Url, fingerprints: Fingerprints = None, params: Params = PARAMS_FI
             raise found.problem or RuntimeError(found.path)
         with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
             transfers.append(run(found.store, remote, bar))
-    _report(transfers, url, as_json)
+    _report(transfers, remote.url, as_json)
 
 
 @cache.command()
@@ -213,7 +213,7 @@ def pull(
     for store in stores:
         with ImageBar(f"Shards of {store.spec.fingerprint[:16]}", unit="shard") as bar:
             transfers.append(run(store, cache_root(params.absolute().parent), bar))
-    _report(transfers, url, as_json)
+    _report(transfers, remote.url, as_json)
     if params.is_file() and not as_json:
         _tell_weights(params, assignments or [], stores)
 

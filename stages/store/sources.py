@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError
 from schemas.features import CRC_BYTES
+from schemas.urls import masked, secrets_in
 from stages.files import read_regular
 from stages.store.layout import ArrayLayout
 from stages.store.remote import unusable
@@ -182,7 +183,7 @@ class ZarrArray:
             remote: Whether reading can fail for other reasons than damage.
         """
         self._group, self._name, self._layout, self._repair, self._remote = group, name, layout, repair, remote
-        self._shard_size = shard_size
+        self._shown, self._shard_size = masked(f"{group}/{name}"), shard_size
         self._array: Any = None
         self._present: set[str] = set()
         self._checksums: dict[int, bytes] = {}
@@ -214,12 +215,12 @@ class ZarrArray:
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
                 raise unusable(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
-                f"The array {self._group}/{self._name} cannot be read: {error}",
+                f"The array {self._shown} cannot be read: {masked(str(error), secrets_in(self._group))}",
                 self._name,
                 "Its bytes or its metadata changed after they were written.",
                 self._repair,
             ) from error
-        require_checksums(f"{self._group}/{self._name}", rows, out, self._checksums, self._shard_size, self._repair)
+        require_checksums(self._shown, rows, out, self._checksums, self._shard_size, self._repair)
 
     def close(self) -> None:
         """Forget the array."""
@@ -231,7 +232,7 @@ class ZarrArray:
         array: Any = zarr.open_array(f"{self._group}/{self._name}", mode="r")
         if array.shape[1:] != self._layout.shape or array.dtype != np.dtype(self._layout.dtype):
             raise CacheCorruptError(
-                f"The array {self._group}/{self._name} has rows {array.shape[1:]} of {array.dtype} instead of"
+                f"The array {self._shown} has rows {array.shape[1:]} of {array.dtype} instead of"
                 f" {self._layout.shape} of {self._layout.dtype}.",
                 self._name,
                 "It was written for other features, or its metadata was changed.",
@@ -268,7 +269,7 @@ class ZarrArray:
 
     def _missing(self, row: int) -> CacheIncompleteError:
         return CacheIncompleteError(
-            f"Row {row} of {self._group}/{self._name} was never written, at least not all of it.",
+            f"Row {row} of {self._shown} was never written, at least not all of it.",
             (self._name,),
             "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
             f"{self._repair} Other programs: write with `write_empty_chunks`.",

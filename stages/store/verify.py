@@ -18,11 +18,11 @@ import numpy as np
 from schemas.cache import Damage, DamageKind, Verification
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ShardReceipt
-from stages.files import atomic_write, sha256_file, storage_errors
+from stages.files import atomic_write, read_regular, sha256_file, storage_errors
 from stages.progress import Progress
 from stages.store.checksums import add_checksums, stored_checksums
 from stages.store.index import read_shard_receipt, receipt_digest
-from stages.store.layout import Store, create_group, store_lock
+from stages.store.layout import Store, agreed_shard_size, create_group, store_lock
 from stages.store.shards import ShardFile
 from stages.store.sources import ZarrArray
 from stages.store.uses import LiveUse, is_held, shard_is_held
@@ -270,7 +270,7 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
     for file, expected in _fresh_metadata(store).items():
         path = store.group / file
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_regular(path))
             enough = "shape" not in expected or (
                 found["shape"][0] >= rows and found["shape"][0] % store.shard_size == 0
             )
@@ -288,14 +288,7 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
 
 def _with_agreed_size(store: Store) -> Store:
     """The store in the shard size that all its arrays have: one flipped digit in the group must not condemn them."""
-    sizes = set()
-    for name in store.layouts:
-        try:
-            metadata = json.loads((store.group / name / "zarr.json").read_bytes())
-            sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
-            continue
-    return replace(store, shard_size=sizes.pop()) if len(sizes) == 1 else store
+    return replace(store, shard_size=agreed_shard_size(store.path, store.spec) or store.shard_size)
 
 
 def _write_metadata(store: Store) -> None:
