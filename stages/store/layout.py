@@ -183,6 +183,8 @@ def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
                 shutil.rmtree(fresh, ignore_errors=True)
                 create_group(fresh, spec, shard_size)
                 fresh.rename(path / "features.zarr")
+            elif not (path / "features.zarr" / "zarr.json").exists():
+                _restore_description(path, spec)
     store = open_store_layout(cache_root, spec)
     agreed = agreed_shard_size(path, spec)
     if agreed not in (None, store.shard_size):
@@ -192,6 +194,20 @@ def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
             repair="Run `fpt cache verify --repair`: it writes the description again, and no feature is lost.",
         )
     return store
+
+
+def _restore_description(path: Path, spec: FeatureSpec) -> None:
+    """Write the lost zarr.json of a group again; its arrays say how many rows a shard has."""
+    size = agreed_shard_size(path, spec)
+    if size is None:
+        raise CacheCorruptError(
+            f"The metadata of the store {path} is gone.", repair="Move the folder away, then run `fpt extract`."
+        )
+    fresh = path / "features.zarr.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    create_group(fresh, spec, size)
+    (fresh / "zarr.json").rename(path / "features.zarr" / "zarr.json")
+    shutil.rmtree(fresh)
 
 
 def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:

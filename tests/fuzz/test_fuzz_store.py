@@ -24,7 +24,7 @@ from stages.store.memory import MemoryRows
 from stages.store.reader import StoreReader, open_store
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "250"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "150"))
 SPECS = {
     "int8": SPEC.model_copy(update={"dtype": "int8", "pooled": False}),
     "zstd": SPEC.model_copy(update={"codec": "zstd", "pooled": False}),

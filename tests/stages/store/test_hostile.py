@@ -122,7 +122,7 @@ def test_entries_that_are_no_files_are_refused_without_waiting(tmp_path: Path, f
     }  # fmt: skip
     place = places[file] if file in places else store.shard_file(file, 1)
     place.unlink()
-    {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind](place)
+    {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](place)
     refused = 0
     for use in (
         lambda: open_store(tmp_path / "a", receipt).read([image_id(6)], ["keys"]),
@@ -131,7 +131,7 @@ def test_entries_that_are_no_files_are_refused_without_waiting(tmp_path: Path, f
         lambda: take_inventory(store),
         lambda: list_stores(tmp_path / "a"),
         lambda: verify_store(store),
-        lambda: require_arrival([pull(offered, tmp_path / "b") for offered in remote_stores(open_remote(str(tmp_path / "a")))], "a"),
+        lambda: require_arrival([pull(s, tmp_path / "b") for s in remote_stores(open_remote(f"{tmp_path}/a"))], "a"),
         lambda: require_arrival([push(store, open_remote(str(tmp_path / "c")))], "c"),
         lambda: require_arrival([push(store, open_remote("memory://hostile"))], "m"),
     ):  # fmt: skip
@@ -142,6 +142,19 @@ def test_entries_that_are_no_files_are_refused_without_waiting(tmp_path: Path, f
     assert refused or file == "index"
     if file == "index":
         assert open_store(tmp_path / "a", receipt).read([image_id(6)], ["keys"]), "made again from the receipts"
+
+
+def test_a_lost_description_is_written_again(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path)
+    before = (store.group / "zarr.json").read_bytes()
+    (store.group / "zarr.json").unlink()
+    assert create_store(tmp_path, SPEC, 8) == store
+    assert (store.group / "zarr.json").read_bytes() == before
+    assert verify_store(store).damages == ()
+    for path in store.group.rglob("zarr.json"):
+        path.unlink()
+    with pytest.raises(CacheCorruptError, match="is gone"):
+        create_store(tmp_path, SPEC, 8)
 
 
 def test_a_fifo_in_a_remote_folder_stops_no_push_there(tmp_path: Path) -> None:
