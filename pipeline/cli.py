@@ -24,6 +24,7 @@ from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
 from schemas.errors import FptError, PlatformError
+from schemas.urls import masked, secrets_in
 from stages.ranks import Ranks
 
 TOGETHER = ("train",)
@@ -66,6 +67,11 @@ def _root(
         )
 
 
+def _masked(text: str, words: Sequence[str]) -> str:
+    """Hide what is secret in URLs, and the passwords of URLs on the command line wherever libraries quote them."""
+    return masked(text, secrets_in(" ".join(words)))
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 an error of this program, 2 an error that the user can mend, 130 interrupted.
 
@@ -81,17 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except FptError as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            typer.echo(str(error), err=True)
+        typer.echo(_masked(traceback.format_exc().rstrip() if debug else str(error), words), err=True)
         sys.exit(2)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            typer.echo(_masked(traceback.format_exc().rstrip(), words), err=True)
         else:
             lines = str(error).strip().splitlines()
-            typer.echo(f"{type(error).__name__}: {lines[0] if lines else '(no message)'}", err=True)
+            message = f"{type(error).__name__}: {lines[0] if lines else '(no message)'}"
+            typer.echo(_masked(message, words), err=True)
             typer.echo("This is an error inside fpt. Repeat the command with --debug to see where.", err=True)
         sys.exit(1)
     sys.exit(0)

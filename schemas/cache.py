@@ -83,6 +83,8 @@ class Verification(Contract):
     """Empty: the store is whole."""
     images: tuple[ImageId, ...]
     """To be computed again: rows of theirs, maybe of other views, are in damaged shards only."""
+    completed: int = 0
+    """Receipts of earlier versions that now have the checksums of their rows."""
 
 
 class Garbage(Contract):
@@ -98,6 +100,21 @@ class Garbage(Contract):
     """What their removal frees."""
     last_used: datetime | None
     """Newest extraction or training that was noted, UTC."""
+
+
+class UnreachableStudy(Contract):
+    """A study that counts as a user of stores because it cannot be looked at."""
+
+    study: str
+    """Folder of the study as it was noted."""
+    host: str
+    """Machine whose path this is."""
+    reason: str
+    """Why it cannot be looked at."""
+    stores: tuple[str, ...]
+    """Stores that stay for it: beginnings of their fingerprints."""
+    last_used: datetime
+    """Its newest extraction or training that was noted, UTC."""
 
 
 class Transfer(Contract):

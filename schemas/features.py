@@ -17,6 +17,9 @@ FEATURE_VERSION = 2
 STORE_VERSION = 1
 """Raised by hand when the layout of the store changes; part of every fingerprint."""
 
+CRC_BYTES = 4
+"""Length of a CRC32C."""
+
 LATER_FIELDS: dict[str, Any] = {
     "codec": "none",
     "bitround": None,
@@ -164,6 +167,9 @@ class ShardReceipt(Contract):
     """Image id of each row; None: each row is an image itself."""
     views: tuple[str, ...] | None = None
     """View of each row, crops with their parameters (`schemas.views.ViewRow`); None: each row is an image itself."""
+    crc32c: dict[str, str] | None = None
+    """Array name -> CRC32C of each row's decoded little-endian bytes, 8 hex digits per row. It ties a file to its
+    receipt: files of uncompressed rows have equal lengths and indices. None: written by an earlier version."""
 
     @model_validator(mode="after")
     def _check_views(self) -> ShardReceipt:
@@ -176,6 +182,19 @@ class ShardReceipt(Contract):
                 raise ValueError("images and views do not give the names of the rows")
         return self
 
+    @model_validator(mode="after")
+    def _check_checksums(self) -> ShardReceipt:
+        if self.crc32c is not None:
+            if self.crc32c.keys() != self.files.keys():
+                raise ValueError("files and checksums go together")
+            if any(len(bytes.fromhex(text)) != CRC_BYTES * len(self.rows) for text in self.crc32c.values()):
+                raise ValueError("each row of each array has one checksum")
+        return self
+
+    def checksums(self, array: str) -> bytes | None:
+        """CRC32C of each row of an array, big-endian, 4 bytes per row; None where the receipt has none."""
+        return None if self.crc32c is None else bytes.fromhex(self.crc32c[array])
+
     @property
     def origins(self) -> tuple[ViewRow, ...]:
         """Image and view of each row."""
@@ -184,7 +203,7 @@ class ShardReceipt(Contract):
         return tuple(ViewRow(*row) for row in zip(self.images, self.views, strict=True))
 
     def to_json(self) -> bytes:
-        """The content of its file; without what only shards of views have where there are none."""
+        """Return the content of its file, without fields that are None."""
         return self.model_dump_json(indent=1, exclude_none=True).encode()
 
 

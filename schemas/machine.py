@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from schemas.base import SettingsSection
+from schemas.urls import holds_secret
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Bytes of a unit."""
@@ -16,18 +17,32 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KI
 class StoreSettings(SettingsSection):
     """How stage two reads the feature store. Never part of a fingerprint; DVC does not watch it."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     memory_budget: Annotated[int, Field(ge=0, lt=2**63)] | str = "auto"
     """Features of the study's images are held in memory if they take no more than this: bytes, or text such as 2GB or
     1.5GiB; 0: never; auto: half of the memory that is free when training starts."""
     remote: str | None = None
     """URL or folder of a cache root, such as `fpt cache push` fills, whose store training and evaluation read in place
-    where the local cache lacks it; null: none. Relative paths start at the folder of `params.yaml`."""
+    where the local cache lacks it; null: none. Relative paths start at the folder of `params.yaml`. Never with a
+    password: credentials belong in the environment."""
 
     @field_validator("memory_budget")
     @classmethod
     def _check_budget(cls, value: int | str) -> int | str:
         if isinstance(value, str) and value != "auto" and _bytes(value) is None:
             raise ValueError("must be auto, a number of bytes, or text such as 2GB or 1.5GiB")
+        return value
+
+    @field_validator("remote")
+    @classmethod
+    def _check_remote(cls, value: str | None) -> str | None:
+        if value is not None and holds_secret(value):
+            raise ValueError(
+                "must not hold a password or token, since it is written beside results; set them in the environment"
+                " (FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY;"
+                " docs/store.md has more)"
+            )
         return value
 
     @property

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import SettingsError
 from schemas.settings import Settings
+from schemas.urls import masked
 
 MOST_PROBLEMS = 50
 """Problems that one message lists."""
@@ -75,7 +76,7 @@ def shorten(text: str, longest: int = 200) -> str:
 
 def _shown(value: object) -> str:
     try:
-        return shorten(repr(value), 100)
+        return shorten(masked(repr(value)), 100)
     except ValueError:
         # Python refuses to write integers of more than 4,300 digits, since that takes quadratic time.
         return "an integer of thousands of digits"

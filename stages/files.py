@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,13 +55,34 @@ def atomic_write(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
+def open_regular(path: Path | str) -> int:
+    """Open a regular file, or a link to one, for reading and return its descriptor.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If it cannot be read, or is a folder, FIFO, socket or device, which could block or never end.
+    """
+    # O_NONBLOCK: opening a FIFO would wait for a writer; regular files ignore it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path | str) -> bytes:
+    """Return the content of a regular file; raises like `open_regular`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+
+
 def sha256_file(path: Path) -> str:
-    """Sha256 (hex) of a file's content, read in small pieces.
+    """Sha256 (hex) of a regular file's content, read in small pieces.
 
     Raises:
         OSError: Where the file cannot be read.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

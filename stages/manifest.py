@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from schemas.errors import ManifestError
 from schemas.manifest import Manifest, ManifestRow
-from stages.files import atomic_write
+from stages.tables import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
 _CLASSES = b"fpt.classes"
@@ -32,9 +31,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS],
         metadata={_CLASSES: json.dumps(manifest.classes).encode(), **task},
     )
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
-    atomic_write(path, buffer.getvalue().to_pybytes())
+    write_table(pa.table(columns, schema=schema), path)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -44,14 +41,14 @@ def read_manifest(path: Path) -> Manifest:
         ManifestError: It is missing, damaged, or contradicts itself.
     """
     try:
-        data = path.read_bytes()
+        table = read_table(path)
     except FileNotFoundError:
         raise ManifestError(f"There is no manifest at {path}.", "The images were not prepared yet.", _REPAIR) from None
     except OSError as error:
         raise ManifestError(f"The manifest {path} cannot be read.", f"{error.strerror}.", _REPAIR) from error
+    except ValueError as error:
+        raise ManifestError(f"The manifest {path} is damaged.", str(error), _REPAIR) from error
     try:
-        # From bytes, not from the path: pyarrow would read a folder named "key=value" as a column.
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
         metadata = table.schema.metadata or {}
         classes, task = json.loads(metadata[_CLASSES]), metadata.get(_TASK, b"multiclass").decode()
         rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())

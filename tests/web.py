@@ -14,12 +14,27 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
     """Python's own handler knows no ranges. A connection ends with its request: a stopped server answers nobody."""
 
     ranges = True
+    authorization: str | None = None
     asked: list[str]
 
     def log_message(self, *_: object) -> None:
         self.asked.append(f"{self.command} {self.path}")
 
+    def _allowed(self) -> bool:
+        if self.authorization in (None, self.headers.get("Authorization")):
+            return True
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return False
+
+    def do_HEAD(self) -> None:
+        if self._allowed():
+            super().do_HEAD()
+
     def do_GET(self) -> None:
+        if not self._allowed():
+            return
         path = Path(self.translate_path(self.path))
         wanted = self.headers.get("Range", "")
         if not (self.ranges and wanted.startswith("bytes=") and path.is_file()):
@@ -38,10 +53,16 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path, ranges: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """URL of a folder while the block runs, and a list to which every request is added."""
+def served(folder: Path, ranges: bool = True, authorization: str | None = None) -> Iterator[tuple[str, list[str]]]:
+    """URL of a folder while the block runs, and a list to which every request is added.
+
+    Args:
+        folder: Served, with everything below it.
+        ranges: Whether parts of files are sent.
+        authorization: Header without which nothing is sent.
+    """
     asked: list[str] = []
-    handler = type("Handler", (_Ranges,), {"ranges": ranges, "asked": asked})
+    handler = type("Handler", (_Ranges,), {"ranges": ranges, "asked": asked, "authorization": authorization})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)

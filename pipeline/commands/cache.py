@@ -12,7 +12,9 @@ from pipeline.console import say, say_next, show, show_json, show_pairs, show_ta
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
-    from schemas.cache import Transfer, Verification
+    from datetime import datetime
+
+    from schemas.cache import Garbage, Transfer, UnreachableStudy, Verification
     from stages.store.inventory import FoundStore
     from stages.store.remote import Remote, RemoteStore
 
@@ -47,7 +49,6 @@ def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
         show_json({"cache": str(root), "stores": [store.model_dump(mode="json") for store in stores]})
         return
     for store in stores:
-        used = "never noted" if store.last_used is None else f"{store.last_used.astimezone():%Y-%m-%d %H:%M}"
         spec = store.spec
         show_pairs(
             store.fingerprint[:16],
@@ -57,13 +58,13 @@ def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
                 ("LPM", f"{spec.lpm.name} at {spec.lpm.image_size}"),
                 ("Layers", ", ".join(map(str, spec.layers))),
                 ("Type", spec.dtype),
-                ("Rows", f"{store.rows:,} in {store.shards:,} shards"),
+                ("Rows", f"{store.rows:,} in {_count(store.shards, 'shard')}"),
                 ("Size", size(store.bytes)),
-                ("Last used", used),
+                ("Last used", _time(store.last_used)),
                 ("Studies", ", ".join(store.studies) or "none"),
             ],
         )
-    say(f"{len(stores)} store{'' if len(stores) == 1 else 's'}, {size(sum(s.bytes for s in stores))}, in {root}")
+    say(f"{_count(len(stores), 'store')}, {size(sum(s.bytes for s in stores))}, in {root}")
 
 
 @cache.command()
@@ -100,7 +101,7 @@ def verify(
         if found.store is None:
             unreadable.append(str(found.problem))
             continue
-        uses = live_uses(found.path, other_hosts=False)
+        uses = [live for live in live_uses(found.path, other_hosts=False) if live.unreachable is None]
         of_study = mine is not None and mine.use.fingerprint == found.store.spec.fingerprint
         if mine is not None and of_study and all(live.use.receipt != mine.use.receipt for live in uses):
             uses.append(mine)
@@ -131,32 +132,42 @@ def gc(
     other_hosts: Annotated[
         bool, typer.Option("--other-hosts", help="Also drop what only studies of other machines refer to.")
     ] = False,
+    forget: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--forget", metavar="STUDY", help="Also drop what only this study refers to, which cannot be reached."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Drop the stores and shards that no study refers to. Shows them; deletes with --yes."""
     from pipeline.project import cache_root
-    from stages.store.gc import drop_garbage, find_garbage
+    from schemas.settings import OUTPUTS
+    from stages.store.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
+    from stages.store.uses import register_use, study_use
 
-    root = cache_root(params.absolute().parent)
-    garbage = find_garbage(root, other_hosts=not other_hosts)
-    freed = drop_garbage(root, garbage, other_hosts=not other_hosts) if yes else 0
+    study = params.absolute().parent
+    root = cache_root(study)
+    mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
+    keep = Keep(mine, not other_hosts, forgettable(root, forget or []))
+    garbage = find_garbage(root, keep)
+    if yes and mine is not None:
+        # A study that was moved is noted under its old place.
+        register_use(root, mine.use.fingerprint, study, Path(mine.use.receipt), list(mine.use.shards))
+    freed = drop_garbage(root, garbage, keep) if yes else 0
+    unreachable = unreachable_studies(root, keep)
     if as_json:
-        show_json({"cache": str(root), "freed": freed, "garbage": [item.model_dump(mode="json") for item in garbage]})
+        dropped = [item.model_dump(mode="json") for item in garbage]
+        listed = [item.model_dump(mode="json") for item in unreachable]
+        show_json({"cache": str(root), "freed": freed, "garbage": dropped, "unreachable": listed})
         return
-    if not garbage:
-        say(f"Nothing to drop in {root}: a study refers to every shard, or an extraction is at work.")
-        return
-    rows = []
-    for item in garbage:
-        what = "the whole store" if item.whole else f"{len(item.shards)} shards"
-        used = "never noted" if item.last_used is None else f"{item.last_used.astimezone():%Y-%m-%d %H:%M}"
-        rows.append((Path(item.store).name, what, size(item.bytes), used))
-    show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
-    if yes:
+    _show_garbage(root, garbage)
+    _show_unreachable(unreachable)
+    if garbage and yes:
         say(f"Deleted: {size(freed)}.")
-    else:
+    elif garbage:
         say("Nothing is deleted yet.")
-        say_next("fpt cache gc --yes")
+        say_next(" ".join(["fpt cache gc --yes", *(f"--forget {path}" for path in forget or [])]))
 
 
 @cache.command()
@@ -179,7 +190,7 @@ def push(url: Url, fingerprints: Fingerprints = None, params: Params = PARAMS_FI
             raise found.problem or RuntimeError(found.path)
         with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
             transfers.append(run(found.store, remote, bar))
-    _report(transfers, url, as_json)
+    _report(transfers, remote.url, as_json)
 
 
 @cache.command()
@@ -202,9 +213,37 @@ def pull(
     for store in stores:
         with ImageBar(f"Shards of {store.spec.fingerprint[:16]}", unit="shard") as bar:
             transfers.append(run(store, cache_root(params.absolute().parent), bar))
-    _report(transfers, url, as_json)
+    _report(transfers, remote.url, as_json)
     if params.is_file() and not as_json:
         _tell_weights(params, assignments or [], stores)
+
+
+def _show_garbage(root: Path, garbage: Sequence[Garbage]) -> None:
+    if not garbage:
+        say(f"Nothing to drop in {root}: a study refers to every shard, or an extraction is at work.")
+        return
+    rows = []
+    for item in garbage:
+        what = "the whole store" if item.whole else _count(len(item.shards), "shard")
+        rows.append((Path(item.store).name, what, size(item.bytes), _time(item.last_used)))
+    show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
+
+
+def _show_unreachable(studies: Sequence[UnreachableStudy]) -> None:
+    if not studies:
+        return
+    rows = [(item.study, item.reason, ", ".join(item.stores), _time(item.last_used)) for item in studies]
+    columns = ("Study", "Why", "Stores", "Last used")
+    show_table("Studies that cannot be reached; what they need stays", columns, rows, words=True)
+    say("Moved studies: run `fpt cache gc --yes` in the new place. Deleted ones: fpt cache gc --forget STUDY")
+
+
+def _time(moment: datetime | None) -> str:
+    return "never noted" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
@@ -284,8 +323,8 @@ def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
         for done in transfers:
             renumbered = f" ({done.renumbered} under other numbers)" if done.renumbered else ""
             say(
-                f"{done.fingerprint[:16]}: {done.copied} shards copied{renumbered}, {size(done.bytes)}; "
-                f"{done.present} were there."
+                f"{done.fingerprint[:16]}: {_count(done.copied, 'shard')} copied{renumbered}, {size(done.bytes)}; "
+                f"{done.present} {'was' if done.present == 1 else 'were'} there."
             )
     require_arrival(transfers, url)
 
@@ -299,17 +338,19 @@ def _with_paths(result: Verification, paths: dict[str, str]) -> dict[str, object
 
 def _show_verification(result: Verification, paths: dict[str, str]) -> None:
     name = result.fingerprint[:16]
+    if result.completed:
+        show(f"{name}: {_count(result.completed, 'receipt')} of an earlier version completed: checksums of rows added.")
     if not result.damages:
-        show(f"{name}: whole, {result.rows:,} rows in {result.shards:,} shards.")
+        show(f"{name}: whole, {_count(result.rows, 'row')} in {_count(result.shards, 'shard')}.")
         return
     count = len(result.damages)
-    show(f"{name}: {count} thing{'' if count == 1 else 's'} wrong.")
+    show(f"{name}: {_count(count, 'thing')} wrong.")
     for damage in result.damages[:SHOWN]:
         show(f"  {damage.kind}: {damage.file}. {damage.reason}")
     if count > SHOWN:
         show(f"  ... and {count - SHOWN} more; --json has all")
     images = len(result.images)
-    show(f"{images} image{'' if images == 1 else 's'} to compute again{':' if images else '.'}")
+    show(f"{_count(images, 'image')} to compute again{':' if images else '.'}")
     for image_id in result.images[:SHOWN]:
         show(f"  {image_id[:16]} {paths.get(image_id, '')}".rstrip())
     if images > SHOWN:

@@ -11,13 +11,12 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
 from schemas.results import JudgedModel
 from schemas.tasks import Task
-from stages.files import atomic_write
+from stages.tables import read_table, write_table
 from stages.tasks import decide, label_array, texts
 
 PROBABILITY = "p_"
@@ -70,9 +69,7 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     if predictions.model is not None:
         metadata["model"] = predictions.model.model_dump_json()
     table = pa.table(columns).replace_schema_metadata(metadata)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    atomic_write(path, sink.getvalue().to_pybytes())
+    write_table(table, path)
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -83,8 +80,7 @@ def read_predictions(path: Path) -> Predictions:
     """
     repair = "Write it again: fpt evaluate"
     try:
-        # Without partitioning: a folder named "key=value" would be read as a column.
-        table = pq.read_table(path, partitioning=None)
+        table = read_table(path)
         metadata = table.schema.metadata or {}
         classes = tuple(json.loads(metadata[b"classes"]))
         model = JudgedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None
@@ -94,7 +90,7 @@ def read_predictions(path: Path) -> Predictions:
         columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
     except FileNotFoundError as error:
         raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
-    except (OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
     return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model, task)
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt
-from stages.files import atomic_write
+from stages.files import atomic_write, read_regular
 
 
 def write_extraction_receipt(receipt: ExtractionReceipt, path: Path) -> None:
@@ -24,11 +24,17 @@ def read_extraction_receipt(path: Path) -> ExtractionReceipt:
         CacheCorruptError: If it is damaged or contradicts itself.
     """
     try:
-        receipt = ExtractionReceipt.model_validate_json(path.read_bytes())
+        receipt = ExtractionReceipt.model_validate_json(read_regular(path))
     except FileNotFoundError:
         raise CacheIncompleteError(
             f"There is no extraction receipt at {path}.", repair="Run `fpt extract` first."
         ) from None
+    except OSError as error:
+        raise CacheCorruptError(
+            f"The extraction receipt {path} cannot be read: {error.strerror}.",
+            path.name,
+            repair="Make it readable, or run `fpt extract`: it writes a new one.",
+        ) from error
     except ValidationError:
         receipt = None
     if receipt is None or receipt.fingerprint != receipt.spec.fingerprint:

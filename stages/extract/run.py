@@ -20,6 +20,7 @@ from stages.extract.plan import requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
 from stages.extract.work import ShardDone, ShardTask, inline
 from stages.progress import Progress
+from stages.store.checksums import exchanged_shards
 from stages.store.layout import Store, create_store
 from stages.store.reuse import copy_rows
 from stages.store.uses import at_work, register_use
@@ -103,12 +104,14 @@ def _extract(
 ) -> ExtractionReceipt:
     spec = store.spec
     inventory = take_inventory(store)
-    broken = [*inventory.broken, *(damaged_shards(store, checking) if check else ())]
+    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    ids = tuple(rows)
+    used = {shard for shard in inventory.shards_of(ids).tolist() if shard >= 0}
+    wrong = damaged_shards(store, checking) if check else exchanged_shards(store, used)
+    broken = sorted({*inventory.broken, *wrong})
     if broken:
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)
-    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
-    ids = tuple(rows)
     missing = inventory.missing(ids)
     total = len(ids)
     cached = here = total - len(missing)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from schemas.base import digest
 from schemas.errors import CacheCorruptError, CacheIncompleteError, StorageError
 from schemas.features import ShardReceipt
-from stages.files import atomic_write
+from stages.files import atomic_write, open_regular, read_regular
 from stages.store.layout import Store
 from stages.store.shards import REPAIR
 
@@ -144,7 +144,8 @@ def load_index(store: Store) -> RowIndex | None:
     arrays = len(store.layouts)
     record = shard_record(arrays)
     try:
-        raw = np.memmap(index_path(store), np.uint8, mode="r")
+        with os.fdopen(open_regular(index_path(store)), "rb") as file:
+            raw = np.memmap(file, np.uint8, mode="r")
     except (OSError, ValueError):
         return None
     if len(raw) < HEADER.itemsize:
@@ -203,9 +204,13 @@ def read_shard_receipt(store: Store, shard: int) -> ShardReceipt:
     """
     path = store.receipt(shard)
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except FileNotFoundError:
         raise CacheIncompleteError(f"The receipt {path} is gone.", (path.name,), repair=REPAIR) from None
+    except OSError as error:
+        raise CacheCorruptError(
+            f"The receipt {path} cannot be read: {error.strerror}.", path.name, repair=REPAIR
+        ) from None
     return parse_shard_receipt(content, store, shard, path)
 
 

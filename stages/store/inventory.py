@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from schemas.cache import StoreListing
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, FptError
 from schemas.features import FeatureSpec, ShardReceipt
-from stages.store.layout import Store, open_store_layout, store_attributes
+from stages.store.layout import Store, agreed_shard_size, impossible, open_store_layout, store_attributes
 from stages.store.reader import read_receipt
 from stages.store.uses import live_uses, noted_uses
 
@@ -60,7 +60,14 @@ def open_found(path: Path) -> Store:
             cause="It was written by another version, or its zarr.json was changed.",
             repair="Move the folder away, then run `fpt extract`.",
         )
-    return open_store_layout(path.parent, spec)
+    try:
+        return open_store_layout(path.parent, spec)
+    except CacheCorruptError:
+        # With the size that its arrays have, verify can write a damaged description again.
+        agreed = agreed_shard_size(path, spec) if impossible(spec) is None else None
+        if agreed is None:
+            raise
+        return Store(path, spec, agreed)
 
 
 def sound_receipts(store: Store) -> dict[int, ShardReceipt]:

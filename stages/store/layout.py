@@ -35,7 +35,7 @@ from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from schemas.errors import CacheCorruptError, CacheMismatchError
 from schemas.features import FeatureSpec
-from stages.files import storage_errors
+from stages.files import open_regular, read_regular, storage_errors
 
 DEQUANTISE = {
     "int8": (
@@ -49,6 +49,10 @@ DEQUANTISE = {
     ),
 }
 """Attribute of quantised groups: how anyone gets the keys and values back."""
+
+
+LARGEST_SHARD = 4096
+"""Most rows of a shard, as `features.shard_size` allows."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,31 @@ def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
                 shutil.rmtree(fresh, ignore_errors=True)
                 create_group(fresh, spec, shard_size)
                 fresh.rename(path / "features.zarr")
-    return open_store_layout(cache_root, spec)
+            elif not (path / "features.zarr" / "zarr.json").exists():
+                _restore_description(path, spec)
+    store = open_store_layout(cache_root, spec)
+    agreed = agreed_shard_size(path, spec)
+    if agreed not in (None, store.shard_size):
+        raise CacheCorruptError(
+            f"The store {path} says that a shard has {store.shard_size} rows; its arrays have shards of {agreed}.",
+            cause="Its zarr.json was changed or damaged.",
+            repair="Run `fpt cache verify --repair`: it writes the description again, and no feature is lost.",
+        )
+    return store
+
+
+def _restore_description(path: Path, spec: FeatureSpec) -> None:
+    """Write the lost zarr.json of a group again; its arrays say how many rows a shard has."""
+    size = agreed_shard_size(path, spec)
+    if size is None:
+        raise CacheCorruptError(
+            f"The metadata of the store {path} is gone.", repair="Move the folder away, then run `fpt extract`."
+        )
+    fresh = path / "features.zarr.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    create_group(fresh, spec, size)
+    (fresh / "zarr.json").rename(path / "features.zarr" / "zarr.json")
+    shutil.rmtree(fresh)
 
 
 def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
@@ -243,16 +271,62 @@ def described_shard_size(attributes: Mapping[str, Any], spec: FeatureSpec, place
     """
     try:
         found = FeatureSpec.model_validate(attributes.get("spec"))
-        shard_size = int(attributes["shard_size"])
-    except (ValidationError, KeyError, TypeError, ValueError):
+    except (ValidationError, AttributeError):
         raise CacheCorruptError(
             f"The store {place} does not describe itself.",
             cause="It was written by another version, or its zarr.json was changed.",
             repair="Move the folder away, then run `fpt extract`.",
         ) from None
+    size = attributes.get("shard_size")
+    shard_size = size if type(size) is int else 0
+    problem = impossible(found)
+    if not 1 <= shard_size <= LARGEST_SHARD:
+        problem = f"shard_size is {str(size)[:40]}, not a number from 1 to {LARGEST_SHARD:,}"
+    if problem is not None:
+        raise CacheCorruptError(
+            f"The store {place} describes itself wrongly: {problem}.",
+            cause="Its zarr.json was changed or damaged.",
+            repair="In the cache of this machine `fpt cache verify --repair` writes it again; elsewhere push it again.",
+        )
     if differing := spec.differing(found):
         raise CacheMismatchError(f"The store {place} holds other features than its name says.", differing)
     return shard_size
+
+
+def impossible(spec: FeatureSpec) -> str | None:
+    """Return what no feature spec can be, before memory or files of that size are made; None: it is possible."""
+    lpm = spec.lpm
+    bounds = {
+        "lpm.depth": (lpm.depth, 1, 1000),
+        "lpm.width": (lpm.width, 1, 2**17),
+        "lpm.heads": (lpm.heads, 1, lpm.width),
+        "lpm.image_size": (lpm.image_size, 1, 2**14),
+        "lpm.patch": (lpm.patch, 1, lpm.image_size),
+        "lpm.prefix_tokens": (lpm.prefix_tokens, 0, 2**14),
+        "kept": (spec.kept, 1, 2**16),
+        "side_image_size": (spec.side_image_size, 1, 2**14),
+    }
+    for name, (value, lowest, highest) in bounds.items():
+        if not lowest <= value <= highest:
+            return f"{name} is {value}, not from {lowest:,} to {highest:,}"
+    if spec.kept > lpm.tokens:
+        return f"kept is {spec.kept} of {lpm.tokens} tokens"
+    if not spec.layers or list(spec.layers) != sorted(set(spec.layers) & set(range(lpm.depth))):
+        return f"layers are not ascending numbers below {lpm.depth}"
+    return None
+
+
+def agreed_shard_size(path: Path, spec: FeatureSpec) -> int | None:
+    """The shard size that all arrays of the store in `path` have; None where they have no such size in common."""
+    sizes = set()
+    for name in array_layouts(spec):
+        try:
+            metadata = json.loads(read_regular(path / "features.zarr" / name / "zarr.json"))
+            sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            continue
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if size is not None and 1 <= size <= LARGEST_SHARD else None
 
 
 def store_attributes(path: Path) -> dict[str, Any]:
@@ -262,6 +336,8 @@ def store_attributes(path: Path) -> dict[str, Any]:
         CacheCorruptError: If its metadata cannot be read.
     """
     try:
+        # Zarr would wait for a FIFO.
+        os.close(open_regular(path / "features.zarr" / "zarr.json"))
         return dict(zarr.open_group(path / "features.zarr", mode="r").attrs)
     except Exception as error:  # zarr raises many kinds here; all of them mean unreadable metadata
         raise CacheCorruptError(
@@ -297,6 +373,6 @@ def capacity(shards: int) -> int:
 def _rows(store: Store, name: str) -> int:
     """Length of an array, from its metadata alone; 0 where they cannot be read."""
     try:
-        return int(json.loads((store.group / name / "zarr.json").read_bytes())["shape"][0])
+        return int(json.loads(read_regular(store.group / name / "zarr.json"))["shape"][0])
     except (OSError, ValueError, LookupError, TypeError):
         return 0

@@ -219,11 +219,19 @@ class StoreReader:
             f"Delete {self.store.path / 'index'}, which is made again, and run `fpt extract --check`.",
         )
 
+    def _bind(self, receipt: ShardReceipt) -> None:
+        """Have every source compare what it reads of a shard with the checksums of the receipt."""
+        for name, source in self._sources.items():
+            checksums = receipt.checksums(name)
+            if checksums is not None:
+                source.bind(receipt.shard, checksums)
+
     def _check(self, shard: int) -> bytes:
         """Compare a shard with the extraction receipt, before the first of its rows is read."""
         receipt = read_receipt(self.store, shard)
         if receipt_digest(receipt) != self._expected.get(str(shard)):
             raise _foreign(self.store, str(shard))
+        self._bind(receipt)
         self._checked[shard] = bytes.fromhex("".join(receipt.rows))
         return self._checked[shard]
 
@@ -240,7 +248,7 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
         file = store.shard_name(name, shard)
         try:
             length = os.stat(file).st_size  # noqa: PTH116  (a Path a file is a third of the time)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             missing = (Path(file).name,)
             raise CacheIncompleteError(f"The shard file {file} is gone.", missing, repair=REPAIR) from None
         if length != expected.bytes:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
-from schemas.errors import FptError, TransferError
-from schemas.features import FeatureSpec, FileDigest, ShardReceipt
-from stages.store.layout import Store
+from schemas.errors import CacheCorruptError, CacheMismatchError, FptError, TransferError
+from schemas.features import CRC_BYTES, FeatureSpec, FileDigest, ShardReceipt
+from schemas.urls import masked, names_secret, secrets_in
+from stages.store.layout import Store, described_shard_size
 
 PIECE = 2**22
 """Bytes copied at a time."""
+LARGEST_DESCRIPTION = 2**24
+"""Bytes of the longest JSON file that is read: a receipt of 4096 rows of views has some 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,13 @@ class Remote:
     """Where it lies."""
     root: str
     """Path in it, without a slash at the end."""
-    url: str
-    """As it was given."""
+    address: str = field(repr=False)
+    """URL or folder as it was given; may hold a password."""
+
+    @property
+    def url(self) -> str:
+        """The address for people, without passwords and tokens."""
+        return masked(self.address)
 
     @property
     def local(self) -> Path | None:
@@ -56,6 +67,8 @@ class RemoteStore:
     """What its features are."""
     shard_size: int
     """Rows per shard."""
+    problem: FptError | None = None
+    """Why it cannot be used."""
 
     def place(self, file: str) -> str:
         """Path of a file that is given relative to the store."""
@@ -63,22 +76,59 @@ class RemoteStore:
 
     def receipts(self) -> dict[int, ShardReceipt]:
         """Every receipt that parses and belongs here, by shard."""
+        return self.read_receipts()[0]
+
+    def read_receipts(self) -> tuple[dict[int, ShardReceipt], list[str]]:
+        """Every receipt that parses and belongs here, by shard, and names of the others.
+
+        Raises:
+            TransferError: If the other side cannot be read.
+        """
         fs, folder = self.remote.fs, self.place("receipts")
         with transfer_errors(self.remote):
             if not fs.isdir(folder):
-                return {}
+                return {}, []
             fs.invalidate_cache(folder)
-            names = [name for name in fs.ls(folder, detail=False) if str(name).endswith(".json")]
-            contents = fs.cat(names, on_error="omit") if names else {}
-        found = {}
+            listed = {str(entry["name"]): entry for entry in fs.ls(folder, detail=True)}
+            names = [name for name in listed if name.endswith(".json")]
+            regular = [name for name in names if _is_small(self.remote, listed[name])]
+            contents: dict[str, Any] = fs.cat(regular, on_error="return") if regular else {}
+        found, refused = {}, sorted(set(names) - set(regular))
         for name, content in contents.items():
+            if isinstance(content, FileNotFoundError):
+                continue
+            if isinstance(content, Exception):
+                raise unusable(self.remote.address, content) from content
             try:
                 receipt = ShardReceipt.model_validate_json(content)
             except ValidationError:
-                continue
-            if receipt.fingerprint == self.spec.fingerprint and name.endswith(f"/{receipt.shard:06d}.json"):
+                receipt = None
+            if receipt is not None and self._belongs(receipt) and name.endswith(f"/{receipt.shard:06d}.json"):
                 found[receipt.shard] = receipt
-        return found
+            else:
+                refused.append(name)
+        return found, [name.rsplit("/", 1)[-1] for name in refused]
+
+    def _belongs(self, receipt: ShardReceipt) -> bool:
+        """Whether a receipt can be one of this store: its arrays, its rows, and the lengths that these have."""
+        layouts = Store(Path(), self.spec, self.shard_size).layouts
+        rows = len(receipt.rows)
+        if (
+            receipt.fingerprint != self.spec.fingerprint
+            or receipt.files.keys() != layouts.keys()
+            or not 0 < rows <= self.shard_size
+            or not 0 <= receipt.shard < 2**32 // self.shard_size
+        ):
+            return False
+        index = 16 * self.shard_size + CRC_BYTES
+        for name, layout in layouts.items():
+            raw = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize
+            exact = rows * (raw + CRC_BYTES) + index
+            # A codec may add a little to what it cannot compress.
+            longest = exact if self.spec.codec == "none" else exact + rows * (raw // 64 + 4096)
+            if not (exact if self.spec.codec == "none" else index) <= receipt.files[name].bytes <= longest:
+                return False
+        return True
 
 
 def open_remote(url: str) -> Remote:
@@ -91,9 +141,11 @@ def open_remote(url: str) -> Remote:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise TransferError(
-            f"{url} cannot be opened: {error}",
+            f"{masked(url)} cannot be opened: {_without_secrets(str(error), url)}",
             repair="Give a directory or a URL that fsspec knows, and install the package that it names.",
         ) from None
+    except Exception as error:  # some file systems connect at once, and each raises its own kinds
+        raise unusable(url, error) from error
     return Remote(fs, str(root).rstrip("/"), url)
 
 
@@ -109,16 +161,47 @@ def remote_stores(remote: Remote) -> list[RemoteStore]:
             return []
         remote.fs.invalidate_cache(remote.root)
         for folder in sorted(str(name).rstrip("/") for name in remote.fs.ls(remote.root, detail=False)):
-            if not remote.fs.isfile(f"{folder}/features.zarr/zarr.json"):
+            description = f"{folder}/features.zarr/zarr.json"
+            if not remote.fs.isfile(description) or not is_small(remote, description):
                 continue
+            attributes = described(remote.fs.cat_file(description))
             try:
-                attributes = json.loads(remote.fs.cat_file(f"{folder}/features.zarr/zarr.json"))["attributes"]
-                spec, size = FeatureSpec.model_validate(attributes["spec"]), int(attributes["shard_size"])
-            except (ValueError, KeyError, TypeError):
+                spec = FeatureSpec.model_validate(attributes.get("spec"))
+            except ValidationError:
                 continue
             if folder.endswith(f"/{spec.fingerprint[:16]}"):
-                stores.append(RemoteStore(remote, folder, spec, size))
+                stores.append(_offered(remote, folder, spec, attributes))
     return stores
+
+
+def _offered(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping[str, Any]) -> RemoteStore:
+    try:
+        size = described_shard_size(attributes, spec, f"{remote.url}/{spec.fingerprint[:16]}")
+    except (CacheCorruptError, CacheMismatchError) as problem:
+        return RemoteStore(remote, folder, spec, 0, problem)
+    return RemoteStore(remote, folder, spec, size)
+
+
+def described(content: bytes) -> dict[str, Any]:
+    """Return what a Zarr group says about itself in its zarr.json; nothing where that is none."""
+    try:
+        attributes = json.loads(content)["attributes"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def is_small(remote: Remote, path: str) -> bool:
+    """Whether a path is a regular file that is no longer than any JSON file of a store."""
+    length = length_of(remote, path)
+    return length is None or 0 <= length <= LARGEST_DESCRIPTION
+
+
+def _is_small(remote: Remote, entry: Mapping[str, Any]) -> bool:
+    """The same of an entry of a listing, without another round trip where the listing tells."""
+    if entry.get("type") != "file" or entry.get("islink"):
+        return is_small(remote, str(entry["name"]))
+    return entry.get("size") is None or int(entry["size"]) <= LARGEST_DESCRIPTION
 
 
 def store_file(store: Store, array: str, shard: int) -> str:
@@ -126,10 +209,10 @@ def store_file(store: Store, array: str, shard: int) -> str:
     return store.shard_file(array, shard).relative_to(store.path).as_posix()
 
 
-def copy(source: IO[bytes], target: IO[bytes]) -> FileDigest:
-    """Copy a stream and say what went through."""
+def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
+    """Copy a stream and return what went through; ends soon after `length` bytes, where it should have ended."""
     digest, count = hashlib.sha256(), 0
-    while piece := source.read(PIECE):
+    while count <= length and (piece := source.read(PIECE)):
         digest.update(piece)
         count += len(piece)
         target.write(piece)
@@ -150,12 +233,14 @@ def digest_of(remote: Remote, path: str) -> FileDigest | None:
 
 
 def length_of(remote: Remote, path: str) -> int | None:
-    """Length of a remote file; None where there is none."""
+    """Length of a remote file; None where there is none or the other side does not tell; -1: no regular file."""
     try:
         info: dict[str, Any] = remote.fs.info(path)
     except FileNotFoundError:
         return None
-    return int(info["size"])
+    if info.get("type") not in (None, "file", "link"):
+        return -1
+    return None if info.get("size") is None else int(info["size"])
 
 
 @contextmanager
@@ -166,13 +251,30 @@ def transfer_errors(remote: Remote) -> Iterator[None]:
     except FptError:
         raise
     except Exception as error:  # each file system raises its own kinds
-        raise unusable(remote.url, error) from error
+        raise unusable(remote.address, error) from error
 
 
 def unusable(url: str, error: BaseException) -> TransferError:
     """What to say where the library of the other side raised an error."""
     return TransferError(
-        f"{url} cannot be used: {type(error).__name__}: {error}",
+        f"{masked(url)} cannot be used: {type(error).__name__}: {_without_secrets(str(error), url)}",
         "The connection, the rights or the address are not what they should be.",
         "Then run the same command again: what has arrived is kept.",
     )
+
+
+def _without_secrets(text: str, url: str) -> str:
+    """Hide the secrets of a URL and those that the environment holds for file systems, which libraries may quote."""
+    secrets = {value for name, value in os.environ.items() if names_secret(name) and len(value) > 7}
+    return masked(text, secrets_in(url) | secrets | _secret_options(fsspec.config.conf))
+
+
+def _secret_options(options: Mapping[str, Any], inside: bool = False) -> set[str]:
+    found = set()
+    for name, value in options.items():
+        secret = inside or names_secret(str(name))
+        if isinstance(value, Mapping):
+            found |= _secret_options(value, secret)
+        elif secret and isinstance(value, str):
+            found.add(value)
+    return found

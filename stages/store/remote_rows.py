@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, TransferError
 from schemas.features import ExtractionReceipt, ShardReceipt
+from schemas.urls import masked
 from stages.store.index import (
     LISTING_SHARE,
     RowIndex,
@@ -23,7 +23,7 @@ from stages.store.index import (
 )
 from stages.store.layout import Store, described_shard_size, store_path
 from stages.store.reader import StoreReader, open_store
-from stages.store.remote import Remote, RemoteStore, open_remote, store_file, transfer_errors, unusable
+from stages.store.remote import Remote, RemoteStore, described, open_remote, store_file, transfer_errors, unusable
 from stages.store.sources import ZarrArray
 
 THREADS = 16
@@ -49,14 +49,17 @@ class RemoteRows(StoreReader):
             expected: Shard number -> digest of its receipt, as in the extraction receipt.
             receipts: Of these shards.
         """
-        self._url = f"{store.remote.url.rstrip('/')}/{store.spec.fingerprint[:16]}"
+        address = f"{store.remote.address.rstrip('/')}/{store.spec.fingerprint[:16]}"
+        self._url = masked(address)
         local = Store(Path(store.path), store.spec, store.shard_size)
         sources = {
-            name: ZarrArray(f"{self._url}/features.zarr", name, layout, REPAIR, remote=True)
+            name: ZarrArray(f"{address}/features.zarr", name, layout, store.shard_size, REPAIR, remote=True)
             for name, layout in local.layouts.items()
         }
         self._remote = store
         super().__init__(local, expected, _index(local, receipts), sources)
+        for receipt in receipts:
+            self._bind(receipt)
         self._ids = {receipt.shard: bytes.fromhex("".join(receipt.rows)) for receipt in receipts}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +68,7 @@ class RemoteRows(StoreReader):
 
     @property
     def url(self) -> str:
-        """Of the store."""
+        """Of the store, without passwords and tokens."""
         return self._url
 
     @property
@@ -127,7 +130,7 @@ class RemoteRows(StoreReader):
             found = known[path] if path in known else lengths[path]
             if found not in (length, None):
                 raise CacheCorruptError(
-                    f"The shard file {path} has {found} bytes instead of {length}.",
+                    f"The shard file {masked(path)} has {found} bytes instead of {length}.",
                     str(shard),
                     "It was not sent to its end, or was changed since.",
                     REPAIR,
@@ -203,21 +206,18 @@ def open_remote_rows(url: str, receipt: ExtractionReceipt) -> StoreReader:
             part = remote.fs.cat_file(description, start=1, end=3)
         except FileNotFoundError:
             raise CacheIncompleteError(
-                f"There is no feature store {receipt.fingerprint[:16]} at {url}.",
+                f"There is no feature store {receipt.fingerprint[:16]} at {remote.url}.",
                 cause="It was never pushed there, or store.remote names another place.",
                 repair="`fpt cache push` it there from a machine that has it, or run `fpt extract` here.",
             ) from None
     if part != content[1:3]:
         raise TransferError(
-            f"{url} cannot be read in place: asked for a part of a file, it sends all of it.",
+            f"{remote.url} cannot be read in place: asked for a part of a file, it sends all of it.",
             "The server knows no range requests.",
             "Copy the store with `fpt cache pull`, or use another server.",
         )
-    try:
-        attributes = dict(json.loads(content)["attributes"])
-    except (ValueError, KeyError, TypeError):
-        attributes = {}
-    store = remote.store(receipt.spec, described_shard_size(attributes, receipt.spec, f"{url}/{path[-16:]}"))
+    size = described_shard_size(described(content), receipt.spec, f"{remote.url}/{path[-16:]}")
+    store = remote.store(receipt.spec, size)
     return RemoteRows(store, receipt.shards, _receipts(store, receipt.shards))
 
 
@@ -233,10 +233,11 @@ def _receipts(store: RemoteStore, expected: Mapping[str, str]) -> list[ShardRece
     for place, number in places.items():
         content = contents.get(place, FileNotFoundError(place))
         if isinstance(content, FileNotFoundError):
-            raise CacheIncompleteError(f"The receipt {place} is gone.", (f"{number:06d}.json",), repair=REPAIR)
+            gone = f"The receipt {masked(place)} is gone."
+            raise CacheIncompleteError(gone, (f"{number:06d}.json",), repair=REPAIR)
         if isinstance(content, Exception):
-            raise unusable(store.remote.url, content) from content
-        receipt = parse_shard_receipt(content, layout, number, place, REPAIR)
+            raise unusable(store.remote.address, content) from content
+        receipt = parse_shard_receipt(content, layout, number, masked(place), REPAIR)
         if receipt_digest(receipt) != expected[str(number)]:
             raise CacheCorruptError(
                 f"Shard {number} of {store.remote.url}/{store.spec.fingerprint[:16]} is not the one that this study"
@@ -280,6 +281,6 @@ def _length(remote: Remote, path: str) -> int | None:
             remote.fs.cat_file(path, start=0, end=1)
         except FileNotFoundError:
             name = path.rsplit("/", 1)[-1]
-            raise CacheIncompleteError(f"The shard file {path} is gone.", (name,), repair=REPAIR) from None
+            raise CacheIncompleteError(f"The shard file {masked(path)} is gone.", (name,), repair=REPAIR) from None
         return None
     return None if size is None else int(size)

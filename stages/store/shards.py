@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import CRC_BYTES
+from stages.files import open_regular
 
-CRC_BYTES = 4
 REPAIR = "Run `fpt extract`: it computes what is missing."
 """The way back from anything that is not there."""
 ABSENT = np.uint64(2**64 - 1)
@@ -29,19 +30,21 @@ AHEAD = 128 * 1024
 class ShardFile:
     """One shard of one array. The file handle is opened when it is needed and may be released in between."""
 
-    def __init__(self, path: str, chunks: int, chunk_bytes: int) -> None:
+    def __init__(self, path: str, chunks: int, chunk_bytes: int, checksums: bytes | None = None) -> None:
         """Open the file and check its index.
 
         Args:
             path: The shard file.
             chunks: Inner chunks that the index must have.
             chunk_bytes: Length of a chunk without its checksum.
+            checksums: CRC32C of each chunk according to the receipt (`ShardReceipt.checksums`); None: not compared.
 
         Raises:
             CacheIncompleteError: If the file is not there.
             CacheCorruptError: If the index is damaged or points outside the file.
         """
         self.path, self._chunk_bytes, self._fd = path, chunk_bytes, -1
+        self._expected = checksums
         self._length: int | None = None
         self._stored = bytearray(CRC_BYTES)
         self.open()
@@ -58,7 +61,7 @@ class ShardFile:
         if self._fd >= 0:
             return
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._fd = open_regular(self.path)
         except FileNotFoundError:
             raise CacheIncompleteError(
                 f"The shard {self.path} is gone.",
@@ -66,6 +69,8 @@ class ShardFile:
                 "The store was changed after its receipt was written.",
                 REPAIR,
             ) from None
+        except OSError as error:
+            raise self._corrupt(f"it cannot be opened ({error.strerror})") from error
         length = os.fstat(self._fd).st_size
         if self._length not in (None, length):
             self.close()
@@ -102,15 +107,9 @@ class ShardFile:
 
         Raises:
             CacheIncompleteError: If the chunk was never written.
-            CacheCorruptError: If its checksum does not fit.
+            CacheCorruptError: If its checksum does not fit, or is not that of the receipt.
         """
-        offset = self._offsets[chunk]
-        if offset < 0:
-            raise CacheIncompleteError(
-                f"Chunk {chunk} of the shard {self.path} was never written.",
-                (Path(self.path).name,),
-                repair=REPAIR,
-            )
+        offset = self._offset(chunk)
         wanted = self._chunk_bytes
         buffers: list[Any] = [target]
         if not self._checked[chunk]:
@@ -124,9 +123,39 @@ class ShardFile:
             raise self._corrupt(f"chunk {chunk} is cut off")
         if not self._checked[chunk]:
             # The array itself: of its memoryview the library wants a copy.
-            if google_crc32c.value(target) != int.from_bytes(self._stored, "little"):
+            found = google_crc32c.value(target)
+            if found != int.from_bytes(self._stored, "little"):
                 raise self._corrupt(f"the checksum of chunk {chunk} does not fit its bytes")
+            self._require_expected(chunk, found.to_bytes(CRC_BYTES, "big"))
             self._checked[chunk] = 1
+
+    def stored_checksum(self, chunk: int) -> bytes:
+        """Read the CRC32C that follows a chunk, big-endian, without the chunk.
+
+        Raises:
+            CacheIncompleteError: If the chunk was never written.
+            CacheCorruptError: If it cannot be read, or is not that of the receipt.
+        """
+        try:
+            stored = os.pread(self._fd, CRC_BYTES, self._offset(chunk) + self._chunk_bytes)
+        except OSError as error:
+            raise self._corrupt(f"chunk {chunk} cannot be read ({error.strerror})") from error
+        self._require_expected(chunk, stored[::-1])
+        return stored[::-1]
+
+    def _require_expected(self, chunk: int, found: bytes) -> None:
+        if self._expected is not None and found != self._expected[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
+            raise self._corrupt(f"row {chunk} is not the one of its receipt; another shard's file may be in its place")
+
+    def _offset(self, chunk: int) -> int:
+        offset = self._offsets[chunk]
+        if offset < 0:
+            raise CacheIncompleteError(
+                f"Chunk {chunk} of the shard {self.path} was never written.",
+                (Path(self.path).name,),
+                repair=REPAIR,
+            )
+        return offset
 
     def _read_index(self, chunks: int) -> list[int]:
         length = self._length or 0

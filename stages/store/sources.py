@@ -8,14 +8,18 @@ import math
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError
+from schemas.features import CRC_BYTES
+from schemas.urls import masked, secrets_in
+from stages.files import read_regular
 from stages.store.layout import ArrayLayout
 from stages.store.remote import unusable
 from stages.store.shards import ShardFile
@@ -36,6 +40,9 @@ class Source(Protocol):
 
     mapped: bool
     """Whether rows are read by `pread`."""
+
+    def bind(self, shard: int, checksums: bytes) -> None:
+        """Accept only rows with these checksums (`ShardReceipt.checksums`) from a shard; before its first read."""
 
     def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
         """Fill out[i] with row rows[i]."""
@@ -58,14 +65,20 @@ class MappedArray:
             shard_size: Rows per shard.
             parts: Inner chunks of one row.
         """
-        self._pattern = str(folder).replace("{", "{{").replace("}", "}}") + "/c.{}" + ".0" * len(layout.shape)
+        self._folder = str(folder)
+        self._pattern = self._folder.replace("{", "{{").replace("}", "}}") + "/c.{}" + ".0" * len(layout.shape)
         self._shard_size, self._parts = shard_size, parts
         self._bytes = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize // parts
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._known: OrderedDict[int, ShardFile] = OrderedDict()
+        self._checksums: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_known": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_known": OrderedDict(), "_checksums": {}}
+
+    def bind(self, shard: int, checksums: bytes) -> None:
+        """Accept only rows with these checksums from a shard; before its first read."""
+        self._checksums[shard] = checksums
 
     def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
         """Fill out[i] with row rows[i].
@@ -88,6 +101,9 @@ class MappedArray:
         for file, chunk, target in cold:
             file.open()
             file.read_into(chunk, target)
+        if self._parts > 1:
+            # A chunk is less than a row here: the files cannot compare what they read.
+            require_checksums(self._folder, rows, out, self._checksums, self._shard_size, REPAIR)
         self._trim()
 
     def close(self) -> None:
@@ -99,18 +115,39 @@ class MappedArray:
         """How many file handles are held."""
         return len(self._files)
 
+    def stored_checksums(self, shard: int, slots: Iterable[int]) -> bytes | None:
+        """Read the checksums that lie next to some rows of a shard, compared with those that it is bound to.
+
+        Returns:
+            Big-endian, 4 bytes per row; None where a row has several chunks, and so no checksum of its own.
+
+        Raises:
+            CacheIncompleteError: If the file or a row of it is gone.
+            CacheCorruptError: If it is damaged, or not the file that its receipt describes.
+        """
+        if self._parts > 1:
+            return None
+        file = self._open(shard)
+        try:
+            return b"".join(file.stored_checksum(slot) for slot in slots)
+        finally:
+            file.close()
+
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)
         if file is not None:
             return file
         file = self._known.get(shard)
         if file is None:
-            file = ShardFile(self._pattern.format(shard), self._shard_size * self._parts, self._bytes)
-            self._known[shard] = file
+            file = self._known[shard] = self._open(shard)
         else:
             file.open()
         self._files[shard] = file
         return file
+
+    def _open(self, shard: int) -> ShardFile:
+        checksums = self._checksums.get(shard) if self._parts == 1 else None
+        return ShardFile(self._pattern.format(shard), self._shard_size * self._parts, self._bytes, checksums)
 
     def _trim(self) -> None:
         while len(self._files) > OPEN_FILES:
@@ -126,22 +163,37 @@ class ZarrArray:
 
     mapped = False
 
-    def __init__(self, group: str, name: str, layout: ArrayLayout, repair: str = REPAIR, remote: bool = False) -> None:
+    def __init__(
+        self,
+        group: str,
+        name: str,
+        layout: ArrayLayout,
+        shard_size: int,
+        repair: str = REPAIR,
+        remote: bool = False,
+    ) -> None:
         """Open nothing yet.
 
         Args:
             group: Path or URL of the Zarr group.
             name: Of the array.
             layout: What one row must look like.
+            shard_size: Rows per shard.
             repair: What to do where it is damaged.
             remote: Whether reading can fail for other reasons than damage.
         """
         self._group, self._name, self._layout, self._repair, self._remote = group, name, layout, repair, remote
+        self._shown, self._shard_size = masked(f"{group}/{name}"), shard_size
         self._array: Any = None
         self._present: set[str] = set()
+        self._checksums: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None, "_present": set()}
+
+    def bind(self, shard: int, checksums: bytes) -> None:
+        """Accept only rows with these checksums from a shard."""
+        self._checksums[shard] = checksums
 
     def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
         """Fill out[i] with row rows[i].
@@ -163,11 +215,12 @@ class ZarrArray:
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
                 raise unusable(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
-                f"The array {self._group}/{self._name} cannot be read: {error}",
+                f"The array {self._shown} cannot be read: {masked(str(error), secrets_in(self._group))}",
                 self._name,
                 "Its bytes or its metadata changed after they were written.",
                 self._repair,
             ) from error
+        require_checksums(self._shown, rows, out, self._checksums, self._shard_size, self._repair)
 
     def close(self) -> None:
         """Forget the array."""
@@ -179,7 +232,7 @@ class ZarrArray:
         array: Any = zarr.open_array(f"{self._group}/{self._name}", mode="r")
         if array.shape[1:] != self._layout.shape or array.dtype != np.dtype(self._layout.dtype):
             raise CacheCorruptError(
-                f"The array {self._group}/{self._name} has rows {array.shape[1:]} of {array.dtype} instead of"
+                f"The array {self._shown} has rows {array.shape[1:]} of {array.dtype} instead of"
                 f" {self._layout.shape} of {self._layout.dtype}.",
                 self._name,
                 "It was written for other features, or its metadata was changed.",
@@ -216,11 +269,37 @@ class ZarrArray:
 
     def _missing(self, row: int) -> CacheIncompleteError:
         return CacheIncompleteError(
-            f"Row {row} of {self._group}/{self._name} was never written, at least not all of it.",
+            f"Row {row} of {self._shown} was never written, at least not all of it.",
             (self._name,),
             "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
             f"{self._repair} Other programs: write with `write_empty_chunks`.",
         )
+
+
+def row_checksum(row: NDArray[Any]) -> bytes:
+    """CRC32C of a row's little-endian bytes, big-endian."""
+    row = np.ascontiguousarray(row, row.dtype.newbyteorder("<"))
+    return int(google_crc32c.value(row.reshape(-1).view(np.uint8))).to_bytes(CRC_BYTES, "big")
+
+
+def require_checksums(
+    place: str, rows: Sequence[int], found: NDArray[Any], checksums: Mapping[int, bytes], shard_size: int, repair: str
+) -> None:
+    """Compare decoded rows with the checksums of their receipts, as far as these have them.
+
+    Raises:
+        CacheCorruptError: If a row is not the one that its receipt describes.
+    """
+    for row, values in zip(rows, found, strict=True):
+        shard, slot = divmod(row, shard_size)
+        expected = checksums.get(shard)
+        if expected is not None and row_checksum(values) != expected[CRC_BYTES * slot : CRC_BYTES * (slot + 1)]:
+            raise CacheCorruptError(
+                f"Row {slot} of shard {shard} in {place} is not the one of its receipt.",
+                str(shard),
+                "Another shard's file may be in its place, or its bytes changed after they were written.",
+                repair,
+            )
 
 
 def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) -> Source:
@@ -232,17 +311,20 @@ def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) ->
     """
     path = group / name / "zarr.json"
     try:
-        metadata = json.loads(path.read_bytes())
+        metadata = json.loads(read_regular(path))
     except FileNotFoundError:
         raise CacheIncompleteError(f"The metadata {path} is gone.", (name,), repair=REPAIR) from None
-    except ValueError:
+    except (OSError, ValueError):
         raise CacheCorruptError(
-            f"The metadata {path} cannot be read.", name, "The file was changed.", "Move the store away, then extract."
+            f"The metadata {path} cannot be read.",
+            name,
+            "The file was changed.",
+            "Run `fpt cache verify --repair`: it writes the metadata again.",
         ) from None
     parts = raw_parts(metadata, layout, shard_size)
     if parts and sys.byteorder == "little" and hasattr(os, "preadv"):
         return MappedArray(group / name, layout, shard_size, parts)
-    return ZarrArray(str(group), name, layout)
+    return ZarrArray(str(group), name, layout, shard_size)
 
 
 def raw_parts(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:

@@ -14,19 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from schemas.cache import Transfer
-from schemas.errors import CacheMismatchError, TransferError
+from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
 from schemas.features import FileDigest, ShardReceipt
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.progress import Progress
+from stages.store.checksums import exchanged_shards, stored_checksums
 from stages.store.claim import only_push
 from stages.store.inventory import sound_receipts
-from stages.store.layout import Store, array_layouts, create_store, grow_store
+from stages.store.layout import Store, create_store, described_shard_size, grow_store
 from stages.store.remote import (
     Remote,
     RemoteStore,
     copy,
+    described,
     digest_of,
     length_of,
     store_file,
@@ -73,15 +76,22 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
         StorageError: If the disk is full or cannot be written; what has arrived is kept.
         CacheMismatchError: If the local store has another shard size.
     """
+    if source.problem is not None:
+        raise source.problem
+    theirs, refused = source.read_receipts()
+    count = _Count(failures=[f"{name}: it is damaged there, or belongs to another store" for name in refused])
+    if not theirs:
+        return count.result(source.spec.fingerprint)
     store = create_store(cache_root, source.spec, source.shard_size)
     _same_shards(source.shard_size, store.shard_size, store.path)
     with at_work(store.path):
         store = create_store(cache_root, source.spec, source.shard_size)
         sound = sound_receipts(store)
+        for shard in exchanged_shards(store, sound):
+            del sound[shard]
         # Damage would hold a number, and the rows that it lost may be among those that arrive.
         remove_claimed_shards(store, set(store.finished_shards()) - sound.keys())
-        theirs = source.receipts()
-        count, here = _Count(), {row for receipt in sound.values() for row in receipt.rows}
+        here = {row for receipt in sound.values() for row in receipt.rows}
         above = max([-1, *sound, *theirs]) + 1
         for done, shard in enumerate(sorted(theirs), 1):
             receipt = theirs[shard]
@@ -120,7 +130,7 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
     with transfer_errors(remote), only_push(target):
         group = target.place("features.zarr/zarr.json")
         if remote.fs.isfile(group):
-            found = json.loads(remote.fs.cat_file(group))["attributes"]["shard_size"]
+            found = described_shard_size(described(remote.fs.cat_file(group)), store.spec, remote.url)
             _same_shards(store.shard_size, found, remote.url)
         theirs = _whole(target, target.receipts())
         there = {row for receipt in theirs.values() for row in receipt.rows}
@@ -150,17 +160,19 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
             if path.stat().st_size == expected.bytes and sha256_file(path) == expected.sha256:
                 return "", 0
         got = FileDigest(bytes=0, sha256="")
-        remote = source.remote
+        remote, place = source.remote, source.place(store_file(store, name, receipt.shard))
+        if length_of(remote, place) not in (None, expected.bytes):
+            return f"shard {receipt.shard}: its file of {name} is damaged there: it has another length", 0
         with storage_errors(path):
             path.unlink(missing_ok=True)
             try:
                 with path.open("xb") as target:
                     try:
-                        reading = remote.fs.open(source.place(store_file(store, name, receipt.shard)), "rb")
+                        reading = remote.fs.open(place, "rb")
                     except FileNotFoundError:
                         return f"shard {receipt.shard}: its file of {name} is not there", 0
                     with reading:
-                        got = copy(reading, target)
+                        got = copy(reading, target, expected.bytes)
                     target.flush()
                     os.fsync(target.fileno())
             finally:
@@ -170,9 +182,6 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
             return f"shard {receipt.shard}: its file of {name} is damaged there, or was on the way", got.bytes
         return "", got.bytes
 
-    if receipt.files.keys() != store.layouts.keys() or not 0 < len(receipt.rows) <= store.shard_size:
-        count.failures.append(f"shard {receipt.shard}: its receipt belongs to another store")
-        return False
     with ThreadPoolExecutor(THREADS) as pool, transfer_errors(source.remote):
         results = list(pool.map(fetch, receipt.files))
     count.bytes += sum(size for _, size in results)
@@ -184,7 +193,12 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
     if stored_rows(store, number, len(receipt.rows)) != receipt.rows:
         count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
         return False
-    arrived = receipt.model_copy(update={"shard": number})
+    try:
+        checksums = stored_checksums(store, number, len(receipt.rows))
+    except (CacheCorruptError, CacheIncompleteError) as error:
+        count.failures.append(f"shard {receipt.shard}: it was damaged before its receipt was written: {error.state}")
+        return False
+    arrived = receipt.model_copy(update={"shard": number, "crc32c": checksums})
     atomic_write(store.receipt(number), arrived.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
@@ -201,7 +215,7 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
         if length_of(remote, place) == expected.bytes and digest_of(remote, place) == expected:
             return "", 0
         with path.open("rb") as source, remote.fs.open(place, "wb") as goal:
-            sent = copy(source, goal)
+            sent = copy(source, goal, expected.bytes)
         if sent != expected:
             return f"shard {receipt.shard}: its file of {name} is damaged here; see `fpt cache verify`", sent.bytes
         if digest_of(remote, place) != expected:
@@ -220,7 +234,8 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
     if problems := [problem for problem, _ in results if problem]:
         count.failures.append(problems[0])
         return
-    sent = receipt.model_copy(update={"shard": number})
+    checksums = stored_checksums(store, receipt.shard, len(receipt.rows))
+    sent = receipt.model_copy(update={"shard": number, "crc32c": checksums})
     remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.to_json())
     count.copied += 1
     count.renumbered += number != receipt.shard
@@ -231,7 +246,7 @@ def _whole(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, 
     layout = Store(Path(), target.spec, target.shard_size)
 
     def whole(receipt: ShardReceipt) -> bool:
-        return receipt.files.keys() == array_layouts(target.spec).keys() and all(
+        return all(
             length_of(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
             for name, file in receipt.files.items()
         )
@@ -250,14 +265,25 @@ def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
         if fs.isfile(place):
             if not name:
                 continue
-            there = json.loads(fs.cat_file(place))
-            metadata["shape"][0] = max(there["shape"][0], shards * store.shard_size)
-            if metadata["shape"] == there["shape"]:
+            length = _length_there(fs.cat_file(place), metadata)
+            metadata["shape"][0] = max(length, shards * store.shard_size)
+            if metadata["shape"][0] == length:
                 continue
         elif name:
             metadata["shape"][0] = shards * store.shard_size
         fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
         fs.pipe_file(place, json.dumps(metadata, indent=2).encode())
+
+
+def _length_there(content: bytes, ours: dict[str, Any]) -> int:
+    """Rows of an array there; 0, so that it is written again, where it is not described like ours."""
+    try:
+        there = json.loads(content)
+        length, rest = there["shape"][0], there["shape"][1:]
+        same = {**there, "shape": rest} == {**ours, "shape": ours["shape"][1:]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 0
+    return length if same and type(length) is int and 0 <= length < 2**32 else 0
 
 
 def _same_shards(expected: int, found: int, where: object) -> None:

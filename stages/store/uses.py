@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from schemas.cache import StoreUse
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt
 from stages.extract.receipt import read_extraction_receipt
-from stages.files import atomic_write, storage_errors
+from stages.files import atomic_write, read_regular, storage_errors
 from stages.store.layout import store_lock, store_path
 
 USES = "used-by"
@@ -34,6 +35,8 @@ class LiveUse:
     """Shards that the study needs; None: all of them."""
     receipt: ExtractionReceipt | None
     """The study's receipt as it is now, if it can be read from here."""
+    unreachable: str | None = None
+    """Why the study cannot be looked at from here, so that its note holds; None: it can."""
 
 
 def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path, shards: list[int] | None) -> None:
@@ -78,14 +81,25 @@ def noted_uses(store: Path) -> list[StoreUse]:
     return [use for path in sorted((store / USES).glob("*.json")) if (use := read_use(path)) is not None]
 
 
-def live_uses(store: Path, other_hosts: bool = True) -> list[LiveUse]:
+def live_uses(store: Path, other_hosts: bool = True, forgotten: Collection[str] = ()) -> list[LiveUse]:
     """The uses that still hold.
 
-    A study whose receipt is gone or names other features does not refer to the store any more. What studies of other
-    machines do cannot be seen from here: they count as users unless `other_hosts` is False.
+    A study whose receipt is gone or names other features does not refer to the store any more. A study that cannot be
+    looked at (moved, renamed, deleted, on a disk that is not mounted, on another machine) counts as a user.
+
+    Args:
+        store: Folder of the store.
+        other_hosts: Whether the notes of other machines count.
+        forgotten: Folders of studies that do not count where they cannot be looked at.
     """
-    found = (_alive(use, other_hosts) for use in noted_uses(store))
-    return [live for live in found if live is not None]
+    found = (_alive(use) for use in noted_uses(store))
+    return [
+        live
+        for live in found
+        if live is not None
+        and (other_hosts or live.use.host == platform.node())
+        and not (live.unreachable and live.use.study in forgotten)
+    ]
 
 
 def study_use(study: Path, receipt: Path) -> LiveUse | None:
@@ -111,27 +125,57 @@ def study_use(study: Path, receipt: Path) -> LiveUse | None:
     return LiveUse(use, frozenset(shards), found)
 
 
-def _alive(use: StoreUse, other_hosts: bool) -> LiveUse | None:
+def _alive(use: StoreUse) -> LiveUse | None:
     noted = frozenset(use.shards) if use.finished else None
     if use.host != platform.node():
-        return LiveUse(use, noted, None) if other_hosts else None
-    if not use.finished:
-        return LiveUse(use, None, None) if Path(use.study).is_dir() else None
+        return LiveUse(use, noted, None, f"it is on the machine {use.host}")
     try:
-        receipt = read_extraction_receipt(Path(use.receipt))
+        receipt = read_extraction_receipt(Path(use.receipt)) if use.finished else None
     except CacheIncompleteError:
-        return None
-    except (CacheCorruptError, OSError):
-        return LiveUse(use, noted, None)
+        reason = _unreachable(use)
+        return None if reason is None else LiveUse(use, noted, None, reason)
+    except CacheCorruptError:
+        return LiveUse(use, noted, None, _unreachable(use))
+    if receipt is None:
+        return None if _deleted_copy(Path(use.study)) else LiveUse(use, None, None, _unreachable(use))
     if receipt.fingerprint != use.fingerprint:
         return None
     return LiveUse(use, frozenset(map(int, receipt.shards)), receipt)
 
 
+def _unreachable(use: StoreUse) -> str | None:
+    """Why a missing receipt of a study does not mean that the study gave its features up; None: it does."""
+    study, receipt = Path(use.study), Path(use.receipt)
+    folder = study
+    try:
+        for name in receipt.relative_to(study).parts[:-1] if receipt.is_relative_to(study) else ():
+            if folder.is_dir() and not (folder / name).exists():
+                if (folder / name).is_symlink():
+                    return f"the link {folder / name} leads nowhere"
+                break
+            folder /= name
+        with os.scandir(folder) as entries:
+            if next(entries, None) is not None:
+                return None
+    except FileNotFoundError:
+        return None if _deleted_copy(study) else "its folder is not there"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return f"{folder} is empty"
+
+
+def _deleted_copy(study: Path) -> bool:
+    """Whether a study was a temporary copy that DVC made for an experiment and has removed since."""
+    for folder in study.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[1].is_dir() and not study.exists()
+    return False
+
+
 def read_use(path: Path) -> StoreUse | None:
     """One note; None where it cannot be read."""
     try:
-        return StoreUse.model_validate_json(path.read_bytes())
+        return StoreUse.model_validate_json(read_regular(path))
     except (ValidationError, OSError):
         return None
 

@@ -18,10 +18,11 @@ import numpy as np
 from schemas.cache import Damage, DamageKind, Verification
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ShardReceipt
-from stages.files import atomic_write, sha256_file, storage_errors
+from stages.files import atomic_write, read_regular, sha256_file, storage_errors
 from stages.progress import Progress
+from stages.store.checksums import add_checksums, stored_checksums
 from stages.store.index import read_shard_receipt, receipt_digest
-from stages.store.layout import Store, create_group, store_lock
+from stages.store.layout import Store, agreed_shard_size, create_group, store_lock
 from stages.store.shards import ShardFile
 from stages.store.sources import ZarrArray
 from stages.store.uses import LiveUse, is_held, shard_is_held
@@ -63,6 +64,8 @@ def verify_store(
 ) -> Verification:
     """Find every byte that is not what a writer wrote. What living writers hold is left out.
 
+    Receipts of earlier versions get the checksums of their rows, once their files are known to be right.
+
     Args:
         store: The store.
         uses: Studies that rely on it: a shard of theirs that is gone with its receipt is missed for them.
@@ -78,6 +81,11 @@ def verify_store(
     damages += expected
     # Of a damaged receipt the names alone are left: which image another view is of, its study knows.
     receipts = [shard.receipt for shard in checked if shard.damages and shard.receipt is not None]
+    completed = sum(
+        add_checksums(store, shard.receipt)
+        for shard in checked
+        if not shard.damages and shard.receipt is not None and shard.receipt.crc32c is None
+    )
     images = {**(wanted or {}), **{row.id: row.image for receipt in receipts for row in receipt.origins}}
     whole = {row for shard in checked if not shard.damages for row in shard.rows}
     lost = {row for shard in checked if shard.damages for row in shard.rows}
@@ -92,6 +100,7 @@ def verify_store(
         rows=len(whole),
         damages=tuple(damages),
         images=tuple(sorted({images.get(row, row) for row in lost - whole})),
+        completed=completed,
     )
 
 
@@ -158,14 +167,25 @@ def _check_shard(store: Store, shard: int) -> _Checked:
         found.rows = stored_rows(store, shard, store.shard_size) or receipt.rows
         reason = "It names other images than the shard holds."
         found.damages.append(damage("receipt", store.receipt(shard), reason))
+    if not found.damages and receipt.crc32c is not None and _stored(store, receipt) not in (None, receipt.crc32c):
+        reason = "Its checksums of rows are not those of its files."
+        found.damages.append(damage("receipt", store.receipt(shard), reason))
     return found
+
+
+def _stored(store: Store, receipt: ShardReceipt) -> dict[str, str] | None:
+    """Checksums of the rows in files that are those of their receipt; None: the metadata of an array is damaged."""
+    try:
+        return stored_checksums(store, receipt.shard, len(receipt.rows))
+    except (CacheCorruptError, CacheIncompleteError):
+        return None
 
 
 def stored_rows(store: Store, shard: int, count: int) -> tuple[str, ...] | None:
     """Names of the rows that the shard itself holds; None where it cannot be read. Ends before the first empty row."""
     rows = []
     if store.spec.codec != "none":
-        packed = ZarrArray(str(store.group), "sha256", store.layouts["sha256"])
+        packed = ZarrArray(str(store.group), "sha256", store.layouts["sha256"], store.shard_size)
         ids = np.empty((count, 32), np.uint8)
         try:
             packed.read(range(shard * store.shard_size, shard * store.shard_size + count), ids)
@@ -250,7 +270,7 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
     for file, expected in _fresh_metadata(store).items():
         path = store.group / file
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_regular(path))
             enough = "shape" not in expected or (
                 found["shape"][0] >= rows and found["shape"][0] % store.shard_size == 0
             )
@@ -268,14 +288,7 @@ def _metadata_damage(store: Store, shards: Sequence[int]) -> Iterator[Damage]:
 
 def _with_agreed_size(store: Store) -> Store:
     """The store in the shard size that all its arrays have: one flipped digit in the group must not condemn them."""
-    sizes = set()
-    for name in store.layouts:
-        try:
-            metadata = json.loads((store.group / name / "zarr.json").read_bytes())
-            sizes.add(int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]))
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
-            continue
-    return replace(store, shard_size=sizes.pop()) if len(sizes) == 1 else store
+    return replace(store, shard_size=agreed_shard_size(store.path, store.spec) or store.shard_size)
 
 
 def _write_metadata(store: Store) -> None:

@@ -21,6 +21,7 @@ from schemas.features import FileDigest, ShardReceipt
 from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.store.layout import Store, grow_store
+from stages.store.sources import row_checksum
 
 LOOKAHEAD = 256
 """Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
@@ -94,7 +95,7 @@ def write_shard(
             grow_store(store, shard + 1)
             group = zarr.open_group(store.group, mode="r+")
             first = shard * store.shard_size
-            files = {}
+            files, checksums = {}, {}
             for name, layout in store.layouts.items():
                 rows = digests if name == "sha256" else arrays[name]
                 if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
@@ -103,6 +104,7 @@ def write_shard(
                 opened: Any = group[name]
                 array = opened.with_config({"write_empty_chunks": True})
                 array[first : first + len(ids)] = rows
+                checksums[name] = b"".join(row_checksum(row) for row in rows).hex()
                 files[name] = _seal(store.shard_file(name, shard))
             views = any(row.view != IDENTITY for row in origins)
             receipt = ShardReceipt(
@@ -113,6 +115,7 @@ def write_shard(
                 seconds=round(seconds, 3),
                 images=tuple(row.image for row in origins) if views else None,
                 views=tuple(row.view for row in origins) if views else None,
+                crc32c=checksums,
             )
             atomic_write(store.receipt(shard), receipt.to_json())
         except BaseException:

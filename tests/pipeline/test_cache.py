@@ -183,3 +183,38 @@ def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:
     fpt("evaluate", *views, cwd=study)
     settings = yaml.safe_load((study / "outputs/model/settings.yaml").read_text())
     assert settings["features"]["views"] == ["identity", "hflip", "rot180"]
+
+
+def test_a_moved_study_keeps_its_features(
+    study: Path, tmp_path: Path, fpt: Fpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(stores(study)[0] / "used-by")
+    shared = tmp_path / "shared"
+    (study / ".fpt/cache").rename(shared)
+    monkeypatch.setenv("FPT_CACHE_DIR", str(shared))
+    fpt("extract", cwd=study)
+    (store,) = shared.iterdir()
+    moved = study.rename(tmp_path / "renamed")
+    bystander = tmp_path / "bystander"
+    bystander.mkdir()
+    for place in (bystander, moved):
+        _, err = fpt("cache", "gc", "--yes", cwd=place)
+        assert "Nothing to drop" in err
+    assert "whole, 40 rows in 10 shards" in fpt("cache", "verify", cwd=moved)[0]
+    listed = json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"]
+    assert [(item["study"], item["stores"]) for item in listed] == [(str(study), [store.name])]
+    out, err = fpt("cache", "gc", cwd=bystander)
+    assert str(study) in out
+    assert "its folder is not there" in out
+    assert "--forget" in err
+    assert "can be reached" in fpt("cache", "gc", "--forget", moved, cwd=bystander, code=2)[1]
+    fpt("cache", "gc", "--yes", "--forget", study, cwd=bystander)
+    assert store.is_dir(), "the study is noted in its new place"
+    assert json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"] == []
+    deleted = moved.rename(tmp_path / "deleted") and moved
+    assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=bystander)[1]
+    out, err = fpt("cache", "gc", "--forget", deleted, cwd=bystander)
+    assert "the whole store" in out
+    assert f"fpt cache gc --yes --forget {deleted}" in err
+    fpt("cache", "gc", "--yes", "--forget", deleted, cwd=bystander)
+    assert list(shared.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,4 +96,30 @@ def test_another_table(tmp_path: Path) -> None:
 def test_contradictions(tmp_path: Path, rows: tuple[ManifestRow, ...], problem: str) -> None:
     write_manifest(manifest(*rows), tmp_path / "m.parquet")
     with pytest.raises(ManifestError, match=problem):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def test_a_changed_value_is_damage_even_where_the_file_is_sound(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    write_manifest(manifest(row(1), row(2)), path)
+    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    changed = table.set_column(4, table.schema.field("split"), pa.array(["train", "test"]))
+    pq.write_table(changed, path)
+    with pytest.raises(ManifestError, match=r"damaged(.|\n)*not those that were written(.|\n)*fpt prepare"):
+        read_manifest(path)
+
+
+def test_a_manifest_of_an_earlier_version_has_no_digest_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    write_manifest(manifest(row(1), row(2)), path)
+    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != b"fpt.sha256"}
+    assert len(metadata) == len(table.schema.metadata) - 1
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert read_manifest(path) == manifest(row(1), row(2))
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match="Not a regular file"):
         read_manifest(tmp_path / "m.parquet")

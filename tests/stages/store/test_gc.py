@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from stores import SPEC, filled, receipt_of
 
+from schemas.errors import ProjectError
 from schemas.features import ExtractionReceipt
 from stages.extract.receipt import write_extraction_receipt
-from stages.store.gc import drop_garbage, find_garbage
+from stages.store.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
 from stages.store.inventory import list_stores
 from stages.store.layout import Store, create_store
-from stages.store.uses import USES, at_work, live_uses, register_use
+from stages.store.uses import USES, at_work, live_uses, register_use, study_use
 from stages.store.verify import verify_store
 from stages.store.writer import claim_shard
 
@@ -43,6 +46,7 @@ def test_only_shards_that_no_study_needs_go(tmp_path: Path) -> None:
     store, _ = filled(cache)
     study_of(cache, store, tmp_path / "a", [0])
     gone = study_of(cache, store, tmp_path / "b", [1, 2])
+    (tmp_path / "b/params.yaml").touch()
     assert find_garbage(cache) == []
     gone.unlink()
     (garbage,) = find_garbage(cache)
@@ -102,11 +106,11 @@ def test_an_extraction_that_was_stopped_keeps_its_store_until_the_study_finishes
 def test_studies_of_other_machines_count_unless_told_otherwise(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
-    study_of(cache, store, tmp_path / "a", [0, 1]).unlink()
+    study_of(cache, store, tmp_path / "a", [0, 1])
     (note,) = (store.path / USES).iterdir()
     note.write_text(json.dumps({**json.loads(note.read_text()), "host": "elsewhere"}))
     assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
-    assert [garbage.whole for garbage in find_garbage(cache, other_hosts=False)] == [True]
+    assert [garbage.whole for garbage in find_garbage(cache, Keep(other_hosts=False))] == [True]
 
 
 def test_what_is_needed_again_since_it_was_shown_stays(tmp_path: Path) -> None:
@@ -143,3 +147,90 @@ def test_an_unreadable_note_is_no_use(tmp_path: Path, content: str) -> None:
     (store.path / USES).mkdir()
     (store.path / USES / "1.json").write_text(content)
     assert live_uses(store.path) == []
+
+
+def test_the_current_study_keeps_its_shards_wherever_it_is_now(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "old", [0, 1])
+    (tmp_path / "old").rename(tmp_path / "new")
+    for note in (store.path / USES).iterdir():
+        note.unlink()
+    assert [garbage.whole for garbage in find_garbage(cache)] == [True]
+    keep = Keep(current=study_use(tmp_path / "new", tmp_path / "new/receipt.json"))
+    (garbage,) = find_garbage(cache, keep)
+    assert (garbage.whole, garbage.shards) == (False, (2,))
+    drop_garbage(cache, find_garbage(cache), keep)
+    drop_garbage(cache, [garbage], keep)
+    assert store.finished_shards() == [0, 1]
+
+
+@pytest.mark.parametrize("state", ["moved", "unmounted", "dangling link", "a file instead", "stopped extraction"])
+def test_a_study_that_cannot_be_reached_counts_until_it_is_forgotten(tmp_path: Path, state: str) -> None:
+    cache, root = tmp_path / "cache", tmp_path / "disk/a"
+    store, _ = filled(cache)
+    if state == "dangling link":
+        (tmp_path / "elsewhere").mkdir()
+        root.parent.mkdir()
+        root.symlink_to(tmp_path / "elsewhere")
+    study_of(cache, store, root, [0, 1])
+    if state == "stopped extraction":
+        register_use(cache, SPEC.fingerprint, root, root / "receipt.json", None)
+    (tmp_path / "elsewhere" if state == "dangling link" else root).rename(tmp_path / "kept elsewhere")
+    if state == "unmounted":
+        root.mkdir()
+    if state == "a file instead":
+        root.touch()
+    whole_store = state == "stopped extraction"
+    assert [garbage.shards for garbage in find_garbage(cache)] == ([] if whole_store else [(2,)])
+    (study,) = unreachable_studies(cache)
+    assert (study.study, study.stores) == (str(root), (store.path.name,))
+    assert study.reason
+    keep = Keep(forgotten=forgettable(cache, [root]))
+    (garbage,) = find_garbage(cache, keep)
+    assert garbage.whole
+    drop_garbage(cache, [garbage], keep)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_forgotten_study_leaves_the_shards_of_others(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0, 1])
+    study_of(cache, store, tmp_path / "b", [0, 1, 2])
+    (tmp_path / "a").rename(tmp_path / "gone")
+    with pytest.raises(ProjectError, match="No study at"):
+        forgettable(cache, [tmp_path / "b"])
+    with pytest.raises(ProjectError, match="No study at"):
+        forgettable(cache, [tmp_path / "c"])
+    keep = Keep(forgotten=forgettable(cache, [tmp_path / "a"]))
+    assert find_garbage(cache, keep) == []
+    assert drop_garbage(cache, [], keep) == 0
+    assert [live.use.study for live in live_uses(store.path)] == [str(tmp_path / "b")]
+    assert unreachable_studies(cache) == []
+
+
+def test_a_removed_temporary_copy_of_dvc_is_no_study(tmp_path: Path) -> None:
+    cache, copy = tmp_path / "cache", tmp_path / "repo/.dvc/tmp/exps/tmp1/study"
+    store, _ = filled(cache)
+    for shards in ([0], None):
+        study_of(cache, store, copy, [0])
+        register_use(cache, SPEC.fingerprint, copy, copy / "receipt.json", shards)
+        assert len(live_uses(store.path)) == 1
+        shutil.rmtree(copy)
+        assert live_uses(store.path) == []
+    shutil.rmtree(tmp_path / "repo")
+    assert len(live_uses(store.path)) == 1, "the repository itself cannot be reached"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_study_without_permission_counts(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0, 1])
+    (tmp_path / "a").chmod(0)
+    try:
+        assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
+        assert "Permission denied" in unreachable_studies(cache)[0].reason
+    finally:
+        (tmp_path / "a").chmod(0o755)

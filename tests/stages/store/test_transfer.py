@@ -200,12 +200,12 @@ def test_an_interrupted_pull_leaves_a_consistent_store_and_goes_on(
     push(store, memory)
     copies, real = [0], transfer.copy
 
-    def breaks(source: Any, target: Any) -> Any:
+    def breaks(source: Any, target: Any, length: int) -> Any:
         copies[0] += 1
         if copies[0] > after:
             target.write(source.read(50))
             raise OSError("connection lost")
-        return real(source, target)
+        return real(source, target, length)
 
     monkeypatch.setattr(transfer, "copy", breaks)
     with pytest.raises(TransferError, match="same command again"):
@@ -228,11 +228,11 @@ def test_an_interrupted_push_is_never_taken_for_whole(
     store, _ = filled(tmp_path / "a")
     copies, real = [0], transfer.copy
 
-    def breaks(source: Any, target: Any) -> Any:
+    def breaks(source: Any, target: Any, length: int) -> Any:
         copies[0] += 1
         if copies[0] > after:
             raise OSError("connection lost")
-        return real(source, target)
+        return real(source, target, length)
 
     monkeypatch.setattr(transfer, "copy", breaks)
     with pytest.raises(TransferError):
@@ -259,14 +259,14 @@ def test_two_pushes_at_once_do_not_mix_their_shards(
     second, real = store if same else other, transfer.copy
     started, refused = [False], list[TransferError]()
 
-    def interrupted(source: Any, target: Any) -> Any:
+    def interrupted(source: Any, target: Any, length: int) -> Any:
         if not started[0]:
             started[0] = True
             with monkeypatch.context() as elsewhere, pytest.raises(TransferError) as caught:
                 elsewhere.setattr("platform.node", lambda: "another machine")
                 push(second, memory)
             refused.append(caught.value)
-        return real(source, target)
+        return real(source, target, length)
 
     monkeypatch.setattr(transfer, "copy", interrupted)
     assert push(store, memory).copied == 3
@@ -303,8 +303,8 @@ def test_bytes_that_change_on_the_way_there_are_noticed(
     store, _ = filled(tmp_path / "a", sizes=(4,))
     real = transfer.copy
 
-    def loses(source: Any, target: Any) -> Any:
-        sent = real(source, target)
+    def loses(source: Any, target: Any, length: int) -> Any:
+        sent = real(source, target, length)
         target.write(b"!")
         return sent
 

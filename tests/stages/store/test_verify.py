@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from stores import SPEC, filled, image_id, random_rows, receipt_of
 
+from schemas.errors import CacheCorruptError
 from stages.extract.receipt import write_extraction_receipt
-from stages.store.layout import Store, create_store
+from stages.store.layout import Store, create_store, open_store_layout
 from stages.store.reader import open_store
 from stages.store.uses import live_uses, register_use, study_use
 from stages.store.verify import repair_store, verify_store
@@ -152,7 +153,9 @@ def test_a_wrong_shard_size_in_the_group_condemns_no_shard(tmp_path: Path) -> No
     store, _ = filled(tmp_path)
     path = store.group / "zarr.json"
     path.write_text(path.read_text().replace('"shard_size": 4', '"shard_size": 5'))
-    misled = create_store(tmp_path, SPEC, 4)
+    with pytest.raises(CacheCorruptError, match="fpt cache verify --repair"):
+        create_store(tmp_path, SPEC, 4)
+    misled = open_store_layout(tmp_path, SPEC)
     assert misled.shard_size == 5
     result = verify_store(misled)
     assert [damage.file for damage in result.damages] == ["features.zarr/zarr.json"]

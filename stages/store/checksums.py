@@ -1,0 +1,98 @@
+"""Checksums of rows in receipts: computing them, and finding files that are not those of their receipts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import CRC_BYTES, ShardReceipt
+from stages.files import atomic_write
+from stages.store.index import read_shard_receipt
+from stages.store.layout import Store
+from stages.store.sources import MappedArray, Source, open_source, row_checksum
+
+THREADS = min(8, os.cpu_count() or 1)
+"""Shards compared at a time."""
+
+
+def stored_checksums(store: Store, shard: int, rows: int) -> dict[str, str]:
+    """CRC32C of the first rows of a shard as its files hold them, as `ShardReceipt.crc32c` lists them.
+
+    Args:
+        store: The store.
+        shard: Its files are the ones that were written.
+        rows: How many the shard has.
+
+    Raises:
+        CacheIncompleteError: If a file or a row of it is gone.
+        CacheCorruptError: If one is damaged.
+    """
+    return {name: _checksums(source, store, name, shard, range(rows)).hex() for name, source in _sources(store).items()}
+
+
+def exchanged_shards(store: Store, shards: Iterable[int]) -> list[int]:
+    """Finished shards with a file that is not the one of its receipt, such as another shard's of the same length.
+
+    Compares first and last row. Of uncompressed arrays only the stored checksums of these are read: a few bytes per
+    file. Receipts of earlier versions have nothing to compare with.
+    """
+    sources = _sources(store)
+
+    def differs(shard: int) -> bool:
+        try:
+            receipt = read_shard_receipt(store, shard)
+            slots = sorted({0, len(receipt.rows) - 1})
+            for name, source in sources.items():
+                expected = receipt.checksums(name)
+                if expected is None:
+                    return False
+                found = _checksums(source, store, name, shard, slots)
+                if found != b"".join(expected[CRC_BYTES * slot : CRC_BYTES * (slot + 1)] for slot in slots):
+                    return True
+        except (CacheCorruptError, CacheIncompleteError):
+            return True
+        return False
+
+    numbers = sorted(set(shards))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [shard for shard, wrong in zip(numbers, pool.map(differs, numbers), strict=True) if wrong]
+
+
+def add_checksums(store: Store, receipt: ShardReceipt) -> bool:
+    """Add the checksums of rows to the receipt of an earlier version, whose files were just compared with it.
+
+    Its digest in extraction receipts stays. Nothing is done where the shard is gone by now, somebody holds it, its
+    arrays cannot be read or the store cannot be written.
+    """
+    try:
+        found = stored_checksums(store, receipt.shard, len(receipt.rows))
+    except (CacheCorruptError, CacheIncompleteError):
+        return False
+    complete = receipt.model_copy(update={"crc32c": found})
+    lock = FileLock(store.path / "locks" / f"{receipt.shard:06d}.lock")
+    with suppress(Timeout, OSError), lock.acquire(blocking=False):
+        if store.receipt(receipt.shard).exists():
+            atomic_write(store.receipt(receipt.shard), complete.to_json())
+            return True
+    return False
+
+
+def _sources(store: Store) -> dict[str, Source]:
+    return {name: open_source(store.group, name, layout, store.shard_size) for name, layout in store.layouts.items()}
+
+
+def _checksums(source: Source, store: Store, name: str, shard: int, slots: Iterable[int]) -> bytes:
+    slots = list(slots)
+    stored = source.stored_checksums(shard, slots) if isinstance(source, MappedArray) else None
+    if stored is not None:
+        return stored
+    layout = store.layouts[name]
+    rows = np.empty((len(slots), *layout.shape), layout.dtype)
+    source.read([shard * store.shard_size + slot for slot in slots], rows)
+    return b"".join(row_checksum(row) for row in rows)
