@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from schemas.errors import DataError, StorageError, UnreadableImagesError
-from schemas.manifest import Manifest, PrepareSummary
+from schemas.manifest import Manifest, PrepareResult, PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.manifest import read_manifest
@@ -38,7 +38,7 @@ def study(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(study: Path, **settings: object) -> tuple[Manifest, PrepareSummary]:
+def run(study: Path, **settings: object) -> tuple[Manifest, PrepareResult]:
     output = study / "outputs" / "manifest"
     summary = prepare(DataSettings.model_validate(settings), study, output)
     return read_manifest(output / "manifest.parquet"), summary
@@ -83,10 +83,11 @@ def test_class_folders(study: Path) -> None:
         assert row.label == row.path.split("/")[0]
         assert row.group == row.path
     per_class = {"train": 6, "val": 2, "test": 2}
-    assert summary == PrepareSummary(
+    expected = PrepareSummary(
         images=20,
         duplicates=0,
-        groups=20,
+        groups=0,
+        singles=20,
         quarantined=0,
         counts={split: {"benign": n, "malignant": n} for split, n in per_class.items()},
         split_images={split: 2 * n for split, n in per_class.items()},
@@ -95,7 +96,8 @@ def test_class_folders(study: Path) -> None:
         (split, label): n for split, n in per_class.items() for label in manifest.classes
     }
     written = json.loads((study / "outputs/manifest/summary.json").read_text())
-    assert PrepareSummary.model_validate(written) == summary
+    assert PrepareSummary.model_validate(written) == expected
+    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "notes": ()}
     assert sorted(file.name for file in (study / "outputs/manifest").iterdir()) == ["manifest.parquet", "summary.json"]
 
 
@@ -220,7 +222,7 @@ def test_a_name_that_is_no_text(study: Path) -> None:
 def test_a_class_with_two_images(study: Path) -> None:
     for number in range(2):
         make(study / f"data/images/rare/{number}.png", 500 + number)
-    assert "'rare': 2 images in 2 groups" in fails(study)
+    assert "'rare': 2 images" in fails(study)
 
 
 def test_listed_classes(study: Path) -> None:
@@ -310,7 +312,7 @@ def test_the_order_of_a_table_does_not_matter(study: Path) -> None:
 def test_an_image_without_a_patient_stands_for_itself(study: Path) -> None:
     rows = [{**row, "patient": "" if row["label"] == "benign" else row["patient"]} for row in rows_of(study)]
     manifest, summary = run(study, labels=table(study, rows), group_column="patient")
-    assert summary.groups == 15
+    assert (summary.unit, summary.groups, summary.singles) == ("patients", 5, 10)
     assert all(row.group == row.path for row in manifest.rows if row.label == "benign")
 
 
@@ -322,7 +324,7 @@ def test_missing_files_of_a_table(study: Path) -> None:
     assert "2 images of 22 rows" in text and "benign/98.png" in text and "benign/99.png" in text
     _, summary = run(study, labels=name, on_error="quarantine")
     assert summary.quarantined == 2
-    assert "benign/98.png,benign,,no such file" in (study / "outputs/manifest/quarantine.csv").read_text()
+    assert "benign/98.png,benign,x,no such file" in (study / "outputs/manifest/quarantine.csv").read_text()
 
 
 def test_a_table_whose_paths_start_higher(study: Path) -> None:
@@ -333,10 +335,10 @@ def test_a_table_whose_paths_start_higher(study: Path) -> None:
 def test_ready_splits_of_a_table(study: Path) -> None:
     rows = [{**row, "fold": {"8": "val", "9": "test"}.get(Path(row["path"]).stem, "train")} for row in rows_of(study)]
     name = table(study, rows)
-    manifest, _ = run(study, labels=name, split_column="fold")
+    manifest, _ = run(study, labels=name, split_column="fold", group_column=None)
     assert {row.path: row.split for row in manifest.rows} == {row["path"]: row["fold"] for row in rows}
     shutil.rmtree(study / "outputs")
-    assert "group 'benign-4'" in fails(study, labels=name, split_column="fold", group_column="patient")
+    assert "patient 'benign-4'" in fails(study, labels=name, split_column="fold", group_column="patient")
 
 
 def test_a_full_or_unwritable_disk(study: Path) -> None:

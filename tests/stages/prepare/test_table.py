@@ -18,7 +18,7 @@ ITEMS = [Item("a/1.png", "x", "p1"), Item("a/2.png", "y", "p2")]
 def read(tmp_path: Path, content: str | bytes, **settings: str) -> list[Item]:
     (tmp_path / "labels.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     data = DataSettings.model_validate({"labels": "labels.csv", "group_column": "patient", **settings})
-    return read_table(data, tmp_path, tmp_path / "images")
+    return read_table(data, tmp_path, tmp_path / "images").items
 
 
 def fails(tmp_path: Path, content: str | bytes, **settings: str) -> str:
@@ -79,7 +79,7 @@ def test_a_column_twice(tmp_path: Path) -> None:
 def test_empty_cells_short_rows_and_double_paths(tmp_path: Path) -> None:
     assert "2 rows of" in fails(tmp_path, PLAIN + "a/3.png,,p\na/4.png, ,p\n")
     assert "has no label" in fails(tmp_path, PLAIN + "a/3.png,,p\n")
-    assert "lines 4, 5" in fails(tmp_path, PLAIN + "a/3.png,,p\na/4.png, ,p\n")
+    assert "line 4: empty\n  line 5: empty" in fails(tmp_path, PLAIN + "a/3.png,,p\na/4.png, ,p\n")
     assert "has no path" in fails(tmp_path, PLAIN + ",x,p\n")
     assert "as many cells" in fails(tmp_path, PLAIN + "a/3.png,x\n")
     assert "a/1.png: lines 2 and 4" in fails(tmp_path, PLAIN + "a/./1.png,x,p1\n")
@@ -88,8 +88,8 @@ def test_empty_cells_short_rows_and_double_paths(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     content = "path,label,patient,split\na.png,x,,train\nb.png,x,,val\n"
     assert [item.split for item in read(tmp_path, content, split_column="split")] == ["train", "val"]
-    text = fails(tmp_path, content + "c.png,x,,valid\nd.png,x,,\n", split_column="split")
-    assert "line 4: 'valid', did you mean 'val'?" in text and "line 5: ''" in text
+    text = fails(tmp_path, content + "c.png,x,,vall\nd.png,x,,\ne.png,x,,2\n", split_column="split")
+    assert "line 4: 'vall', did you mean 'val'?" in text and "line 6: '2'" in text and "line 5" not in text
     assert "train, val, test" in text
 
 
