@@ -174,10 +174,13 @@ def _paths(table: Path, lines: list[int], cells: list[str], images: Path, column
 
 def _relative(cell: str, images: Path) -> str | None:
     """Below `images`, or None. Outside of it DVC would not see a change."""
-    exact, usual = plain_cell(cell), plain_cell(cell.strip()).replace("\\", "/")
-    # A file whose name has outer blanks or backslashes is taken by its exact name, if it is there.
-    is_exact = usual != exact and exact == posixpath.normpath(exact) and os.path.lexists(images / exact)
-    plain = posixpath.normpath(exact if is_exact else usual)
+    stripped = cell.strip()
+    usual = plain_cell(stripped).replace("\\", "/")
+    # Outer blanks, backslashes and a first apostrophe may belong to a name: then there is a file of it. The escape of
+    # our own tables comes first, as only there the apostrophe has a fixed meaning.
+    readings = (plain_cell(cell), plain_cell(stripped), usual, cell, stripped) if usual != cell else ()
+    exact = (one for one in readings if one == posixpath.normpath(one) and os.path.lexists(images / one))
+    plain = next(exact, posixpath.normpath(usual))
     if plain.startswith("/"):
         plain = posixpath.relpath(plain, posixpath.normpath(images.absolute().as_posix()))
     return None if plain.split("/")[0] in ("..", ".") else plain
