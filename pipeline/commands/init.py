@@ -46,10 +46,12 @@ def init(
         "split_column": split_column,
     }
     settings = parse_settings(override({"data": data}, assignments or []), source="The new params.yaml")
-    _check(settings.data, study)
+    notes = _check(settings.data, study)
     written = write_study(study, settings)
     added = initialise(study, written)
     say(f"{study} is a study{f', with {added}' if added else ''}. Its settings: {study / 'params.yaml'}")
+    for note in notes:
+        say(note)
     say("Next:")
     if study.resolve() != Path.cwd():
         say(f"  cd {shlex.quote(str(study))}")
@@ -57,8 +59,12 @@ def init(
     say('  git commit -m "A new study"           # before the first `dvc exp run`')
 
 
-def _check(data: DataSettings, study: Path) -> None:
-    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image."""
+def _check(data: DataSettings, study: Path) -> list[str]:
+    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image.
+
+    Returns:
+        What was chosen by header or layout, for people.
+    """
     from stages.prepare.items import check_listing, read_listing
     from stages.prepare.table import check_files
 
@@ -68,6 +74,7 @@ def _check(data: DataSettings, study: Path) -> None:
             check_listing(listing)
             if data.labels is not None:
                 check_files(listing.items, listing.images, data.labels)
+        return listing.notes
     except DataError as error:
         repair = "Then repeat `fpt init`; nothing was written. Its options name the images, the CSV and its columns."
         raise DataError(error.state, error.cause, f"{error.repair}\n{repair}") from None

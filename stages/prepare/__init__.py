@@ -182,8 +182,22 @@ def _result(
     notes = [
         *listing.notes,
         *numbers_hint(data, manifest.classes),
+        *_small_splits(summary, data, len(known)),
         *passed_over_lines(listing.passed_over, listing.images),
     ]
     return PrepareResult(
         **summary.model_dump(), known=len(known), moved=dict(sorted(moved.items())), notes=tuple(notes)
     )
+
+
+def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> list[str]:
+    """A line for people for each split that has become much smaller than it should be."""
+    if not known or summary.split_column is not None:
+        return []
+    shares = {"val": data.val_share, "test": data.test_share}
+    return [
+        f"Only {summary.split_images[split] / summary.images:.0%} of the images are in {split} "
+        f"(data.{split}_share: {share:.0%}), since known images keep their split: `fpt prepare --redraw` draws again."
+        for split, share in shares.items()
+        if summary.split_images[split] < share * summary.images / 2
+    ]
