@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.errors import FptError
 from schemas.manifest import SPLITS, PrepareResult
 from schemas.settings import DataSettings, Settings
+
+if TYPE_CHECKING:
+    from pipeline.project import Study
 
 
 def prepare(
@@ -49,6 +53,7 @@ def prepare(
     if write_split is not None:
         check_free(write_split)
     output = study.manifest_folder
+    _adopt(study)
     with ImageBar("Reading images") as bar:
         result = run(data, study.root, output, bar, study.splits, redraw)
     write_settings(_resolved(study.settings, result), output)
@@ -64,6 +69,30 @@ def prepare(
     if write_split is not None:
         _show_written(write_split, data)
     say_next("fpt extract")
+
+
+def _adopt(study: Study) -> None:
+    """Let images of a manifest that is there keep its splits, although nothing else is known of its draw.
+
+    Such a manifest was pulled with DVC, or written before splits were kept.
+    """
+    from pipeline.params import read_params
+    from schemas.parse import parse_settings
+    from stages.manifest import read_manifest
+    from stages.prepare import MANIFEST_FILE
+    from stages.prepare.memory import KnownSplits, is_known, same_draw, write_known
+
+    data, file = study.settings.data, study.manifest_folder / MANIFEST_FILE
+    if is_known(study.splits, data) or not file.exists():
+        return
+    try:
+        drawn_with = parse_settings(read_params(file.with_name("settings.yaml"))).data
+        manifest = read_manifest(file)
+    except FptError:
+        # Without its settings, or damaged, it tells nothing: `prepare` replaces it.
+        return
+    if same_draw(drawn_with, data):
+        write_known(study.splits, data, KnownSplits().with_manifest(manifest), manifest)
 
 
 def _resolved(settings: Settings, result: PrepareResult) -> Settings:

@@ -62,6 +62,16 @@ def manifest_copy(folder: Path, data: DataSettings) -> Path:
     return folder / f"{_draw(data)}.parquet"
 
 
+def is_known(folder: Path, data: DataSettings) -> bool:
+    """Whether there was a draw with these settings."""
+    return _known_file(folder, data).exists()
+
+
+def same_draw(one: DataSettings, other: DataSettings) -> bool:
+    """Whether two settings draw the same splits."""
+    return _draw(one) == _draw(other)
+
+
 @contextmanager
 def locked(folder: Path | None, data: DataSettings) -> Iterator[None]:
     """Keep other processes from changing what is known of a draw: experiments of one study share it."""

@@ -92,6 +92,18 @@ def test_verbs_fall_back_to_the_copy_of_the_manifest(tmp_path: Path, weights: Pa
     assert "There is no manifest" in err, "another draw has other splits"
 
 
+def test_a_manifest_of_an_earlier_version_is_kept_to(tmp_path: Path, weights: Path, fpt: Fpt) -> None:
+    study = small(tmp_path, weights)
+    fpt("prepare", cwd=study)
+    shutil.rmtree(study / ".fpt")
+    draw_images(study / "images", per_class=1, seed=9, prefix="new")
+    _, err = fpt("prepare", cwd=study)
+    assert "40 images kept their split, none changed it, 2 new." in err
+    shutil.rmtree(study / ".fpt")
+    _, err = fpt("prepare", "--set", "data.seed=1", cwd=study)
+    assert "kept their split" not in err, "another draw"
+
+
 @pytest.mark.dvc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
