@@ -73,11 +73,11 @@ def _check_missing(data: DataSettings, table: str, lines: Sequence[int], rows: I
     ]
     if missing:
         words = sorted({label for _, label in missing if label})
-        hint = "data.classes or data.class_names has to list a class that is called so"
+        hint = f" If a class is called so, list it in data.classes: {', '.join(words)}." if words else ""
         raise DataError(
             f"{counted(len(missing), 'row')} of {table} {'has' if len(missing) == 1 else 'have'} no label.",
             listed(f"line {line}: {repr(label) if label else 'empty'}" for line, label in missing),
-            f"Fill in these labels or remove the rows{'' if not words else f'; {hint}: ' + ', '.join(words)}.",
+            f"Fill in these labels or remove the rows.{hint}",
         )
 
 
