@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from schemas.errors import ManifestError
 from schemas.manifest import Manifest, ManifestRow
-from stages.tables import read_table, write_table
+from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
 _CLASSES = b"fpt.classes"

@@ -1,65 +1,23 @@
-"""Parquet tables with a digest of their content: a changed value is refused on reading."""
+"""Cells of the CSV files that this project writes, safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+import re
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from schemas.base import canonical_json
-from stages.files import atomic_write, read_regular
-
-CONTENT = b"fpt.sha256"
-"""Key of the digest in the schema's metadata; tables of earlier versions have none."""
+_STARTS_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+"""A first character that makes a spreadsheet run the cell, after any apostrophes of earlier escapes."""
+_ESCAPED = re.compile(r"'+[=+\-@\t\r\n]")
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table with page checksums and the digest of its content; equal tables give equal bytes.
+def safe_cell(text: str) -> str:
+    """Escape a text cell that a spreadsheet would run as a formula: one apostrophe in front of it.
 
-    Args:
-        table: Columns of text or numbers, and metadata of the schema.
-        path: Folders above it are made.
-
-    Raises:
-        StorageError: The disk is full or the folder cannot be written.
+    For text only (paths, labels, groups, reasons): a number such as -0.5 stays a number. `plain_cell` is the inverse
+    for every text.
     """
-    metadata = {**(table.schema.metadata or {}), CONTENT: content_digest(table).encode()}
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd", write_page_checksum=True)
-    atomic_write(path, buffer.getvalue().to_pybytes())
+    return f"'{text}" if _STARTS_FORMULA.match(text) else text
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a table that `write_table`, or an earlier version without digests, wrote.
-
-    Raises:
-        FileNotFoundError: There is none.
-        OSError: It cannot be read.
-        ValueError: It is damaged or no Parquet table.
-    """
-    # From bytes, not from the path: pyarrow would read a folder named "key=value" as a column.
-    data = read_regular(path)
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
-        expected = (table.schema.metadata or {}).get(CONTENT)
-        found = None if expected is None else content_digest(table).encode()
-    except Exception as error:  # damaged bytes make pyarrow raise many kinds
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if found != expected:
-        raise ValueError("Its values are not those that were written.")
-    return table
-
-
-def content_digest(table: pa.Table) -> str:
-    """Sha256 (hex) of names, types and values of the columns, in their order, and of the schema's metadata."""
-    metadata = {key.hex(): value.hex() for key, value in (table.schema.metadata or {}).items() if key != CONTENT}
-    content = hashlib.sha256(canonical_json([metadata, table.num_rows]).encode())
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        content.update(canonical_json([name, str(column.type), column.null_count]).encode())
-        if pa.types.is_floating(column.type):
-            content.update(column.to_numpy().tobytes())
-        else:
-            content.update(canonical_json(column.to_pylist()).encode())
-    return content.hexdigest()
+def plain_cell(cell: str) -> str:
+    """Remove the apostrophe that `safe_cell` added; any other cell is returned as it is."""
+    return cell[1:] if _ESCAPED.match(cell) else cell

@@ -16,7 +16,7 @@ from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
 from schemas.results import JudgedModel
 from schemas.tasks import Task
-from stages.tables import read_table, write_table
+from stages.parquet import read_table, write_table
 from stages.tasks import decide, label_array, texts
 
 PROBABILITY = "p_"
