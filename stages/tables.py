@@ -1,0 +1,23 @@
+"""Cells of the CSV files that this project writes, safe to open in a spreadsheet."""
+
+from __future__ import annotations
+
+import re
+
+_STARTS_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+"""A first character that makes a spreadsheet run the cell, after any apostrophes of earlier escapes."""
+_ESCAPED = re.compile(r"'+[=+\-@\t\r\n]")
+
+
+def safe_cell(text: str) -> str:
+    """Escape a text cell that a spreadsheet would run as a formula: one apostrophe in front of it.
+
+    For text only (paths, labels, groups, reasons): a number such as -0.5 stays a number. `plain_cell` is the inverse
+    for every text.
+    """
+    return f"'{text}" if _STARTS_FORMULA.match(text) else text
+
+
+def plain_cell(cell: str) -> str:
+    """Remove the apostrophe that `safe_cell` added; any other cell is returned as it is."""
+    return cell[1:] if _ESCAPED.match(cell) else cell
