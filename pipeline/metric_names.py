@@ -9,6 +9,7 @@ NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1, macro",
+    "cohen_kappa": "Cohen's kappa",
     "quadratic_kappa": "quadratic kappa",
     "brier": "Brier score",
     "calibration_error": "calibration error",
