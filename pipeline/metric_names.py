@@ -19,7 +19,7 @@ NAMES = {
 }
 """By the names of the fields."""
 
-MARKS = ("lacks it", "false alarm", "missed", "found")
+MARKS = ("true negatives", "false positives", "false negatives", "true positives")
 """Columns of `Metrics.confusion` with several labels an image."""
 
 
