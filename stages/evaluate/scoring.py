@@ -24,9 +24,7 @@ def score(predictions: Predictions, warnings: Sequence[str] = ()) -> Metrics:
     Raises:
         EvaluationError: There are no rows, or a probability is not finite.
     """
-    labels, p = check_predictions(
-        predictions.labels, predictions.probabilities, predictions.classes, predictions.task
-    )
+    labels, p = check_predictions(predictions.labels, predictions.probabilities, predictions.classes, predictions.task)
     metrics = compute_metrics(
         labels,
         p,

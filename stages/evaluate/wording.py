@@ -88,8 +88,8 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
     "auc": (
         "AUC",
         _always(
-            "Probability that a random image with a label scores higher than a random one without it, mean over labels; "
-            "0.5 is guessing, 1 is best."
+            "Probability that a random image with a label scores higher than a random one without it, mean over "
+            "labels; 0.5 is guessing, 1 is best."
         ),
     ),
     "average_precision": (

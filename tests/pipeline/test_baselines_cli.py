@@ -37,7 +37,7 @@ def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> Non
         metrics = json.loads((place / "evaluation/metrics.json").read_text())
         assert row["metrics"] == metrics
     out, _ = fpt("compare", "outputs/evaluation", "outputs/linear", cwd=study)
-    for said in ("fpt+", "linear", "Minus outputs/evaluation", "balanced accuracy", "learnable"):
+    for said in ("fpt+", "linear", "Difference to outputs/evaluation", "balanced accuracy", "learnable"):
         assert said in out
 
 

@@ -48,7 +48,7 @@ def test_from_a_table_to_a_comparison(tmp_path: Path, weights: Path, fpt: Fpt, t
     fpt("train", "--method", "knn", "--output", "outputs/knn", cwd=study)
     fpt("evaluate", "--model", "outputs/knn/model", "--output", "outputs/knn/evaluation", cwd=study)
     out, _ = fpt("compare", "outputs/evaluation", "outputs/knn", cwd=study)
-    assert "Minus outputs/evaluation" in out
+    assert "Difference to outputs/evaluation" in out
     assert ("quadratic kappa" in out, "exact match" in out) == (task == "ordinal", task == "multilabel")
     out, _ = fpt("predict", "images/000.png", "images/014.png", cwd=study)
     rows = list(csv.DictReader(io.StringIO(out)))
