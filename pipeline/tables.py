@@ -21,10 +21,11 @@ _EDGE, _PADDING = 1, 3
 _PART = re.compile(
     r"""
     \s+
-    | [^\s\w]*                                          # such as the bracket before a number
+    | [(\[<>=~]?                                        # such as the bracket before a number
       [+-]?\d+(?:[.,:]\d+)*(?:[eE][+-]?\d+)?            # a number, a time, or a version
-      [^\s\w/|]*                                        # such as the percent sign or bracket behind it
-    | [^\W\d]+ [^\s\w]*                                 # a word with what follows it
+      [^\s\w/|]{0,3}                                    # such as the percent sign or bracket behind it
+    | [^\W\d]+ [^\s\w]?                                 # a word with what follows it
+    | [^\s\w]{1,3}                                      # such as a dash in place of a number
     | [\w\W]
     """,
     re.VERBOSE,

@@ -191,3 +191,21 @@ def _splits(table: Path, lines: list[int], values: list[str]) -> list[Split | No
             f"Splits are {', '.join(SPLITS)}.",
         )
     return [known[value] for value in values]
+
+
+def read_paths(table: Path, path_column: str) -> list[str]:
+    """The paths in one column of a table, in its order, as they are written. Other columns are not looked at.
+
+    Raises:
+        DataError: The file is missing or no CSV, lacks the column, or has rows without a path.
+    """
+    header, rows = _cells(table, _text(table), (path_column,))
+    if header.count(path_column) != 1:
+        raise DataError(
+            f"{table} has {header.count(path_column) or 'no'} column {path_column!r}{did_you_mean(path_column, header)}",
+            f"Columns there: {', '.join(header)}.",
+            "Name the column of the paths: --set data.path_column=NAME",
+        )
+    at = header.index(path_column)
+    _check_rows(table, f"has no {path_column}", [number for number, row in rows if len(row) <= at or not row[at]])
+    return [row[at] for _, row in rows]
