@@ -20,7 +20,7 @@ def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with a column of paths (.csv).",
+            help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
             show_default=False,
         ),
     ],

@@ -29,7 +29,7 @@ class Inputs:
 def find_images(words: Sequence[str], data: DataSettings, root: Path) -> Inputs:
     """List the images that words name.
 
-    A word is an image, a folder (all images below it), a pattern such as `images/*.png` (`**` for folders at any depth),
+    A word is an image, a folder (all images below it), a pattern such as `images/*.png` (`**`: folders at any depth),
     `@list.txt` or a .txt file with a path per line, or a .csv or .tsv table with the column `data.path_column`. A
     relative path in a list or table starts at the folder of that file, else at the working directory, else at
     `data.images`: the first place where it exists.

@@ -201,8 +201,10 @@ def read_paths(table: Path, path_column: str) -> list[str]:
     """
     header, rows = _cells(table, _text(table), (path_column,))
     if header.count(path_column) != 1:
+        number = header.count(path_column)
         raise DataError(
-            f"{table} has {header.count(path_column) or 'no'} column {path_column!r}{did_you_mean(path_column, header)}",
+            f"{table} has {counted(number, 'column') if number else 'no column'} named {path_column!r}"
+            f"{did_you_mean(path_column, header) or '.'}",
             f"Columns there: {', '.join(header)}.",
             "Name the column of the paths: --set data.path_column=NAME",
         )
