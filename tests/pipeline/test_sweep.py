@@ -125,6 +125,14 @@ def test_random_draws_are_recorded_and_go_on(root: Path, fpt: Fpt) -> None:
         assert settings["dropout"] == float(run["values"]["dropout"])
 
 
+def test_an_evaluation_of_other_images_is_not_put_beside_the_others(root: Path, fpt: Fpt) -> None:
+    before = sweep(fpt, root, "seed=0,1", "--output", "outputs/reused")["runs"]
+    run = "outputs/reused/runs/seed=1"
+    fpt("evaluate", "--model", f"{run}/model", "--output", f"{run}/evaluation", "--split", "val", cwd=root)
+    assert sweep(fpt, root, "seed=0,1", "--output", "outputs/reused")["runs"] == before
+    assert json.loads((root / run / "evaluation/metrics.json").read_text())["split"] == "test"
+
+
 def test_seeds_on_several_splits_are_one_command(root: Path, fpt: Fpt) -> None:
     summary = sweep(fpt, root, "seed=0,1", "--splits", 2, "--output", "outputs/splits")
     assert [run["part"] for run in summary["runs"].values()] == ["split-0", "split-0", "split-1", "split-1"]
