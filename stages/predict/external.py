@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +36,7 @@ from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
-from stages.tables import safe_cell
+from stages.tables import csv_text, safe_cell
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import store_logits
 
@@ -270,9 +268,6 @@ def _write_quarantine(items: Sequence[Item], digests: Digests, path: Path) -> No
         with storage_errors(path):
             path.unlink(missing_ok=True)
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "group", "reason"])
-    for item in items:
-        writer.writerow(map(safe_cell, (item.path, item.label, item.group or "", digests.failures[item.path])))
-    atomic_write(path, text.getvalue().encode())
+    rows = [(item.path, item.label, item.group or "", digests.failures[item.path]) for item in items]
+    lines = [("path", "label", "group", "reason"), *(tuple(map(safe_cell, row)) for row in rows)]
+    atomic_write(path, csv_text(lines).encode())

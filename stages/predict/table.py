@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from schemas.errors import SettingsError
 from schemas.results import Prediction
 from stages.evaluate.predictions import PROBABILITY
 from stages.files import atomic_write
-from stages.tables import safe_cell
+from stages.tables import csv_text, safe_cell
 
 EXCEL_ROWS = 1_048_576
 """Most rows of a worksheet."""
@@ -31,15 +30,13 @@ def predictions_csv(rows: Sequence[Prediction], delimiter: str = ",") -> str:
     as a formula is escaped (`stages.tables.safe_cell`).
     """
     classes = _classes(rows)
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(_header(classes))
+    lines = [_header(classes)]
     for row in rows:
         shares = row.probabilities or {}
         cells = [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
         named = [safe_cell(_encodable(cell or "")) for cell in (row.path, row.predicted, row.error)]
-        writer.writerow([*named[:2], *cells, named[2]])
-    return text.getvalue()
+        lines.append([*named[:2], *cells, named[2]])
+    return csv_text(lines, delimiter)
 
 
 def write_predictions_table(rows: Sequence[Prediction], path: Path) -> None:
