@@ -1,6 +1,6 @@
 """Tables of any shape on any terminal: every number is on one line, whole.
 
-An hour of attack: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_tables.py`.
+An hour of attack: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_terminal_tables.py`.
 """
 
 import io
