@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.console import say
@@ -34,9 +35,29 @@ class Study:
         return self.root / OUTPUTS
 
     @property
+    def manifest_folder(self) -> Path:
+        """Where `fpt prepare` writes the manifest."""
+        return self.outputs / "manifest"
+
+    @property
+    def splits(self) -> Path:
+        """Folder of what earlier draws of the splits decided; shared with temporary copies."""
+        return original_study(self.root) / ".fpt" / "splits"
+
+    @cached_property
     def manifest(self) -> Path:
-        """The manifest's file."""
-        return self.outputs / "manifest" / "manifest.parquet"
+        """The manifest's file, or its last copy where it is missing.
+
+        DVC deletes the outputs of a stage before it runs the stage again: a run that failed leaves no manifest.
+        """
+        from stages.prepare.memory import manifest_copy
+
+        written = self.manifest_folder / "manifest.parquet"
+        copy = manifest_copy(self.splits, self.settings.data)
+        if written.exists() or not copy.exists():
+            return written
+        say(f"There is no manifest at {written}: taking the copy of the last `fpt prepare` with these split settings.")
+        return copy
 
     @property
     def receipt(self) -> Path:

@@ -56,17 +56,38 @@ class Manifest(Contract):
 
 
 class PrepareSummary(Contract):
-    """What `prepare` did, for people and for `outputs/manifest/summary.json`."""
+    """The data set that `prepare` made, as in `outputs/manifest/summary.json`."""
 
     images: int
     """Rows of the manifest."""
     duplicates: int
     """Rows whose content another row has too."""
     groups: int
-    """Patients (or other groups)."""
+    """Patients (or other groups); images that stand for themselves are none."""
+    singles: int = 0
+    """Images that stand for themselves, as no group is known."""
+    unit: Literal["patients", "groups"] | None = None
+    """What the groups are; null: there are none."""
+    group_column: str | None = None
+    """Column of the groups, folder for sub-folders of class folders, or null."""
+    split_column: str | None = None
+    """Column of the ready splits, or null."""
     quarantined: int
     """Images set aside."""
+    passed_over: dict[str, int] = Field(default_factory=dict)
+    """Kind -> files and folders in which no image was read."""
     counts: dict[str, dict[str, int]]
     """split -> class -> images; with several labels an image, it counts for each of them."""
     split_images: dict[str, int]
     """split -> images."""
+
+
+class PrepareResult(PrepareSummary):
+    """What one run of `prepare` did."""
+
+    known: int = 0
+    """Images whose split an earlier run decided."""
+    moved: dict[str, int] = Field(default_factory=dict)
+    """Such as "train -> val" -> known images that changed split."""
+    notes: tuple[str, ...] = ()
+    """What was chosen or passed over, for people."""

@@ -27,6 +27,14 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def _label_text(value: object) -> object:
+    """Text of a label that YAML took for a number: 0 is the label "0"."""
+    if isinstance(value, bool):
+        # YAML reads yes, no, on and off as truth values too: the label as the user wrote it is lost.
+        raise ValueError(f"a label reads as {str(value).lower()}: put it in quotes, such as 'yes'")
+    return str(value) if isinstance(value, int | float) else value
+
+
 class DataSettings(Contract):
     """Which images, which labels, and how they are split."""
 
@@ -45,12 +53,18 @@ class DataSettings(Contract):
     """Between the labels of one image in `label_column`; only for multilabel."""
     label_columns: tuple[str, ...] | None = None
     """Columns of `labels` with 0 or 1, each named after its label, in place of `label_column`; only for multilabel."""
-    group_column: str | None = None
-    """Column of `labels` with the patient (or any unit that must stay in one split); null: each image by itself."""
-    split_column: str | None = None
-    """Column of `labels` with a ready split (train, val, test); null: splits are drawn."""
+    group_column: str | None = "auto"
+    """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
+    subject, case or group, also with _id, and without `labels` the sub-folders of class folders where they hold several
+    images each; folder: those sub-folders in any case; null: each image by itself."""
+    split_column: str | None = "auto"
+    """Column of `labels` with a ready split (train, val, test); images without an entry get one drawn, and so do
+    validation images from train where no image has val; auto: a column named split; null: splits are drawn."""
     classes: tuple[str, ...] | None = None
-    """Labels in the order of the model's outputs; null: sorted by name. Ordinal grades should be listed."""
+    """Labels (or their `class_names`) in the order of the model's outputs; null: sorted by name. Ordinal grades should
+    be listed."""
+    class_names: dict[str, str] | None = None
+    """Names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: labels are names."""
     val_share: Share = 0.2
     """Share of the images for choosing the best epoch."""
     test_share: Share = 0.2
@@ -70,8 +84,39 @@ class DataSettings(Contract):
             raise ValueError("val_share + test_share leave no images to train on")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes lists a label twice")
-        if self.labels is None and (self.group_column or self.split_column):
+        if self.labels is None and (
+            self.group_column not in (None, "auto", "folder") or self.split_column not in (None, "auto")
+        ):
             raise ValueError("group_column and split_column need a labels CSV")
+        return self
+
+    @field_validator("group_column", "split_column", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: object) -> object:
+        return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _number_labels(cls, value: object) -> object:
+        return tuple(map(_label_text, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("class_names", mode="before")
+    @classmethod
+    def _number_names(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {_label_text(label): _label_text(name) for label, name in value.items()}
+
+    @model_validator(mode="after")
+    def _check_class_names(self) -> DataSettings:
+        names = list((self.class_names or {}).values())
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"class_names gives the name {twice!r} to two labels")
+        if any(not name.strip() for name in names):
+            raise ValueError("class_names holds an empty name")
+        if self.task == "multilabel" and any(SEPARATOR in name for name in names):
+            raise ValueError(f"class_names may not contain {SEPARATOR!r} with task multilabel")
         return self
 
     @model_validator(mode="after")

@@ -130,7 +130,8 @@ def _evaluate_images(
     from pipeline.project import cache_root
     from stages.device import set_up
     from stages.extract.work import batch_size
-    from stages.predict.external import QUARANTINE_FILE, evaluate_external
+    from stages.predict.external import evaluate_external
+    from stages.prepare import QUARANTINE_FILE
     from stages.prepare.listing import counted
     from stages.train.bundle import read_spec
 
@@ -156,6 +157,8 @@ def _evaluate_images(
             predicting=_bar(stack, "Predicting"),
         )
     _keep_settings(bundle, settings, folder)
+    for note in result.notes:
+        say(note)
     say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
     if result.quarantined:
         say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
@@ -196,8 +199,7 @@ def _external_settings(
         data["images"] = str(images.absolute())
         data["labels"] = None if labels is None else str(labels.absolute())
         data.setdefault("task", spec.task)
-        if spec.task == "ordinal":
-            data["classes"] = list(spec.classes)
+        data["classes"] = list(spec.classes)
     return parse_settings(tree, source=params.name)
 
 

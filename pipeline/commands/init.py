@@ -24,11 +24,11 @@ def init(
     path_column: Annotated[str, typer.Option("--path-column", help="Column with the image's path.")] = "path",
     label_column: Annotated[str, typer.Option("--label-column", help="Column with the label.")] = "label",
     group_column: Annotated[
-        str | None, typer.Option("--group-column", help="Column with the patient.", show_default=False)
-    ] = None,
+        str, typer.Option("--group-column", help="Column with the patient; none: each image by itself.")
+    ] = "auto",
     split_column: Annotated[
-        str | None, typer.Option("--split-column", help="Column with train, val or test.", show_default=False)
-    ] = None,
+        str, typer.Option("--split-column", help="Column with train, val or test; none: splits are drawn.")
+    ] = "auto",
     assignments: Assignments = None,
 ) -> None:
     """Make a study directory: params.yaml, dvc.yaml, Git and DVC ready to go. Overwrites nothing."""
@@ -46,10 +46,12 @@ def init(
         "split_column": split_column,
     }
     settings = parse_settings(override({"data": data}, assignments or []), source="The new params.yaml")
-    _check(settings.data, study)
+    notes = _check(settings.data, study)
     written = write_study(study, settings)
     added = initialise(study, written)
     say(f"{study} is a study{f', with {added}' if added else ''}. Its settings: {study / 'params.yaml'}")
+    for note in notes:
+        say(note)
     say("Next:")
     if study.resolve() != Path.cwd():
         say(f"  cd {shlex.quote(str(study))}")
@@ -57,19 +59,22 @@ def init(
     say('  git commit -m "A new study"           # before the first `dvc exp run`')
 
 
-def _check(data: DataSettings, study: Path) -> None:
-    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image."""
-    from stages.prepare.scan import images_folder, scan_folders
-    from stages.prepare.table import check_files, read_table
+def _check(data: DataSettings, study: Path) -> list[str]:
+    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image.
+
+    Returns:
+        What was chosen by header or layout, for people.
+    """
+    from stages.prepare.items import check_listing, read_listing
+    from stages.prepare.table import check_files
 
     try:
-        images = images_folder(data, study)
-        if data.labels is None:
-            scan_folders(images)
-            return
-        items = read_table(data, study, images)
+        listing = read_listing(data, study)
         if data.on_error == "fail":
-            check_files(items, images, data.labels)
+            check_listing(listing)
+            if data.labels is not None:
+                check_files(listing.items, listing.images, data.labels)
+        return listing.notes
     except DataError as error:
         repair = "Then repeat `fpt init`; nothing was written. Its options name the images, the CSV and its columns."
         raise DataError(error.state, error.cause, f"{error.repair}\n{repair}") from None

@@ -2,37 +2,107 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
-from schemas.manifest import SPLITS, PrepareSummary
+from schemas.manifest import SPLITS, PrepareResult
+from schemas.settings import DataSettings, Settings
 
 
-def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_json: AsJson = False) -> None:
-    """Read images and labels, name every image by its content, draw the splits."""
+def prepare(
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Draw all splits again; else known images keep theirs.")
+    ] = False,
+    write_split: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-split",
+            metavar="FILE.csv",
+            help="Also write path, label, patient and split as a table for data.labels.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read images and labels, name every image by its content, give each a split.
+
+    Images keep their split when others come and go; new ones are dealt out.
+    """
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
+    from stages.manifest import read_manifest
+    from stages.prepare import MANIFEST_FILE, QUARANTINE_FILE
     from stages.prepare import prepare as run
+    from stages.prepare.exports import check_free, write_splits
 
     study = open_study(params, assignments or [])
-    if study.settings.data.labels is not None:
-        remind_to_watch(study, "data.labels", study.settings.data.labels)
-    output = study.manifest.parent
+    data = study.settings.data
+    if data.labels is not None:
+        remind_to_watch(study, "data.labels", data.labels)
+    if write_split is not None:
+        check_free(write_split)
+    output = study.manifest_folder
     with ImageBar("Reading images") as bar:
-        summary = run(study.settings.data, study.root, output, bar)
-    write_settings(study.settings, output)
+        result = run(data, study.root, output, bar, study.splits, redraw)
+    write_settings(_resolved(study.settings, result), output)
+    if write_split is not None:
+        write_splits(read_manifest(output / MANIFEST_FILE), result, data, write_split)
     if as_json:
-        show_json(summary.model_dump(mode="json"))
+        show_json(result.model_dump(mode="json"))
         return
-    _show(summary)
-    if summary.quarantined:
-        say(f"{summary.quarantined} images were set aside: {output / 'quarantine.csv'}")
+    _show(result)
+    if result.quarantined:
+        images = "1 image was" if result.quarantined == 1 else f"{result.quarantined:,} images were"
+        say(f"{images} set aside: {output / QUARANTINE_FILE}")
+    if write_split is not None:
+        _show_written(write_split, data)
     say_next("fpt extract")
 
 
-def _show(summary: PrepareSummary) -> None:
-    classes = list(dict.fromkeys(name for counts in summary.counts.values() for name in counts))
-    rows = [[name, *(str(summary.counts.get(split, {}).get(name, 0)) for split in SPLITS)] for name in classes]
-    totals = [str(summary.split_images.get(split, 0)) for split in SPLITS]
-    title = f"{summary.images} images, {summary.groups} groups, {summary.duplicates} duplicates"
-    show_table(title, ["class", *SPLITS], [*rows, ["all", *totals]])
+def _resolved(settings: Settings, result: PrepareResult) -> Settings:
+    """The settings with the columns that "auto" stood for."""
+    columns = {"group_column": result.group_column, "split_column": result.split_column}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=columns)})
+
+
+def _show(result: PrepareResult) -> None:
+    for note in result.notes:
+        say(note)
+    classes = list(dict.fromkeys(name for counts in result.counts.values() for name in counts))
+    rows = [[name, *(str(result.counts.get(split, {}).get(name, 0)) for split in SPLITS)] for name in classes]
+    totals = [str(result.split_images.get(split, 0)) for split in SPLITS]
+    show_table(_title(result), ["class", *SPLITS], [*rows, ["all", *totals]])
+    if result.known:
+        moved = sum(result.moved.values())
+        ways = ", ".join(f"{number:,} {way}" for way, number in result.moved.items())
+        changed = f"{moved:,} changed it ({ways})" if moved else "none changed it"
+        say(f"{_images(result.known - moved)} kept their split, {changed}, {result.images - result.known:,} new.")
+
+
+def _title(result: PrepareResult) -> str:
+    copies = f"{result.duplicates:,} duplicate{'' if result.duplicates == 1 else 's'}"
+    if result.unit is None:
+        return f"{_images(result.images)}, {copies}"
+    unit = result.unit.removesuffix("s") if result.groups == 1 else result.unit
+    grouped = f"{_images(result.images - result.singles)} of {result.groups:,} {unit}"
+    alone = f", {result.singles:,} without a {result.unit.removesuffix('s')}" if result.singles else ""
+    return f"{grouped}{alone}, {copies}"
+
+
+def _images(number: int) -> str:
+    return f"{number:,} image{'' if number == 1 else 's'}"
+
+
+def _show_written(path: Path, data: DataSettings) -> None:
+    null = " and data.split_column: auto" if data.split_column is None else ""
+    say(
+        f"The splits are in {path}. To take them from there, set data.labels: {path.absolute()}{null} in params.yaml; "
+        "rows that are added without a split have it drawn."
+    )

@@ -109,18 +109,33 @@ def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | No
     from stages.prepare.folds import draw_again, draw_folds
 
     data = study.settings.data
-    if (splits or folds) and data.split_column is not None:
-        say(f"The ready split of data.split_column ({data.split_column}) is ignored: splits are drawn.")
+    ready = _ready_split(study)
+    if (splits or folds) and ready is not None:
+        say(f"The ready split of data.split_column ({ready}) is ignored: splits are drawn.")
     if folds is not None:
         # Training and validation images in the proportion of the settings.
         drawn = draw_folds(manifest, folds, data.val_share / (1.0 - data.test_share), data.seed)
         return [Part(f"fold-{n}-of-{folds}", one, data.seed) for n, one in enumerate(drawn, start=1)]
     if splits is not None:
         seeds = range(data.seed, data.seed + splits)
-        return [
-            Part(f"split-{seed}", draw_again(manifest, data.val_share, data.test_share, seed), seed) for seed in seeds
-        ]
+        drawn_by = {seed: draw_again(manifest, data.val_share, data.test_share, seed) for seed in seeds}
+        if ready is None:
+            # The study's own split, which known images keep where a fresh draw would move them.
+            drawn_by[data.seed] = manifest
+        return [Part(f"split-{seed}", one, seed) for seed, one in drawn_by.items()]
     return [Part("", manifest, data.seed)]
+
+
+def _ready_split(study: Study) -> str | None:
+    """The column that the splits of the study come from, or None."""
+    from schemas.manifest import PrepareSummary
+
+    try:
+        summary = (study.manifest_folder / "summary.json").read_bytes()
+        return PrepareSummary.model_validate_json(summary).split_column
+    except (OSError, ValueError):
+        named = study.settings.data.split_column
+        return None if named == "auto" else named
 
 
 def _swept(job: Job, record: RunRecord, test: dict[str, float]) -> SweptRun:

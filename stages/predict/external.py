@@ -23,24 +23,23 @@ from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.run import evaluated_model, probabilities, write_evaluation
 from stages.evaluate.scoring import score
 from stages.extract.features import to_pixels
-from stages.files import atomic_write, storage_errors
 from stages.images import read_image
 from stages.predict.run import check_task, load_classifier
+from stages.prepare import QUARANTINE_FILE
 from stages.prepare.check import check_conflicts
 from stages.prepare.digest import Digests, digest_images
-from stages.prepare.items import list_items
+from stages.prepare.exports import write_quarantine
+from stages.prepare.items import check_listing, read_listing
 from stages.prepare.listing import counted, did_you_mean, listed
 from stages.prepare.scan import Item
+from stages.prepare.survey import passed_over_lines
 from stages.prepare.table import check_files
 from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
-from stages.tables import csv_text, safe_cell
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import store_logits
-
-QUARANTINE_FILE = "quarantine.csv"
 
 Shares = dict[str, npt.NDArray[np.float32]]
 """Image id -> (C,) probabilities."""
@@ -57,7 +56,9 @@ class ExternalResult:
     computed: int
     """Image contents that the LPM ran on."""
     quarantined: int
-    """Images set aside."""
+    """Images, and class folders without any, set aside."""
+    notes: tuple[str, ...]
+    """What was chosen by header or layout, and what was passed over."""
 
 
 def evaluate_external(
@@ -105,10 +106,13 @@ def evaluate_external(
     spec = bundle.spec
     check_task(spec, data)
     data = data.model_copy(update={"task": spec.task, "split_column": None})
-    images, items = list_items(data, root)
+    listing = read_listing(data, root)
+    images, items = listing.images, listing.items
+    if data.on_error == "fail":
+        check_listing(listing)
     _check_labels(items, spec)
     if data.label_columns is not None:
-        _check_columns(data.label_columns, spec)
+        _check_columns([(data.class_names or {}).get(name, name) for name in data.label_columns], spec)
     digests = _digests(items, images, data, reading)
     usable = [item for item in items if item.path in digests.ids]
     if not usable:
@@ -130,8 +134,10 @@ def evaluate_external(
         train_dir=bundle_dir.parent / "train",
     )
     write_evaluation(predictions, metrics, report, output)
-    _write_quarantine([item for item in items if item.path in digests.failures], digests, output / QUARANTINE_FILE)
-    return ExternalResult(metrics, cached, len(paths) - cached, len(digests.failures))
+    aside = listing.set_aside()
+    write_quarantine(aside, items, digests.failures, output / QUARANTINE_FILE)
+    notes = (*listing.notes, *passed_over_lines(listing.passed_over, images))
+    return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
 
 
 def _check_labels(items: Sequence[Item], spec: BundleSpec) -> None:
@@ -261,13 +267,3 @@ def _thumbnails(
         image_id: to_pixels(read_image(paths[image_id], max_pixels=data.max_pixels), spec).side
         for image_id in sorted(ids)
     }
-
-
-def _write_quarantine(items: Sequence[Item], digests: Digests, path: Path) -> None:
-    if not items:
-        with storage_errors(path):
-            path.unlink(missing_ok=True)
-        return
-    rows = [(item.path, item.label, item.group or "", digests.failures[item.path]) for item in items]
-    lines = [("path", "label", "group", "reason"), *(tuple(map(safe_cell, row)) for row in rows)]
-    atomic_write(path, csv_text(lines).encode())

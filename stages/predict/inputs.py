@@ -98,8 +98,9 @@ def _add_pattern(found: Inputs, pattern: Path) -> None:
 def _add_listed(found: Inputs, names: Sequence[str], file: Path, data: DataSettings, root: Path) -> None:
     starts = (file.parent, Path(), root / Path(data.images).expanduser())
     for name in names:
-        places = [start / Path(name).expanduser() for start in starts]
-        found.images.append(next((place for place in places if place.exists()), places[0]))
+        # With its blanks first: a file may be called "x.png ".
+        places = [start / Path(spelled).expanduser() for start in starts for spelled in (name, name.strip())]
+        found.images.append(next((place for place in places if place.exists()), places[1]))
 
 
 def _read_list(file: Path) -> list[str]:
@@ -110,8 +111,7 @@ def _read_list(file: Path) -> list[str]:
             f"The list of images {file} cannot be read.", f"{error.strerror}.", "Name a file with a path per line."
         ) from None
     # Not splitlines: file names may hold its other separators.
-    names = [line.strip(" \t\r") for line in text.split("\n")]
-    names = [name for name in names if name]
+    names = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not names:
         raise DataError(f"The list of images {file} is empty.", repair="Write a path per line.")
     return names

@@ -1,8 +1,8 @@
-"""Several labels an image: from one column with a separator, or from columns of 0 and 1."""
+"""Labels from the cells of a table: missing ones, several in one column with a separator, and columns of 0 and 1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from schemas.errors import DataError
 from schemas.settings import DataSettings
@@ -11,6 +11,19 @@ from stages.prepare.listing import counted, listed
 
 _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 """What a cell of a label's own column may hold, in small letters."""
+
+_MISSING = frozenset(
+    {"nan", "-nan", "n/a", "#n/a", "#na", "<na>", "nat", "null", "-", "--", "?", ".", "1.#ind", "-1.#ind", "1.#qnan"}
+    | {"-1.#qnan", "#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!"}
+)
+"""How programs write a missing value, in small letters."""
+_PERHAPS_MISSING = frozenset({"na", "none"})
+"""Missing values for most programs, but classes of some data sets."""
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell of a column without fixed words, such as the patient's, holds no value."""
+    return not cell or cell.casefold() in _MISSING | _PERHAPS_MISSING
 
 
 def label_keys(data: DataSettings) -> dict[str, str]:
@@ -30,12 +43,14 @@ def join_labels(data: DataSettings, table: str, lines: Sequence[int], columns: S
         columns: Cells of each column of `label_keys`.
 
     Raises:
-        DataError: A cell is neither 0 nor 1, or a label has the separator of manifests in it.
+        DataError: A label is missing, a cell is neither 0 nor 1, or a label has the separator of manifests in it.
     """
     if data.task != "multilabel":
+        _check_missing(data, table, lines, [[cell] for cell in columns[0]])
         return list(columns[0])
     if data.label_columns is None:
         found = [{name.strip() for name in cell.split(data.label_separator)} - {""} for cell in columns[0]]
+        _check_missing(data, table, lines, found)
     else:
         flags = [_flags(table, name, lines, cells) for name, cells in zip(data.label_columns, columns, strict=True)]
         found = [
@@ -45,6 +60,25 @@ def join_labels(data: DataSettings, table: str, lines: Sequence[int], columns: S
     _check_names({name for names in found for name in names} | set(data.label_columns or ()))
     # In one order, so that equal labels are equal text.
     return [written(sorted(names)) for names in found]
+
+
+def _check_missing(data: DataSettings, table: str, lines: Sequence[int], rows: Iterable[Iterable[str]]) -> None:
+    """Refuse missing labels, however they are spelled; a class of such a name has to be listed by the user."""
+    listed_names = {*(data.classes or ()), *(data.class_names or {})}
+    missing = [
+        (line, label)
+        for line, labels in zip(lines, rows, strict=True)
+        for label in labels
+        if is_missing(label) and label not in listed_names
+    ]
+    if missing:
+        words = sorted({label for _, label in missing if label})
+        hint = "data.classes or data.class_names has to list a class that is called so"
+        raise DataError(
+            f"{counted(len(missing), 'row')} of {table} {'has' if len(missing) == 1 else 'have'} no label.",
+            listed(f"line {line}: {repr(label) if label else 'empty'}" for line, label in missing),
+            f"Fill in these labels or remove the rows{'' if not words else f'; {hint}: ' + ', '.join(words)}.",
+        )
 
 
 def _flags(table: str, name: str, lines: Sequence[int], cells: Sequence[str]) -> list[bool]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import DataError
 from schemas.manifest import Split
 from schemas.settings import DataSettings
+from stages.prepare.columns import AUTO, FOLDER, split_of_word
 from stages.prepare.listing import counted, listed
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
-"""What counts as an image in a class folder; a CSV may name any file."""
-
-_NOT_DATA = frozenset({"__MACOSX"})
-"""Left in folders by archive tools."""
+from stages.prepare.patients import patient_folders
+from stages.prepare.survey import SUFFIXES as SUFFIXES
+from stages.prepare.survey import PassedOver, classify, is_hidden, passed_over_lines, survey, unreadable
 
 
 @dataclass(frozen=True)
@@ -53,40 +49,60 @@ def images_folder(data: DataSettings, root: Path) -> Path:
     return folder
 
 
-def scan_folders(images: Path) -> list[Item]:
-    """The images below each first-level folder, which is their label; sorted by path.
+@dataclass(frozen=True)
+class FolderScan:
+    """What lies in the class folders, and beside them."""
 
-    Deeper folders are read too, hidden files and folders (a dot first) are not.
+    items: list[Item]
+    """Images, sorted by path."""
+    stray: list[str]
+    """Images beside the class folders, so without a label."""
+    empty: dict[str, str]
+    """Class folder without any image -> what lies in it instead."""
+    passed_over: list[PassedOver]
+    """Everything else."""
+    group_column: str | None
+    """"folder" where the sub-folders of class folders are patients."""
+    notes: list[str]
+    """What was chosen by the layout, for people."""
+
+
+def scan_folders(images: Path, group_column: str | None = AUTO) -> FolderScan:
+    """List the images below each first-level folder, which is their label; deeper folders are read too.
+
+    Args:
+        images: Folder of the class folders.
+        group_column: As `data.group_column`: which sub-folders are patients.
 
     Raises:
-        DataError: No class folders, a class folder without images, images outside of class folders, or a folder that
-            may not be read.
+        DataError: No class folders, folders that name splits instead of classes, sub-folders that may or may not be
+            patients, or a folder that may not be read.
     """
-    entries = sorted(entry for entry in images.iterdir() if _is_data(entry.name))
-    folders = [entry for entry in entries if entry.is_dir()]
-    if not folders:
-        raise DataError(
-            f"{images} has no class folders.",
-            "Without a CSV, the first-level folder of an image is its label.",
-            "Make one folder per class, or name a CSV with data.labels in params.yaml.",
-        )
-    stray = [entry.name for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
-    if stray:
-        raise DataError(
-            f"{counted(len(stray), 'image')} in {images} {'lies' if len(stray) == 1 else 'lie'} beside the class "
-            "folders, so without a label.",
-            listed(stray),
-            "Move them into a class folder, or name a CSV with data.labels in params.yaml.",
-        )
-    found = {folder.name: sorted(_images_below(folder, images)) for folder in folders}
-    empty = [f"{name} (other files there: {_others(images / name)})" for name, paths in found.items() if not paths]
-    if empty:
-        raise DataError(
-            f"{counted(len(empty), 'class')} without any image in {images}.",
-            listed(empty),
-            f"Add images ({', '.join(sorted(SUFFIXES))}) or remove the folder.",
-        )
-    return sorted((Item(path, name) for name, paths in found.items() for path in paths), key=lambda item: item.path)
+    found: dict[str, list[str]] = {}
+    stray: list[str] = []
+    empty: dict[str, str] = {}
+    passed_over: list[PassedOver] = []
+    for entry in _entries(images):
+        if is_hidden(entry.name) or not entry.is_dir():
+            reason, named = classify(entry)
+            if reason is None:
+                stray.append(entry.name)
+            else:
+                passed_over.append(PassedOver(entry, reason, named))
+            continue
+        label = entry.name.strip()
+        if label in found:
+            raise DataError(f"Two class folders in {images} are called {label!r}.", "", "Rename one of them.")
+        below = survey(entry)
+        passed_over += below.passed_over
+        found[label] = [path.relative_to(images).as_posix() for path in below.images]
+        if not below.images:
+            empty[entry.name] = _instead(below.passed_over, entry)
+    _check_layout(images, list(found))
+    groups, notes = patient_folders(found, images, group_column)
+    items = [Item(path, label, groups.get(path)) for label, paths in found.items() for path in paths]
+    folder = FOLDER if groups else None
+    return FolderScan(sorted(items, key=lambda item: item.path), stray, empty, passed_over, folder, notes)
 
 
 def check_names(items: list[Item]) -> None:
@@ -107,33 +123,28 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def _is_data(name: str) -> bool:
-    return not name.startswith(".") and name not in _NOT_DATA
+def _entries(images: Path) -> list[Path]:
+    try:
+        return sorted(images.iterdir())
+    except OSError as error:
+        raise unreadable(images, error) from error
 
 
-def _images_below(folder: Path, images: Path) -> Iterator[str]:
-    for file in _files_below(folder):
-        if file.suffix.lower() in SUFFIXES:
-            yield file.relative_to(images).as_posix()
+def _check_layout(images: Path, labels: list[str]) -> None:
+    if not labels:
+        raise DataError(
+            f"{images} has no class folders.",
+            "Without a CSV, the first-level folder of an image is its label.",
+            "Make one folder per class, or name a CSV with data.labels in params.yaml.",
+        )
+    if all(split_of_word(label) for label in labels):
+        raise DataError(
+            f"The first-level folders of {images} name splits, not classes: {', '.join(labels)}.",
+            "Without a CSV, the first-level folder of an image is its label.",
+            "Write a CSV with the columns path, label and split, and name it with data.labels in params.yaml.",
+        )
 
 
-def _others(folder: Path) -> str:
-    names = {file.suffix.lower() or file.name for file in _files_below(folder)}
-    return ", ".join(sorted(names)[:5]) or "none"
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        # os.walk passes over such folders in silence, and a study would lack images without a word.
-        raise DataError(f"{error.filename} cannot be read.", f"{error.strerror}.", "Make it readable.") from error
-
-    seen: set[tuple[int, int]] = set()
-    # Links to folders are followed: large data sets are often linked into a study. A loop is entered once only.
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        status = Path(here).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if _is_data(name))
-        yield from (Path(here, name) for name in files if _is_data(name))
+def _instead(passed_over: list[PassedOver], folder: Path) -> str:
+    lines = passed_over_lines(passed_over, folder)
+    return "; ".join(line[0].lower() + line[1:].removesuffix(".") for line in lines) or "nothing is in it"

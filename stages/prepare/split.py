@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.tasks import Task, names_in
+from stages.prepare.columns import Unit
 from stages.prepare.listing import counted, listed
 from stages.prepare.scan import Item
 
@@ -76,7 +77,24 @@ def find_clusters(items: Sequence[Item], ids: Mapping[str, str], task: Task = "m
     ]
 
 
-def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float, seed: int) -> dict[str, Split]:
+@dataclass(frozen=True)
+class Place:
+    """Where a cluster is, and where it may go."""
+
+    part: str | None = None
+    """Where it is already; None: it is dealt."""
+    allowed: tuple[str, ...] | None = None
+    """Parts that it may be dealt or moved to; None: any."""
+
+
+def draw_splits(
+    clusters: Sequence[Cluster],
+    val_share: float,
+    test_share: float,
+    seed: int,
+    places: Mapping[str, Place] | None = None,
+    unit: Unit | None = "groups",
+) -> dict[str, Split]:
     """Deal clusters to the splits. The same clusters and seed give the same splits, in whatever order they come.
 
     Args:
@@ -84,6 +102,8 @@ def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float
         val_share: Wanted share of images for validation.
         test_share: Wanted share of images for the test.
         seed: Decides between what is equally good, which is nearly everything where images stand for themselves.
+        places: Key of a cluster -> its place, where it is not free.
+        unit: What the groups are called in messages; None: each image stands for itself.
 
     Returns:
         Path -> split.
@@ -91,24 +111,31 @@ def draw_splits(clusters: Sequence[Cluster], val_share: float, test_share: float
     Raises:
         DataError: A class cannot be in all three splits.
     """
-    _check_enough(clusters)
+    _check_enough(clusters, unit)
     shares = {"train": 1.0 - val_share - test_share, "val": val_share, "test": test_share}
     known: dict[str, Split] = {split: split for split in SPLITS}
     repair = (
         "Too few groups hold these classes: set data.seed to another number, add images, or name a ready split with "
         "data.split_column."
     )
-    return {path: known[part] for path, part in deal(clusters, shares, f"{seed}", repair).items()}
+    return {path: known[part] for path, part in deal(clusters, shares, f"{seed}", repair, places).items()}
 
 
-def deal(clusters: Sequence[Cluster], shares: Mapping[str, float], salt: str, repair: str) -> dict[str, str]:
-    """Deal clusters to any parts.
+def deal(
+    clusters: Sequence[Cluster],
+    shares: Mapping[str, float],
+    salt: str,
+    repair: str,
+    places: Mapping[str, Place] | None = None,
+) -> dict[str, str]:
+    """Deal clusters to any parts. Those that are in a part already move only where a class would be missing else.
 
     Args:
         clusters: Of all images.
         shares: Part -> wanted share of the images; they sum to one.
         salt: Decides between what is equally good.
         repair: What to do where it cannot be done.
+        places: Key of a cluster -> its place, where it is not free.
 
     Returns:
         Path -> part.
@@ -116,11 +143,13 @@ def deal(clusters: Sequence[Cluster], shares: Mapping[str, float], salt: str, re
     Raises:
         DataError: A class cannot be in all parts.
     """
-    table = _Deal(clusters, shares)
-    for attempt in range(_ATTEMPTS):
-        table.deal(salt if attempt == 0 else f"{salt}/{attempt}")
-        if table.fill_gaps():
-            return {path: table.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
+    table = _Deal(clusters, shares, places or {})
+    some_placed = any(place.part is not None for place in table.places.values())
+    for move_placed in (False, True) if some_placed else (False,):
+        for attempt in range(_ATTEMPTS):
+            table.deal(salt if attempt == 0 else f"{salt}/{attempt}")
+            if table.fill_gaps(move_placed):
+                return {path: table.split_of[cluster.key] for cluster in clusters for path in cluster.paths}
     *first, last = shares
     raise DataError(
         f"No split was found that keeps groups whole and has every class in {', '.join(first)} and {last}.",
@@ -129,29 +158,40 @@ def deal(clusters: Sequence[Cluster], shares: Mapping[str, float], salt: str, re
     )
 
 
-def _check_enough(clusters: Sequence[Cluster]) -> None:
+def _check_enough(clusters: Sequence[Cluster], unit: Unit | None) -> None:
     groups: Counter[str] = Counter()
     images: Counter[str] = Counter()
     for cluster in clusters:
         groups.update(cluster.counts.keys())
         images.update(cluster.counts)
+    noun = "image" if unit is None else unit.removesuffix("s")
+
+    def size(label: str, number: int) -> str:
+        if unit is None:
+            return counted(number, "image") + (" without its copies" if number < images[label] else "")
+        return f"{counted(images[label], 'image')} of {counted(number, noun)}"
+
     few = [
-        f"{label!r}: {counted(images[label], 'image')} in {counted(number, 'group')}"
+        f"{label!r}: {size(label, number)}"
         for label, number in sorted(groups.items())
         if number < len(SPLITS) and label != _ANY
     ]
     if few:
         raise DataError(
-            f"{counted(len(few), 'class')} with too few groups to be in train, val and test.",
+            f"{counted(len(few), 'class')} with fewer than {len(SPLITS)} {noun}s: too few for train, val and test.",
             listed(few) + "\nImages of one patient (or other group) and copies of an image stay in one split.",
             "Add images, remove the class, or name a ready split with data.split_column.",
         )
+
+
+_FREE = Place()
 
 
 @dataclass
 class _Deal:
     clusters: Sequence[Cluster]
     shares: Mapping[str, float]
+    places: Mapping[str, Place]
     total: dict[str, int] = field(init=False)
     split_of: dict[str, str] = field(init=False)
     have: dict[str, Counter[str]] = field(init=False)
@@ -161,7 +201,7 @@ class _Deal:
         self.total = dict(_sum(cluster.counts for cluster in self.clusters))
 
     def deal(self, salt: str) -> None:
-        """Give each cluster to the split where chi2 grows least, the largest clusters first."""
+        """Give each free cluster to the split where chi2 grows least, the largest clusters first."""
         self.split_of = {}
         self.have = {split: Counter() for split in self.shares}
         self.holders = {split: Counter() for split in self.shares}
@@ -172,11 +212,20 @@ class _Deal:
 
         self.clusters = sorted(self.clusters, key=order)
         for cluster in self.clusters:
-            # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of the parts.
-            self._put(cluster, min(self.shares, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
+            if (part := self._place(cluster).part) is not None:
+                self._put(cluster, part)
+        for cluster in self.clusters:
+            if self._place(cluster).part is None:
+                parts = self._place(cluster).allowed or tuple(self.shares)
+                # Equally good: the larger share, as it leaves the others more choice. min() keeps the order of parts.
+                self._put(cluster, min(parts, key=lambda split: (self._growth(cluster, split), -self.shares[split])))
 
-    def fill_gaps(self) -> bool:
-        """Bring each class into each split by the moves that cost least; False where one is still missing."""
+    def fill_gaps(self, move_placed: bool) -> bool:
+        """Bring each class into each split by the moves that cost least; False where one is still missing.
+
+        Args:
+            move_placed: Whether clusters that were in a part already may move, if no other can.
+        """
         for _ in range(len(self.total) * len(self.shares)):
             gaps = self.gaps()
             if not gaps:
@@ -185,11 +234,13 @@ class _Deal:
             donors = [
                 cluster
                 for cluster in self.clusters
-                if label in cluster.counts and self._may_leave(cluster, self.split_of[cluster.key])
+                if label in cluster.counts
+                and self._may_leave(cluster, self.split_of[cluster.key])
+                and self._may_enter(cluster, split, move_placed)
             ]
             if not donors:
                 return False
-            self._move(min(donors, key=lambda cluster: self._change(cluster, split)), split)
+            self._move(min(donors, key=lambda cluster: (self._unease(cluster), self._change(cluster, split))), split)
         return not self.gaps()
 
     def gaps(self) -> list[tuple[str, str]]:
@@ -216,6 +267,18 @@ class _Deal:
     def _may_leave(self, cluster: Cluster, split: str) -> bool:
         return all(self.holders[split][label] > 1 for label in cluster.counts)
 
+    def _place(self, cluster: Cluster) -> Place:
+        return self.places.get(cluster.key, _FREE)
+
+    def _may_enter(self, cluster: Cluster, split: str, move_placed: bool) -> bool:
+        place = self._place(cluster)
+        return (move_placed or place.part is None) and (place.allowed is None or split in place.allowed)
+
+    def _unease(self, cluster: Cluster) -> int:
+        """Free clusters move first, and those that a model may have been trained on last."""
+        part = self._place(cluster).part
+        return 0 if part is None else 2 if part == "train" else 1
+
     def _put(self, cluster: Cluster, split: str) -> None:
         self.split_of[cluster.key] = split
         self.have[split].update(cluster.counts)
@@ -233,49 +296,3 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     for one in counts:
         total.update(one)
     return total
-
-
-def ready_splits(
-    items: Sequence[Item], ids: Mapping[str, str], classes: Sequence[str], task: Task = "multiclass"
-) -> dict[str, Split]:
-    """The splits that the user's table names, checked.
-
-    Args:
-        items: Images, each with its split.
-        ids: Path -> content.
-        classes: All labels.
-        task: What a label says.
-
-    Returns:
-        Path -> split.
-
-    Raises:
-        DataError: A group or a content is in two splits (the test would not be one), or a class is missing in one.
-    """
-    split_of = {item.path: item.split for item in items if item.split is not None}
-    where: dict[str, dict[str, Split]] = defaultdict(dict)
-    for item in items:
-        split = split_of[item.path]
-        where[f"the content of {ids[item.path][:16]}"][item.path] = split
-        if item.group is not None:
-            where[f"group {item.group!r}"][item.path] = split
-    leaks = [
-        f"{name}: " + ", ".join(f"{path} ({split})" for path, split in list(paths.items())[:4])
-        for name, paths in where.items()
-        if len(set(paths.values())) > 1
-    ]
-    if leaks:
-        raise DataError(
-            f"{counted(len(leaks), 'group')} in two splits of data.split_column.",
-            listed(leaks) + "\nA model would be judged on patients or images that it was trained on.",
-            "Correct the split column.",
-        )
-    found = {(name, split_of[item.path]) for item in items for name in names_in(item.label, task)}
-    gaps = [f"no {label!r} in {split}" for label in classes for split in SPLITS if (label, split) not in found]
-    if gaps:
-        raise DataError(
-            "data.split_column leaves classes out of a split.",
-            listed(gaps),
-            "Correct the split column, or set data.split_column: null to have splits drawn.",
-        )
-    return split_of

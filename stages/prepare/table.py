@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import posixpath
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
-from stages.prepare.labels import join_labels, label_keys
+from stages.prepare.columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
+from stages.prepare.labels import is_missing, join_labels, label_keys
 from stages.prepare.listing import counted, did_you_mean, listed
 from stages.prepare.scan import Item
+from stages.prepare.source import read_text
+from stages.tables import plain_cell
 
 _DELIMITERS = (",", ";", "\t", "|")
 
 
-def read_table(data: DataSettings, root: Path, images: Path) -> list[Item]:
-    """The rows of `data.labels`, sorted by path. Files are not looked at.
+@dataclass(frozen=True)
+class TableRows:
+    """The images that a table names."""
+
+    items: list[Item]
+    """Sorted by path."""
+    group_column: str | None
+    """Column of the groups; None: no group is known."""
+    split_column: str | None
+    """Column of the ready splits; None: splits are drawn."""
+    notes: list[str]
+    """What was chosen by the header, for people."""
+
+
+def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
+    """The rows of `data.labels`, sorted by path. Images are not opened.
 
     UTF-8 with or without a byte order mark, or UTF-16 with one; the separator (comma, semicolon, tab, bar) is the one
     under which the header has the columns that the settings name. Blanks around cells are dropped. An image without
-    an entry in the group column stands for itself.
+    an entry in the group column stands for itself, one without an entry in the split column has its split drawn.
 
     Raises:
         DataError: The file is missing or no CSV, lacks a column, or has rows without path or label, with a path
@@ -33,39 +52,32 @@ def read_table(data: DataSettings, root: Path, images: Path) -> list[Item]:
         raise DataError("data.labels is not set.")
     table = root / Path(data.labels).expanduser()
     wanted = {"data.path_column": data.path_column, **label_keys(data)}
-    if data.group_column is not None:
-        wanted["data.group_column"] = data.group_column
-    if data.split_column is not None:
-        wanted["data.split_column"] = data.split_column
-    header, rows = _cells(table, _text(table), tuple(wanted.values()))
+    taken = tuple(wanted.values())
+    for key, name in (("data.group_column", data.group_column), ("data.split_column", data.split_column)):
+        if name is not None and name != AUTO:
+            wanted[key] = name
+    header, rows = _cells(table, read_text(table), tuple(wanted.values()))
     _check_header(table, header, wanted)
-    _check_rows(table, "does not have as many cells as the header", [n for n, row in rows if len(row) != len(header)])
+    group_column, split_column, notes = find_columns(data, table.name, header, taken)
+    wide = [line for line, row in rows if len(row) != len(header)]
+    _check_rows(table, "does not have as many cells as the header", wide)
 
     def column(name: str | None) -> list[str]:
-        return [""] * len(rows) if name is None else [row[header.index(name)] for _, row in rows]
+        if name is None:
+            return [""] * len(rows)
+        place = header.index(name)
+        return [plain_cell(row[place].strip()) for _, row in rows]
 
-    paths = column(data.path_column)
-    lines = [number for number, _ in rows]
-    _check_rows(table, f"has no {data.path_column}", _where(lines, [not path for path in paths]))
-    cells = [column(name) for name in label_keys(data).values()]
-    if data.task != "multilabel":
-        _check_rows(table, f"has no {data.label_column}", _where(lines, [not label for label in cells[0]]))
-    labels = join_labels(data, str(table), lines, cells)
-    relative = [_relative(path, images) for path in paths]
-    outside = [f"line {n}: {path}" for n, path, inside in zip(lines, paths, relative, strict=True) if inside is None]
-    if outside:
-        raise DataError(
-            f"{counted(len(outside), 'path')} in {table} outside of the folder of images {images}.",
-            listed(outside),
-            "Set data.images to a folder that holds all of them.",
-        )
-    _check_twice(table, lines, [path or "" for path in relative])
-    splits = _splits(table, lines, column(data.split_column)) if data.split_column else [None] * len(rows)
+    lines = [line for line, _ in rows]
+    at = header.index(data.path_column)
+    paths = _paths(table, lines, [row[at] for _, row in rows], images, data.path_column)
+    labels = join_labels(data, str(table), lines, [column(name) for name in label_keys(data).values()])
+    splits = _splits(table, lines, column(split_column), split_column)
     items = [
-        Item(path or "", label, group or None, split)
-        for path, label, group, split in zip(relative, labels, column(data.group_column), splits, strict=True)
+        Item(path, label, None if is_missing(group) else group, split)
+        for path, label, group, split in zip(paths, labels, column(group_column), splits, strict=True)
     ]
-    return sorted(items, key=lambda item: item.path)
+    return TableRows(sorted(items, key=lambda item: item.path), group_column, split_column, notes)
 
 
 def check_files(items: Sequence[Item], images: Path, table: str) -> None:
@@ -74,12 +86,13 @@ def check_files(items: Sequence[Item], images: Path, table: str) -> None:
     Raises:
         DataError: All missing files are listed.
     """
-    missing = [item.path for item in items if not (images / item.path).exists()]
+    # Not Path.exists, which raises for a name that is too long for the file system.
+    missing = [item.path for item in items if not os.path.lexists(images / item.path)]
     if not missing:
         return
     cause = listed(missing)
     first = PurePosixPath(missing[0])
-    if first.parts[0] == images.name and (images.parent / first).exists():
+    if first.parts[0] == images.name and os.path.lexists(images.parent / first):
         cause += f"\nThe paths seem to start above {images}."
     raise DataError(
         f"{counted(len(missing), 'image')} of {counted(len(items), 'row')} in {table} not found in {images}.",
@@ -89,42 +102,27 @@ def check_files(items: Sequence[Item], images: Path, table: str) -> None:
     )
 
 
-def _text(table: Path) -> str:
-    try:
-        raw = table.read_bytes()
-        wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-        return raw.decode("utf-16" if wide else "utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(
-            f"There is no CSV at {table}.",
-            "It may have moved, or the path may be mistyped: a relative path starts at the folder of params.yaml.",
-            "Correct data.labels in params.yaml.",
-        ) from None
-    except OSError as error:
-        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Correct data.labels.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{table} is not UTF-8 text.", f"Byte {error.start} is not valid.", "Save it as CSV UTF-8."
-        ) from error
-
-
 def _cells(table: Path, text: str, wanted: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and (line, cells) of each row that is not blank."""
+    """Header, and (line, cells as they are) of each row that is not blank."""
+    reader = None
     try:
-        headers = {
-            delimiter: _strip(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
-            for delimiter in _DELIMITERS
-        }
+        headers = {delimiter: _header(text, delimiter) for delimiter in _DELIMITERS}
         best = max(_DELIMITERS, key=lambda one: (len(set(wanted) & set(headers[one])), len(headers[one])))
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=best, skipinitialspace=True)
+        # Strict: a quote that is never closed would otherwise take the rows after it into one cell.
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=best, skipinitialspace=True, strict=True)
         header = _strip(next(reader, []))
-        rows = [(reader.line_num, _strip(row)) for row in reader]
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise DataError(f"{table} is not a CSV.", f"{error}.", "Save it as CSV UTF-8.") from error
-    rows = [(number, row) for number, row in rows if any(row)]
+        line = "" if reader is None else f"Line {reader.line_num}: "
+        raise DataError(f"{table} is not a CSV.", f"{line}{error}.", "Correct it, or save it as CSV UTF-8.") from error
+    rows = [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
     if not rows:
         raise DataError(f"{table} has no rows.", "A header and one row per image are needed.", "Correct data.labels.")
     return header, rows
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    return _strip(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True), []))
 
 
 def _strip(cells: list[str]) -> list[str]:
@@ -147,22 +145,44 @@ def _check_header(table: Path, header: list[str], wanted: dict[str, str]) -> Non
         )
 
 
-def _where(lines: list[int], flags: list[bool]) -> list[int]:
-    return [number for number, flag in zip(lines, flags, strict=True) if flag]
-
-
 def _check_rows(table: Path, problem: str, lines: list[int]) -> None:
     if lines:
         shown = ", ".join(map(str, lines[:20])) + (", ..." if len(lines) > 20 else "")
         raise DataError(f"{counted(len(lines), 'row')} of {table} {problem}.", f"  lines {shown}", "Correct the CSV.")
 
 
-def _relative(path: str, images: Path) -> str | None:
+def _paths(table: Path, lines: list[int], cells: list[str], images: Path, column: str) -> list[str]:
+    """The paths of all rows, relative to `images`."""
+    _check_rows(table, f"has no {column}", [n for n, cell in zip(lines, cells, strict=True) if not cell.strip()])
+    paths: list[str] = []
+    outside: list[str] = []
+    for line, cell in zip(lines, cells, strict=True):
+        path = _relative(cell, images)
+        if path is None:
+            outside.append(f"line {line}: {cell.strip()}")
+        else:
+            paths.append(path)
+    if outside:
+        raise DataError(
+            f"{counted(len(outside), 'path')} in {table} outside of the folder of images {images}.",
+            listed(outside),
+            "Set data.images to a folder that holds all of them.",
+        )
+    _check_twice(table, lines, paths)
+    return paths
+
+
+def _relative(cell: str, images: Path) -> str | None:
     """Below `images`, or None. Outside of it DVC would not see a change."""
-    plain = posixpath.normpath(path.replace("\\", "/"))
+    stripped = cell.strip()
+    usual = plain_cell(stripped).replace("\\", "/")
+    # Outer blanks, backslashes and a first apostrophe may belong to a name: then there is a file of it. The escape of
+    # our own tables comes first, as only there the apostrophe has a fixed meaning.
+    readings = (plain_cell(cell), plain_cell(stripped), usual, cell, stripped) if usual != cell else ()
+    exact = (one for one in readings if one == posixpath.normpath(one) and os.path.lexists(images / one))
+    plain = next(exact, posixpath.normpath(usual))
     if plain.startswith("/"):
-        absolute = posixpath.normpath(images.absolute().as_posix())
-        plain = posixpath.relpath(plain, absolute)
+        plain = posixpath.relpath(plain, posixpath.normpath(images.absolute().as_posix()))
     return None if plain.split("/")[0] in ("..", ".") else plain
 
 
@@ -177,20 +197,22 @@ def _check_twice(table: Path, lines: list[int], paths: list[str]) -> None:
         raise DataError(f"{counted(len(twice), 'path')} twice in {table}.", listed(twice), "Keep one row per image.")
 
 
-def _splits(table: Path, lines: list[int], values: list[str]) -> list[Split | None]:
-    known: dict[str, Split] = {split: split for split in SPLITS}
+def _splits(table: Path, lines: list[int], cells: list[str], column: str | None) -> list[Split | None]:
+    """The split of each row, None where the cell is empty."""
+    splits = [None if is_missing(cell) else split_of_word(cell) for cell in cells]
     unknown = [
-        f"line {number}: {value!r}{did_you_mean(value, SPLITS)}"
-        for number, value in zip(lines, values, strict=True)
-        if value not in known
+        f"line {line}: {cell!r}{did_you_mean(cell, SPLIT_WORDS)}"
+        for line, cell, split in zip(lines, cells, splits, strict=True)
+        if split is None and not is_missing(cell)
     ]
     if unknown:
         raise DataError(
-            f"{counted(len(unknown), 'row')} of {table} without a known split.",
+            f"{counted(len(unknown), 'row')} of {table} without a known split in column {column!r}.",
             listed(unknown),
-            f"Splits are {', '.join(SPLITS)}.",
+            f"Splits are {', '.join(SPLITS)}; an empty cell has it drawn. If the column is no split, set "
+            "data.split_column: null in params.yaml.",
         )
-    return [known[value] for value in values]
+    return splits
 
 
 def read_paths(table: Path, path_column: str) -> list[str]:
@@ -199,7 +221,7 @@ def read_paths(table: Path, path_column: str) -> list[str]:
     Raises:
         DataError: The file is missing or no CSV, lacks the column, or has rows without a path.
     """
-    header, rows = _cells(table, _text(table), (path_column,))
+    header, rows = _cells(table, read_text(table), (path_column,))
     if header.count(path_column) != 1:
         number = header.count(path_column)
         raise DataError(
@@ -209,5 +231,5 @@ def read_paths(table: Path, path_column: str) -> list[str]:
             "Name the column of the paths: --set data.path_column=NAME",
         )
     at = header.index(path_column)
-    _check_rows(table, f"has no {path_column}", [number for number, row in rows if len(row) <= at or not row[at]])
-    return [row[at] for _, row in rows]
+    _check_rows(table, f"has no {path_column}", [line for line, row in rows if len(row) <= at or not row[at].strip()])
+    return [plain_cell(row[at]) for _, row in rows]

@@ -30,7 +30,7 @@ ITEMS = [Item("a.png", "x|y z"), Item("b.png", ""), Item("c.png", "x")]
 def read(tmp_path: Path, content: str, **settings: Any) -> list[Item]:
     (tmp_path / "labels.csv").write_text(content)
     data = DataSettings.model_validate({"task": "multilabel", "labels": "labels.csv", **settings})
-    return read_table(data, tmp_path, tmp_path / "images")
+    return read_table(data, tmp_path, tmp_path / "images").items
 
 
 def run(root: Path, **settings: Any) -> tuple[Manifest, PrepareSummary]:
@@ -137,7 +137,7 @@ def test_a_ready_split_needs_every_label_everywhere(tmp_path: Path) -> None:
     rows = [f"{line},{('train', 'val', 'test')[min(n, 2)]}" for n, line in enumerate(lines[1:])]
     (tmp_path / "labels.csv").write_text("\n".join([f"{lines[0]},split", *rows]))
     with pytest.raises(DataError, match=r"no 'bars' in train"):
-        run(tmp_path, task="multilabel", split_column="split")
+        run(tmp_path, task="multilabel", split_column="split", group_column=None)
 
 
 def test_tables_that_are_not_several_labels(tmp_path: Path) -> None:

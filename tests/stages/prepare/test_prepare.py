@@ -9,68 +9,15 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from prepared import fails, make, rows_of, run, table
 
 from schemas.errors import DataError, StorageError, UnreadableImagesError
-from schemas.manifest import Manifest, PrepareSummary
+from schemas.manifest import PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import sha256_file
-from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.prepare.scan import scan_folders
-
-
-def make(path: Path, number: int, size: int = 24) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """Folder of params.yaml with ten images of each of two classes in data/images."""
-    for index, label in enumerate(("benign", "malignant")):
-        for number in range(10):
-            make(tmp_path / f"data/images/{label}/{number}.png", 100 * index + number)
-    return tmp_path
-
-
-def run(study: Path, **settings: object) -> tuple[Manifest, PrepareSummary]:
-    output = study / "outputs" / "manifest"
-    summary = prepare(DataSettings.model_validate(settings), study, output)
-    return read_manifest(output / "manifest.parquet"), summary
-
-
-def fails(study: Path, kind: type[DataError] = DataError, **settings: object) -> str:
-    with pytest.raises(kind) as caught:
-        run(study, **settings)
-    assert caught.value.state and caught.value.repair
-    assert not (study / "outputs").exists(), "nothing is written unless everything is right"
-    return str(caught.value)
-
-
-def table(study: Path, rows: list[dict[str, str]], name: str = "labels.csv") -> str:
-    with (study / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return name
-
-
-def rows_of(study: Path) -> list[dict[str, str]]:
-    """What the class folders say, as a table: two images a patient."""
-    images = study / "data" / "images"
-    return [
-        {
-            "path": path.relative_to(images).as_posix(),
-            "label": path.parent.name,
-            "patient": f"{path.parent.name}-{int(path.stem) // 2}",
-        }
-        for path in sorted(images.rglob("*.png"))
-    ]
 
 
 def test_class_folders(study: Path) -> None:
@@ -83,10 +30,11 @@ def test_class_folders(study: Path) -> None:
         assert row.label == row.path.split("/")[0]
         assert row.group == row.path
     per_class = {"train": 6, "val": 2, "test": 2}
-    assert summary == PrepareSummary(
+    expected = PrepareSummary(
         images=20,
         duplicates=0,
-        groups=20,
+        groups=0,
+        singles=20,
         quarantined=0,
         counts={split: {"benign": n, "malignant": n} for split, n in per_class.items()},
         split_images={split: 2 * n for split, n in per_class.items()},
@@ -95,7 +43,8 @@ def test_class_folders(study: Path) -> None:
         (split, label): n for split, n in per_class.items() for label in manifest.classes
     }
     written = json.loads((study / "outputs/manifest/summary.json").read_text())
-    assert PrepareSummary.model_validate(written) == summary
+    assert PrepareSummary.model_validate(written) == expected
+    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "notes": ()}
     assert sorted(file.name for file in (study / "outputs/manifest").iterdir()) == ["manifest.parquet", "summary.json"]
 
 
@@ -220,7 +169,7 @@ def test_a_name_that_is_no_text(study: Path) -> None:
 def test_a_class_with_two_images(study: Path) -> None:
     for number in range(2):
         make(study / f"data/images/rare/{number}.png", 500 + number)
-    assert "'rare': 2 images in 2 groups" in fails(study)
+    assert "'rare': 2 images" in fails(study)
 
 
 def test_listed_classes(study: Path) -> None:
@@ -233,20 +182,6 @@ def test_listed_classes_that_differ_from_the_labels(study: Path) -> None:
     text = fails(study, classes=("benign", "malignent", "cyst"))
     assert "'malignant', 10 images: not in data.classes, did you mean 'malignent'?" in text
     assert "'cyst': in data.classes, but no image has it" in text
-
-
-@pytest.fixture
-def broken(study: Path) -> Path:
-    """The study and five images that cannot be used."""
-    images = study / "data/images"
-    make(images / "benign/truncated.jpg", 1, size=200)
-    whole = (images / "benign/truncated.jpg").read_bytes()
-    (images / "benign/truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    Image.new("RGB", (1, 1)).save(images / "benign/dot.png")
-    (images / "malignant/text.png").write_text("not an image")
-    (images / "malignant/empty.png").write_bytes(b"")
-    make(images / "malignant/large.png", 2, size=300)
-    return study
 
 
 REASONS = {
@@ -310,7 +245,7 @@ def test_the_order_of_a_table_does_not_matter(study: Path) -> None:
 def test_an_image_without_a_patient_stands_for_itself(study: Path) -> None:
     rows = [{**row, "patient": "" if row["label"] == "benign" else row["patient"]} for row in rows_of(study)]
     manifest, summary = run(study, labels=table(study, rows), group_column="patient")
-    assert summary.groups == 15
+    assert (summary.unit, summary.groups, summary.singles) == ("patients", 5, 10)
     assert all(row.group == row.path for row in manifest.rows if row.label == "benign")
 
 
@@ -322,7 +257,7 @@ def test_missing_files_of_a_table(study: Path) -> None:
     assert "2 images of 22 rows" in text and "benign/98.png" in text and "benign/99.png" in text
     _, summary = run(study, labels=name, on_error="quarantine")
     assert summary.quarantined == 2
-    assert "benign/98.png,benign,,no such file" in (study / "outputs/manifest/quarantine.csv").read_text()
+    assert "benign/98.png,benign,x,no such file" in (study / "outputs/manifest/quarantine.csv").read_text()
 
 
 def test_a_table_whose_paths_start_higher(study: Path) -> None:
@@ -333,10 +268,10 @@ def test_a_table_whose_paths_start_higher(study: Path) -> None:
 def test_ready_splits_of_a_table(study: Path) -> None:
     rows = [{**row, "fold": {"8": "val", "9": "test"}.get(Path(row["path"]).stem, "train")} for row in rows_of(study)]
     name = table(study, rows)
-    manifest, _ = run(study, labels=name, split_column="fold")
+    manifest, _ = run(study, labels=name, split_column="fold", group_column=None)
     assert {row.path: row.split for row in manifest.rows} == {row["path"]: row["fold"] for row in rows}
     shutil.rmtree(study / "outputs")
-    assert "group 'benign-4'" in fails(study, labels=name, split_column="fold", group_column="patient")
+    assert "patient 'benign-4'" in fails(study, labels=name, split_column="fold", group_column="patient")
 
 
 def test_a_full_or_unwritable_disk(study: Path) -> None:

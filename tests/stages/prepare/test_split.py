@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
+from schemas.settings import DataSettings
+from stages.prepare.assign import assign_splits
+from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits, find_clusters, ready_splits
+from stages.prepare.split import draw_splits, find_clusters
 
 
 def content(name: object) -> str:
@@ -189,7 +192,7 @@ def test_a_class_with_too_few_groups() -> None:
     items, ids = singles({"a": 10, "b": 10})
     items += [Item(f"rare/{n}.png", "rare", f"g{n % 2}") for n in range(8)]
     ids |= {item.path: content(item.path) for item in items}
-    with pytest.raises(DataError, match=r"'rare': 8 images in 2 groups"):
+    with pytest.raises(DataError, match=r"'rare': 8 images of 2 groups"):
         draw(items, ids)
 
 
@@ -244,25 +247,29 @@ def ready(**splits: Split) -> tuple[list[Item], dict[str, str]]:
     return base + extra, {item.path: content(item.path) for item in base + extra}
 
 
+def assign(items: Sequence[Item], ids: dict[str, str]) -> dict[str, Split]:
+    return assign_splits(items, ids, ("a", "b"), DataSettings(), KnownSplits())
+
+
 def test_ready_splits_are_kept() -> None:
     items, ids = ready(x="test", y="test")
-    assert ready_splits(items, ids, ("a", "b")) == {item.path: item.split for item in items}
+    assert assign(items, ids) == {item.path: item.split for item in items}
 
 
 def test_ready_splits_with_a_group_in_two() -> None:
     items, ids = ready(x="train", y="test")
     with pytest.raises(DataError, match=r"group 'p1': x.png \(train\), y.png \(test\)"):
-        ready_splits(items, ids, ("a", "b"))
+        assign(items, ids)
 
 
 def test_ready_splits_with_a_content_in_two() -> None:
     items, ids = ready()
     ids["atest.png"] = ids["atrain.png"]
     with pytest.raises(DataError, match=r"content of .*: atrain.png \(train\), atest.png \(test\)"):
-        ready_splits(items, ids, ("a", "b"))
+        assign(items, ids)
 
 
 def test_ready_splits_without_a_class() -> None:
     items, ids = ready()
     with pytest.raises(DataError, match=r"no 'b' in val"):
-        ready_splits([item for item in items if item.path != "bval.png"], ids, ("a", "b"))
+        assign([item for item in items if item.path != "bval.png"], ids)

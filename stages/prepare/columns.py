@@ -1,0 +1,98 @@
+"""Which columns of a table hold patients and ready splits, where the settings leave that to the header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from schemas.errors import DataError
+from schemas.manifest import Split
+from schemas.settings import DataSettings
+from stages.prepare.listing import listed
+
+AUTO = "auto"
+FOLDER = "folder"
+"""`data.group_column` for the sub-folders of class folders."""
+
+Unit = Literal["patients", "groups"]
+"""What the groups of a study are called."""
+
+_GROUP_NAMES = frozenset({"patient", "patientid", "subject", "subjectid", "case", "caseid", "group", "groupid"})
+_SPLIT_NAMES = frozenset({"split"})
+_PERSON = ("patient", "subject", "case", "person", "participant")
+
+SPLIT_WORDS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Words for a split, in small letters -> its name here."""
+
+
+def split_of_word(word: str) -> Split | None:
+    """The split that a word names, in any capitals, or None."""
+    return SPLIT_WORDS.get(word.strip().casefold())
+
+
+def unit_of_column(name: str) -> Unit:
+    """What the groups of a column are called, by its name."""
+    return "patients" if _plain(name).startswith(_PERSON) else "groups"
+
+
+def find_columns(
+    data: DataSettings, table: str, header: Sequence[str], taken: Sequence[str]
+) -> tuple[str | None, str | None, list[str]]:
+    """Resolve `data.group_column` and `data.split_column` against a header.
+
+    Args:
+        data: Settings.
+        table: Name of the file, for messages.
+        header: Its columns.
+        taken: Columns with another meaning: paths and labels.
+
+    Returns:
+        Column of the groups, column of the splits, and lines for people.
+
+    Raises:
+        DataError: Two columns may be meant.
+    """
+    free = [name for name in header if name not in taken]
+    notes: list[str] = []
+    split = _find(data.split_column, "split_column", table, free, _SPLIT_NAMES)
+    group = _find(data.group_column, "group_column", table, [name for name in free if name != split], _GROUP_NAMES)
+    if group is not None and data.group_column == AUTO:
+        what = "patient" if unit_of_column(group) == "patients" else "group"
+        notes.append(f"Column {group!r} of {table} names the {what} of each image, which stays in one split.")
+    if split is not None and data.split_column == AUTO:
+        notes.append(f"Column {split!r} of {table} names the split of each image.")
+    unused = [name for name in free if _plain(name) in _GROUP_NAMES]
+    if data.group_column is None and unused:
+        notes.append(
+            f"Column {unused[0]!r} of {table} is not used (data.group_column: null): images of one patient may be in "
+            "two splits."
+        )
+    return group, split, notes
+
+
+def _find(named: str | None, key: str, table: str, free: Sequence[str], names: frozenset[str]) -> str | None:
+    if named != AUTO:
+        return named
+    candidates = [name for name in free if _plain(name) in names]
+    if len(candidates) > 1:
+        raise DataError(
+            f"Several columns of {table} may be meant by data.{key}: auto.",
+            listed(map(repr, candidates)),
+            f"Set data.{key} in params.yaml to one of them, or to null for none (`--{key.replace('_', '-')} NAME` or "
+            "`none` with `fpt init`).",
+        )
+    return candidates[0] if candidates else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_.\-]+", "", name).casefold()

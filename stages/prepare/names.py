@@ -1,0 +1,104 @@
+"""Names of classes: what `data.class_names` makes of the labels of a table or of class folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from schemas.errors import DataError
+from schemas.settings import DataSettings
+from schemas.tasks import Task, names_in, written
+from stages.prepare.listing import counted, did_you_mean, listed
+from stages.prepare.scan import Item
+
+_NUMBER = re.compile(r"[+-]?\d+(\.0+)?")
+
+
+def name_classes(items: Sequence[Item], data: DataSettings) -> list[Item]:
+    """The items with the name of each label; labels without an entry keep their own.
+
+    Raises:
+        DataError: Two labels would have one name.
+    """
+    names = data.class_names
+    if not names:
+        return list(items)
+    found = {label for item in items for label in names_in(item.label, data.task)}
+    both = sorted((found - names.keys()) & set(names.values()))
+    if both:
+        raise DataError(
+            f"{counted(len(both), 'name')} for two labels in data.class_names.",
+            listed(
+                f"{name!r}: the label {name!r} of the images, and that of {label!r}"
+                for name in both
+                for label, given in names.items()
+                if given == name
+            ),
+            "Choose other names, or name these labels as well.",
+        )
+    return [replace(item, label=_renamed(item.label, names, data.task)) for item in items]
+
+
+def given_labels(label: str, data: DataSettings) -> tuple[str, ...]:
+    """The labels of an image as the table or folder has them: the opposite of `name_classes`."""
+    back = {name: given for given, name in (data.class_names or {}).items()}
+    return tuple(back.get(name, name) for name in names_in(label, data.task))
+
+
+def class_order(data: DataSettings) -> tuple[str, ...] | None:
+    """The names of `data.classes`, else of `data.label_columns`, or None.
+
+    `data.classes` may list names or labels; what could be either is a name.
+
+    Raises:
+        DataError: A label is listed beside its own name.
+    """
+    order = data.classes or data.label_columns
+    names = data.class_names
+    if order is None or not names:
+        return order
+    if data.classes is None or not all(entry in names.values() or entry not in names for entry in order):
+        order = tuple(names.get(entry, entry) for entry in order)
+    twice = sorted({entry for entry in order if order.count(entry) > 1})
+    if twice:
+        raise DataError(
+            f"data.classes lists {', '.join(map(repr, twice))} twice: as a label and by its name.",
+            "",
+            "List each class once.",
+        )
+    return order
+
+
+def check_named(data: DataSettings, items: Sequence[Item]) -> None:
+    """Refuse entries of `data.class_names` that no image has.
+
+    Args:
+        data: Settings.
+        items: All images, named.
+
+    Raises:
+        DataError: All such entries are listed.
+    """
+    names = data.class_names or {}
+    found = {name for item in items for name in names_in(item.label, data.task)}
+    labels = {label for item in items for label in given_labels(item.label, data)} - names.keys()
+    unknown = [f"{label!r} ({name}){did_you_mean(label, labels)}" for label, name in names.items() if name not in found]
+    if unknown:
+        raise DataError(
+            f"{counted(len(unknown), 'label')} of data.class_names that no image has.",
+            listed(unknown),
+            "Correct data.class_names in params.yaml, or the labels.",
+        )
+
+
+def numbers_hint(data: DataSettings, classes: Sequence[str]) -> list[str]:
+    """A line for people where all classes are numbers and none has a name."""
+    if data.class_names or not all(_NUMBER.fullmatch(name) for name in classes):
+        return []
+    example = ", ".join(f"{name}: ..." for name in classes[:2])
+    return [f"The classes are numbers ({', '.join(classes)}). Name them with data.class_names: {{{example}}}"]
+
+
+def _renamed(label: str, names: Mapping[str, str], task: Task) -> str:
+    return written(sorted(names.get(one, one) for one in names_in(label, task)))

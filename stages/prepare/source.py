@@ -1,0 +1,106 @@
+"""The text of a table's file, and an error that names what it is where it is none."""
+
+from __future__ import annotations
+
+import io
+import stat
+import zipfile
+from pathlib import Path
+
+from schemas.errors import DataError
+
+_LARGEST = 4 * 2**30
+"""Bytes; a row per image takes about a hundred of them."""
+_CHECKED = 2**16
+"""Bytes at the start in which a file shows that it is no text."""
+
+_BINARY = (
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel workbook (XLS)"),
+    (b"PAR1", "a Parquet file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"%PDF", "a PDF document"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x80\x02", "a pickle, which is never loaded"),
+    (b"\x80\x03", "a pickle, which is never loaded"),
+    (b"\x80\x04", "a pickle, which is never loaded"),
+    (b"\x80\x05", "a pickle, which is never loaded"),
+)
+
+
+def read_text(table: Path) -> str:
+    """Read a table's file: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        DataError: It is missing, no regular file, no text, or larger than any table.
+    """
+    raw = _bytes(table)
+    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    kind = None if wide else _binary_kind(raw)
+    if kind is not None:
+        raise DataError(
+            f"{table} is {kind}, not a CSV.",
+            "Tables are read as CSV only; spreadsheets cannot be read yet.",
+            "Save it as CSV UTF-8 and name that file with data.labels.",
+        )
+    try:
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{table} is not UTF-8 text.", f"Byte {error.start} is not valid.", "Save it as CSV UTF-8."
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{table} is not text: it holds the character NUL.",
+            "It may be UTF-16 without a byte order mark, or no table at all.",
+            "Save it as CSV UTF-8.",
+        )
+    return text
+
+
+def _bytes(table: Path) -> bytes:
+    try:
+        status = table.stat()
+        # Checked first because opening a pipe would wait for a writer for ever, and a device may never end.
+        if not stat.S_ISREG(status.st_mode):
+            kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "It is a pipe, a socket or a device"
+            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Correct data.labels.")
+        with table.open("rb") as file:
+            start = file.read(_CHECKED)
+            if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
+                return start + (file.read(_LARGEST) if start.startswith(b"PK\x03\x04") else b"")
+            if status.st_size > _LARGEST:
+                raise DataError(
+                    f"{table} is too large for a table: {status.st_size / 2**30:,.1f} GiB.",
+                    "",
+                    "Correct data.labels, or remove columns that are not needed.",
+                )
+            return start + file.read(_LARGEST)
+    except FileNotFoundError:
+        raise DataError(
+            f"There is no CSV at {table}.",
+            "It may have moved, or the path may be mistyped: a relative path starts at the folder of params.yaml.",
+            "Correct data.labels in params.yaml.",
+        ) from None
+    except OSError as error:
+        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Correct data.labels.") from error
+
+
+def _binary_kind(raw: bytes) -> str | None:
+    if raw.startswith(b"PK\x03\x04"):
+        return _zip_kind(raw)
+    return next((kind for magic, kind in _BINARY if raw.startswith(magic)), None)
+
+
+def _zip_kind(raw: bytes) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            names = archive.namelist()
+    # Damaged archives raise nearly anything.
+    except Exception:
+        names = []
+    if any(name.startswith("xl/") for name in names):
+        return "an Excel workbook (XLSX)"
+    if "mimetype" in names and "content.xml" in names:
+        return "an OpenDocument spreadsheet (ODS)"
+    return "a ZIP archive"
