@@ -13,7 +13,9 @@ from schemas.errors import UnreadableImagesError
 from schemas.settings import OUTPUTS, LpmSettings, Settings
 
 if TYPE_CHECKING:
-    from schemas.results import BundleSpec
+    from collections.abc import Sequence
+
+    from schemas.results import BundleSpec, Prediction
 
 
 def predict(
@@ -46,10 +48,9 @@ def predict(
     from schemas.parse import parse_settings
     from stages.device import set_up
     from stages.extract.work import batch_size
-    from stages.predict import check_suffix, predictions_csv, write_predictions_table
+    from stages.predict import check_suffix
     from stages.predict import predict as run
     from stages.predict.inputs import find_images
-    from stages.prepare.listing import counted
     from stages.train.bundle import read_spec
 
     if output is not None:
@@ -72,6 +73,13 @@ def predict(
             data=settings.data,
             progress=bar,
         )
+    _hand_over(rows, output)
+
+
+def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:
+    from stages.predict import predictions_csv, write_predictions_table
+    from stages.prepare.listing import counted
+
     if output is None:
         show(predictions_csv(rows).removesuffix("\n"))
     else:

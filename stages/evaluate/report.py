@@ -99,23 +99,33 @@ def render_report(
         ),
         reliability_alt=_reliability_alt(calibration, "pairs of image and label" if several else "images"),
         mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
-        mistakes_note=f"{len(mistakes)} of {total} misclassified images, the most confident first: "
-        + (
-            "predicted labels, then the true ones and the most confident error."
-            if several
-            else "predicted class and its probability, then the true class and its probability."
-        ),
-        reliability_note=(
-            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
-            "pairs of image and label in each dot. Below the diagonal: over-confident."
-            if several
-            else "Confidence is the highest probability of an image. At the foot, the number of images in each dot. "
-            "Below the diagonal: over-confident."
-        ),
+        mistakes_note=_mistakes_note(len(mistakes), total, several),
+        reliability_note=_reliability_note(several),
         training=_training(train_dir, spec.best_epoch),
         splits=splits,
         data=_data(manifest, splits),
         recipe=_recipe(spec),
+    )
+
+
+def _mistakes_note(shown: int, total: int, several: bool) -> str:
+    order = (
+        "predicted labels, then the true ones and the most confident error."
+        if several
+        else "predicted class and its probability, then the true class and its probability."
+    )
+    return f"{shown} of {total} misclassified images, the most confident first: {order}"
+
+
+def _reliability_note(several: bool) -> str:
+    if several:
+        return (
+            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
+            "pairs of image and label in each dot. Below the diagonal: over-confident."
+        )
+    return (
+        "Confidence is the highest probability of an image. At the foot, the number of images in each dot. Below the "
+        "diagonal: over-confident."
     )
 
 

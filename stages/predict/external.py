@@ -29,7 +29,7 @@ from stages.prepare import QUARANTINE_FILE
 from stages.prepare.check import check_conflicts
 from stages.prepare.digest import Digests, digest_images
 from stages.prepare.exports import write_quarantine
-from stages.prepare.items import check_listing, read_listing
+from stages.prepare.items import Listing, check_listing, read_listing
 from stages.prepare.listing import counted, did_you_mean, listed
 from stages.prepare.scan import Item
 from stages.prepare.survey import passed_over_lines
@@ -93,26 +93,16 @@ def evaluate_external(
         predicting: Called with (images predicted, images without cached features).
 
     Raises:
-        BundleError: The bundle is missing or damaged, or of another task than `data` states.
-        DataError: Images and labels make no data set, or a label is none of the bundle's classes.
-        UnreadableImagesError: Images cannot be used; all are listed.
-        CacheMismatchError: The LPM has another shape or preprocessing than in training.
-        WeightsError: The weights are missing, or are not those that the bundle was trained with.
-        CacheCorruptError: Bytes of the store changed.
-        EvaluationError: The model's outputs are not finite.
-        StorageError: The results cannot be written.
+        FptError: As `list_items` and `predict`; also DataError where a label is none of the bundle's classes,
+            UnreadableImagesError with all images that cannot be used, and StorageError where the results cannot be
+            written.
     """
     bundle = load_bundle(bundle_dir, device)
     spec = bundle.spec
     check_task(spec, data)
     data = data.model_copy(update={"task": spec.task, "split_column": None})
-    listing = read_listing(data, root)
+    listing = _list_labelled(data, root, spec)
     images, items = listing.images, listing.items
-    if data.on_error == "fail":
-        check_listing(listing)
-    _check_labels(items, spec)
-    if data.label_columns is not None:
-        _check_columns([(data.class_names or {}).get(name, name) for name in data.label_columns], spec)
     digests = _digests(items, images, data, reading)
     usable = [item for item in items if item.path in digests.ids]
     if not usable:
@@ -121,9 +111,8 @@ def evaluate_external(
     rows = tuple(_row(item, digests.ids[item.path], spec) for item in usable)
     paths = {row.id: images / row.path for row in reversed(rows)}
     found, cached = _probabilities(bundle, paths, data, root, lpm, cache_root, batch_size, predicting)
-    predictions = Predictions(
-        spec.classes, rows, np.stack([found[row.id] for row in rows]), evaluated_model(spec), spec.task
-    )
+    p = np.stack([found[row.id] for row in rows])
+    predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task)
     metrics = score(predictions, (*_overlap(rows, spec, study), *_absent(rows, spec)))
     report = render_report(
         metrics,
@@ -138,6 +127,17 @@ def evaluate_external(
     write_quarantine(aside, items, digests.failures, output / QUARANTINE_FILE)
     notes = (*listing.notes, *passed_over_lines(listing.passed_over, images))
     return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
+
+
+def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
+    """List the images, with labels that the model was trained on."""
+    listing = read_listing(data, root)
+    if data.on_error == "fail":
+        check_listing(listing)
+    _check_labels(listing.items, spec)
+    if data.label_columns is not None:
+        _check_columns([(data.class_names or {}).get(name, name) for name in data.label_columns], spec)
+    return listing
 
 
 def _check_labels(items: Sequence[Item], spec: BundleSpec) -> None:
