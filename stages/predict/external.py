@@ -93,9 +93,7 @@ def evaluate_external(
         predicting: Called with (images predicted, images without cached features).
 
     Raises:
-        FptError: As `list_items` and `predict`; also DataError where a label is none of the bundle's classes,
-            UnreadableImagesError with all images that cannot be used, and StorageError where the results cannot be
-            written.
+        FptError: As `prepare` and `predict`; also DataError where a label is none of the bundle's classes.
     """
     bundle = load_bundle(bundle_dir, device)
     spec = bundle.spec
@@ -104,11 +102,7 @@ def evaluate_external(
     listing = _list_labelled(data, root, spec)
     images, items = listing.images, listing.items
     digests = _digests(items, images, data, reading)
-    usable = [item for item in items if item.path in digests.ids]
-    if not usable:
-        raise DataError(f"None of {counted(len(items), 'image')} in {images} can be used.", listed(_reasons(digests)))
-    check_conflicts(usable, digests.ids)
-    rows = tuple(_row(item, digests.ids[item.path], spec) for item in usable)
+    rows = _rows(items, digests, spec)
     paths = {row.id: images / row.path for row in reversed(rows)}
     found, cached = _probabilities(bundle, paths, data, root, lpm, cache_root, batch_size, predicting)
     p = np.stack([found[row.id] for row in rows])
@@ -178,8 +172,13 @@ def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: 
     return digests
 
 
-def _reasons(digests: Digests) -> list[str]:
-    return [f"{path}: {reason}" for path, reason in sorted(digests.failures.items())]
+def _rows(items: Sequence[Item], digests: Digests, spec: BundleSpec) -> tuple[ManifestRow, ...]:
+    usable = [item for item in items if item.path in digests.ids]
+    if not usable:
+        reasons = listed(f"{path}: {reason}" for path, reason in sorted(digests.failures.items()))
+        raise DataError(f"None of {counted(len(items), 'image')} can be used.", reasons)
+    check_conflicts(usable, digests.ids)
+    return tuple(_row(item, digests.ids[item.path], spec) for item in usable)
 
 
 def _row(item: Item, image_id: str, spec: BundleSpec) -> ManifestRow:
