@@ -9,9 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from pipeline.tables import pairs as pairs_table
+from pipeline.tables import tables
 from stages.ranks import Ranks
+
+MOST_COLUMNS = 8
+"""Models beyond which a table has a row per model."""
 
 
 def talk() -> Console:
@@ -44,16 +48,11 @@ def show_json(value: Mapping[str, Any]) -> None:
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """The result for people: one named value a line."""
     show(title)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in pairs:
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
+    _print(pairs_table(pairs, Console().width))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
-    """A table on stdout: names on the left, numbers on the right.
+    """A table on stdout: names on the left, numbers on the right; more columns than fit go into further tables.
 
     Args:
         title: Line above it.
@@ -62,12 +61,31 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         words: Whether it holds words instead of numbers, which start on the left.
     """
     show(title)
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if words or index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    for table in tables(columns, rows, Console().width, words=words):
+        _print(table)
+
+
+def show_models(title: str, head: str, names: Sequence[str], values: Mapping[str, Sequence[str]]) -> None:
+    """A table that compares models: a row per metric and a column per model, turned round where there are many models.
+
+    Args:
+        title: Line above it.
+        head: What `names` are, such as "settings".
+        names: Of the models.
+        values: Metric -> value of each model.
+    """
+    if len(names) > MOST_COLUMNS:
+        rows = [[name, *(row[at] for row in values.values())] for at, name in enumerate(names)]
+        show_table(title, [head, *values], rows)
+    else:
+        show_table(title, [head, *names], [[metric, *row] for metric, row in values.items()])
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    # Wider than the terminal rather than with broken numbers, where the terminal is too narrow for a single column.
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(table)
 
 
 def show_sizes(by_dtype: Mapping[str, int], chosen: str) -> None:

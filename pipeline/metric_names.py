@@ -9,6 +9,7 @@ NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1, macro",
+    "cohen_kappa": "Cohen's kappa",
     "quadratic_kappa": "quadratic kappa",
     "brier": "Brier score",
     "calibration_error": "calibration error",
@@ -18,7 +19,7 @@ NAMES = {
 }
 """By the names of the fields."""
 
-MARKS = ("lacks it", "false alarm", "missed", "found")
+MARKS = ("true negatives", "false positives", "false negatives", "true positives")
 """Columns of `Metrics.confusion` with several labels an image."""
 
 

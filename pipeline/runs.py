@@ -219,14 +219,22 @@ def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> Non
 
 
 def judge_job(study: Study, receipt: ExtractionReceipt, job: Job, record: RunRecord) -> Metrics:
-    """Metrics on the test images of its part; computed once."""
+    """Metrics on the test images of its part; computed once.
+
+    Metrics of other rows (another evaluation may have been written over this one) are computed again: side by side with
+    those of other runs they would not compare.
+    """
     from stages.device import set_up
     from stages.evaluate.run import evaluate
+    from stages.evaluate.scoring import rows_sha256
 
     output = job.folder / "evaluation"
     if record.judged:
+        expected = rows_sha256(tuple(job.part.manifest.of("test")))
         with suppress(OSError, ValueError):
-            return Metrics.model_validate_json((output / "metrics.json").read_bytes())
+            metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
+            if metrics.rows_sha256 == expected:
+                return metrics
     metrics = evaluate(
         job.part.manifest,
         receipt,

@@ -10,8 +10,10 @@ from pydantic import Field
 from schemas.base import Contract
 from schemas.tasks import Task, names_in
 
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "external"]
+"""Which images: of a study train, val or test; external: images outside of it, which are only evaluated."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+"""Splits of a study."""
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -27,7 +29,7 @@ class ManifestRow(Contract):
     group: str
     """Patient, or the image's own path where no group is known."""
     split: Split
-    """train, val or test."""
+    """One of `SPLITS`; in predictions of images outside of a study external."""
 
 
 class Manifest(Contract):

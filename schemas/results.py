@@ -228,8 +228,14 @@ class Metrics(Contract):
     With several labels an image (multi-label), each label is a yes or no of its own, yes from a probability of 0.5.
     """
 
+    warnings: tuple[str, ...] = ()
+    """Why these numbers are no measure of new images, such as images that the model was trained on; absent where there
+    is no reason."""
     split: Split
-    """Which rows were judged."""
+    """Which rows were evaluated."""
+    rows_sha256: str | None = None
+    """Digest of the evaluated rows (sorted content ids and labels): metrics with different digests come from different
+    images or labels and do not compare. Null in files that were written before there was one."""
     images: int
     """Rows judged."""
     groups: int
@@ -244,8 +250,11 @@ class Metrics(Contract):
     """Mean recall of the classes that occur; multi-label: mean over labels of the recall of yes and of no."""
     f1: float
     """Macro F1, of the classes that occur as label or prediction."""
-    quadratic_kappa: float | None
-    """Cohen's kappa with quadratic weights, in the order of the classes; null for multi-label."""
+    cohen_kappa: float | None = None
+    """Multiclass: Cohen's kappa, unweighted; null where labels and predictions are all of one class."""
+    quadratic_kappa: float | None = None
+    """Ordinal: Cohen's kappa with quadratic weights, in the order of the grades; null where labels and predictions are
+    all of one grade."""
     brier: float
     """Mean squared error of the probability: with two classes of the second (0 to 1), with more summed (0 to 2);
     multi-label: mean over labels (0 to 1)."""
@@ -273,9 +282,13 @@ class Metrics(Contract):
     def _of_its_task(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what other tasks have, so that no table of a study gets empty columns."""
         values: dict[str, Any] = handler(self)
-        foreign = {"task"} if self.task == "multiclass" else set()
-        if self.task != "multilabel":
+        foreign = {"task", "quadratic_kappa"} if self.task == "multiclass" else {"cohen_kappa"}
+        if self.task == "multilabel":
+            foreign |= {"quadratic_kappa"}
+        else:
             foreign |= {"average_precision", "f1_micro", "hamming"}
+        if not self.warnings:
+            foreign |= {"warnings"}
         return {name: value for name, value in values.items() if name not in foreign}
 
 

@@ -16,7 +16,7 @@ METRICS: dict[Task, tuple[str, ...]] = {
         "accuracy",
         "balanced_accuracy",
         "f1",
-        "quadratic_kappa",
+        "cohen_kappa",
         "brier",
         "calibration_error",
     ),

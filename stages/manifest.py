@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from schemas.errors import ManifestError
-from schemas.manifest import Manifest, ManifestRow
+from schemas.manifest import SPLITS, Manifest, ManifestRow
 from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
@@ -70,6 +70,8 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"The label {min(strange)!r} is none of its classes."
     splits: dict[str, str] = {}
     for row in manifest.rows:
+        if row.split not in SPLITS:
+            return f"{row.path} is in the split {row.split!r}; splits are {', '.join(SPLITS)}."
         if splits.setdefault(row.id, row.split) != row.split:
             return f"The content of {row.path} is in two splits."
     return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+from collections.abc import Iterable, Sequence
 
 _STARTS_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 """A first character that makes a spreadsheet run the cell, after any apostrophes of earlier escapes."""
@@ -21,3 +24,16 @@ def safe_cell(text: str) -> str:
 def plain_cell(cell: str) -> str:
     """Remove the apostrophe that `safe_cell` added; any other cell is returned as it is."""
     return cell[1:] if _ESCAPED.match(cell) else cell
+
+
+def csv_text(rows: Iterable[Sequence[str]], delimiter: str = ",") -> str:
+    """Format rows as CSV with a line feed after each; a carriage return in a cell does not end the row."""
+    text = io.StringIO()
+    minimal, whole = (
+        csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=quoting)
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
+    for row in rows:
+        # The writer quotes only what is in its own line terminator, the reader ends a row at either.
+        (whole if any("\r" in cell for cell in row) else minimal).writerow(row)
+    return text.getvalue()

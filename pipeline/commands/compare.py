@@ -1,4 +1,4 @@
-"""`fpt compare`: one table of whatever was judged on the same rows."""
+"""`fpt compare`: one table of all evaluations of the same rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import duration, score, show_json, show_table
+from pipeline.console import duration, score, show, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import AsJson
 from schemas.tasks import METRICS
@@ -27,7 +27,7 @@ def compare(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare models that were judged on the same rows: metrics, and differences to the first with 95% intervals."""
+    """Compare models evaluated on the same images: metrics, and differences to the first with 95% intervals."""
     from stages.evaluate.compare import compare as run
 
     comparison = run(folders)
@@ -38,12 +38,23 @@ def compare(
 
 
 def _show(comparison: Comparison) -> None:
+    from stages.prepare.listing import counted
+
     models = comparison.models
     task = models[0].metrics.task
-    show_table(
-        f"{comparison.split}: {comparison.images} images of {comparison.groups} groups",
-        ["folder", "method", *(metric_name(name, task) for name in METRICS[task]), "learnable", "training"],
-        [_row(row) for row in models],
+    metrics = [row.metrics for row in models]
+    for warning in dict.fromkeys(warning for row in models for warning in row.metrics.warnings):
+        show(f"Warning: {warning}")
+    show_models(
+        f"{comparison.split}: {counted(comparison.images, 'image')} of {counted(comparison.groups, 'group')}",
+        "",
+        [row.name for row in models],
+        {
+            "method": ["-" if row.model is None else row.model.method for row in models],
+            **{metric_name(name, task): [score(getattr(one, name)) for one in metrics] for name in METRICS[task]},
+            "learnable": ["-" if row.model is None else f"{row.model.learnable:,}" for row in models],
+            "training": ["-" if row.train_seconds is None else duration(row.train_seconds) for row in models],
+        },
     )
     show_differences(comparison)
 
@@ -54,21 +65,12 @@ def show_differences(comparison: Comparison) -> None:
     task = models[0].metrics.task
     paired = [name for name in METRICS[task] if any(name in row.differences for row in models)]
     if paired:
-        show_table(
-            f"Minus {models[0].name}, with 95% intervals of the paired difference (whole groups are drawn)",
-            ["folder", *(metric_name(name, task) for name in paired)],
-            [[row.name, *(_difference(row, name) for name in paired)] for row in models[1:]],
+        show_models(
+            f"Difference to {models[0].name}, with 95% paired bootstrap intervals, resampled by group",
+            "",
+            [row.name for row in models[1:]],
+            {metric_name(name, task): [_difference(row, name) for row in models[1:]] for name in paired},
         )
-
-
-def _row(row: ComparedModel) -> list[str]:
-    return [
-        row.name,
-        "-" if row.model is None else row.model.method,
-        *(score(getattr(row.metrics, name)) for name in METRICS[row.metrics.task]),
-        "-" if row.model is None else f"{row.model.learnable:,}",
-        "-" if row.train_seconds is None else duration(row.train_seconds),
-    ]
 
 
 def _difference(row: ComparedModel, name: str) -> str:

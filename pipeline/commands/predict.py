@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
-from schemas.errors import DataError, UnreadableImagesError
-from schemas.settings import OUTPUTS, LpmSettings
+from schemas.errors import UnreadableImagesError
+from schemas.settings import OUTPUTS, LpmSettings, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from schemas.results import BundleSpec, Prediction
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
+            show_default=False,
+        ),
+    ],
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="Folder of the model; else outputs/model.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="CSV to write; else it is printed.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", help="Table to write: .csv, .tsv, .parquet or .xlsx; else CSV is printed.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Classify new images. Features are computed in memory; the cache is not touched.
@@ -34,49 +48,53 @@ def predict(
     from schemas.parse import parse_settings
     from stages.device import set_up
     from stages.extract.work import batch_size
+    from stages.predict import check_suffix
     from stages.predict import predict as run
-    from stages.predict import predictions_csv, write_predictions_csv
-    from stages.train.bundle import load_bundle
+    from stages.predict.inputs import find_images
+    from stages.train.bundle import read_spec
+
+    if output is not None:
+        check_suffix(output)
 
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
     device = set_up(settings.compute)
-    bundle, files = model or root / OUTPUTS / "model", _files(images)
-    # The model knows which LPM it needs, a folder only by its content; the settings say where it and its weights are.
-    name = load_bundle(bundle).spec.features.lpm.name
-    lpm = settings.lpm if name.startswith("local-dir:") else LpmSettings(name=name, weights=settings.lpm.weights)
+    bundle, inputs = model or root / OUTPUTS / "model", find_images(images, settings.data, root)
+    for note in inputs.notes:
+        say(note)
     with ImageBar("Predicting") as bar:
         rows = run(
             bundle,
-            files,
-            lpm,
+            inputs.images,
+            lpm_of(read_spec(bundle), settings),
             root,
             device,
             batch_size=batch_size(settings.compute, device),
             data=settings.data,
             progress=bar,
         )
+    _hand_over(rows, output)
+
+
+def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:
+    from stages.predict import predictions_csv, write_predictions_table
+    from stages.prepare.listing import counted
+
     if output is None:
         show(predictions_csv(rows).removesuffix("\n"))
     else:
-        write_predictions_csv(rows, output)
-        say(f"{len(rows)} images: {output}")
+        write_predictions_table(rows, output)
+        say(f"{counted(len(rows), 'image')}: {output}")
     failures = [(row.path, row.error) for row in rows if row.error is not None]
     if failures:
-        raise UnreadableImagesError(failures, f"{len(rows) - len(failures)} of {len(rows)} images are predicted.")
+        done = len(rows) - len(failures)
+        raise UnreadableImagesError(failures, f"{done} of {counted(len(rows), 'image')} predicted.")
 
 
-def _files(images: list[Path]) -> list[Path]:
-    """The images that were named, and those below the folders that were named."""
-    from stages.prepare.scan import SUFFIXES
+def lpm_of(spec: BundleSpec, settings: Settings) -> LpmSettings:
+    """The LPM that a bundle needs, with its weights where the settings have them.
 
-    files: list[Path] = []
-    for image in images:
-        if image.is_dir():
-            found = sorted(path for path in image.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            if not found:
-                raise DataError(f"{image} has no images.", f"Images end in {', '.join(sorted(SUFFIXES))}.")
-            files += found
-        else:
-            files.append(image)
-    return files
+    The bundle has its name, of a `local-dir:` only the content: there the settings name the folder.
+    """
+    name = spec.features.lpm.name
+    return settings.lpm if name.startswith("local-dir:") else LpmSettings(name=name, weights=settings.lpm.weights)

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.axes import Combination, draw, grid, parse_axes
 from pipeline.commands.compare import show_differences
-from pipeline.console import say, score, show_json, show_table
+from pipeline.console import say, score, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError, TrainingError
@@ -57,7 +57,7 @@ def sweep(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train every combination in one pass over the cached features, judge each, and all of them together.
+    """Train every combination in one pass over the cached features, evaluate each, and their ensemble.
 
     Finished runs are kept: a sweep that was killed, or that gets another value, does only the rest.
     """
@@ -111,7 +111,7 @@ def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | No
     data = study.settings.data
     ready = _ready_split(study)
     if (splits or folds) and ready is not None:
-        say(f"The ready split of data.split_column ({ready}) is left aside: splits are drawn.")
+        say(f"The ready split of data.split_column ({ready}) is ignored: splits are drawn.")
     if folds is not None:
         # Training and validation images in the proportion of the settings.
         drawn = draw_folds(manifest, folds, data.val_share / (1.0 - data.test_share), data.seed)
@@ -154,35 +154,40 @@ def _swept(job: Job, record: RunRecord, test: dict[str, float]) -> SweptRun:
 
 def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:
     if 1 < len(summary.runs) <= MANY:
-        show_table(
+        runs = list(summary.runs.values())
+        show_models(
             "Every run",
-            ["run", "validation AUC", *SHOWN.values()],
-            [
-                [name, score(run.val_auc), *(score(run.test.get(metric)) for metric in SHOWN)]
-                for name, run in summary.runs.items()
-            ],
+            "run",
+            list(summary.runs),
+            {
+                "validation AUC": [score(run.val_auc) for run in runs],
+                **{name: [score(run.test.get(metric)) for run in runs] for metric, name in SHOWN.items()},
+            },
         )
-    pooled = any(row.pooled_auc is not None for row in summary.settings.values())
-    columns = ["runs", "validation AUC", *SHOWN.values(), *(["all folds at once"] if pooled else []), "averaged"]
-    rows = [*summary.settings.items(), *([("all", summary.all)] if len(summary.settings) > 1 else [])]
-    show_table("Mean and standard deviation of the runs", ["settings", *columns], [_row(*row, pooled) for row in rows])
+    settings = {**summary.settings, **({"all": summary.all} if len(summary.settings) > 1 else {})}
+    rows = list(settings.values())
+    together = {"ensemble": [_text(row.averaged_auc) for row in rows]}
+    if any(row.pooled_auc is not None for row in rows):
+        together = {"pooled over folds": [_text(row.pooled_auc) for row in rows], **together}
+    show_models("Mean and standard deviation of the runs", "settings", list(settings), {**_values(rows), **together})
     for axis, values in summary.axes.items():
         if len(summary.axes) > 1:
-            one = ["runs", "validation AUC", *SHOWN.values()]
-            show_table(f"By {axis}", [axis, *one], [_row(*row, pooled)[: len(one) + 1] for row in values.items()])
+            show_models(f"By {axis}", axis, list(values), _values(list(values.values())))
     if len(comparisons) == 1:
         show_differences(comparisons[0])
     elif comparisons:
         first, *others = summary.differences
         task = comparisons[0].models[0].metrics.task
         metrics = list(summary.differences[first])
-        show_table(
-            f"Minus {comparisons[0].models[0].name}, runs averaged: mean and standard deviation of the splits",
-            ["settings", *(metric_name(metric, task) for metric in metrics)],
-            [
-                [name, *(_text(summary.differences[name][metric].difference, "+") for metric in metrics)]
-                for name in (first, *others)
-            ],
+        names = [first, *others]
+        show_models(
+            f"Difference to {comparisons[0].models[0].name}, ensembles: mean and standard deviation of the splits",
+            "settings",
+            names,
+            {
+                metric_name(metric, task): [_text(summary.differences[name][metric].difference, "+") for name in names]
+                for metric in metrics
+            },
         )
     best = summary.settings[summary.best]
     test = _text(best.test.get("auc"))
@@ -191,15 +196,13 @@ def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:
         say(f"Test AUC of what validation chooses in each split: {_text(summary.chosen_test_auc)}.")
 
 
-def _row(name: str, row: SweptSettings, pooled: bool) -> list[str]:
-    return [
-        name,
-        str(row.runs),
-        _text(row.val_auc),
-        *(_text(row.test.get(metric)) for metric in SHOWN),
-        *([_text(row.pooled_auc)] if pooled else []),
-        _text(row.averaged_auc),
-    ]
+def _values(rows: Sequence[SweptSettings]) -> dict[str, list[str]]:
+    """Name of a number -> its text for each of the settings."""
+    return {
+        "runs": [str(row.runs) for row in rows],
+        "validation AUC": [_text(row.val_auc) for row in rows],
+        **{name: [_text(row.test.get(metric)) for row in rows] for metric, name in SHOWN.items()},
+    }
 
 
 def _text(found: Spread | None, sign: str = "") -> str:

@@ -13,8 +13,9 @@ from schemas.errors import EvaluationError
 from schemas.results import BundleSpec, ComparedModel, Comparison, Difference, JudgedModel, Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws, weighted_auc
-from stages.evaluate.metrics import check_predictions, compute_metrics
+from stages.evaluate.metrics import check_predictions
 from stages.evaluate.predictions import Predictions, read_predictions
+from stages.evaluate.scoring import score
 from stages.tasks import decide, hits, judged_columns, positives
 from stages.train.bundle import SPEC
 
@@ -32,7 +33,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Compare evaluations of the same rows.
 
     Images of one patient resemble each other, and two models err on the same hard images: whole groups are drawn, and
-    both models are judged on the same draws. Such an interval is much narrower than two separate ones suggest.
+    both models are scored on the same draws. Such an interval is much narrower than two separate ones suggest.
 
     Args:
         folders: Each from `evaluate`, or with a folder `evaluation` from it inside; the first is the reference.
@@ -52,10 +53,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     labels = first.labels
     task = first.task
     probabilities = [check_predictions(labels, table.probabilities, table.classes, task)[1] for table in tables]
-    judged = [
-        compute_metrics(labels, p, first.classes, groups=groups, split=first.rows[0].split, task=task)
-        for p in probabilities
-    ]
+    scored = [_scored(table, place) for table, place in zip(tables, places, strict=True)]
     samples = _samples(labels, probabilities, groups, task)
     return Comparison(
         split=first.rows[0].split,
@@ -67,10 +65,10 @@ def compare(folders: Sequence[Path]) -> Comparison:
                 model=table.model,
                 train_seconds=_train_seconds(place, table.model),
                 metrics=metrics,
-                differences=_differences(judged[0], metrics, samples[0], sample) if number else {},
+                differences=_differences(scored[0], metrics, samples[0], sample) if number else {},
             )
             for number, (folder, place, table, metrics, sample) in enumerate(
-                zip(folders, places, tables, judged, samples, strict=True)
+                zip(folders, places, tables, scored, samples, strict=True)
             )
         ),
     )
@@ -79,6 +77,17 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _place(folder: Path) -> Path:
     inner = folder / "evaluation"
     return inner if not (folder / "predictions.parquet").exists() and inner.is_dir() else folder
+
+
+def _scored(table: Predictions, place: Path) -> Metrics:
+    """Metrics of a table, with the warnings of the evaluation that wrote it."""
+    metrics = score(table)
+    try:
+        written = Metrics.model_validate_json((place / "metrics.json").read_bytes())
+    except (OSError, ValueError):
+        return metrics
+    known = written.rows_sha256 == metrics.rows_sha256
+    return metrics.model_copy(update={"warnings": written.warnings}) if known else metrics
 
 
 def _sorted(table: Predictions) -> Predictions:
@@ -113,7 +122,9 @@ def _check_same(first: str, expected: Predictions, other: str, found: Prediction
             f"{len(expected.rows)} rows of {splits[0]} against {len(found.rows)} of {splits[1]}; "
             f"{len(mine & theirs)} images are in both."
         )
-    raise EvaluationError(f"{first} and {other} are of other rows: they cannot be compared.", cause, repair)
+    raise EvaluationError(
+        f"{first} and {other} were evaluated on different images or labels: they cannot be compared.", cause, repair
+    )
 
 
 def _samples(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from sklearn.metrics import roc_curve
 
 from stages.evaluate.metrics import CALIBRATION_BINS, Labels, Probabilities
 from stages.files import atomic_write
+from stages.tables import csv_text, safe_cell
 from stages.tasks import hits, judged_columns, positives
 
 GRID = np.linspace(0.0, 1.0, 201)
@@ -79,23 +78,17 @@ def reliability(labels: Labels, probabilities: Probabilities) -> Reliability:
 
 
 def write_plots(labels: Labels, predicted: Labels, roc: Roc, classes: Sequence[str], folder: Path) -> None:
-    """Write what `dvc plots` draws: `confusion.csv` (actual, predicted) and `roc.csv` (fpr, tpr).
+    """Write what `dvc plots` draws: `confusion.csv` (actual, predicted; names as `safe_cell`) and `roc.csv` (fpr, tpr).
 
     `roc.csv` has one curve whatever the classes are, so that experiments can be laid over each other; where there is
     none (a class is absent) it holds the header alone. With several labels an image each of them is a pair.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    words = [(f"not {name}", name) for name in classes]
+    words = [(f"not {name}", safe_cell(name)) for name in classes]
     if labels.ndim == 2:
         pairs = [(words[c][labels[row, c]], words[c][predicted[row, c]]) for row, c in np.ndindex(*labels.shape)]
     else:
-        pairs = [(classes[label], classes[guess]) for label, guess in zip(labels, predicted, strict=True)]
-    atomic_write(folder / "confusion.csv", _csv(("actual", "predicted"), pairs))
+        pairs = [(words[label][1], words[guess][1]) for label, guess in zip(labels, predicted, strict=True)]
+    atomic_write(folder / "confusion.csv", csv_text([("actual", "predicted"), *pairs]).encode())
     points = [] if roc.mean is None else [(f"{x:.6g}", f"{y:.6g}") for x, y in zip(*roc.mean, strict=True)]
-    atomic_write(folder / "roc.csv", _csv(("fpr", "tpr"), points))
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode()
+    atomic_write(folder / "roc.csv", csv_text([("fpr", "tpr"), *points]).encode())

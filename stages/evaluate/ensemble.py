@@ -10,8 +10,8 @@ import numpy as np
 from schemas.base import digest
 from schemas.errors import EvaluationError
 from schemas.results import JudgedModel, Metrics
-from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
+from stages.evaluate.scoring import score
 from stages.files import atomic_write
 from stages.tasks import pool as log_pool
 
@@ -25,7 +25,7 @@ def judge_together(folders: Sequence[Path]) -> Metrics:
     Raises:
         EvaluationError: There are none, or they are of other rows or classes.
     """
-    return _judge(_average(folders))
+    return score(_average(folders))
 
 
 def pool(parts: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics:
@@ -40,7 +40,7 @@ def pool(parts: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics
         StorageError: The output cannot be written.
     """
     table = _join([_average(folders) for folders in parts])
-    metrics = _judge(table)
+    metrics = score(table)
     if output is not None:
         write_predictions(table, output / "predictions.parquet")
         atomic_write(output / "metrics.json", (metrics.model_dump_json(indent=1) + "\n").encode())
@@ -87,14 +87,3 @@ def _model(tables: Sequence[Predictions], learnable: int) -> JudgedModel | None:
         return first
     weights = digest([model.weights_sha256 for model in known])
     return first.model_copy(update={"learnable": learnable, "weights_sha256": weights})
-
-
-def _judge(table: Predictions) -> Metrics:
-    return compute_metrics(
-        table.labels,
-        table.probabilities,
-        table.classes,
-        groups=[row.group for row in table.rows],
-        split=table.rows[0].split,
-        task=table.task,
-    )

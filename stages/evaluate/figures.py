@@ -15,6 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from stages.evaluate.curves import Reliability, Roc
+from stages.evaluate.wording import quoted
 
 SERIES = 6
 """Colours that the page defines, --c1 to --c6; further series repeat them with another dash."""
@@ -63,7 +64,7 @@ def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, 
             names = names[1:]
         names = sorted(sorted(names, key=lambda name: auc[name] or 0.0)[:limit], key=names.index)
         for number, name in enumerate(names):
-            axes.plot(*roc.classes[name], label=_legend(name, auc[name]), **_series(number))
+            axes.plot(*roc.classes[name], label=_legend(quoted(_short(name)), auc[name]), **_series(number))
         if roc.mean is not None and not roc.single:
             axes.plot(*roc.mean, color=_INK, linewidth=2.4, label=_legend("mean", mean_auc))
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="False-positive rate", ylabel="True-positive rate")
@@ -130,10 +131,13 @@ def _series(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % SERIES], "linestyle": _DASHES[number % len(_DASHES)]}
 
 
-def _legend(name: str, auc: float | None, longest: int = 24) -> str:
-    short = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    # A leading underscore would hide the label, and a dollar sign would start a formula.
-    return f"\u200b{short}".replace("$", r"\$") + ("" if auc is None else f"  {auc:.3f}")
+def _short(name: str, longest: int = 24) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def _legend(label: str, auc: float | None) -> str:
+    # A dollar sign would start a formula.
+    return label.replace("$", r"\$") + ("" if auc is None else f"  {auc:.3f}")
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +73,8 @@ def compute_metrics(
         accuracy=float(sk.accuracy_score(y, predicted)),
         balanced_accuracy=float(sk.recall_score(y, predicted, labels=present, average="macro")),
         f1=float(sk.f1_score(y, predicted, labels=np.union1d(y, predicted), average="macro", zero_division=0.0)),
-        quadratic_kappa=_kappa(y, predicted, indices),
+        cohen_kappa=_kappa(y, predicted, indices, None) if task == "multiclass" else None,
+        quadratic_kappa=_kappa(y, predicted, indices, "quadratic") if task == "ordinal" else None,
         brier=_brier(y, p),
         calibration_error=float(
             multiclass_calibration_error(
@@ -144,11 +145,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
-def _kappa(y: Labels, predicted: npt.NDArray[Any], indices: npt.NDArray[Any]) -> float | None:
-    """Quadratic kappa; None where labels and predictions are all one class (0 / 0)."""
+def _kappa(
+    y: Labels, predicted: npt.NDArray[Any], indices: npt.NDArray[Any], weights: Literal["quadratic"] | None
+) -> float | None:
+    """Cohen's kappa; None where labels and predictions are all of one class (0 / 0)."""
     if len(np.union1d(y, predicted)) < 2:
         return None
-    return float(sk.cohen_kappa_score(y, predicted, labels=indices, weights="quadratic"))
+    return float(sk.cohen_kappa_score(y, predicted, labels=indices, weights=weights))
 
 
 def _brier(y: Labels, p: Probabilities) -> float:

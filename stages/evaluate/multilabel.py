@@ -62,7 +62,6 @@ def multilabel_metrics(
         f1_micro=float(sk.f1_score(labels, predicted, average="micro", zero_division=0.0)),
         hamming=float(sk.hamming_loss(labels, predicted)),
         average_precision=average_precision(labels, probabilities),
-        quadratic_kappa=None,
         brier=float(np.mean((probabilities - labels) ** 2)),
         calibration_error=float(np.mean(errors)),
         auc_per_class=dict(zip(classes, per_class, strict=True)),

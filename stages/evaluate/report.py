@@ -15,13 +15,13 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from schemas.manifest import SPLITS, Manifest
+from schemas.manifest import SPLITS, Manifest, Split
 from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics, StatisticsSpec
 from schemas.settings import Method
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
-from stages.evaluate.wording import metric_rows, mistake, number, sureness
+from stages.evaluate.wording import metric_rows, mistake, number, quoted, sureness
 from stages.tasks import hits
 
 MISTAKES = 12
@@ -46,7 +46,7 @@ METHODS: dict[Method, str] = {
 
 
 def confident_mistakes(predictions: Predictions, limit: int = MISTAKES) -> list[int]:
-    """Positions of the wrong rows, the surest first; equals in the order of their paths."""
+    """Positions of the misclassified rows, the most confident first; ties in the order of their paths."""
     wrong, sure = np.flatnonzero(~hits(predictions.labels, predictions.predicted)), sureness(predictions)
     return sorted(wrong.tolist(), key=lambda row: (-float(sure[row]), predictions.rows[row].path))[:limit]
 
@@ -64,9 +64,9 @@ def render_report(
 
     Args:
         metrics: Of these predictions.
-        predictions: The judged rows.
-        manifest: All rows of the study, for the table of the data set.
-        spec: Of the judged bundle.
+        predictions: The evaluated rows.
+        manifest: All rows of the study, for the table of the data set; of external images these images.
+        spec: Of the evaluated bundle.
         thumbnails: Image id -> (3, S, S) uint8, for the mistakes; those without one are shown as text.
         train_dir: DVCLive's folder of the training run; None or a folder without metrics: no training curves.
     """
@@ -74,15 +74,18 @@ def render_report(
     classes = predictions.classes
     roc, calibration = roc_curves(labels, probabilities, classes), reliability(labels, probabilities)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["quoted"] = quoted
     template = environment.from_string(
         files("stages.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8"),
     )
     mistakes = confident_mistakes(predictions)
     total = int((~hits(labels, predictions.predicted)).sum())
     several = predictions.task == "multilabel"
+    splits: tuple[Split, ...] = ("external",) if metrics.split == "external" else SPLITS
     return template.render(
         title=f"{METHODS[spec.network.method]} on {spec.features.lpm.name}",
-        judged=_judged(metrics, spec),
+        evaluated=_evaluated(metrics),
+        external=metrics.split == "external",
         metrics=metrics,
         classes=classes,
         table=metric_rows(metrics),
@@ -96,34 +99,40 @@ def render_report(
         ),
         reliability_alt=_reliability_alt(calibration, "pairs of image and label" if several else "images"),
         mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
-        mistakes_note=f"{len(mistakes)} of {total} wrong images, the surest first: "
-        + (
-            "predicted labels, then those that it has and the worst of what is wrong."
-            if several
-            else "predicted class and its probability, then the label and what the model gave it."
-        ),
-        reliability_note=(
-            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
-            "pairs of image and label in each dot. Below the diagonal it is there less often than the model says."
-            if several
-            else "Confidence is the highest probability of an image. At the foot, the number of images in each dot. "
-            "Below the diagonal the model is surer than it should be."
-        ),
+        mistakes_note=_mistakes_note(len(mistakes), total, several),
+        reliability_note=_reliability_note(several),
         training=_training(train_dir, spec.best_epoch),
-        splits=SPLITS,
-        data=_data(manifest),
+        splits=splits,
+        data=_data(manifest, splits),
         recipe=_recipe(spec),
     )
 
 
-def _judged(metrics: Metrics, spec: BundleSpec) -> str:
-    text = (
-        f"Judged on the {metrics.split} split: {_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
+def _mistakes_note(shown: int, total: int, several: bool) -> str:
+    order = (
+        "predicted labels, then the true ones and the most confident error."
+        if several
+        else "predicted class and its probability, then the true class and its probability."
     )
-    text += f", {len(metrics.confusion)} classes."
-    if metrics.split in spec.learnt_from:
-        text += " The model has learnt from these images."
-    return text
+    return f"{shown} of {total} misclassified images, the most confident first: {order}"
+
+
+def _reliability_note(several: bool) -> str:
+    if several:
+        return (
+            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
+            "pairs of image and label in each dot. Below the diagonal: over-confident."
+        )
+    return (
+        "Confidence is the highest probability of an image. At the foot, the number of images in each dot. Below the "
+        "diagonal: over-confident."
+    )
+
+
+def _evaluated(metrics: Metrics) -> str:
+    where = "images outside of the study" if metrics.split == "external" else f"the {metrics.split} split"
+    counts = f"{_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
+    return f"Evaluated on {where}: {counts}, {len(metrics.confusion)} classes."
 
 
 def _count(number: int, noun: str) -> str:
@@ -137,7 +146,7 @@ def _per_class(metrics: Metrics, predictions: Predictions) -> list[dict[str, str
     )
     return [
         {
-            "name": name,
+            "name": quoted(name),
             "images": f"{int(support[index]):,}",
             "auc": number(metrics.auc_per_class[name]),
             "recall": number(None if np.isnan(recall[index]) else float(recall[index])),
@@ -155,14 +164,14 @@ def _reliability_alt(curve: Reliability, what: str) -> str:
 
 
 def _roc_alt(metrics: Metrics) -> str:
-    aucs = ", ".join(f"{name} {number(value)}" for name, value in metrics.auc_per_class.items())
+    aucs = ", ".join(f"{quoted(name)} {number(value)}" for name, value in metrics.auc_per_class.items())
     return f"ROC curves. Area under the curve, one-vs-rest: {aucs}"
 
 
 def _roc_note(metrics: Metrics) -> str:
     names = list(metrics.auc_per_class)
     if len(names) == 2 and metrics.task != "multilabel":
-        return f"{names[1]} against {names[0]}; the figure in the legend is the AUC."
+        return f"Class {quoted(names[1])} against class {quoted(names[0])}; the figure in the legend is the AUC."
     shown = f"The {ROC_CURVES} classes with the lowest AUC. " if len(names) > ROC_CURVES else ""
     what = (
         "Images with each label against those without"
@@ -198,14 +207,14 @@ def _training(train_dir: Path | None, best_epoch: int) -> list[dict[str, str]]:
     return figures
 
 
-def _data(manifest: Manifest) -> list[dict[str, Any]]:
-    counts = {name: dict.fromkeys(SPLITS, 0) for name in manifest.classes}
+def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
+    counts = {name: dict.fromkeys(splits, 0) for name in manifest.classes}
     for row in manifest.rows:
         for name in manifest.names(row):
             counts[name][row.split] += 1
-    columns = {name: list(by_split.values()) for name, by_split in counts.items()}
+    columns = {quoted(name): list(by_split.values()) for name, by_split in counts.items()}
     whole = "all images" if manifest.task == "multilabel" else "all classes"
-    columns[whole] = [sum(row.split == split for row in manifest.rows) for split in SPLITS]
+    columns[whole] = [sum(row.split == split for row in manifest.rows) for split in splits]
     return [{"name": name, "counts": column} for name, column in columns.items()]
 
 

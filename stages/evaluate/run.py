@@ -1,4 +1,4 @@
-"""Judge a bundle on one split of the manifest, from cached features alone."""
+"""Evaluate a bundle on one split of the manifest, from cached features only."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from schemas.manifest import Manifest, ManifestRow, Split
 from schemas.results import BundleSpec, JudgedModel, Metrics
 from schemas.tasks import Task
 from stages.evaluate.curves import roc_curves, write_plots
-from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
+from stages.evaluate.scoring import score, split_warnings
 from stages.files import atomic_write
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
@@ -38,7 +38,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     remote: str | None = None,
 ) -> Metrics:
-    """Judge a model and write `predictions.parquet`, `metrics.json`, `plots/` and `report.html`.
+    """Evaluate a model and write `predictions.parquet`, `metrics.json`, `plots/` and `report.html`.
 
     Args:
         manifest: From `prepare`.
@@ -46,7 +46,7 @@ def evaluate(
         bundle_dir: From `train`.
         cache_root: Folder of all stores.
         output: Folder of the four results.
-        split: Which rows to judge.
+        split: Which rows to evaluate.
         train_dir: DVCLive's folder, for the training curves in the report; None: the folder `train` beside the
             bundle's. Without it there are no curves.
         device: Of the side network.
@@ -67,12 +67,9 @@ def evaluate(
     rows = _rows(manifest, split)
     store = open_rows(cache_root, receipt, remote)
     try:
-        task = manifest.task
         found = _probabilities(bundle, store, rows)
-        predictions = Predictions(manifest.classes, rows, found, _judged(bundle.spec), task)
-        labels, p = check_predictions(predictions.labels, predictions.probabilities, manifest.classes, task)
-        groups = [row.group for row in rows]
-        metrics = compute_metrics(labels, p, manifest.classes, groups=groups, split=split, task=task)
+        predictions = Predictions(manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task)
+        metrics = score(predictions, split_warnings(bundle.spec, split))
         report = render_report(
             metrics,
             predictions,
@@ -83,12 +80,22 @@ def evaluate(
         )
     finally:
         store.close()
+    write_evaluation(predictions, metrics, report, output)
+    return metrics
+
+
+def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, output: Path) -> None:
+    """Write the four results of an evaluation.
+
+    Raises:
+        StorageError: The results cannot be written.
+    """
+    labels, classes = predictions.labels, predictions.classes
     write_predictions(predictions, output / "predictions.parquet")
-    roc = roc_curves(labels, p, manifest.classes)
-    write_plots(labels, predictions.predicted, roc, manifest.classes, output / "plots")
+    roc = roc_curves(labels, predictions.probabilities.astype(np.float64), classes)
+    write_plots(labels, predictions.predicted, roc, classes, output / "plots")
     atomic_write(output / "report.html", report.encode())
     atomic_write(output / "metrics.json", (metrics.model_dump_json(indent=1) + "\n").encode())
-    return metrics
 
 
 def check_fit(spec: BundleSpec, manifest: Manifest, receipt: ExtractionReceipt) -> None:
@@ -118,14 +125,15 @@ def _rows(manifest: Manifest, split: Split) -> tuple[ManifestRow, ...]:
     rows = tuple(manifest.of(split))
     if not rows:
         raise EvaluationError(
-            f"The {split} split has no images to judge.",
+            f"The {split} split has no images.",
             "No row of the manifest belongs to it.",
-            "Raise its share or fill data.split_column, then run `fpt prepare`; or judge another split with --split.",
+            "Raise its share or fill data.split_column, then run `fpt prepare`; or choose another split with --split.",
         )
     return rows
 
 
-def _judged(spec: BundleSpec) -> JudgedModel:
+def evaluated_model(spec: BundleSpec) -> JudgedModel:
+    """What a table of predictions records about its model."""
     return JudgedModel(
         method=spec.network.method,
         lpm=spec.features.lpm.name,

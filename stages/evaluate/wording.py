@@ -22,6 +22,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return NOT_DEFINED if value is None else f"{value:.{digits}f}"
 
 
+def quoted(name: str) -> str:
+    """A class name as the report writes it: in quotation marks, so that a class named 1 is no figure."""
+    return f"“{name}”"
+
+
 def metric_rows(metrics: Metrics) -> list[dict[str, str]]:
     """Name, value and meaning of every metric of the task, the one that counts most first."""
     several = metrics.task == "multilabel"
@@ -35,19 +40,14 @@ def metric_rows(metrics: Metrics) -> list[dict[str, str]]:
 def _accuracy(metrics: Metrics) -> str:
     counts = [sum(row) for row in metrics.confusion]
     name, constant = tuple(metrics.auc_per_class)[int(np.argmax(counts))], max(counts) / metrics.images
-    said = "predicted grade" if metrics.task == "ordinal" else "most probable class"
-    return f"Share of images whose {said} is the label. Always answering {name} gives {constant:.3f}."
+    answer = "predicted grade" if metrics.task == "ordinal" else "most probable class"
+    return f"Share of images whose {answer} is the label. Always predicting {quoted(name)} gives {constant:.3f}."
 
 
 def _brier(metrics: Metrics) -> str:
     classes = len(metrics.confusion)
     scale = "0 is best, 1 is worst" if classes == 2 else f"summed over {classes} classes, 0 is best, 2 is worst"
     return f"Mean squared error of the probabilities; {scale}."
-
-
-def _kappa(metrics: Metrics) -> str:
-    said = "Agreement beyond chance for ordered grades, far misses weigh more; 0 is chance, 1 is best."
-    return said if metrics.task == "ordinal" else f"{said} Ignore it where the order of the classes has no meaning."
 
 
 def _always(text: str) -> Meaning:
@@ -57,7 +57,10 @@ def _always(text: str) -> Meaning:
 _NAMED: dict[str, tuple[str, Meaning]] = {
     "auc": (
         "AUC",
-        _always("Chance that an image of a class is ranked above one of another; 0.5 is guessing, 1 is best."),
+        _always(
+            "Probability that a random image of a class scores higher than a random image of another class; 0.5 is "
+            "guessing, 1 is best."
+        ),
     ),
     "accuracy": ("Accuracy", _accuracy),
     "balanced_accuracy": (
@@ -65,7 +68,16 @@ _NAMED: dict[str, tuple[str, Meaning]] = {
         lambda metrics: f"Mean recall of the classes; guessing gives {1 / len(metrics.confusion):.3f}.",
     ),
     "f1": ("Macro F1", _always("Harmonic mean of precision and recall, mean over classes; 1 is best.")),
-    "quadratic_kappa": ("Quadratic kappa", _kappa),
+    "cohen_kappa": (
+        "Cohen's kappa",
+        _always("Agreement beyond chance, unweighted: every confusion of two classes counts the same; 1 is best."),
+    ),
+    "quadratic_kappa": (
+        "Quadratic kappa",
+        _always(
+            "Cohen's kappa for ordered grades, a miss weighs as the square of its distance; 0 is chance, 1 is best."
+        ),
+    ),
     "brier": ("Brier score", _brier),
     "calibration_error": (
         "Calibration error",
@@ -76,8 +88,8 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
     "auc": (
         "AUC",
         _always(
-            "Chance that an image with a label is ranked above one without it, mean over labels; 0.5 is guessing, 1 is "
-            "best."
+            "Probability that a random image with a label scores higher than a random one without it, mean over "
+            "labels; 0.5 is guessing, 1 is best."
         ),
     ),
     "average_precision": (
@@ -107,7 +119,7 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
 
 
 def sureness(predictions: Predictions) -> npt.NDArray[np.float64]:
-    """(n,): how sure each row is of what it says; of several labels, of the one that is wrong and surest."""
+    """(n,) confidence of each prediction; multi-label: of the most confident wrong label."""
     p = predictions.probabilities.astype(np.float64)
     if predictions.task != "multilabel":
         return np.asarray(p[np.arange(len(p)), p.argmax(axis=1)])
@@ -115,7 +127,7 @@ def sureness(predictions: Predictions) -> npt.NDArray[np.float64]:
 
 
 def mistake(predictions: Predictions, row: int) -> dict[str, str]:
-    """Words about a wrong row: what was said, how surely, what is the case, and what that was given."""
+    """Describe a misclassified row: prediction, its probability, true label, and the true label's probability."""
     p, classes = predictions.probabilities[row], predictions.classes
     if predictions.task == "multilabel":
         worst = int(_wrong_by(predictions)[row].argmax())
@@ -124,19 +136,19 @@ def mistake(predictions: Predictions, row: int) -> dict[str, str]:
             "predicted": _several(said),
             "probability": "",
             "label": _several(have),
-            "of_label": f"{classes[worst]} at {p[worst]:.1%}",
+            "of_label": f"{quoted(classes[worst])} at {p[worst]:.1%}",
         }
     guess, label = int(predictions.predicted[row]), int(predictions.labels[row])
     return {
-        "predicted": classes[guess],
+        "predicted": quoted(classes[guess]),
         "probability": f"{p[guess]:.1%}",
-        "label": classes[label],
+        "label": quoted(classes[label]),
         "of_label": f"{p[label]:.1%}",
     }
 
 
 def _several(label: str) -> str:
-    return ", ".join(names_in(label, "multilabel")) or "no label"
+    return ", ".join(map(quoted, names_in(label, "multilabel"))) or "no label"
 
 
 def _wrong_by(predictions: Predictions) -> npt.NDArray[np.float64]:

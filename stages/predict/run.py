@@ -1,17 +1,18 @@
-"""From image files to classes: the LPM's features, the side network, one row an image."""
+"""From image files to classes: the LPM's features, the side network, one row per image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from schemas.errors import BundleError, CacheMismatchError, EvaluationError, ImageError, WeightsError
 from schemas.features import FeatureSpec
-from schemas.results import Prediction
+from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
 from stages.evaluate.run import probabilities
@@ -22,6 +23,59 @@ from stages.progress import Progress
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import feature_logits
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A bundle together with the LPM whose features it reads, ready for image files."""
+
+    bundle: Bundle
+    """On `device`."""
+    lpm: LoadedLpm | None
+    """On `device`; None where the model reads nothing but the side image."""
+    data: DataSettings
+    """Limits of an image's size."""
+    device: torch.device
+    """Of both networks."""
+
+    def probabilities(
+        self, paths: Sequence[Path], batch_size: int, progress: Progress | None = None
+    ) -> Iterator[npt.NDArray[np.float32] | ImageError]:
+        """(C,) probabilities of each image, or why it cannot be used; in the order of `paths`.
+
+        Raises:
+            EvaluationError: The model's outputs are not finite.
+        """
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            yield from self._batch(batch)
+            if progress is not None:
+                progress(start + len(batch), len(paths))
+
+    def _batch(self, paths: Sequence[Path]) -> list[npt.NDArray[np.float32] | ImageError]:
+        spec = self.bundle.spec.features
+        read: list[Pixels | ImageError] = []
+        for path in paths:
+            try:
+                image = read_image(path, max_pixels=self.data.max_pixels, min_side=self.data.min_side)
+                read.append(to_pixels(image, spec))
+            except ImageError as error:
+                read.append(error)
+        pixels = [one for one in read if isinstance(one, Pixels)]
+        found: Iterator[npt.NDArray[np.float32]] = iter(())
+        if pixels:
+            features = (
+                _side_images(pixels) if self.lpm is None else compute_features(self.lpm, spec, pixels, self.device)
+            )
+            p = probabilities(feature_logits(self.bundle, features), self.bundle.spec.task)
+            if not np.isfinite(p).all():
+                raise EvaluationError(
+                    "The outputs of the model are not finite.",
+                    "Its weights are damaged, or training diverged.",
+                    "Train again, with a lower rate: fpt train --set train.lr=1e-4",
+                )
+            found = iter(p)
+        return [next(found) if isinstance(one, Pixels) else one for one in read]
 
 
 def predict(
@@ -38,7 +92,7 @@ def predict(
     """Classify image files.
 
     An image that cannot be used gives a row with an error in its place: one broken file among thousands must neither
-    stop the others nor go unsaid.
+    stop the others nor go unnoticed.
 
     Args:
         bundle_dir: From `train`.
@@ -58,22 +112,44 @@ def predict(
     """
     place = pick_device(device) if isinstance(device, str) else device
     bundle = load_bundle(bundle_dir, place)
-    # A model alone is enough: only who states a task can contradict it.
-    if data is not None and "task" in data.model_fields_set and data.task != bundle.spec.task:
-        raise BundleError(
-            f"The model was trained for {bundle.spec.task}; data.task is {data.task}.",
-            "The settings are of another study, or changed after the model was trained.",
-            f"Set data.task to {bundle.spec.task}, or run `fpt train` again.",
-        )
-    # The side network alone needs no features: no LPM is loaded for it.
-    model = None if bundle.spec.network.method == "side" else _load(bundle.spec.features, lpm, root, place)
+    check_task(bundle.spec, data)
+    classifier = load_classifier(bundle, lpm, root, data or DataSettings())
+    names, task = bundle.spec.classes, bundle.spec.task
     rows: list[Prediction] = []
-    waiting = iter(images)
-    while paths := list(islice(waiting, batch_size)):
-        rows += _predict_batch(bundle, model, paths, data or DataSettings(), place)
-        if progress is not None:
-            progress(len(rows), len(images))
+    for path, p in zip(images, classifier.probabilities(images, batch_size, progress), strict=True):
+        if isinstance(p, ImageError):
+            rows.append(Prediction(path=str(path), predicted=None, probabilities=None, error=p.reason))
+        else:
+            predicted = texts(decide(p[None], task), names)[0]
+            shares = dict(zip(names, p.tolist(), strict=True))
+            rows.append(Prediction(path=str(path), predicted=predicted, probabilities=shares, error=None))
     return rows
+
+
+def check_task(spec: BundleSpec, data: DataSettings | None) -> None:
+    """Refuse settings that state another task than that of the bundle; without a stated task the bundle decides.
+
+    Raises:
+        BundleError: The tasks differ.
+    """
+    if data is not None and "task" in data.model_fields_set and data.task != spec.task:
+        raise BundleError(
+            f"The model was trained for {spec.task}; data.task is {data.task}.",
+            "The settings are of another study, or changed after the model was trained.",
+            f"Set data.task to {spec.task}, or run `fpt train` again.",
+        )
+
+
+def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: DataSettings) -> Classifier:
+    """Load the LPM that a bundle needs; none where it reads nothing but the side image.
+
+    Raises:
+        CacheMismatchError: The LPM has another shape or preprocessing than in training.
+        WeightsError: The weights are missing, or are not those that the bundle was trained with.
+    """
+    spec = bundle.spec
+    model = None if spec.network.method == "side" else _load(spec.features, lpm, root, bundle.device)
+    return Classifier(bundle, model, data, bundle.device)
 
 
 def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.device) -> LoadedLpm:
@@ -97,43 +173,6 @@ def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.
         )
     loaded.model.to(device)
     return loaded
-
-
-def _predict_batch(
-    bundle: Bundle, model: LoadedLpm | None, paths: Sequence[Path], data: DataSettings, device: torch.device
-) -> Iterator[Prediction]:
-    spec = bundle.spec.features
-    pixels: dict[int, Pixels] = {}
-    errors: dict[int, str] = {}
-    for position, path in enumerate(paths):
-        try:
-            image = read_image(path, max_pixels=data.max_pixels, min_side=data.min_side)
-            pixels[position] = to_pixels(image, spec)
-        except ImageError as error:
-            errors[position] = error.reason
-    found: dict[int, tuple[str, dict[str, float]]] = {}
-    if pixels:
-        batch = list(pixels.values())
-        features = _side_images(batch) if model is None else compute_features(model, spec, batch, device)
-        p = probabilities(feature_logits(bundle, features), bundle.spec.task)
-        if not np.isfinite(p).all():
-            raise EvaluationError(
-                "The outputs of the model are not finite.",
-                "Its weights are damaged, or training diverged.",
-                "Train again, with a lower rate: fpt train --set train.lr=1e-4",
-            )
-        names = bundle.spec.classes
-        said = texts(decide(p, bundle.spec.task), names)
-        shares = (dict(zip(names, row.tolist(), strict=True)) for row in p)
-        found = dict(zip(pixels, zip(said, shares, strict=True), strict=True))
-    for position, path in enumerate(paths):
-        predicted, probability = found.get(position, (None, None))
-        yield Prediction(
-            path=str(path),
-            predicted=predicted,
-            probabilities=probability,
-            error=errors.get(position),
-        )
 
 
 def _side_images(pixels: Sequence[Pixels]) -> FeatureBatch:

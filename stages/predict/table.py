@@ -1,34 +1,142 @@
-"""Predictions as CSV: path, predicted, p_<class> for every class, error."""
+"""Predictions as a table: path, predicted, p_<class> for every class, error; as CSV, TSV, Parquet or Excel."""
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import SettingsError
 from schemas.results import Prediction
 from stages.evaluate.predictions import PROBABILITY
 from stages.files import atomic_write
+from stages.tables import csv_text, safe_cell
+
+EXCEL_ROWS = 1_048_576
+"""Most rows of a worksheet."""
+
+_NOT_IN_XML = re.compile(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
+"""Characters that a worksheet cannot hold, and what would be read as the escape of one."""
 
 
-def predictions_csv(rows: Sequence[Prediction]) -> str:
-    """The table as text. Probabilities have six digits; without any usable image there are no such columns."""
-    classes = next((list(row.probabilities) for row in rows if row.probabilities is not None), [])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "predicted", *(f"{PROBABILITY}{name}" for name in classes), "error"])
+def predictions_csv(rows: Sequence[Prediction], delimiter: str = ",") -> str:
+    """Format predictions as text.
+
+    Probabilities have six digits; without any usable image there are no such columns. Text that a spreadsheet would run
+    as a formula is escaped (`stages.tables.safe_cell`).
+    """
+    classes = _classes(rows)
+    lines = [_header(classes)]
     for row in rows:
         shares = row.probabilities or {}
         cells = [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
-        writer.writerow([row.path, row.predicted or "", *cells, row.error or ""])
-    return text.getvalue()
+        named = [safe_cell(_encodable(cell or "")) for cell in (row.path, row.predicted, row.error)]
+        lines.append([*named[:2], *cells, named[2]])
+    return csv_text(lines, delimiter)
 
 
-def write_predictions_csv(rows: Sequence[Prediction], path: Path) -> None:
-    """Write the table as a UTF-8 file, whole or not at all.
+def write_predictions_table(rows: Sequence[Prediction], path: Path) -> None:
+    """Write the table in the format of the file's suffix, whole or not at all.
 
     Raises:
+        SettingsError: The suffix is of no format, or there are more rows than a worksheet holds.
         StorageError: It cannot be written.
     """
-    atomic_write(path, predictions_csv(rows).encode())
+    atomic_write(path, _format(path)(rows))
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name that no format belongs to, before anything is computed.
+
+    Raises:
+        SettingsError: Naming the suffixes that are understood.
+    """
+    _format(path)
+
+
+def _format(path: Path) -> Callable[[Sequence[Prediction]], bytes]:
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise SettingsError(
+            f"Predictions cannot be written to {path}.",
+            [("--output", f"{path.suffix or 'a name without a suffix'} is of no format of a table")],
+            f"Choose a name that ends in {', '.join(_FORMATS)}.",
+        )
+    return found
+
+
+def _csv(rows: Sequence[Prediction]) -> bytes:
+    return predictions_csv(rows).encode()
+
+
+def _tsv(rows: Sequence[Prediction]) -> bytes:
+    return predictions_csv(rows, "\t").encode()
+
+
+def _parquet(rows: Sequence[Prediction]) -> bytes:
+    classes = _classes(rows)
+    shares = [row.probabilities or {} for row in rows]
+    columns = [
+        pa.array([_encodable(row.path) for row in rows], pa.string()),
+        pa.array([row.predicted for row in rows], pa.string()),
+        *(pa.array([share.get(name) for share in shares], pa.float64()) for name in classes),
+        pa.array([None if row.error is None else _encodable(row.error) for row in rows], pa.string()),
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(columns, names=_header(classes)), sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _excel(rows: Sequence[Prediction]) -> bytes:
+    """An Excel workbook; text is stored as text, so that no cell is a formula."""
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+
+    if len(rows) >= EXCEL_ROWS:
+        raise SettingsError(
+            f"{len(rows):,} predictions are more than an Excel worksheet holds.",
+            repair="Choose a name that ends in .csv or .parquet.",
+        )
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("predictions")
+
+    def text(value: str | None) -> WriteOnlyCell:
+        cell = WriteOnlyCell(sheet, _NOT_IN_XML.sub(_escaped, _encodable(value)) if value else None)
+        # Text that starts with an equals sign was taken for a formula.
+        cell.data_type = "s" if value else "n"
+        return cell
+
+    classes = _classes(rows)
+    sheet.append([text(name) for name in _header(classes)])
+    for row in rows:
+        shares = row.probabilities or {}
+        sheet.append([text(row.path), text(row.predicted), *map(shares.get, classes), text(row.error)])
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """The escape of Office Open XML: `_x000A_` for a line feed."""
+    return f"_x{ord(found.group()):04X}_"
+
+
+def _classes(rows: Sequence[Prediction]) -> list[str]:
+    return next((list(row.probabilities) for row in rows if row.probabilities is not None), [])
+
+
+def _header(classes: Sequence[str]) -> list[str]:
+    return ["path", "predicted", *(f"{PROBABILITY}{name}" for name in classes), "error"]
+
+
+def _encodable(text: str) -> str:
+    r"""Bytes of file names that are no text as `\udcff`, so that any name can be written."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+_FORMATS = {".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".xlsx": _excel}

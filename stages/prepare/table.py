@@ -213,3 +213,23 @@ def _splits(table: Path, lines: list[int], cells: list[str], column: str | None)
             "data.split_column: null in params.yaml.",
         )
     return splits
+
+
+def read_paths(table: Path, path_column: str) -> list[str]:
+    """The paths in one column of a table, in its order, as they are written. Other columns are not looked at.
+
+    Raises:
+        DataError: The file is missing or no CSV, lacks the column, or has rows without a path.
+    """
+    header, rows = _cells(table, read_text(table), (path_column,))
+    if header.count(path_column) != 1:
+        number = header.count(path_column)
+        raise DataError(
+            f"{table} has {counted(number, 'column') if number else 'no column'} named {path_column!r}"
+            f"{did_you_mean(path_column, header) or '.'}",
+            f"Columns there: {', '.join(header)}.",
+            "Name the column of the paths: --set data.path_column=NAME",
+        )
+    at = header.index(path_column)
+    _check_rows(table, f"has no {path_column}", [line for line, row in rows if len(row) <= at or not row[at].strip()])
+    return [plain_cell(row[at]) for _, row in rows]

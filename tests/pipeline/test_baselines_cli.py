@@ -37,7 +37,7 @@ def test_every_baseline_from_training_to_the_table(study: Path, fpt: Fpt) -> Non
         metrics = json.loads((place / "evaluation/metrics.json").read_text())
         assert row["metrics"] == metrics
     out, _ = fpt("compare", "outputs/evaluation", "outputs/linear", cwd=study)
-    for said in ("fpt+", "linear", "Minus outputs/evaluation", "balanced accuracy", "learnable"):
+    for said in ("fpt+", "linear", "Difference to outputs/evaluation", "balanced accuracy", "learnable"):
         assert said in out
 
 
@@ -63,17 +63,28 @@ def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> N
 
 def test_images_that_a_model_has_learnt_from_are_named_as_such(study: Path, fpt: Fpt) -> None:
     for method, split, seen in (
-        ("linear", "train", True),
-        ("linear", "val", False),
-        ("statistics", "val", True),
-        ("statistics", "test", False),
+        ("linear", "train", "the model was trained on these images"),
+        ("linear", "val", "validation images choose the epoch and the settings of a model"),
+        ("statistics", "val", "the model was trained on these images"),
+        ("statistics", "test", None),
     ):
         fpt("train", "--method", method, "--output", f"outputs/{method}", cwd=study)
         words = ["--model", f"outputs/{method}/model", "--output", f"outputs/{method}/{split}", "--split", split]
-        _, err = fpt("evaluate", *words, cwd=study)
+        out, _ = fpt("evaluate", *words, cwd=study)
         report = (study / "outputs" / method / split / "report.html").read_text()
-        assert ("has learnt from these images" in err) == seen
-        assert ("has learnt from these images" in report) == seen
+        metrics = json.loads((study / "outputs" / method / split / "metrics.json").read_text())
+        if seen is None:
+            assert "Warning" not in out + report
+            assert "warnings" not in metrics
+            continue
+        assert out.splitlines()[0] == f"Warning: {seen}; this is not a test result."
+        assert metrics["warnings"] == [f"{seen}; this is not a test result."]
+        assert next(iter(metrics)) == "warnings"
+        assert report.index(seen) < report.index("Headline")
+        if split == "val":
+            fpt("evaluate", *words[:2], "--split", "val", "--output", "outputs/twin", cwd=study)
+            out, _ = fpt("compare", f"outputs/{method}/val", "outputs/twin", cwd=study)
+            assert out.splitlines()[0] == f"Warning: {seen}; this is not a test result."
 
 
 def test_other_splits_are_not_compared(study: Path, fpt: Fpt) -> None:

@@ -94,7 +94,7 @@ def test_method_and_output_train_a_second_model_beside_the_first(study: Path, fp
 
 def test_evaluate_shows_a_table_and_where_the_report_is(study: Path, fpt: Fpt) -> None:
     out, err = fpt("evaluate", cwd=study)
-    assert all(word in out for word in ("AUC", "Balanced accuracy", "Quadratic kappa", "bright", "dark"))
+    assert all(word in out for word in ("AUC", "Balanced accuracy", "Cohen's kappa", "bright", "dark"))
     assert str(study / "outputs" / "evaluation" / "report.html") in err
 
 
@@ -104,7 +104,7 @@ def test_predict_writes_a_row_an_image_and_lists_the_broken(study: Path, finishe
     out, err = fpt(*words, cwd=study, code=2)
     assert out == ""
     assert "1 image cannot be used" in err
-    assert "20 of 21 images are predicted" in err
+    assert "20 of 21 images predicted" in err
     rows = list(csv.DictReader((study / "new.csv").open()))
     assert [row["predicted"] for row in rows] == ["dark"] * 20 + [""]
     assert rows[-1]["error"]

@@ -84,7 +84,7 @@ def test_all_combinations_are_trained_judged_and_kept(root: Path, fpt: Fpt) -> N
     out, err = fpt("sweep", "lr=2e-3,1e-3", "seed=0", cwd=root)
     assert "1 runs were trained, 1 were there" in err
     assert "Best by validation: lr=" in err
-    assert all(word in out for word in ("lr=1e-3_seed=0", "validation AUC", "averaged"))
+    assert all(word in out for word in ("lr=1e-3_seed=0", "validation AUC", "ensemble"))
     assert before.items() <= (times(runs) | times(runs, "predictions.parquet")).items()
 
 
@@ -123,6 +123,14 @@ def test_random_draws_are_recorded_and_go_on(root: Path, fpt: Fpt) -> None:
         settings = yaml.safe_load((root / "outputs/random/runs" / name / "model/settings.yaml").read_text())["train"]
         assert settings["lr"] == float(run["values"]["lr"])
         assert settings["dropout"] == float(run["values"]["dropout"])
+
+
+def test_an_evaluation_of_other_images_is_not_put_beside_the_others(root: Path, fpt: Fpt) -> None:
+    before = sweep(fpt, root, "seed=0,1", "--output", "outputs/reused")["runs"]
+    run = "outputs/reused/runs/seed=1"
+    fpt("evaluate", "--model", f"{run}/model", "--output", f"{run}/evaluation", "--split", "val", cwd=root)
+    assert sweep(fpt, root, "seed=0,1", "--output", "outputs/reused")["runs"] == before
+    assert json.loads((root / run / "evaluation/metrics.json").read_text())["split"] == "test"
 
 
 def test_seeds_on_several_splits_are_one_command(root: Path, fpt: Fpt) -> None:
@@ -170,8 +178,8 @@ def test_methods_are_cross_validated_on_the_same_folds_and_compared(root: Path, 
     assert difference["difference"]["values"] == pytest.approx([pooled - reference])
     assert difference["interval"][0] <= difference["difference"]["mean"] <= difference["interval"][1]
     out, _ = fpt("sweep", *words, "--output", "outputs/folds", cwd=root)
-    assert f"Minus {best['fpt+']}" in out
-    assert "all folds at once" in out
+    assert f"Difference to {best['fpt+']}" in out
+    assert "pooled over folds" in out
 
 
 def test_a_killed_cross_validation_goes_on(root: Path, fpt: Fpt, environment: dict[str, str]) -> None:

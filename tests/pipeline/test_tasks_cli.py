@@ -42,13 +42,13 @@ def test_from_a_table_to_a_comparison(tmp_path: Path, weights: Path, fpt: Fpt, t
         assert lines[1].startswith("Quadratic kappa")
     else:
         assert lines[1].startswith("AUC")
-        for said in ("Exact match", "Hamming loss", "F1, micro", "false alarm"):
+        for said in ("Exact match", "Hamming loss", "F1, micro", "false positives"):
             assert said in out
         assert "kappa" not in out
     fpt("train", "--method", "knn", "--output", "outputs/knn", cwd=study)
     fpt("evaluate", "--model", "outputs/knn/model", "--output", "outputs/knn/evaluation", cwd=study)
     out, _ = fpt("compare", "outputs/evaluation", "outputs/knn", cwd=study)
-    assert "Minus outputs/evaluation" in out
+    assert "Difference to outputs/evaluation" in out
     assert ("quadratic kappa" in out, "exact match" in out) == (task == "ordinal", task == "multilabel")
     out, _ = fpt("predict", "images/000.png", "images/014.png", cwd=study)
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -61,6 +61,21 @@ def test_from_a_table_to_a_comparison(tmp_path: Path, weights: Path, fpt: Fpt, t
             assert row["predicted"] in names
             assert sum(p.values()) == pytest.approx(1, abs=1e-4)
     assert json.loads((study / "outputs/evaluation/metrics.json").read_text())["task"] == task
+    # The task and its classes are those of the model, also where no settings are.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    words = ["--model", study / "outputs/model", "--images", study / "images", "--labels", study / "labels.csv"]
+    columns = [] if task == "ordinal" else ["--set", f"data.label_columns=[{','.join(LABELS)}]"]
+    lpm = ["--set", f"lpm.weights={weights}", "--set", "data.group_column=patient"]
+    out, _ = fpt("evaluate", *words, *columns, *lpm, "--json", cwd=elsewhere)
+    metrics = json.loads(out)
+    assert (metrics["task"], metrics["images"], metrics["split"]) == (task, 48, "external")
+    assert "the model was trained on" in metrics["warnings"][0]
+    assert (elsewhere / "outputs/external/images/report.html").exists()
+    if task == "multilabel":
+        few = ["--set", f"data.label_columns=[{','.join(LABELS[:2])}]"]
+        _, err = fpt("evaluate", *words, *few, *lpm, cwd=elsewhere, code=2)
+        assert f"'{LABELS[2]}'" in err
 
 
 def test_a_changed_task_is_refused_until_it_is_prepared(tmp_path: Path, weights: Path, fpt: Fpt) -> None:

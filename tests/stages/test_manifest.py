@@ -91,6 +91,7 @@ def test_another_table(tmp_path: Path) -> None:
         ((row(1), row(1)), "sorted"),
         ((row(1, label="c"),), "none of its classes"),
         ((row(1), row(2, id=f"{1:064x}", split="test")), "two splits"),
+        ((row(1, split="external"),), "in the split 'external'"),
     ],
 )
 def test_contradictions(tmp_path: Path, rows: tuple[ManifestRow, ...], problem: str) -> None:

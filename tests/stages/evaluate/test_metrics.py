@@ -25,7 +25,7 @@ def test_two_classes_use_the_probability_of_the_second() -> None:
     assert metrics.auc == pytest.approx(0.75)  # three of four pairs are in order
     assert metrics.auc_per_class == pytest.approx({"healthy": 0.75, "ill": 0.75})
     assert metrics.accuracy == metrics.balanced_accuracy == metrics.f1 == 0.5
-    assert metrics.quadratic_kappa == 0.0
+    assert metrics.cohen_kappa == 0.0
     assert metrics.confusion == ((1, 1), (1, 1))
     assert metrics.brier == pytest.approx((0.01 + 0.36 + 0.36 + 0.04) / 4)
     assert (metrics.split, metrics.images, metrics.groups, metrics.absent_classes) == ("test", 4, 4, ())
@@ -38,7 +38,8 @@ def test_more_classes_equal_scikit_learn() -> None:
     assert metrics.auc == pytest.approx(sk.roc_auc_score(labels, p, multi_class="ovr", average="macro"))
     assert metrics.balanced_accuracy == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
     assert metrics.f1 == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
-    assert metrics.quadratic_kappa == pytest.approx(sk.cohen_kappa_score(labels, predicted, weights="quadratic"))
+    assert metrics.cohen_kappa == pytest.approx(sk.cohen_kappa_score(labels, predicted))
+    assert "quadratic_kappa" not in metrics.model_dump()
     assert metrics.brier == pytest.approx(((p - np.eye(4)[labels]) ** 2).sum(axis=1).mean())
     assert np.sum(metrics.confusion) == 90
 
@@ -67,7 +68,7 @@ def test_an_absent_class_makes_its_auc_and_the_macro_auc_null() -> None:
 def test_one_class_alone_gives_no_nan() -> None:
     metrics = compute_metrics([1, 1, 1], np.array([[0.2, 0.8]] * 3), ("a", "b"))
     assert metrics.auc is None
-    assert metrics.quadratic_kappa is None
+    assert metrics.cohen_kappa is None
     assert metrics.accuracy == metrics.f1 == 1.0
     assert "NaN" not in json.dumps(metrics.model_dump(mode="json"), allow_nan=False)
 

@@ -13,6 +13,7 @@ from stages.evaluate.curves import reliability, roc_curves
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.report import confident_mistakes, render_report
+from stages.evaluate.scoring import score
 
 VOID = {"meta", "img", "br", "use"}
 
@@ -161,3 +162,24 @@ def test_reliability_agrees_with_its_counts_on_edges() -> None:
     curve = reliability(np.array([0, 0, 1, 1, 0]), p)
     assert len(curve.rows) == len(curve.accuracy)
     assert curve.rows.sum() == 5
+
+
+def test_a_class_name_is_never_read_as_a_figure() -> None:
+    text = render(some_predictions(("0", "1")))
+    assert "AUC, class “1” against class “0”" in text
+    assert "Always predicting “0” gives 0.500" in text
+    assert "Class “1” against class “0”; the figure in the legend is the AUC." in text
+    # In the confusion matrix and in the tables of classes, too.
+    names = re.findall(r'<th scope="(?:row|col)"[^>]*>([^<]*)</th>', text)
+    assert "“1”" in names
+    assert not {"0", "1"} & set(names)
+
+
+def test_warnings_come_before_the_headline() -> None:
+    predictions = some_predictions(("a", "b"))
+    manifest = Manifest(classes=predictions.classes, rows=predictions.rows)
+    for warnings in ((), ("the model was trained on these images; this is not a test result.",)):
+        text = render_report(score(predictions, warnings), predictions, manifest, bundle_spec(("a", "b")))
+        assert ("<strong>Warning:</strong>" in text) == bool(warnings)
+        if warnings:
+            assert text.index(warnings[0]) < text.index('aria-label="Headline"')

@@ -123,6 +123,7 @@ def test_grades_are_judged_by_their_prediction() -> None:
     assert metrics.quadratic_kappa == pytest.approx(
         sk.cohen_kappa_score(found.labels, found.predicted, weights="quadratic")
     )
+    assert metrics.cohen_kappa is None
     assert metrics.accuracy == pytest.approx((found.labels == found.predicted).mean())
     assert metrics.auc == pytest.approx(
         sk.roc_auc_score(found.labels, found.probabilities, multi_class="ovr"), abs=1e-6

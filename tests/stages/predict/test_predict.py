@@ -12,7 +12,7 @@ from schemas.results import Prediction
 from schemas.settings import DataSettings
 from stages.evaluate.predictions import read_predictions
 from stages.evaluate.run import evaluate
-from stages.predict import predict, predictions_csv, write_predictions_csv
+from stages.predict import predict, predictions_csv, write_predictions_table
 from stages.train.run import train
 
 
@@ -122,7 +122,7 @@ def test_csv_has_a_row_an_image(tmp_path: Path) -> None:
         Prediction(path="a,1.png", predicted="b", probabilities={"a": 0.25, "b": 0.75}, error=None),
         Prediction(path="x.png", predicted=None, probabilities=None, error="is truncated"),
     ]
-    write_predictions_csv(rows, tmp_path / "out/predictions.csv")
+    write_predictions_table(rows, tmp_path / "out/predictions.csv")
     text = (tmp_path / "out/predictions.csv").read_text()
     assert text == predictions_csv(rows)
     assert list(csv.reader(text.splitlines())) == [

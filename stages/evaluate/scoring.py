@@ -1,0 +1,48 @@
+"""From a table of predictions to its metrics, with the digest of its rows and what speaks against the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from schemas.base import digest
+from schemas.manifest import ManifestRow, Split
+from schemas.results import BundleSpec, Metrics
+from stages.evaluate.metrics import check_predictions, compute_metrics
+from stages.evaluate.predictions import Predictions
+
+TRAINED_ON = "the model was trained on these images; this is not a test result."
+CHOSEN_ON = "validation images choose the epoch and the settings of a model; this is not a test result."
+
+
+def score(predictions: Predictions, warnings: Sequence[str] = ()) -> Metrics:
+    """Compute all metrics of a table of predictions.
+
+    Args:
+        predictions: All of one split.
+        warnings: What speaks against the numbers; recorded with them.
+
+    Raises:
+        EvaluationError: There are no rows, or a probability is not finite.
+    """
+    labels, p = check_predictions(predictions.labels, predictions.probabilities, predictions.classes, predictions.task)
+    metrics = compute_metrics(
+        labels,
+        p,
+        predictions.classes,
+        groups=[row.group for row in predictions.rows],
+        split=predictions.rows[0].split,
+        task=predictions.task,
+    )
+    return metrics.model_copy(update={"rows_sha256": rows_sha256(predictions.rows), "warnings": tuple(warnings)})
+
+
+def rows_sha256(rows: Sequence[ManifestRow]) -> str:
+    """Digest of the sorted content ids and labels: equal where metrics come from the same images and labels."""
+    return digest(sorted([row.id, row.label] for row in rows))
+
+
+def split_warnings(spec: BundleSpec, split: Split) -> tuple[str, ...]:
+    """Why metrics of a split are not a test result; empty for images that the training never read."""
+    if split in spec.learnt_from:
+        return (TRAINED_ON,)
+    return (CHOSEN_ON,) if split == "val" else ()
