@@ -16,7 +16,7 @@ from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
 from schemas.settings import Settings
 from schemas.views import manifest_rows
-from stages.extract.plan import requested_spec, take_inventory
+from stages.extract.plan import Inventory, requested_spec, take_inventory
 from stages.extract.receipt import write_extraction_receipt
 from stages.extract.work import ShardDone, ShardTask, inline
 from stages.progress import Progress
@@ -106,9 +106,7 @@ def _extract(
     inventory = take_inventory(store)
     rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
     ids = tuple(rows)
-    used = {shard for shard in inventory.shards_of(ids).tolist() if shard >= 0}
-    wrong = damaged_shards(store, checking) if check else exchanged_shards(store, used)
-    broken = sorted({*inventory.broken, *wrong})
+    broken = _broken_shards(store, inventory, ids, check, checking)
     if broken:
         remove_claimed_shards(store, broken)
         inventory = take_inventory(store)
@@ -155,6 +153,15 @@ def _extract(
         crops=settings.features.crops,
         crop_scale=settings.features.crop_scale,
     )
+
+
+def _broken_shards(
+    store: Store, inventory: Inventory, ids: Sequence[str], check: bool, checking: Progress | None
+) -> list[int]:
+    """Shards to compute again: without `check`, only those that hold rows of `ids` are looked into."""
+    used = {shard for shard in inventory.shards_of(ids).tolist() if shard >= 0}
+    wrong = damaged_shards(store, checking) if check else exchanged_shards(store, used)
+    return sorted({*inventory.broken, *wrong})
 
 
 def manifest_digest(manifest: Manifest) -> str:
