@@ -1,28 +1,62 @@
-"""Where words go: progress and talk to stderr, results to stdout."""
+"""Output: progress and messages to stderr, results to stdout, nothing that a terminal would obey."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from schemas.text import json_visible, shortened, visible
 from stages.ranks import Ranks
+
+LAYOUT = "\n\t"
+"""Control characters that our own messages contain."""
+
+
+class SafeConsole(Console):
+    """A console whose text cannot steer the terminal, whatever file names, labels and settings hold.
+
+    Rich drops some control characters silently and passes others on, ESC among them. Text is escaped before it is
+    laid out wherever this module prints it; this catches what comes another way, such as a progress bar.
+    """
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = True) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Escape the text of each segment; control segments are Rich's own (cursor, clear)."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text, LAYOUT))
+
+
+def make_encodable() -> None:
+    """Escape characters that the encoding of stdout or stderr lacks, instead of stopping at them."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
 
 
 def talk() -> Console:
-    """The console for people: stderr, so that a pipe gets results alone."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """The console for people: stderr, so that a pipe receives only results."""
+    return SafeConsole(stderr=True)
 
 
 def say(message: str) -> None:
-    """One line for people, without markup; of several processes that train together, the first one speaks."""
+    """Print one line for people, without markup; of several processes that train together, only rank 0."""
     if Ranks.of().first:
-        talk().print(message, markup=False)
+        talk().print(visible(message, LAYOUT))
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr; the middle of very long lines is left out."""
+    talk().print("\n".join(shortened(visible(line, LAYOUT)) for line in message.split("\n")))
 
 
 def say_next(command: str) -> None:
@@ -33,12 +67,13 @@ def say_next(command: str) -> None:
 
 def show(message: str) -> None:
     """One line of the result, on stdout."""
-    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+    SafeConsole().print(visible(message, LAYOUT))
 
 
 def show_json(value: Mapping[str, Any]) -> None:
-    """The result for machines: JSON alone on stdout."""
-    show(json.dumps(value, indent=2, ensure_ascii=False))
+    """The result for machines: only JSON on stdout."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    show(json_visible(json.dumps(value, indent=2, ensure_ascii=not unicode)))
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
@@ -48,8 +83,8 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name, value in pairs:
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
+        table.add_row(_cell(name), _cell(value))
+    SafeConsole(soft_wrap=False).print(table)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
@@ -64,10 +99,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     show(title)
     table = Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if words or index == 0 else "right", overflow="fold")
+        table.add_column(_cell(column), justify="left" if words or index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+        table.add_row(*map(_cell, row))
+    SafeConsole(soft_wrap=False).print(table)
+
+
+def _cell(text: str) -> Text:
+    return Text(visible(text, "\n"))
 
 
 def show_sizes(by_dtype: Mapping[str, int], chosen: str) -> None:

@@ -16,6 +16,7 @@ from schemas.base import digest
 from schemas.errors import UnsupportedModelError
 from stages.extract.attention import obstacle
 from stages.extract.hub import fetch
+from stages.files import read_regular
 
 EXAMPLES = "vit_base_patch16_384.orig_in21k_ft_in1k or vit_small_patch14_dinov2.lvd142m"
 WORKS = "ViT, DeiT, MAE, DINO, DINOv2, CLIP, SigLIP, BEiT, EVA, EVA-02, DINOv3, RoPE-ViT, PE"
@@ -133,8 +134,8 @@ def _read_config(path: Path, name: str) -> tuple[str, Any, dict[str, Any]]:
         '"architecture", "pretrained_cfg" (mean, std, interpolation) and "model_args".'
     )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular(path, 2**20))
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(
             f"{name} has no readable config.json.", f"{path}: {type(error).__name__}: {error}", repair
         ) from error
