@@ -229,8 +229,14 @@ def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
         CacheCorruptError: If its metadata cannot be read.
     """
     path = store_path(cache_root, spec.fingerprint)
-    if not (path / "features.zarr" / "zarr.json").exists():
+    if not (path / "features.zarr").exists():
         raise FileNotFoundError(path)
+    if not (path / "features.zarr" / "zarr.json").exists():
+        raise CacheCorruptError(
+            f"The metadata of the store {path} is gone.",
+            cause="Its zarr.json was deleted.",
+            repair="Move the folder away, then run `fpt extract`.",
+        )
     return Store(path, spec, described_shard_size(store_attributes(path), spec, path))
 
 
