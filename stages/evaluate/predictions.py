@@ -15,13 +15,10 @@ import pyarrow.parquet as pq
 
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
-from schemas.results import JudgedModel
+from schemas.results import PROBABILITY, JudgedModel
 from schemas.tasks import Task
 from stages.files import atomic_write
 from stages.tasks import decide, label_array, texts
-
-PROBABILITY = "p_"
-"""Prefix of a probability column; no other column starts with it."""
 
 
 @dataclass(frozen=True)

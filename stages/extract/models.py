@@ -17,6 +17,7 @@ from schemas.errors import UnsupportedModelError
 from stages.extract.attention import obstacle
 from stages.extract.hub import fetch
 from stages.files import read_regular
+from stages.vision import compiler_left_out
 
 EXAMPLES = "vit_base_patch16_384.orig_in21k_ft_in1k or vit_small_patch14_dinov2.lvd142m"
 WORKS = "ViT, DeiT, MAE, DINO, DINOv2, CLIP, SigLIP, BEiT, EVA, EVA-02, DINOv3, RoPE-ViT, PE"
@@ -109,6 +110,8 @@ def find_model(name: str, root: Path | None = None) -> FoundModel:
         WeightsError: The `config.json` of the repository cannot be fetched.
         StorageError: The hub's cache cannot be written.
     """
+    with compiler_left_out():
+        import timm  # noqa: F401  (in whatever part it is used below)
     source, colon, place = name.partition(":")
     if colon and source in ("hf-hub", "hf_hub"):
         path = fetch(place, ["config.json"], f"The settings of {name}", f"set lpm.name to {EXAMPLES}")
@@ -168,7 +171,8 @@ def pretrained_cfg(name: str) -> Any:
     Raises:
         UnsupportedModelError: timm does not know the name, or not this tag of it; the nearest names are given.
     """
-    from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
+    with compiler_left_out():
+        from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
 
     try:
         known = get_pretrained_cfg(name) if is_model(name) else None

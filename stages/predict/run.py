@@ -14,7 +14,6 @@ from schemas.features import FeatureSpec
 from schemas.results import Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
-from stages.evaluate.run import probabilities
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
 from stages.extract.lpm import LoadedLpm, describe_lpm, load_lpm
 from stages.images import read_image
@@ -22,6 +21,7 @@ from stages.progress import Progress
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import feature_logits
+from stages.train.outputs import probabilities
 
 
 def predict(
@@ -115,7 +115,7 @@ def _predict_batch(
     if pixels:
         batch = list(pixels.values())
         features = _side_images(batch) if model is None else compute_features(model, spec, batch, device)
-        p = probabilities(feature_logits(bundle, features), bundle.spec.task)
+        p = probabilities(feature_logits(bundle, features), bundle.spec.task).float().numpy()
         if not np.isfinite(p).all():
             raise EvaluationError(
                 "The outputs of the model are not finite.",

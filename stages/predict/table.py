@@ -7,8 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from schemas.results import Prediction
-from stages.evaluate.predictions import PROBABILITY
+from schemas.results import PROBABILITY, Prediction
 from stages.files import atomic_write
 
 

@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from filelock import FileLock
 from pydantic import ValidationError
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from schemas.errors import CacheCorruptError, CacheMismatchError
 from schemas.features import FeatureSpec
@@ -184,6 +182,9 @@ def create_store(cache_root: Path, spec: FeatureSpec, shard_size: int) -> Store:
 
 def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
     """Make an empty group with every array of a spec."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
     attributes = {
         "title": "Keys and values of the important tokens of a frozen vision transformer",
         "fingerprint": spec.fingerprint,
@@ -212,6 +213,8 @@ def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
 
 def _codecs(spec: FeatureSpec, array: ArrayLayout) -> list[Any]:
     """What compresses a chunk before its checksum."""
+    from zarr.codecs import BloscCodec, BloscShuffle, ZstdCodec
+
     if spec.codec == "zstd":
         return [ZstdCodec(level=3)]
     if spec.codec == "blosc":
@@ -267,6 +270,8 @@ def store_attributes(path: Path) -> dict[str, Any]:
     Raises:
         CacheCorruptError: If its metadata cannot be read.
     """
+    import zarr
+
     try:
         return dict(zarr.open_group(path / "features.zarr", mode="r").attrs)
     except Exception as error:  # zarr raises many kinds here; all of them mean unreadable metadata
@@ -282,6 +287,8 @@ def grow_store(store: Store, shards: int) -> None:
     if all(_rows(store, name) >= shards * store.shard_size for name in store.layouts):
         return
     rows = capacity(shards) * store.shard_size
+    import zarr
+
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
         for name, layout in store.layouts.items():
