@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from schemas.errors import ManifestError
@@ -26,6 +24,9 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
     task = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
     schema = pa.schema(
@@ -43,6 +44,9 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ManifestError: It is missing, damaged, or contradicts itself.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         data = path.read_bytes()
     except FileNotFoundError:

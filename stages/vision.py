@@ -1,8 +1,8 @@
 """Import torchvision and timm without torch's compiler, which takes as long to import as torch itself.
 
-Only `train.compile` needs the compiler (`torch._dynamo`, with sympy and a thousand modules more). torchvision imports it
-for a check in an operator of object detection, timm for a decorator in a model that cannot be an LPM; both are put off
-until they are called.
+Only `train.compile` needs the compiler (`torch._dynamo`, with sympy and a thousand more modules). torchvision imports
+it for a check in an operator of object detection, timm for a decorator in a model that cannot be an LPM; here both
+happen only when they are called.
 """
 
 from __future__ import annotations

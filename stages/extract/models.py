@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from schemas.base import digest
 from schemas.errors import UnsupportedModelError
@@ -91,10 +92,23 @@ class FoundModel:
     def build_on_meta(self, num_classes: int = 0, **options: Any) -> nn.Module:
         """The model without weights and, where timm allows it, without memory."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _NoInitialisation():
                 return self.build(num_classes, pretrained=False, **options)
         except (NotImplementedError, RuntimeError):  # some versions of timm read a number from a tensor while building
             return self.build(num_classes, pretrained=False, **options)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leave out the steps of a random initialisation for which torch imports its compiler on the meta device."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func in _STEPS or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else keywords["tensor"]
+        return func(*args, **keywords)
+
+
+_STEPS = (torch.Tensor.erfinv_, torch.Tensor.clamp_, torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 def find_model(name: str, root: Path | None = None) -> FoundModel:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError
 from stages.store.layout import ArrayLayout
-from stages.store.remote import unusable
 from stages.store.shards import ShardFile
 
 OPEN_FILES = 256
@@ -161,6 +160,8 @@ class ZarrArray:
             raise
         except Exception as error:  # zarr and its codecs raise many kinds
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
+                from stages.store.remote import unusable
+
                 raise unusable(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
                 f"The array {self._group}/{self._name} cannot be read: {error}",
