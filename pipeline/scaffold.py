@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.template import dvc_yaml, params_yaml
+from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml
 from schemas.errors import ProjectError, StorageError
 from schemas.settings import OUTPUTS, Settings
 from stages.files import atomic_write
@@ -20,6 +20,7 @@ Settings of this study: what is not listed here does not exist, what is left out
 `dvc repro` runs what a change touches; `fpt cost` tells what a setting costs before anything runs."""
 
 IGNORED_BY_GIT = ("# what fpt computes", f"/{OUTPUTS}/", "/.fpt/", "/dvc_plots/")
+DEMO_IGNORED_BY_GIT = (*IGNORED_BY_GIT, "/data/", "/weights/")
 IGNORED_BY_DVC = ("# the cache and checkpoints of fpt: large, and not DVC's business", "/.fpt/")
 
 
@@ -56,12 +57,13 @@ def undone_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_study(folder: Path, settings: Settings) -> list[Path]:
+def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list[Path]:
     """Write the files of a study.
 
     Args:
         folder: Made where it does not exist.
         settings: Values of `params.yaml`.
+        demo: Whether it is the demo, whose pipeline begins with its data and ends with a baseline.
 
     Returns:
         The files that were written.
@@ -72,9 +74,10 @@ def write_study(folder: Path, settings: Settings) -> list[Path]:
     """
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
+    own = dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub")
     files = {
-        folder / "params.yaml": params_yaml(settings, PARAMS_HEAD),
-        folder / "dvc.yaml": dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub"),
+        folder / "params.yaml": params_yaml(settings, DEMO_HEAD if demo else PARAMS_HEAD),
+        folder / "dvc.yaml": demo_dvc_yaml() if demo else own,
     }
     there = [path.name for path in (*files, folder / "dvc.lock", folder / OUTPUTS) if path.exists()]
     if there:
@@ -87,7 +90,8 @@ def write_study(folder: Path, settings: Settings) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
-        ignores = {folder / ".gitignore": IGNORED_BY_GIT, folder / ".dvcignore": IGNORED_BY_DVC}
+        by_git = DEMO_IGNORED_BY_GIT if demo else IGNORED_BY_GIT
+        ignores = {folder / ".gitignore": by_git, folder / ".dvcignore": IGNORED_BY_DVC}
         for path, lines in ignores.items():
             _add_lines(path, lines)
     except OSError as error:
