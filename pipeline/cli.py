@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,12 +23,16 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
-from schemas.errors import FptError, PlatformError
+from pipeline.console import complain, make_encodable
+from schemas.errors import FptError, PlatformError, StorageError
 from schemas.urls import masked, secrets_in
 from stages.ranks import Ranks
 
 TOGETHER = ("train",)
 """Verbs that several processes run together."""
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's `UsageError`: newer versions of typer contain click under a private name."""
 
 app = typer.Typer(
     name="fpt",
@@ -82,20 +86,45 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Taken out here, so that it is understood before and after the verb and holds while the words are being read.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    make_encodable()
     try:
-        app(words, prog_name="fpt")
+        # Without its own printing of errors, which would pass control characters of a word on to the terminal.
+        code = app(words, prog_name="fpt", standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
-    except FptError as error:
-        typer.echo(_masked(traceback.format_exc().rstrip() if debug else str(error), words), err=True)
-        sys.exit(2)
     except Exception as error:
-        if debug:
-            typer.echo(_masked(traceback.format_exc().rstrip(), words), err=True)
-        else:
-            lines = str(error).strip().splitlines()
-            message = f"{type(error).__name__}: {lines[0] if lines else '(no message)'}"
-            typer.echo(_masked(message, words), err=True)
-            typer.echo("This is an error inside fpt. Repeat the command with --debug to see where.", err=True)
-        sys.exit(1)
-    sys.exit(0)
+        explained = _explained(error)
+        if message := traceback.format_exc() if debug else _internal(error) if explained is None else str(explained):
+            complain(_masked(message.rstrip(), words))
+        sys.exit(1 if explained is None else 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: Exception) -> FptError | None:
+    """The error as one that the user can fix, or None for a fault of this program."""
+    if isinstance(error, FptError):
+        return error
+    if isinstance(error, USAGE_ERROR):
+        context = error.ctx
+        if context is None:
+            return FptError(error.format_message())
+        repair = f"`{context.command_path} --help` lists what is possible."
+        if not (message := error.format_message()):
+            return FptError("")  # no words after `fpt` or a group of verbs: the help is printed already
+        return FptError(f"Error: {message}", context.get_usage(), repair)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        # Every path comes from the user: as an argument, as a setting, or as the folder of the study.
+        return StorageError(
+            f"{error.filename}: {error.strerror}.",
+            "The system refuses this path.",
+            "Correct the path, or repeat the command with --debug to see where it is used.",
+        )
+    return None
+
+
+def _internal(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        f"{type(error).__name__}: {lines[0] if lines else '(no message)'}\n"
+        "This is an error inside fpt. Repeat the command with --debug to see where."
+    )

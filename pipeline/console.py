@@ -1,32 +1,66 @@
-"""Where words go: progress and talk to stderr, results to stdout."""
+"""Output: progress and messages to stderr, results to stdout, nothing that a terminal would obey."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
 from pipeline.tables import pairs as pairs_table
 from pipeline.tables import tables
+from schemas.text import json_visible, shortened, visible
 from stages.ranks import Ranks
 
 MOST_COLUMNS = 8
 """Models beyond which a table has a row per model."""
 
+LAYOUT = "\n\t"
+"""Control characters that our own messages contain."""
+
+
+class SafeConsole(Console):
+    """A console whose text cannot steer the terminal, whatever file names, labels and settings hold.
+
+    Rich drops some control characters silently and passes others on, ESC among them. Text is escaped before it is
+    laid out wherever this module prints it; this catches what comes another way, such as a progress bar.
+    """
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = True) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Escape the text of each segment; control segments are Rich's own (cursor, clear)."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text, LAYOUT))
+
+
+def make_encodable() -> None:
+    """Escape characters that the encoding of stdout or stderr lacks, instead of stopping at them."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
+
 
 def talk() -> Console:
-    """The console for people: stderr, so that a pipe gets results alone."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """The console for people: stderr, so that a pipe receives only results."""
+    return SafeConsole(stderr=True)
 
 
 def say(message: str) -> None:
-    """One line for people, without markup; of several processes that train together, the first one speaks."""
+    """Print one line for people, without markup; of several processes that train together, only rank 0."""
     if Ranks.of().first:
-        talk().print(message, markup=False)
+        talk().print(visible(message, LAYOUT))
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr; the middle of very long lines is left out."""
+    talk().print("\n".join(shortened(visible(line, LAYOUT)) for line in message.split("\n")))
 
 
 def say_next(command: str) -> None:
@@ -37,18 +71,19 @@ def say_next(command: str) -> None:
 
 def show(message: str) -> None:
     """One line of the result, on stdout."""
-    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+    SafeConsole().print(visible(message, LAYOUT))
 
 
 def show_json(value: Mapping[str, Any]) -> None:
-    """The result for machines: JSON alone on stdout."""
-    show(json.dumps(value, indent=2, ensure_ascii=False))
+    """The result for machines: only JSON on stdout."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    show(json_visible(json.dumps(value, indent=2, ensure_ascii=not unicode)))
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """The result for people: one named value a line."""
     show(title)
-    _print(pairs_table(pairs, Console().width))
+    _print(pairs_table([(_cell(name), _cell(value)) for name, value in pairs], Console().width))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
@@ -61,7 +96,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         words: Whether it holds words instead of numbers, which start on the left.
     """
     show(title)
-    for table in tables(columns, rows, Console().width, words=words):
+    cells = [[_cell(cell) for cell in row] for row in (columns, *rows)]
+    for table in tables(cells[0], cells[1:], Console().width, words=words):
         _print(table)
 
 
@@ -82,10 +118,16 @@ def show_models(title: str, head: str, names: Sequence[str], values: Mapping[str
 
 
 def _print(table: Table) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole(soft_wrap=False)
     # Wider than the terminal rather than with broken numbers, where the terminal is too narrow for a single column.
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    Console(highlight=False, width=max(console.width, needed)).print(table)
+    if needed > console.width:
+        console.width = needed
+    console.print(table)
+
+
+def _cell(text: str) -> str:
+    return visible(text, "\n")
 
 
 def show_sizes(by_dtype: Mapping[str, int], chosen: str) -> None:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.yaml_text import load_yaml
 from schemas.errors import ProjectError, SettingsError, StorageError
 from schemas.parse import parse_settings
 from schemas.settings import Settings
+from stages.files import read_small
 
 PARAMS = "params.yaml"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without tags that run code, and without a key that silently wins over its twin."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """One YAML document.
-
-    Raises:
-        SettingsError: Naming the line of a syntax error or of a key that stands twice.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "not YAML"
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else source
-        raise SettingsError(f"{source} is not valid YAML.", [(where, str(problem))], f"Correct {source}.") from None
+LARGEST = 2**20
+"""Bytes of a `params.yaml`; one with all keys and their comments has 20 KiB."""
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -50,15 +25,20 @@ def read_params(path: Path) -> dict[str, Any]:
     Raises:
         ProjectError: There is no such file.
         SettingsError: It is not a YAML mapping.
+        StorageError: It is no regular file, or cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if path.is_dir():
+            raise ProjectError(f"{path} is a folder.", "", f"Name the file in it: --params {path / PARAMS}")
+        text = read_small(path, LARGEST).decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
         raise ProjectError(
             f"There is no {path.name} in {path.absolute().parent}.",
             "fpt works inside a study, a folder with a params.yaml.",
             "Make one with `fpt init my-study --images DIR`, go into it with `cd`, or name its file with --params.",
         ) from None
+    except StorageError:
+        raise
     except UnicodeDecodeError:
         raise SettingsError(f"{path} is not text in UTF-8.", repair="Save it as UTF-8.") from None
     except OSError as error:
@@ -70,7 +50,7 @@ def read_params(path: Path) -> dict[str, Any]:
         raise SettingsError(
             f"{path} holds a {type(raw).__name__}, not keys with values.", repair="Compare it with one from `fpt init`."
         )
-    return {str(key): value for key, value in raw.items()}
+    return _copy(raw)
 
 
 def read_optional_params(path: Path) -> dict[str, Any]:
@@ -105,8 +85,9 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _copy(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
+def _copy(value: dict[Any, Any]) -> dict[str, Any]:
+    # YAML reads a bare `on`, `1` or date as a key that is no text; as text it is reported like any unknown key.
+    return {str(key): _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
 
 
 def load_settings(path: Path, assignments: Sequence[str] = ()) -> Settings:

@@ -67,10 +67,7 @@ class Study:
     @property
     def remote(self) -> str | None:
         """`store.remote`; a relative folder starts at the study's."""
-        named = self.settings.store.remote
-        if named is None or "://" in named or "::" in named:
-            return named
-        return str(original_study(self.root) / Path(named).expanduser())
+        return remote_store(self.settings, self.root)
 
     @property
     def checkpoints(self) -> Path:
@@ -124,6 +121,14 @@ def cache_root(root: Path) -> Path:
     if named:
         return Path(named).expanduser().absolute()
     return original_study(root) / ".fpt" / "cache"
+
+
+def remote_store(settings: Settings, root: Path) -> str | None:
+    """`store.remote` of the study in `root`; a relative folder starts at the study's."""
+    named = settings.store.remote
+    if named is None or "://" in named or "::" in named:
+        return named
+    return str(original_study(root) / Path(named).expanduser())
 
 
 def original_study(root: Path) -> Path:

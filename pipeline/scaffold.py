@@ -1,31 +1,69 @@
-"""A new study directory: its two files, what Git and DVC must not look at, and both initialised."""
+"""A new study directory: its two files, what Git and DVC ignore, and both initialised; all of it or nothing."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.template import dvc_yaml, params_yaml
+from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml
 from schemas.errors import ProjectError, StorageError
 from schemas.settings import OUTPUTS, Settings
+from stages.files import atomic_write
 
 PARAMS_HEAD = """\
 Settings of this study: what is not listed here does not exist, what is left out has the value shown here.
 `dvc repro` runs what a change touches; `fpt cost` tells what a setting costs before anything runs."""
 
 IGNORED_BY_GIT = ("# what fpt computes", f"/{OUTPUTS}/", "/.fpt/", "/dvc_plots/")
+DEMO_IGNORED_BY_GIT = (*IGNORED_BY_GIT, "/data/", "/weights/")
 IGNORED_BY_DVC = ("# the cache and checkpoints of fpt: large, and not DVC's business", "/.fpt/")
 
 
-def write_study(folder: Path, settings: Settings) -> list[Path]:
+@dataclass(frozen=True)
+class Added:
+    """What `initialise` did."""
+
+    parts: tuple[str, ...]
+    """Of "a Git repository" and "a DVC project", those that were made."""
+    unstaged: tuple[str, ...]
+    """Files, relative to the study, that the user's own Git repository does not track yet."""
+
+
+@contextmanager
+def undone_on_failure(folder: Path) -> Iterator[None]:
+    """Remove what the block adds to a study's folder, and the folder if it made it, where the block fails."""
+    absent = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    names = ("params.yaml", "dvc.yaml", ".git", ".dvc", ".gitignore", ".dvcignore")
+    new = [folder / name for name in names if not (folder / name).exists()]
+    contents = {path: path.read_bytes() for path in (folder / ".gitignore", folder / ".dvcignore") if path.is_file()}
+    try:
+        yield
+    except BaseException:
+        for path in new if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            for path, content in contents.items():
+                path.write_bytes(content)
+            for place in absent:
+                place.rmdir()
+        raise
+
+
+def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list[Path]:
     """Write the files of a study.
 
     Args:
         folder: Made where it does not exist.
         settings: Values of `params.yaml`.
+        demo: Whether it is the demo, whose pipeline begins with its data and ends with a baseline.
 
     Returns:
         The files that were written.
@@ -34,9 +72,12 @@ def write_study(folder: Path, settings: Settings) -> list[Path]:
         ProjectError: The folder is a study already; nothing is overwritten.
         StorageError: The folder cannot be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
+    own = dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub")
     files = {
-        folder / "params.yaml": params_yaml(settings, PARAMS_HEAD),
-        folder / "dvc.yaml": dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub"),
+        folder / "params.yaml": params_yaml(settings, DEMO_HEAD if demo else PARAMS_HEAD),
+        folder / "dvc.yaml": demo_dvc_yaml() if demo else own,
     }
     there = [path.name for path in (*files, folder / "dvc.lock", folder / OUTPUTS) if path.exists()]
     if there:
@@ -49,7 +90,8 @@ def write_study(folder: Path, settings: Settings) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
-        ignores = {folder / ".gitignore": IGNORED_BY_GIT, folder / ".dvcignore": IGNORED_BY_DVC}
+        by_git = DEMO_IGNORED_BY_GIT if demo else IGNORED_BY_GIT
+        ignores = {folder / ".gitignore": by_git, folder / ".dvcignore": IGNORED_BY_DVC}
         for path, lines in ignores.items():
             _add_lines(path, lines)
     except OSError as error:
@@ -69,45 +111,64 @@ def _add_lines(path: Path, lines: Sequence[str]) -> None:
     path.write_text(f"{text}{gap}" + "\n".join(missing) + "\n", encoding="utf-8")
 
 
-def initialise(folder: Path, written: Sequence[Path]) -> str:
-    """Put the study under Git and DVC where it is not yet, and stage its files.
+def initialise(folder: Path, written: Sequence[Path]) -> Added:
+    """Put the study under Git and DVC where it is not yet.
 
-    Returns:
-        What was done, for people.
+    Files are staged only in a repository that was made here: the index of the user's own repository stays as it is.
 
     Raises:
-        ProjectError: Git or DVC refused; the message holds their words.
+        ProjectError: Git or DVC failed; the message holds their output.
     """
     done: list[str] = []
     git = shutil.which("git") is not None
-    in_git = git and _run(["git", "rev-parse", "--is-inside-work-tree"], folder, check=False)
+    in_git = git and _run(["git", "rev-parse", "--is-inside-work-tree"], folder, check=False) is not None
     if git and not in_git:
         _run(["git", "init", "--quiet"], folder)
         done.append("a Git repository")
     if not any((place / ".dvc").is_dir() for place in (folder, *folder.resolve().parents)):
         # DVC looks for `.git` in its own folder, unless told that the repository starts further up.
         kind = ["--no-scm"] if not git else [] if (folder / ".git").exists() else ["--subdir"]
-        _dvc(["init", "--quiet", *kind], folder)
+        with _index_kept(folder) if in_git else nullcontext():
+            _dvc(["init", "--quiet", *kind], folder)
         _dvc(["config", "core.analytics", "false"], folder)
         done.append("a DVC project")
-    if git:
-        names = [str(path.relative_to(folder)) for path in written]
-        dvc = [".dvc/config"] if (folder / ".dvc" / "config").exists() else []
-        _run(["git", "add", "--", *names, *dvc], folder)
-    return " and ".join(done)
+    if not git:
+        return Added(tuple(done), ())
+    dvc = [folder / ".dvc" / name for name in ("config", ".gitignore")] if "a DVC project" in done else []
+    names = tuple(str(path.relative_to(folder)) for path in (*written, *dvc) if path.exists())
+    if not in_git:
+        _run(["git", "add", "--", *names], folder)
+        return Added(tuple(done), ())
+    return Added(tuple(done), names)
+
+
+@contextmanager
+def _index_kept(folder: Path) -> Iterator[None]:
+    """Restore Git's index after the block: `dvc init` stages its files, and no option of it prevents that."""
+    path = folder / (_run(["git", "rev-parse", "--git-path", "index"], folder) or "").removesuffix("\n")
+    content = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    finally:
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            atomic_write(path, content)
 
 
 def _dvc(words: Sequence[str], folder: Path) -> None:
     _run([sys.executable, "-m", "dvc", *words], folder)
 
 
-def _run(command: Sequence[str], folder: Path, check: bool = True) -> bool:
+def _run(command: Sequence[str], folder: Path, check: bool = True) -> str | None:
+    """Standard output of a command, or None where it fails and `check` is off."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        words = (done.stderr or done.stdout).strip()
-        raise ProjectError(
-            f"`{' '.join(map(str, command))}` failed in {folder}.",
-            words,
-            f"Put that right and run the command in {folder}: the files of the study are written.",
-        )
-    return done.returncode == 0
+    if not done.returncode:
+        return done.stdout
+    if not check:
+        return None
+    raise ProjectError(
+        f"`{' '.join(map(str, command))}` failed in {folder}.",
+        (done.stderr or done.stdout).strip(),
+        "Nothing is left behind. Fix that, and repeat `fpt init`.",
+    )

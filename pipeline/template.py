@@ -115,6 +115,25 @@ HEAD = """\
 """
 
 
+DEMO_HEAD = """\
+The demo: `make demo` in a copy of the repository, `fpt demo run` anywhere else.
+200 images that the demo draws itself, 518 x 518 pixels. Their class is the direction of a faint fine grating, gone at
+128 pixels. DINOv2 ViT-S/14 reads them once; FPT-X then trains on what it kept.
+Time: some minutes on two cores, most of it in `extract`. Disk: about 1 GiB with the weights.
+Expect a test AUC of at least 0.90 with the cached features, and under 0.65 for the same side network alone.
+Every key is listed; what `fpt init` writes for your own images looks the same."""
+
+DEMO = {
+    "data": {"images": "data/demo"},
+    "lpm": {
+        "name": "vit_small_patch14_dinov2.lvd142m",
+        "weights": "weights/vit_small_patch14_dinov2.safetensors",
+    },
+    "features": {"image_size": 518},
+}
+"""Settings of the demo study that are not defaults."""
+
+
 def four_stages(*, labels: bool, weights: bool) -> str:
     """Prepare, extract, train and evaluate, in the YAML of `dvc.yaml`.
 

@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from schemas.text import counted, visible
+
+SHOWN = 30
+"""Problems of settings that a message lists; the rest are counted."""
+
 
 class FptError(Exception):
     """Root of all errors of this package.
@@ -41,7 +46,10 @@ class SettingsError(FptError, ValueError):
 
     def __init__(self, state: str, problems: Sequence[tuple[str, str]] = (), repair: str = "") -> None:
         self.problems = tuple(problems)
-        super().__init__(state, "\n".join(f"  {path}: {message}" for path, message in problems), repair)
+        lines = [f"  {visible(path)}: {visible(message)}" for path, message in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"  ... and {len(self.problems) - SHOWN:,} more")
+        super().__init__(state, "\n".join(lines), repair)
 
 
 class ProjectError(FptError, ValueError):
@@ -57,7 +65,7 @@ class ImageError(FptError, ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{visible(path)}: {visible(reason)}")
 
 
 class UnreadableImagesError(DataError):
@@ -65,11 +73,10 @@ class UnreadableImagesError(DataError):
 
     def __init__(self, failures: Sequence[tuple[str, str]], repair: str = "", shown: int = 20) -> None:
         self.failures = tuple(failures)
-        lines = [f"  {path}: {reason}" for path, reason in self.failures[:shown]]
+        lines = [f"  {visible(path)}: {visible(reason)}" for path, reason in self.failures[:shown]]
         if len(self.failures) > shown:
-            lines.append(f"  ... and {len(self.failures) - shown} more")
-        count = len(self.failures)
-        super().__init__(f"{count} image{'s' if count != 1 else ''} cannot be used.", "\n".join(lines), repair)
+            lines.append(f"  ... and {len(self.failures) - shown:,} more")
+        super().__init__(f"{counted(len(self.failures), 'image')} cannot be used.", "\n".join(lines), repair)
 
 
 class ManifestError(FptError, ValueError):

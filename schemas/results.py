@@ -15,6 +15,9 @@ from schemas.tasks import Task
 BUNDLE_VERSION = 1
 """Raised by hand when the layout of a bundle changes."""
 
+PROBABILITY = "p_"
+"""Prefix of a probability column in tables of predictions; no other column starts with it."""
+
 
 class SideNetworkSpec(Contract):
     """All that is needed to rebuild the fusion and the side network around its weights."""

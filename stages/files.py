@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from schemas.errors import StorageError
+from schemas.errors import FptError, StorageError
 
 _AGAIN = "then run the same command again: finished work is kept."
 
@@ -26,6 +26,14 @@ _MEANING = {
     errno.EISDIR: "A folder is where a file belongs",
     errno.EIO: "The disk reported an input/output error",
 }
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -74,6 +82,54 @@ def read_regular(path: Path | str) -> bytes:
     """Return the content of a regular file; raises like `open_regular`."""
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read()
+
+
+def irregular(path: Path) -> str | None:
+    """Return what a path leads to, such as "a named pipe", or None for a regular file. Links are followed.
+
+    Raises:
+        OSError: The path does not exist or cannot be reached.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "a special file")
+
+
+def require_regular_file(path: Path, error: type[FptError] = StorageError) -> None:
+    """Refuse folders, pipes, sockets and devices before anything opens them: a read could wait forever or never end.
+
+    Args:
+        path: Links are followed.
+        error: Raised instead of `StorageError` where another leaf of the error tree fits; takes state, cause, repair.
+
+    Raises:
+        FptError: Of the type `error`.
+        OSError: The path does not exist or cannot be reached.
+    """
+    if kind := irregular(path):
+        raise error(f"{path} is {kind}, not a regular file.", "", "Choose a regular file.")
+
+
+def read_small(path: Path, limit: int, error: type[FptError] = StorageError) -> bytes:
+    """Read a small regular file completely.
+
+    Args:
+        path: Links are followed.
+        limit: Largest size, in bytes; a larger file is refused before it is read.
+        error: As in `require_regular_file`.
+
+    Raises:
+        FptError: Of the type `error`: it is no regular file, or it is too large.
+        OSError: It does not exist or cannot be read.
+    """
+    require_regular_file(path, error)
+    with os.fdopen(open_regular(path), "rb") as file:
+        # One byte more: a file that grows is refused as well.
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise error(f"{path} is larger than {limit / 2**20:g} MiB.", "", "Check that it is the right file.")
+    return data
 
 
 def sha256_file(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
 from pydantic import ValidationError
 
 from schemas.errors import ManifestError
@@ -25,6 +24,8 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
+    import pyarrow as pa
+
     columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
     task = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
     schema = pa.schema(
@@ -40,6 +41,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ManifestError: It is missing, damaged, or contradicts itself.
     """
+    import pyarrow as pa
+
     try:
         table = read_table(path)
     except FileNotFoundError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from schemas.base import canonical_json
 from stages.files import atomic_write, read_regular
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CONTENT = b"fpt.sha256"
 """Key of the digest in the schema's metadata; tables of earlier versions have none."""
@@ -25,6 +26,9 @@ def write_table(table: pa.Table, path: Path) -> None:
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     metadata = {**(table.schema.metadata or {}), CONTENT: content_digest(table).encode()}
     buffer = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd", write_page_checksum=True)
@@ -39,6 +43,9 @@ def read_table(path: Path) -> pa.Table:
         OSError: It cannot be read.
         ValueError: It is damaged or no Parquet table.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     # From bytes, not from the path: pyarrow would read a folder named "key=value" as a column.
     data = read_regular(path)
     try:
@@ -54,6 +61,8 @@ def read_table(path: Path) -> pa.Table:
 
 def content_digest(table: pa.Table) -> str:
     """Sha256 (hex) of names, types and values of the columns, in their order, and of the schema's metadata."""
+    import pyarrow as pa
+
     metadata = {key.hex(): value.hex() for key, value in (table.schema.metadata or {}).items() if key != CONTENT}
     content = hashlib.sha256(canonical_json([metadata, table.num_rows]).encode())
     for name, column in zip(table.column_names, table.columns, strict=True):

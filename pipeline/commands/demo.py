@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from pipeline.console import say, score, show_pairs
 from pipeline.options import PARAMS_FILE, Assignments, Params
-from schemas.errors import ProjectError
+from pipeline.params import PARAMS
+from schemas.errors import ProjectError, SettingsError
 from schemas.results import Metrics
 from schemas.settings import OUTPUTS
 
-demo = typer.Typer(help="The demo study at the root of the repository; `make demo` runs it.", no_args_is_help=True)
+FOLDER = Path("fpt-demo")
+
+demo = typer.Typer(help="A small study of images that the demo draws itself: `fpt demo run`.", no_args_is_help=True)
+
+
+@demo.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Folder of the demo study; made where it does not exist.")] = FOLDER,
+    assignments: Assignments = None,
+) -> None:
+    """Make the demo study, run its pipeline, and print the test AUC. Some minutes; a second call resumes."""
+    from pipeline.params import override
+    from pipeline.scaffold import initialise, undone_on_failure, write_study
+    from pipeline.template import DEMO
+    from schemas.parse import parse_settings
+
+    if not (folder / PARAMS).exists():
+        settings = parse_settings(override(DEMO, assignments or []), source="The demo's settings")
+        with undone_on_failure(folder):
+            initialise(folder, write_study(folder, settings, demo=True))
+    elif assignments:
+        raise SettingsError(
+            f"{folder} is a study already.",
+            [("--set", "only for a new one")],
+            f"Edit {folder / PARAMS}, or choose another folder.",
+        )
+    # The stages of `dvc.yaml` call `fpt`, which must be the one of this environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"], cwd=folder, env={**os.environ, "PATH": path}, check=False
+    )
+    if done.returncode:
+        raise ProjectError(
+            f"The pipeline of the demo in {folder} failed.",
+            "Its messages are above.",
+            f"Fix that, and repeat `fpt demo run {shlex.quote(str(folder))}`: finished stages are kept.",
+        )
+    summary(folder / PARAMS)
 
 
 @demo.command()
@@ -23,6 +66,12 @@ def data(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
     from stages.demo.images import make_demo_images
     from stages.demo.weights import fetch_demo_weights
 
+    if params == PARAMS_FILE and not params.exists():
+        raise ProjectError(
+            f"There is no {PARAMS} here.",
+            "This verb is the first stage of the demo study.",
+            "Run `fpt demo run`: it makes that study, and runs all of it.",
+        )
     settings, root = load_settings(params, assignments or []), params.absolute().parent
     images, weights = root / settings.data.images, root / settings.lpm.weights
     with ImageBar("Drawing images") as bar:
@@ -52,5 +101,7 @@ def _auc(folder: Path) -> float | None:
         return Metrics.model_validate_json(path.read_bytes()).auc
     except (OSError, ValueError):
         raise ProjectError(
-            f"There are no metrics at {path}.", "The demo has not run to its end.", "Run `make demo`, or `dvc repro`."
+            f"There are no metrics at {path}.",
+            "The demo has not run to its end, or this is not its folder.",
+            f"Run `dvc repro` in the folder of the demo study; `fpt demo run` makes one in {FOLDER}.",
         ) from None

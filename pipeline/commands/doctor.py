@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_jso
     settings, finding = _settings(params, assignments or [])
     root = params.absolute().parent
     cache = cache_root(root)
-    findings = [*_packages(), *_machine(settings, cache), finding, *_study(settings, root, cache, finding.status)]
+    study = _study(settings, root, cache, finding.status, _options(params, assignments or []))
+    findings = [*_packages(), *_machine(settings, cache), finding, *study]
     health = Health(findings=tuple(findings))
     if as_json:
         show_json({"healthy": health.healthy, **health.model_dump(mode="json")})
@@ -39,6 +41,12 @@ def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_jso
         _show(health)
     if not health.healthy:
         raise typer.Exit(1)
+
+
+def _options(params: Path, assignments: list[str]) -> str:
+    """The options of this command that a command in a repair needs as well."""
+    words = [*(("--params", str(params)) if params != Path(PARAMS) else ()), *(f"--set={each}" for each in assignments)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _settings(params: Path, assignments: list[str]) -> tuple[Settings | None, Finding]:
@@ -94,8 +102,9 @@ def _machine(settings: Settings | None, cache: Path) -> list[Finding]:
     ]
 
 
-def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> list[Finding]:
-    """Model, hub, weights and store; each goes on as far as it can without what failed before."""
+def _study(settings: Settings | None, root: Path, cache: Path, status: str, options: str) -> list[Finding]:
+    """Model, hub, weights and store; each as far as possible without what failed before."""
+    from pipeline.project import remote_store
     from schemas.health import Finding
     from schemas.settings import OUTPUTS
     from stages.doctor.guard import run_check
@@ -108,7 +117,8 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
         skipped = [Finding(name=name, status="skipped", detail=why) for name in names]
         return [run_check("model hub", check_hub, None), *skipped]
     solved: list[tuple[Settings, LpmInfo]] = []
-    model = run_check("model", _resolve, settings, root, solved)
+    model = run_check("model", _resolve, settings, root, cache, solved)
+    remote = remote_store(settings, root)
     receipt = root / OUTPUTS / "features" / "receipt.json"
     if not solved:
         weights = Finding(name="weights", status="skipped", detail="the model is not known")
@@ -116,22 +126,29 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str) -> l
             model,
             run_check("model hub", check_hub, None),
             weights,
-            run_check("store", check_store, cache, receipt),
+            run_check("store", check_store, cache, receipt, remote, limit=WEIGHTS_SECONDS),
         ]
     resolved, _ = solved[0]
     hub = run_check("model hub", lambda: check_hub(need_hub(resolved.lpm, root)))
     weights = run_check("weights", check_weights, resolved, root, limit=WEIGHTS_SECONDS)
-    known = (resolved, root) if weights.status == "ok" else ()
-    return [model, hub, weights, run_check("store", check_store, cache, receipt, *known, limit=WEIGHTS_SECONDS)]
+    known = (resolved, root, f"fpt extract{options}") if weights.status == "ok" else ()
+    store = run_check("store", check_store, cache, receipt, remote, *known, limit=WEIGHTS_SECONDS)
+    return [model, hub, weights, store]
 
 
-def _resolve(settings: Settings, root: Path, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
+def _resolve(settings: Settings, root: Path, cache: Path, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
     from schemas.health import Finding
-    from schemas.resolve import resolve
+    from schemas.resolve import feature_spec, resolve
     from stages.extract.lpm import describe_lpm
+    from stages.extract.precision import stored_precision
 
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
-    solved.append((resolve(settings, lpm), lpm))
+    resolved = resolve(settings, lpm)
+    # As in an extraction, "auto" is the precision of the store; without a store there is nothing to compare, and
+    # nothing is measured.
+    if settings.features.precision == "auto" and (stored := stored_precision(cache, feature_spec(resolved, lpm, ""))):
+        resolved = resolved.model_copy(update={"features": resolved.features.model_copy(update={"precision": stored})})
+    solved.append((resolved, lpm))
     return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
 
 

@@ -82,15 +82,17 @@ def check_threads(wanted: int = 0, environment: Mapping[str, str] | None = None)
             repair="unset OMP_WAIT_POLICY, or OMP_WAIT_POLICY=passive",
         )
     source = "compute.threads" if wanted else "OMP_NUM_THREADS" if named.isdecimal() else "the affinity"
+    # Outside of a study there is no compute.threads.
+    setting = "compute.threads" if wanted else "OMP_NUM_THREADS or, in a study, compute.threads"
     if used > cores:
         return Finding(
             name="threads",
             status="warn",
             detail=f"{detail} from {source}: more than cores, so that they wait for each other",
-            repair=f"Set compute.threads to {cores}.",
+            repair=f"Set {setting} to {cores}.",
         )
     if used < cores:
-        repair = f"Set compute.threads to {cores}, unless other processes need the cores."
+        repair = f"Set {setting} to {cores}, unless other processes need the cores."
         return Finding(name="threads", status="warn", detail=f"{detail} from {source}", repair=repair)
     return Finding(name="threads", status="ok", detail=detail)
 

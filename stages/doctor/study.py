@@ -60,14 +60,23 @@ def check_weights(settings: Settings, root: Path) -> Finding:
     return Finding(name="weights", status="ok", detail=f"{path} fits {loaded.info.name} ({loaded.weights_sha256[:16]})")
 
 
-def check_store(cache_root: Path, receipt: Path, settings: Settings | None = None, root: Path | None = None) -> Finding:
-    """Whether the store behind a study's extraction receipt is there, whole as far as lengths and receipts tell.
+def check_store(
+    cache_root: Path,
+    receipt: Path,
+    remote: str | None = None,
+    settings: Settings | None = None,
+    root: Path | None = None,
+    repair: str = "fpt extract",
+) -> Finding:
+    """Whether the store behind a study's extraction receipt is there, complete as far as lengths and receipts tell.
 
     Args:
         cache_root: Folder of all stores.
         receipt: The study's extraction receipt.
-        settings: Resolved; None where they or the weights are not known.
+        remote: `store.remote`, from which training reads what the cache lacks.
+        settings: Resolved, with the precision of the store for "auto"; None where they or the weights are not known.
         root: Folder of `params.yaml`, with `settings`.
+        repair: Command that extracts under these settings.
 
     Raises:
         CacheIncompleteError: The store or shards of it are gone.
@@ -75,12 +84,12 @@ def check_store(cache_root: Path, receipt: Path, settings: Settings | None = Non
     """
     from stages.extract.plan import requested_spec
     from stages.extract.receipt import read_extraction_receipt
-    from stages.store.reader import open_store
+    from stages.store.remote_rows import open_rows
 
     if not receipt.exists():
         return Finding(name="store", status="skipped", detail="no features were extracted yet")
     found = read_extraction_receipt(receipt)
-    reader = open_store(cache_root, found)
+    reader = open_rows(cache_root, found, remote)
     try:
         reader.require_whole()
     finally:
@@ -89,5 +98,5 @@ def check_store(cache_root: Path, receipt: Path, settings: Settings | None = Non
     differing = {} if settings is None or root is None else requested_spec(settings, root).differing(found.spec)
     if differing:
         detail += f", of other settings than now: {', '.join(differing)}"
-        return Finding(name="store", status="warn", detail=detail, repair="fpt extract")
+        return Finding(name="store", status="warn", detail=detail, repair=repair)
     return Finding(name="store", status="ok", detail=detail)

@@ -14,13 +14,10 @@ import pyarrow as pa
 
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
-from schemas.results import JudgedModel
+from schemas.results import PROBABILITY, JudgedModel
 from schemas.tasks import Task
 from stages.parquet import read_table, write_table
 from stages.tasks import decide, label_array, texts
-
-PROBABILITY = "p_"
-"""Prefix of a probability column; no other column starts with it."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from schemas.base import digest
 from schemas.errors import UnsupportedModelError
 from stages.extract.attention import obstacle
 from stages.extract.hub import fetch
+from stages.files import read_small
+from stages.vision import compiler_left_out
 
 EXAMPLES = "vit_base_patch16_384.orig_in21k_ft_in1k or vit_small_patch14_dinov2.lvd142m"
 WORKS = "ViT, DeiT, MAE, DINO, DINOv2, CLIP, SigLIP, BEiT, EVA, EVA-02, DINOv3, RoPE-ViT, PE"
@@ -89,10 +92,23 @@ class FoundModel:
     def build_on_meta(self, num_classes: int = 0, **options: Any) -> nn.Module:
         """The model without weights and, where timm allows it, without memory."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _NoInitialisation():
                 return self.build(num_classes, pretrained=False, **options)
         except (NotImplementedError, RuntimeError):  # some versions of timm read a number from a tensor while building
             return self.build(num_classes, pretrained=False, **options)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leave out the steps of a random initialisation for which torch imports its compiler on the meta device."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func in _STEPS or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else keywords["tensor"]
+        return func(*args, **keywords)
+
+
+_STEPS = (torch.Tensor.erfinv_, torch.Tensor.clamp_, torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 def find_model(name: str, root: Path | None = None) -> FoundModel:
@@ -108,6 +124,8 @@ def find_model(name: str, root: Path | None = None) -> FoundModel:
         WeightsError: The `config.json` of the repository cannot be fetched.
         StorageError: The hub's cache cannot be written.
     """
+    with compiler_left_out():
+        import timm  # noqa: F401  (in whatever part it is used below)
     source, colon, place = name.partition(":")
     if colon and source in ("hf-hub", "hf_hub"):
         path = fetch(place, ["config.json"], f"The settings of {name}", f"set lpm.name to {EXAMPLES}")
@@ -133,8 +151,8 @@ def _read_config(path: Path, name: str) -> tuple[str, Any, dict[str, Any]]:
         '"architecture", "pretrained_cfg" (mean, std, interpolation) and "model_args".'
     )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_small(path, 2**20))
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(
             f"{name} has no readable config.json.", f"{path}: {type(error).__name__}: {error}", repair
         ) from error
@@ -167,7 +185,8 @@ def pretrained_cfg(name: str) -> Any:
     Raises:
         UnsupportedModelError: timm does not know the name, or not this tag of it; the nearest names are given.
     """
-    from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
+    with compiler_left_out():
+        from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
 
     try:
         known = get_pretrained_cfg(name) if is_model(name) else None

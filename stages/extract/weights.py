@@ -11,7 +11,7 @@ from schemas.settings import LpmSettings
 from stages.extract.hub import answers, cached, fetch, refused
 from stages.extract.hub import hub_reachable as hub_reachable
 from stages.extract.models import FoundModel, find_model
-from stages.files import storage_errors
+from stages.files import irregular, storage_errors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 LOCAL = "set lpm.weights to a local file (.safetensors, .pth, .npz)"
@@ -77,7 +77,8 @@ def _hub_names(model: FoundModel) -> Sequence[str]:
 def _local(lpm: LpmSettings, root: Path) -> Path:
     path = root / Path(lpm.weights).expanduser()
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        # A pipe or device is never opened: a read could wait forever.
+        what = f"is {irregular(path)}" if path.exists() else "does not exist"
         raise WeightsError(
             f"The weights file {path} {what}.",
             f"lpm.weights is {lpm.weights!r}; relative paths start at {root}.",
@@ -96,7 +97,7 @@ def _in_folder(folder: Path) -> Path:
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    others = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(others) == 1:
         return others[0]
     found = f"several files of weights: {', '.join(path.name for path in others)}" if others else "no file of weights"

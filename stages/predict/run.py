@@ -15,7 +15,6 @@ from schemas.features import FeatureSpec
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
-from stages.evaluate.run import probabilities
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
 from stages.extract.lpm import LoadedLpm, describe_lpm, load_lpm
 from stages.images import read_image
@@ -23,6 +22,7 @@ from stages.progress import Progress
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import feature_logits
+from stages.train.outputs import probabilities
 
 
 @dataclass(frozen=True)

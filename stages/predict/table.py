@@ -7,12 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from schemas.errors import SettingsError
-from schemas.results import Prediction
-from stages.evaluate.predictions import PROBABILITY
+from schemas.results import PROBABILITY, Prediction
 from stages.files import atomic_write
 from stages.tables import csv_text, safe_cell
 
@@ -78,6 +74,9 @@ def _tsv(rows: Sequence[Prediction]) -> bytes:
 
 
 def _parquet(rows: Sequence[Prediction]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     classes = _classes(rows)
     shares = [row.probabilities or {} for row in rows]
     columns = [

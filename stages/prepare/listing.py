@@ -5,17 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from schemas.text import counted as counted
+from schemas.text import visible
+
 
 def listed(lines: Iterable[str], shown: int = 20) -> str:
     """Indent the first lines, one each, and count the rest."""
     every = list(lines)
     rest = [f"... and {len(every) - shown} more"] if len(every) > shown else []
-    return "\n".join(f"  {line}" for line in every[:shown] + rest)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `2 images`, `2 classes`."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+    # Each line is one item: a line break in a file name must not look like another item.
+    return "\n".join(f"  {visible(line)}" for line in every[:shown] + rest)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from schemas.base import digest
 from schemas.errors import ManifestError
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.settings import DataSettings
-from stages.files import atomic_write, storage_errors
+from stages.files import storage_errors
 from stages.manifest import write_manifest
+from stages.parquet import read_table, write_table
 
 _COLUMNS = ("kind", "name", "split")
 _CONTENT, _GROUP = "content", "group"
@@ -92,24 +92,29 @@ def read_known(folder: Path, data: DataSettings) -> KnownSplits:
     """
     path = _known_file(folder, data)
     try:
-        raw = path.read_bytes()
+        table = read_table(path)
     except FileNotFoundError:
         return KnownSplits()
     except OSError as error:
         raise ManifestError(f"{path} cannot be read.", f"{error.strerror}.", "Make it readable.") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
     try:
-        table = pq.ParquetFile(pa.BufferReader(raw)).read()
         kinds, names, splits = (table.column(name).to_pylist() for name in _COLUMNS)
         found: dict[str, dict[str, Split]] = {_CONTENT: {}, _GROUP: {}}
         for kind, name, split in zip(kinds, names, splits, strict=True):
             found[kind][name] = _KNOWN[split]
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        raise ManifestError(
-            f"{path} is damaged: the splits of earlier draws are lost.",
-            f"{type(error).__name__}: {error}",
-            "Restore it, or draw all splits again with `fpt prepare --redraw`.",
-        ) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
     return KnownSplits(found[_CONTENT], found[_GROUP])
+
+
+def _damaged(path: Path, cause: str) -> ManifestError:
+    return ManifestError(
+        f"{path} is damaged: the splits of earlier draws are lost.",
+        cause,
+        "Restore it, or draw all splits again with `fpt prepare --redraw`.",
+    )
 
 
 def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: Manifest) -> None:
@@ -122,9 +127,7 @@ def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: 
     rows += [(_GROUP, *item) for item in sorted(known.groups.items())]
     schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in _COLUMNS])
     columns = {name: [row[place] for row in rows] for place, name in enumerate(_COLUMNS)}
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
-    atomic_write(_known_file(folder, data), buffer.getvalue().to_pybytes())
+    write_table(pa.table(columns, schema=schema), _known_file(folder, data))
     write_manifest(manifest, manifest_copy(folder, data))
 
 

@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from filelock import FileLock
 from pydantic import ValidationError
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec, ZstdCodec
 
 from schemas.errors import CacheCorruptError, CacheMismatchError
 from schemas.features import FeatureSpec
@@ -212,6 +210,9 @@ def _restore_description(path: Path, spec: FeatureSpec) -> None:
 
 def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
     """Make an empty group with every array of a spec."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
     attributes = {
         "title": "Keys and values of the important tokens of a frozen vision transformer",
         "fingerprint": spec.fingerprint,
@@ -240,6 +241,8 @@ def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
 
 def _codecs(spec: FeatureSpec, array: ArrayLayout) -> list[Any]:
     """What compresses a chunk before its checksum."""
+    from zarr.codecs import BloscCodec, BloscShuffle, ZstdCodec
+
     if spec.codec == "zstd":
         return [ZstdCodec(level=3)]
     if spec.codec == "blosc":
@@ -257,8 +260,14 @@ def open_store_layout(cache_root: Path, spec: FeatureSpec) -> Store:
         CacheCorruptError: If its metadata cannot be read.
     """
     path = store_path(cache_root, spec.fingerprint)
-    if not (path / "features.zarr" / "zarr.json").exists():
+    if not (path / "features.zarr").exists():
         raise FileNotFoundError(path)
+    if not (path / "features.zarr" / "zarr.json").exists():
+        raise CacheCorruptError(
+            f"The metadata of the store {path} is gone.",
+            cause="Its zarr.json was deleted.",
+            repair="Move the folder away, then run `fpt extract`.",
+        )
     return Store(path, spec, described_shard_size(store_attributes(path), spec, path))
 
 
@@ -335,6 +344,8 @@ def store_attributes(path: Path) -> dict[str, Any]:
     Raises:
         CacheCorruptError: If its metadata cannot be read.
     """
+    import zarr
+
     try:
         # Zarr would wait for a FIFO.
         os.close(open_regular(path / "features.zarr" / "zarr.json"))
@@ -352,6 +363,8 @@ def grow_store(store: Store, shards: int) -> None:
     if all(_rows(store, name) >= shards * store.shard_size for name in store.layouts):
         return
     rows = capacity(shards) * store.shard_size
+    import zarr
+
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
         for name, layout in store.layouts.items():

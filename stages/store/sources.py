@@ -21,7 +21,6 @@ from schemas.features import CRC_BYTES
 from schemas.urls import masked, secrets_in
 from stages.files import read_regular
 from stages.store.layout import ArrayLayout
-from stages.store.remote import unusable
 from stages.store.shards import ShardFile
 
 OPEN_FILES = 256
@@ -213,6 +212,8 @@ class ZarrArray:
             raise
         except Exception as error:  # zarr and its codecs raise many kinds
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
+                from stages.store.remote import unusable
+
                 raise unusable(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
                 f"The array {self._shown} cannot be read: {masked(str(error), secrets_in(self._group))}",

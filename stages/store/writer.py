@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import zarr
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
@@ -84,6 +83,8 @@ def write_shard(
     Raises:
         StorageError: If the disk is full or read-only; the shard is removed again.
     """
+    import zarr
+
     if not 0 < len(ids) <= store.shard_size:
         raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
     digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tv
 
 from schemas.settings import AugmentSettings, Method
 from stages.ranks import ALONE, Ranks
@@ -20,6 +18,11 @@ from stages.store.layout import CACHED
 from stages.store.memory import Rows
 from stages.train.cached import Cached
 from stages.train.targets import Target
+from stages.vision import compiler_left_out
+
+with compiler_left_out():
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as tv
 
 READS: dict[Method, tuple[str, ...]] = {
     "fpt": (*CACHED, "side"),

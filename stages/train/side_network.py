@@ -50,6 +50,8 @@ class Block(nn.Module):
         """(B, N, width) -> (B, kept, width): what follows attention is computed for the first tokens alone."""
         tokens = tokens[:, :kept] + self.attn(self.norm1(tokens), kept)
         hidden = linear(cast("nn.Linear", self.mlp[0]), self.norm2(tokens))
+        if not torch.is_grad_enabled():
+            return tokens + self._narrow(hidden)
         # Four times as wide as a token: the activation is cheaper to compute again than to keep.
         mixed: torch.Tensor = checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
         return tokens + mixed

@@ -173,7 +173,7 @@ def test_cost_outside_of_a_study_from_flags_alone(tmp_path: Path, fpt: Fpt) -> N
 
 def test_demo_summary_prints_both_areas(study: Path, fpt: Fpt) -> None:
     _, err = fpt("demo", "summary", cwd=study, code=2)
-    assert "make demo" in err
+    assert "`dvc repro`" in err and "`fpt demo run`" in err
     shutil.copytree(study / "outputs" / "evaluation", study / "outputs" / "baseline" / "evaluation")
     out, err = fpt("demo", "summary", cwd=study)
     assert out.count("1.000") == 2

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,132 @@ def test_settings_that_are_named_but_not_there(tmp_path: Path, capsys: pytest.Ca
         cli.main(["doctor", "--params", str(tmp_path / "none.yaml")])
     assert stopped.value.code == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+def fpt(*words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 0, capsys.readouterr().err
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_store_begun_in_any_precision_fits_auto(
+    precision: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FPT_CACHE_DIR", str(root / "new cache"))
+    text = (root / "params.yaml").read_text().replace("precision: float32", "precision: auto", 1)
+    (root / "params.yaml").write_text(text)
+    assert "precision: auto" in text
+    fpt("extract", "--set", f"features.precision={precision}", capsys=capsys)
+    code, found = doctor(capsys=capsys)
+    assert code == 0
+    assert found["store"]["status"] == "ok", found["store"]
+    # Extraction agrees: there is nothing to compute.
+    fpt("extract", capsys=capsys)
+    assert len(list((root / "new cache").glob("*/features.zarr"))) == 1
+
+
+def edit(key: str, value: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        text = (root / "params.yaml").read_text()
+        changed = re.sub(rf"(?m)^(  {key}:) .*$", rf"\1 {value}", text, count=1)
+        assert changed != text
+        (root / "params.yaml").write_text(changed)
+
+    return change
+
+
+def cut(pattern: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = min(root.glob(pattern))
+        path.write_bytes(path.read_bytes()[:-1])
+
+    return change
+
+
+def drop(pattern: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = min(root.glob(pattern))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def flip(pattern: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = min(root.glob(pattern))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit("ratio", "0.5"),
+        edit("dtype", "int8"),
+        edit("precision", "bfloat16"),
+        edit("weights", "other.safetensors"),
+        cut("cache/*/features.zarr/keys/c.1.*"),
+        drop("cache/*/features.zarr/keys/c.1.*"),
+        drop("cache/*/receipts/000001.json"),
+        cut("cache/*/receipts/000001.json"),
+        drop("cache"),
+        drop("cache/*/features.zarr"),
+        drop("cache/*/features.zarr/zarr.json"),
+        cut("cache/*/features.zarr/zarr.json"),
+        drop("cache/*/index"),
+        cut("outputs/features/receipt.json"),
+        flip("outputs/features/receipt.json"),
+    ],
+    ids=lambda change: "-".join(str(cell.cell_contents) for cell in change.__closure__),
+)
+def test_a_followed_repair_makes_the_warning_go_away(
+    damage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_weights(root / "other.safetensors", seed=1)
+    damage(root)
+    for _ in range(2):  # the repair of one may uncover another
+        _, found = doctor(capsys=capsys)
+        if found["store"]["status"] == "ok":
+            break
+        assert found["store"]["status"] in ("warn", "fail")
+        repair = found["store"]["repair"]
+        if "Move the folder away" in repair:
+            shutil.move(min(root.glob("cache/*")), root / "away")
+        command = re.search(r"`fpt ([^`]*)`", repair)
+        fpt(*shlex.split(command[1] if command else repair.removeprefix("fpt ")), capsys=capsys)
+    assert doctor(capsys=capsys)[1]["store"]["status"] == "ok", found["store"]
+
+
+def test_the_repair_names_the_overrides(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--params", str(root / "params.yaml"), "--set", "features.ratio=0.5"]
+    repair = doctor(*words, capsys=capsys)[1]["store"]["repair"]
+    fpt(*shlex.split(repair)[1:], capsys=capsys)
+    assert doctor(*words, capsys=capsys)[1]["store"]["status"] == "ok"
+
+
+def test_a_store_that_is_read_from_its_remote(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "there").mkdir()
+    fpt("cache", "push", str(root / "there"), capsys=capsys)
+    monkeypatch.setenv("FPT_CACHE_DIR", str(root / "empty"))
+    assert failures(doctor(capsys=capsys)[1]) == {"store"}
+    code, found = doctor("--set", "store.remote=there", capsys=capsys)
+    assert (code, found["store"]["status"]) == (0, "ok"), found["store"]
+
+
+def test_repairs_of_threads_work_outside_of_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    finding = doctor(capsys=capsys)[1]["threads"]
+    repair = re.match(r"Set OMP_NUM_THREADS or, in a study, compute\.threads to (\d+)", finding["repair"])
+    assert finding["status"] == "warn" and repair
+    monkeypatch.setenv("OMP_NUM_THREADS", repair[1])
+    assert doctor(capsys=capsys)[1]["threads"]["status"] == "ok"

@@ -3,9 +3,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.params import dump_settings, load_settings, load_yaml, override, read_params, write_settings
+from pipeline.params import dump_settings, load_settings, override, read_params, write_settings
+from pipeline.yaml_text import load_yaml
 from schemas.errors import FptError, ProjectError, SettingsError
 from schemas.settings import Settings
+
+BOMB = "data:\n  classes:\n    - &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"    - &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+"""4 KiB of text that stand for 300 thousand million values."""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -38,6 +44,19 @@ def test_a_missing_folder_is_a_missing_file(tmp_path: Path) -> None:
         ("just words", "holds a str"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("? [a, b]\n: 1", "unhashable"),
+        ("a: &a [*a]", "line 1, column 8: an alias within the value"),
+        ("a: &a {b: [*a]}", "an alias within the value"),
+        ("x: " + "[" * 10_000, "more than 32 levels of nesting"),
+        (BOMB, "more than 100,000 values"),
+        ("data:\n  seed: " + "9" * 5000, "line 2, column 9: not a valid int"),
+        ("data: {seed: 0x" + "f" * 5000 + "}", "more than 64 bits"),
+        ("x: 2024-13-45", "not a valid timestamp"),
+        ("x: !!int ''", "not a valid int"),
+        ("x: !!bool maybe", "not a valid bool"),
+        ('x: "a\\0b"', r"text with \\x00"),
+        ('"\\ud800": 1', r"text with \\ud800"),
+        ("x: \x1b[31m", r"character 4: U\+001B"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
     ],
 )
 def test_bad_yaml_is_a_settings_error(tmp_path: Path, text: str, words: str) -> None:
@@ -103,3 +122,32 @@ def test_written_settings_give_the_same_settings(tmp_path: Path) -> None:
 
 def test_errors_are_of_the_one_tree() -> None:
     assert issubclass(SettingsError, FptError)
+
+
+def test_aliases_within_the_limits_are_read(tmp_path: Path) -> None:
+    text = "features: {image_size: &size 64}\ntrain: {side_image_size: *size}\n"
+    settings = load_settings(write(tmp_path, text))
+    assert (settings.features.image_size, settings.train.side_image_size) == (64, 64)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbfmethod: fpt\n")
+    assert load_settings(tmp_path / "params.yaml").method == "fpt"
+
+
+@pytest.mark.parametrize("text", ["on: 1", "1: 2", "data: {on: 1}", "data: {2024-01-01: 1}"])
+def test_keys_that_are_no_text_are_unknown_keys(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError, match="unknown key"):
+        load_settings(write(tmp_path, text))
+
+
+def test_a_folder_names_the_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(ProjectError, match=r"is a folder\.\nName the file in it: --params .*params\.yaml"):
+        read_params(tmp_path)
+
+
+def test_of_many_problems_the_first_are_listed() -> None:
+    error = SettingsError("state", [(f"key{number}", "bad\nworse") for number in range(5000)])
+    assert len(error.problems) == 5000
+    assert len(str(error).splitlines()) == 32
+    assert str(error).endswith("... and 4,970 more")

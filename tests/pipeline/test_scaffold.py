@@ -1,3 +1,5 @@
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,13 +63,59 @@ def test_init_makes_a_repository_with_staged_files(tmp_path: Path, images: Path,
     ]
 
 
-def test_init_in_a_subfolder_of_a_git_repository(tmp_path: Path, images: Path, run: Run) -> None:
+@pytest.mark.parametrize("commits", [False, True])
+def test_init_in_a_subfolder_of_a_git_repository(tmp_path: Path, images: Path, run: Run, commits: bool) -> None:
     run(["git", "init", "--quiet"], cwd=tmp_path)
-    run(["fpt", "init", "studies/one", "--images", images], cwd=tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    run(["git", "add", "mine.txt"], cwd=tmp_path)
+    if commits:
+        run(["git", "commit", "--quiet", "-m", "Mine"], cwd=tmp_path)
+        (tmp_path / "mine.txt").write_text("changed")
+        run(["git", "add", "mine.txt"], cwd=tmp_path)
+    before = run(["git", "ls-files", "--stage"], cwd=tmp_path).stdout
+    done = run(["fpt", "init", "studies/one", "--images", images], cwd=tmp_path)
     study = tmp_path / "studies" / "one"
     assert not (study / ".git").exists()
     assert (study / ".dvc").is_dir()
+    assert run(["git", "ls-files", "--stage"], cwd=tmp_path).stdout == before, "the index is the user's"
     run(["dvc", "status"], cwd=study)
+    # The printed command adds all that DVC needs.
+    command = next(line for line in done.stderr.splitlines() if line.startswith("  git add "))
+    run(["sh", "-c", command], cwd=study)
+    staged = run(["git", "diff", "--cached", "--name-only", "--relative"], cwd=study).stdout.split()
+    assert set(staged) == {"params.yaml", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"}
+    assert run(["git", "status", "--short", "."], cwd=study).stdout.count("??") == 0
+    run(["git", "commit", "--quiet", "-m", "A study"], cwd=study)
+
+
+def test_a_failed_init_leaves_nothing_behind(
+    tmp_path: Path, images: Path, environment: dict[str, str], run: Run
+) -> None:
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "git").write_text('#!/bin/sh\ncase "$1" in rev-parse) exit 1;; esac\necho broken >&2; exit 3\n')
+    (bin_folder / "git").chmod(0o755)
+    broken = {**environment, "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}"}
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / ".gitignore").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for study in ("new/deep/study", "there"):
+        done = subprocess.run(
+            ["fpt", "init", study, "--images", images],
+            cwd=tmp_path, env=broken, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "broken" in done.stderr and "Nothing is left behind" in done.stderr
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    run(["fpt", "init", "there", "--images", images], cwd=tmp_path)
+
+
+def test_a_file_is_no_place_for_a_study(tmp_path: Path, images: Path, run: Run) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run(["fpt", "init", "file", "--images", "images"], cwd=tmp_path, code=2)
+    assert "file is a file" in done.stderr
+    run(["fpt", "init", "file/study", "--images", "images"], cwd=tmp_path, code=2)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_init_inside_a_dvc_project_adds_none(tmp_path: Path, images: Path, run: Run) -> None:
@@ -94,11 +142,13 @@ def test_init_with_a_csv_watches_it(tmp_path: Path, images: Path, run: Run) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--images", "nowhere"], "no folder of images"),
-        (["--images", "empty"], "no class folders"),
-        (["--images", "images", "--labels", "nothing.csv"], "no CSV"),
-        (["--images", "images", "--labels", "labels.csv"], "did you mean 'lable'"),
-        (["--images", "images", "--set", "train.lrr=1"], "did you mean 'train.lr'"),
+        (["--images", "nowhere"], "no folder of images|Correct --images."),
+        (["--images", "empty"], "no class folders|name a CSV with --labels."),
+        (["--images", "images", "--labels", "nothing.csv"], "no CSV|Correct --labels."),
+        (["--images", "images", "--labels", "labels.csv"], "did you mean 'lable'|--label-column"),
+        (["--images", "images", "--group-column", "patient"], "--group-column and --split-column need a labels CSV"),
+        (["--images", "images", "--set", "train.lrr=1"], "--set train.lrr: unknown key, did you mean 'train.lr'"),
+        (["--images", "images", "--set", "data.seed=x"], "--set data.seed: "),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -107,7 +157,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     (tmp_path / "empty").mkdir()
     (tmp_path / "labels.csv").write_text("path,lable\nbright/000.png,bright\n")
     done = run(["fpt", "init", "study", *words], cwd=tmp_path, code=2)
-    assert message in done.stderr
+    for part in message.split("|"):
+        assert part in done.stderr
+    assert "params.yaml" not in done.stderr, "there is none yet"
+    assert "nothing was written" in done.stderr
     assert not (tmp_path / "study").exists()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
-from schemas.errors import StorageError
-from stages.files import atomic_write, sha256_file, storage_errors
+from schemas.errors import DataError, StorageError
+from stages.files import atomic_write, irregular, read_small, require_regular_file, sha256_file, storage_errors
 
 
 def test_writes_reads_and_digests(tmp_path: Path) -> None:
@@ -99,3 +100,34 @@ def test_other_errors_pass(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
         raise first
     assert caught.value is first
+
+
+def test_only_regular_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is limited to about 100 bytes
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo("pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    kinds = {"file": None, "link": None, "pipe": "a named pipe", "to-pipe": "a named pipe", ".": "a folder"}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        kinds |= {"socket": "a socket", "/dev/zero": "a device"}
+        for name, kind in kinds.items():
+            assert irregular(Path(name)) == kind
+            if kind is None:
+                require_regular_file(Path(name))
+                assert read_small(Path(name), 5) == b"12345"
+                continue
+            with pytest.raises(StorageError, match=f"is {kind}, not a regular file"):
+                require_regular_file(Path(name))
+            with pytest.raises(DataError, match=f"is {kind}"):
+                read_small(Path(name), 5, DataError)
+    with pytest.raises(FileNotFoundError):
+        require_regular_file(tmp_path / "nowhere")
+
+
+def test_a_file_over_the_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"1" * (2**20 + 1))
+    assert len(read_small(tmp_path / "large", 2**20 + 1)) == 2**20 + 1
+    with pytest.raises(DataError, match="larger than 1 MiB"):
+        read_small(tmp_path / "large", 2**20, DataError)

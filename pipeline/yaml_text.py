@@ -1,0 +1,91 @@
+"""YAML of settings: data only, no key twice, no document that is small as text and huge in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from schemas.errors import SettingsError
+from schemas.text import visible
+
+DEEPEST = 32
+"""Levels of nesting; the settings have four."""
+MOST = 100_000
+"""Values of a document, those behind aliases counted each time."""
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags that run code, and without a key that silently wins over its twin."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._count = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose one value within the limits of depth and number; an alias counts as all that it stands for."""
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        alias, before = self.check_event(yaml.AliasEvent), self._count
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels of nesting", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return node
+        if alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias within the value that it stands for", mark)
+        self._count += self._sizes[node] if alias else 1
+        if self._count > MOST:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST:,} values", mark)
+        if not alias:
+            self._sizes[node] = self._count - before
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Construct one value; what its type does not accept becomes an error with its line."""
+        try:
+            value = super().construct_object(node, deep=deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # Such as a date in month 13, `!!int x`, or an integer of more digits than Python converts.
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind}", node.start_mark) from None
+        if isinstance(value, str) and (unusable := _UNUSABLE.search(value)):
+            problem = f"text with {visible(unusable[0])}, which no path, column or class can contain"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise yaml.constructor.ConstructorError(None, None, "an integer of more than 64 bits", node.start_mark)
+        return value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Read one YAML document.
+
+    Raises:
+        SettingsError: Naming the line of a syntax error, of a key that stands twice, or of a value beyond the limits.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        where, problem = f"character {error.position + 1:,}", f"U+{error.character:04X} is not allowed in YAML"
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        words = (getattr(error, "context", None), getattr(error, "problem", None))
+        problem = " ".join(filter(None, words)) or "not YAML"
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else source
+    raise SettingsError(f"{source} is not valid YAML.", [(where, problem)], f"Correct {source}.")

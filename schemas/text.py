@@ -1,0 +1,47 @@
+"""Text for people: names that may hold anything, long values, counted nouns."""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_LINE = 400
+"""Characters of one line of an error message; a path of usual length fits."""
+
+# C0, DEL and C1 controls, directional marks, embeddings, overrides and isolates, line and paragraph separators, and
+# surrogates, which stand for the bytes of a file name that is not UTF-8.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object, keep: str = "") -> str:
+    r"""Escape what a terminal would obey or hide: control characters, directional overrides, lone surrogates.
+
+    Args:
+        text: Such as a path; its `str` is taken.
+        keep: Characters that stay, such as a line break in a message of several lines.
+
+    Returns:
+        Text with `\x1b` and the like in their place, as Python writes them.
+    """
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), str(text))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def json_visible(text: str) -> str:
+    r"""Like `visible` within a JSON document: escapes are `\u001b`, line breaks of the layout stay."""
+    return _UNSAFE.sub(lambda match: "\n" if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+
+
+def shortened(line: str, longest: int = LONGEST_LINE) -> str:
+    """Leave out the middle of a line that is too long for a message."""
+    if len(line) <= longest:
+        return line
+    head, tail = line[: longest * 2 // 3], line[-longest // 6 :]
+    return f"{head} ... {tail} ({len(line):,} characters)"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 classes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
