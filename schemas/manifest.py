@@ -64,6 +64,8 @@ class PrepareSummary(Contract):
     """Patients (or other groups)."""
     quarantined: int
     """Images set aside."""
+    warned: int = 0
+    """Images that are used although their data is corrupt (`data.on_warning: accept`)."""
     counts: dict[str, dict[str, int]]
     """split -> class -> images; with several labels an image, it counts for each of them."""
     split_images: dict[str, int]

@@ -21,7 +21,9 @@ from stages.image_limits import DAMAGED, TRUNCATED, RefusalError, check_exif
 
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 """A marker that is neither a stuffed byte nor a restart marker, after any number of fill bytes."""
-_SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
+_EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
+_ALONE = (0x01, 0xD8, 0xD9)
+"""Markers without a segment."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
@@ -29,7 +31,7 @@ MAX_SEGMENTS = 5_000
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 5_000_000_000
 """Scans times pixels: each scan of a progressive JPEG visits every block, even where it holds a few bytes."""
-_MAX_FILL = 65_536
+_MAX_SKIPPED = 65_536
 
 _CORRUPT = ("Corrupt JPEG data", "Premature end of", "Inconsistent progression", "Invalid SOS parameters")
 """What libjpeg's warnings about damaged data begin with; simplejpeg raises for what it does not support, too."""
@@ -48,15 +50,16 @@ class JpegStructure:
 
 
 def inspect_jpeg(data: bytes) -> JpegStructure:
-    """Walk through the markers of a JPEG.
+    """Walk through the segments of a JPEG to its first scan, and count its scans.
 
     Raises:
         RefusalError: If decoding would take far longer, or far more memory, than its pixels need.
     """
-    pixels = scans = 0
+    pixels = 0
     progressive = False
     exif = b""
-    for segment, (marker, body) in enumerate(_segments(data)):
+    scans = 0
+    for segment, (marker, body, end) in enumerate(_header(data)):
         if segment >= MAX_SEGMENTS:
             raise RefusalError(f"has more than {MAX_SEGMENTS:,} JPEG segments")
         if marker in _FRAMES and len(body) >= 6 and not pixels:
@@ -66,30 +69,49 @@ def inspect_jpeg(data: bytes) -> JpegStructure:
             # Pillow joins all of them in this way.
             exif = exif + b"\n" + bytes(body[6:]) if exif else bytes(body)
         elif marker == _SOS:
-            scans += 1
-            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
-                raise RefusalError(f"has too many JPEG scans ({scans} or more)")
+            most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, pixels))
+            scans = _count_scans(data, end, most)
+            if scans > most:
+                raise RefusalError(f"has more than {most} JPEG scans")
     check_exif(exif)
     return JpegStructure(scans, progressive or scans > 1)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    position, fill = 2, 0
+def _header(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Segments to the start of the first scan: marker, body and where the next one may begin."""
+    position, skipped = 2, 0
     while (found := _MARKER.search(data, position)) is not None:
         marker = found[1][0]
-        if marker == _EOI:
-            return
-        # Between the scans lies entropy-coded data; anywhere else these are bytes that readers step over one by one.
-        fill += len(found[0]) - 2
-        if fill > _MAX_FILL:
-            raise RefusalError("has thousands of fill bytes between its JPEG segments")
+        # Readers step over these bytes one by one.
+        skipped += found.end() - 2 - position
+        if skipped > _MAX_SKIPPED:
+            break
         position = found.end()
-        if marker in (0x01, _SOI):
-            yield marker, b""
+        if marker in _ALONE:
+            yield marker, b"", position
             continue
-        length = int.from_bytes(data[position : position + 2], "big")
-        yield marker, data[position + 2 : position + length]
-        position += max(2, length)
+        length = max(2, int.from_bytes(data[position : position + 2], "big"))
+        yield marker, data[position + 2 : position + length], position + length
+        position += length
+        if marker == _SOS:
+            return
+    if len(data) - position > _MAX_SKIPPED:
+        raise RefusalError("has more than 64 KiB between its JPEG segments")
+
+
+def _count_scans(data: bytes, position: int, most: int) -> int:
+    """Count scans, the first of which begins at `position`; where there are at most `most`, more may be counted."""
+    # Fast, but what follows the end of the image, as the film of a moving photograph, counts too.
+    scans = 1 + data.count(b"\xff\xda", position)
+    if scans <= most:
+        return scans
+    scans = 1
+    while scans <= most and (found := _MARKER.search(data, position)) is not None and found[1][0] != _EOI:
+        position = found.end()
+        if found[1][0] not in _ALONE:
+            scans += found[1][0] == _SOS
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return scans
 
 
 def jpeg_warning(data: bytes, components: int) -> str | None:

@@ -78,6 +78,7 @@ class _Limits:
     max_pixels: int
     min_side: int
     accept: Callable[[str], None] | None
+    checked: bool = False
 
 
 def read_image(
@@ -115,11 +116,26 @@ def read_image(
 
 @contextmanager
 def decoded_image(
-    path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None
+    path: Path,
+    *,
+    max_pixels: int,
+    min_side: int = 1,
+    accept: Callable[[str], None] | None = None,
+    checked: bool = False,
 ) -> Iterator[Image.Image]:
-    """`read_image` whose image counts against the budget of memory until the block ends. Blocks must not be nested."""
+    """Hold the image of `read_image`, which counts against the budget of memory until the block ends.
+
+    Blocks of one thread must not be nested.
+
+    Args:
+        path: The file.
+        max_pixels: As of `read_image`.
+        min_side: As of `read_image`.
+        accept: As of `read_image`.
+        checked: Whether `check_image` passed the same content before: the search for corrupt data is left out.
+    """
     with ExitStack() as held:
-        yield _decode(path, _Limits(max_pixels, min_side, accept), held, _to_rgb)
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), held, _to_rgb)
 
 
 def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
@@ -171,7 +187,8 @@ class _File:
             self._reserve(image.size, bytes_per_pixel)
             if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_pages(image):
                 raise RefusalError("has several pages; save each as a file of its own")
-            self._check_data(image)
+            if not self._limits.checked:
+                self._check_data(image)
             image.load()
             return use(image)
 

@@ -27,6 +27,9 @@ def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_js
     _show(summary)
     if summary.quarantined:
         say(f"{summary.quarantined} images were set aside: {output / 'quarantine.csv'}")
+    if summary.warned:
+        images = f"{summary.warned} image{'s' if summary.warned != 1 else ''}"
+        say(f"{images} with corrupt data used (data.on_warning: accept).")
     say_next("fpt extract")
 
 

@@ -30,7 +30,7 @@ from stages.extract.features import FeatureBatch, Pixels, compute_features, to_p
 from stages.extract.lpm import LoadedLpm, load_lpm
 from stages.extract.views import apply_view
 from stages.files import sha256_file
-from stages.images import read_image
+from stages.images import decoded_image
 from stages.store.layout import Store
 from stages.store.writer import claim_shard, write_shard
 
@@ -162,10 +162,11 @@ class Extractor:
                 future.cancel()
 
     def _load(self, image_id: str, path: str, views: Sequence[str]) -> list[Pixels]:
-        image = read_image(Path(path), max_pixels=self._data.max_pixels, min_side=self._data.min_side)
-        if sha256_file(Path(path)) != image_id:
-            raise ImageError(path, "its content changed since `fpt prepare`")
-        return [to_pixels(apply_view(image, view), self._store.spec) for view in views]
+        data = self._data
+        with decoded_image(Path(path), max_pixels=data.max_pixels, min_side=data.min_side, checked=True) as image:
+            if sha256_file(Path(path)) != image_id:
+                raise ImageError(path, "its content changed since `fpt prepare`")
+            return [to_pixels(apply_view(image, view), self._store.spec) for view in views]
 
     def _compute(
         self, task: ShardTask, decoded: Iterator[Pixels | tuple[str, str]], tell: Callable[[int], None]

@@ -17,7 +17,7 @@ from stages.device import pick_device
 from stages.evaluate.run import probabilities
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
 from stages.extract.lpm import LoadedLpm, describe_lpm, load_lpm
-from stages.images import read_image
+from stages.images import decoded_image
 from stages.progress import Progress
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
@@ -107,8 +107,9 @@ def _predict_batch(
     errors: dict[int, str] = {}
     for position, path in enumerate(paths):
         try:
-            image = read_image(path, max_pixels=data.max_pixels, min_side=data.min_side)
-            pixels[position] = to_pixels(image, spec)
+            accept = None if data.on_warning == "error" else lambda _: None
+            with decoded_image(path, max_pixels=data.max_pixels, min_side=data.min_side, accept=accept) as image:
+                pixels[position] = to_pixels(image, spec)
         except ImageError as error:
             errors[position] = error.reason
     found: dict[int, tuple[str, dict[str, float]]] = {}

@@ -51,7 +51,14 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
     classes = check_classes(items, data.classes or data.label_columns, data.task)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, images, data.labels)
-    digests = digest_images(items, images, max_pixels=data.max_pixels, min_side=data.min_side, progress=progress)
+    digests = digest_images(
+        items,
+        images,
+        max_pixels=data.max_pixels,
+        min_side=data.min_side,
+        accept_warnings=data.on_warning == "accept",
+        progress=progress,
+    )
     if digests.failures and data.on_error == "fail":
         raise UnreadableImagesError(
             sorted(digests.failures.items()),
@@ -61,7 +68,7 @@ def prepare(data: DataSettings, root: Path, output: Path, progress: Progress | N
     check_left(usable, classes, len(digests.failures), data.task)
     check_conflicts(usable, digests.ids)
     manifest = _manifest(data, usable, classes, digests)
-    summary = _summary(manifest, len(digests.failures))
+    summary = _summary(manifest, len(digests.failures), len(digests.warnings))
     _write_quarantine([item for item in items if item.path in digests.failures], digests, output / QUARANTINE_FILE)
     atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
     write_manifest(manifest, output / MANIFEST_FILE)
@@ -93,7 +100,7 @@ def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
     return written(sorted(names_in(label, task), key=classes.index))
 
 
-def _summary(manifest: Manifest, quarantined: int) -> PrepareSummary:
+def _summary(manifest: Manifest, quarantined: int, warned: int) -> PrepareSummary:
     copies = Counter(row.id for row in manifest.rows)
     counts = Counter((row.split, name) for row in manifest.rows for name in manifest.names(row))
     return PrepareSummary(
@@ -101,6 +108,7 @@ def _summary(manifest: Manifest, quarantined: int) -> PrepareSummary:
         duplicates=sum(copies[row.id] > 1 for row in manifest.rows),
         groups=len({row.group for row in manifest.rows}),
         quarantined=quarantined,
+        warned=warned,
         counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},
         split_images={split: sum(row.split == split for row in manifest.rows) for split in SPLITS},
     )
