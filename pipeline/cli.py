@@ -23,9 +23,13 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
+from pipeline.console import say
+from pipeline.interrupt import interrupted_message
 from schemas.errors import FptError, PlatformError
 from stages.ranks import Ranks
 
+INTERRUPTED = 130
+"""Exit code."""
 TOGETHER = ("train",)
 """Verbs that several processes run together."""
 
@@ -66,6 +70,13 @@ def _root(
         )
 
 
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that led to an error, or None."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 an error of this program, 2 an error that the user can mend, 130 interrupted.
 
@@ -78,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = [word for word in words if word != "--debug"]
     try:
         app(words, prog_name="fpt")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this exit code.
+        if end.code == INTERRUPTED and (interrupt := _interrupt(end)) is not None:
+            say(interrupted_message(words, interrupt))
+        raise
     except FptError as error:
         if debug:
             traceback.print_exc()
