@@ -34,18 +34,30 @@ class RefusalError(ValueError):
     """Why a file is not decoded, in a few words."""
 
 
-def check_png(file: BinaryIO) -> str | None:
-    """Compare every chunk of a PNG with its checksum; Pillow skips those of the pixels and of what follows them.
-
-    Returns:
-        A warning about corrupt data, or None.
+def count_png_chunks(file: BinaryIO) -> None:
+    """Step through the chunks of a PNG, which Pillow reads one by one.
 
     Raises:
-        RefusalError: If there are too many chunks.
+        RefusalError: If there are too many.
+    """
+    position = 8
+    for _ in range(MAX_PNG_CHUNKS):
+        file.seek(position)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return
+        position += 12 + int.from_bytes(head[:4], "big")
+    raise RefusalError(f"has more than {MAX_PNG_CHUNKS:,} PNG chunks")
+
+
+def png_warning(file: BinaryIO) -> str | None:
+    """Return a warning about the first chunk of a PNG that does not match its checksum, or None.
+
+    Pillow skips the checksums of the pixels and of what follows them. Whatever follows the last chunk is no image.
     """
     file.seek(8)
     warning = None
-    for _ in range(MAX_PNG_CHUNKS):
+    while True:
         head = file.read(8)
         if len(head) < 8:
             return warning or TRUNCATED
@@ -64,7 +76,6 @@ def check_png(file: BinaryIO) -> str | None:
             warning = warning or f"{DAMAGED} (its {name.decode('ascii', 'replace')} chunk does not match its checksum)"
         if name == b"IEND":
             return warning
-    raise RefusalError(f"has more than {MAX_PNG_CHUNKS:,} PNG chunks")
 
 
 def check_tiff(file: BinaryIO, size: int) -> None:

@@ -29,8 +29,10 @@ _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
 MAX_SEGMENTS = 5_000
 MAX_SCANS = 100
-MAX_SCANNED_PIXELS = 5_000_000_000
+MAX_SCANNED_PIXELS = 2_500_000_000
 """Scans times pixels: each scan of a progressive JPEG visits every block, even where it holds a few bytes."""
+USUAL_SCANS = 12
+"""Of a progressive JPEG of any size; the usual script of libjpeg has 10."""
 _MAX_SKIPPED = 65_536
 
 _CORRUPT = ("Corrupt JPEG data", "Premature end of", "Inconsistent progression", "Invalid SOS parameters")
@@ -69,7 +71,7 @@ def inspect_jpeg(data: bytes) -> JpegStructure:
             # Pillow joins all of them in this way.
             exif = exif + b"\n" + bytes(body[6:]) if exif else bytes(body)
         elif marker == _SOS:
-            most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, pixels))
+            most = min(MAX_SCANS, max(USUAL_SCANS, MAX_SCANNED_PIXELS // max(1, pixels)))
             scans = _count_scans(data, end, most)
             if scans > most:
                 raise RefusalError(f"has more than {most} JPEG scans")

@@ -25,8 +25,9 @@ from stages.image_limits import (
     RefusalError,
     check_bmp,
     check_exif,
-    check_png,
     check_tiff,
+    count_png_chunks,
+    png_warning,
     webp_size,
 )
 from stages.image_memory import BUDGET
@@ -200,7 +201,9 @@ class _File:
             if self._size > _HEADER_BYTES and not structure.scans:
                 raise RefusalError("has more than 8 MiB before its pixels")
             return _PROGRESSIVE_BYTES if structure.progressive else 0
-        if kind == "TIFF":
+        if kind == "PNG":
+            count_png_chunks(self._file)
+        elif kind == "TIFF":
             check_tiff(self._file, self._size)
         elif kind == "BMP":
             check_bmp(self._file, self._size)
@@ -225,7 +228,7 @@ class _File:
         position = self._file.tell()
         warning = None
         if isinstance(image, PngImagePlugin.PngImageFile):
-            warning = check_png(self._file)
+            warning = png_warning(self._file)
         elif isinstance(image, TiffImagePlugin.TiffImageFile):
             warning = tiff_warning(image, self._file)
         elif isinstance(image, JpegImagePlugin.JpegImageFile):
