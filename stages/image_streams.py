@@ -35,8 +35,20 @@ USUAL_SCANS = 12
 """Of a progressive JPEG of any size; the usual script of libjpeg has 10."""
 _MAX_SKIPPED = 65_536
 
-_CORRUPT = ("Corrupt JPEG data", "Premature end of", "Inconsistent progression", "Invalid SOS parameters")
-"""What libjpeg's warnings about damaged data begin with; simplejpeg raises for what it does not support, too."""
+_CORRUPT = (
+    "Corrupt JPEG data",
+    "Premature end of",
+    "Inconsistent progression",
+    "Invalid ",
+    "Bogus ",
+    "Unsupported marker type",
+    "Huffman table",
+    "Quantization table",
+)
+"""What libjpeg's messages about damaged data begin with; simplejpeg raises for what it does not support, too.
+
+Errors are among them: Pillow stops at the last row, so that what lies between it and the end is read only here.
+"""
 
 _COMPRESSION, _JPEG, _DEFLATE = 259, 7, (8, 32946)
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES, _JPEG_TABLES = 273, 279, 324, 325, 347

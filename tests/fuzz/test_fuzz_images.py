@@ -92,7 +92,7 @@ def repeat(data: bytearray, rng: random.Random) -> None:
 
 
 def cut(data: bytearray, rng: random.Random) -> None:
-    del data[rng.randrange(1, len(data)) :]
+    del data[rng.randrange(len(data)) :]
 
 
 MUTATIONS: tuple[Callable[[bytearray, random.Random], None], ...] = (flip, flip, overwrite, remove, repeat, cut)
@@ -153,9 +153,8 @@ def test_no_jpeg_of_which_libjpeg_warns_is_accepted(tmp_path: Path) -> None:
         try:
             simplejpeg.decode_jpeg(bytes(data))
         except ValueError as error:
-            if not str(error).startswith("Unsupported"):
-                warned += 1
-                assert isinstance(found, str), error
+            warned += 1
+            assert isinstance(found, str), error
     assert warned > 0.2 * CASES
 
 
