@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline.commands.cache import cache
 from pipeline.commands.compare import compare
@@ -23,19 +24,36 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
-from pipeline.console import complain, make_encodable
+from pipeline.console import complain, make_encodable, say
+from pipeline.interrupt import interrupted_message
 from schemas.errors import FptError, PlatformError, StorageError
 from schemas.urls import masked, secrets_in
 from stages.ranks import Ranks
 
+INTERRUPTED = 130
+"""Exit code."""
 TOGETHER = ("train",)
 """Verbs that several processes run together."""
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's `UsageError`: newer versions of typer contain click under a private name."""
 
+
+class _InterruptedError(Exception):
+    """Ctrl-C within a verb; the cause is the KeyboardInterrupt, which typer would turn into a bare exit code."""
+
+
+class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError from error
+
+
 app = typer.Typer(
     name="fpt",
+    cls=_Verbs,
     help="Pay for a large vision transformer once per image, then train side networks for nearly nothing.",
     epilog="--debug, anywhere on the line, shows the traceback of an error.",
     no_args_is_help=True,
@@ -90,8 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         # Without its own printing of errors, which would pass control characters of a word on to the terminal.
         code = app(words, prog_name="fpt", standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, _InterruptedError) as error:
+        cause = error.__cause__ if isinstance(error, _InterruptedError) and error.__cause__ is not None else error
+        say(_masked(interrupted_message(words, cause), words))
+        sys.exit(INTERRUPTED)
     except Exception as error:
         explained = _explained(error)
         if message := traceback.format_exc() if debug else _internal(error) if explained is None else str(explained):

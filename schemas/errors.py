@@ -153,3 +153,7 @@ class PlatformError(FptError, RuntimeError):
 
 class ClusterError(FptError, RuntimeError):
     """The cluster cannot be reached, has no worker that fits, or lost a shard too often."""
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came, and what was finished is saved. No error of the input, so no `FptError`."""

@@ -76,6 +76,8 @@ class PrepareSummary(Contract):
     """Images set aside."""
     passed_over: dict[str, int] = Field(default_factory=dict)
     """Kind -> files and folders in which no image was read."""
+    warned: int = 0
+    """Images that are used although their data is corrupt (`data.on_warning: accept`)."""
     counts: dict[str, dict[str, int]]
     """split -> class -> images; with several labels an image, it counts for each of them."""
     split_images: dict[str, int]

@@ -76,6 +76,8 @@ class DataSettings(SettingsSection):
     """Seed of the split."""
     on_error: Literal["fail", "quarantine"] = "fail"
     """What to do with images that cannot be read: stop and list them, or set them aside in a CSV."""
+    on_warning: Literal["error", "accept"] = "error"
+    """Images whose checksums do not match or whose JPEG data is corrupt: cannot be read, or are used and counted."""
     max_pixels: Annotated[int, Field(ge=1, le=10**11)] = 250_000_000
     """Images with more pixels are refused before they are decoded."""
     min_side: Annotated[int, Field(ge=1, le=100_000)] = 16

@@ -7,7 +7,8 @@ which some images are converted and others are not would differ by scanner and n
 from __future__ import annotations
 
 import io
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -21,41 +22,42 @@ _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour space of a profile -> mode of the pixels that it describes."""
 
 
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Pixels in sRGB; the image itself where its profile is sRGB.
+def srgb_conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """Return the conversion of pixels to sRGB, or None where their profile is sRGB.
+
+    It acts on each pixel by itself, so that an image may be converted piece by piece: relative colorimetric with black
+    point compensation, to mode RGB.
 
     Args:
-        image: Of mode L, RGB or CMYK; grey pixels with a profile for colours are taken as neutral colours.
         profile: ICC profile (ICC.1), as embedded.
-
-    Returns:
-        Image of mode RGB, or `image`. Relative colorimetric with black point compensation.
+        mode: Of the pixels: L, RGB or CMYK; grey pixels with a profile for colours are taken as neutral colours.
 
     Raises:
         ValueError: If the profile is damaged, or describes other pixels than these.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = _SPACES.get(source.profile.xcolor_space)
+        space = _SPACES.get(source.profile.xcolor_space)
     except (OSError, ImageCms.PyCMSError) as error:
         raise ValueError("its colour profile is damaged") from error
-    if image.mode == "L" and mode in ("L", "RGB"):
-        return _grey_to_srgb(image, source, mode)
-    if mode != image.mode:
+    if mode == "L" and space in ("L", "RGB"):
+        return _grey_conversion(source, space)
+    if space != mode:
         raise ValueError(f"its colour profile is for {source.profile.xcolor_space.strip() or 'other'} pixels")
-    transform = _transform(source, image.mode)
-    if mode == "RGB" and _stays(grid := _grid(), _applied(grid, transform)):
-        return image
-    return _applied(image, transform)
+    transform = _transform(source, mode)
+    if space == "RGB" and _stays(grid := _grid(), _applied(grid, transform)):
+        return None
+    return partial(_applied, transform=transform)
 
 
-def _grey_to_srgb(image: Image.Image, source: ImageCms.ImageCmsProfile, mode: str) -> Image.Image:
+def _grey_conversion(source: ImageCms.ImageCmsProfile, space: str) -> Callable[[Image.Image], Image.Image] | None:
     # By a table of the 256 levels, computed exactly: the library's own shortcut for grey is off by ten in the shadows.
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    after = _applied(ramp.convert(mode), _transform(source, mode, ImageCms.Flags.NOOPTIMIZE))
+    after = _applied(ramp.convert(space), _transform(source, space, ImageCms.Flags.NOOPTIMIZE))
     if _stays(ramp, after):
-        return image
-    return Image.merge("RGB", [image.point(channel.tobytes()) for channel in after.split()])
+        return None
+    tables = [channel.tobytes() for channel in after.split()]
+    return lambda image: Image.merge("RGB", [image.point(table) for table in tables])
 
 
 def _transform(

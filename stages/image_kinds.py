@@ -1,33 +1,52 @@
-"""What a file is, by its first bytes: an image that can be read, an image that cannot, or something else."""
+"""Kinds of files by their first bytes: which ones are images that can be read, and the names of those that cannot."""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+import zlib
 from pathlib import Path
 
-_START = 352
-"""Bytes that decide: a NIfTI file has its mark at byte 344."""
+READABLE = ("PNG", "JPEG", "TIFF", "BMP", "WebP")
+"""Kinds that `stages.images` decodes."""
 
-_READ = ("PNG", "JPEG", "TIFF", "BMP", "WebP")
-"""What `stages.images` reads."""
+HEAD_BYTES = 1024
+"""Bytes that `kind_of_bytes` needs to recognise every kind."""
 
-_MAGIC = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"II\x2a\x00", "TIFF"),
-    (b"MM\x00\x2a", "TIFF"),
-    (b"II\x2b\x00", "TIFF"),
-    (b"MM\x00\x2b", "TIFF"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\x76\x2f\x31\x01", "OpenEXR"),
-    (b"8BPS", "Photoshop"),
-    (b"NRRD000", "NRRD"),
-    (b"ObjectType = Image", "MetaImage"),
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"II\x2a\x00", "TIFF"),
+    (0, b"MM\x00\x2a", "TIFF"),
+    (0, b"II\x2b\x00", "TIFF"),
+    (0, b"MM\x00\x2b", "TIFF"),
+    (8, b"WEBP", "WebP"),
+    (128, b"DICM", "DICOM"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (0, b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (344, b"n+1\x00", "NIfTI"),
+    (344, b"ni1\x00", "NIfTI"),
+    (4, b"n+2\x00\r\n\x1a\n", "NIfTI"),
+    (4, b"ni2\x00\r\n\x1a\n", "NIfTI"),
+    (0, b"NRRD000", "NRRD"),
+    (0, b"ObjectType = Image", "MetaImage"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"\x93NUMPY", "NumPy"),
+    (0, b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (0, b"\x1f\x8b", "gzip"),
 )
+"""(offset, bytes, kind). A kind whose bytes stand at the start of a DICOM preamble (TIFF) comes before DICOM."""
+
+_NO_IMAGES = frozenset({"PDF", "NumPy", "HDF5", "ZIP", "gzip"})
+"""Kinds that are named where an image is expected, but are not taken for one among other files."""
 
 _BY_SUFFIX = {
     **dict.fromkeys((".dcm", ".dicom", ".ima"), "DICOM"),
@@ -39,48 +58,69 @@ _BY_SUFFIX = {
 }
 """Formats that the first bytes do not always show."""
 
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
-_ISO_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF", b"avis": "AVIF"}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
+"""Major brand of an ISO base media file -> kind."""
+
+_SVG = re.compile(rb"\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>|\s)*<svg[\s>]", re.DOTALL)
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the kind of a file by its content, whatever its name; nothing is decoded.
+
+    Pipes, devices, sockets and folders are never opened.
+
+    Returns:
+        "PNG", "JPEG", "DICOM", ...; None for a kind without a name here and for what is not a regular file.
+
+    Raises:
+        OSError: If the file is missing or cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        return None
+    # Not blocking: a pipe that took the file's place since the line above must not be waited for.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:  # noqa: PTH123
+        return kind_of_bytes(file.read(HEAD_BYTES))
 
 
 def image_kind(path: Path) -> str | None:
-    """Name the image format of a regular file, by its first bytes and, for a few formats, its suffix.
-
-    Args:
-        path: A regular file: opening a pipe would wait for ever.
+    """Return the image format of a file among others, by its suffix for a few formats, else by its content.
 
     Returns:
-        Such as "PNG" or "DICOM"; None if it is no image that is known here.
+        Such as "PNG" or "DICOM"; None for what is no image.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: If the file is missing or cannot be read.
     """
     name = path.name.strip().lower()
     by_suffix = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
-    if by_suffix is not None:
-        return by_suffix
-    with path.open("rb") as file:
-        start = file.read(_START)
-    return kind_of_bytes(start)
-
-
-def kind_of_bytes(start: bytes) -> str | None:
-    """Name the image format that a file with these first bytes has, or None."""
-    known = next((kind for magic, kind in _MAGIC if start.startswith(magic)), None)
-    if known is not None:
-        return known
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "WebP"
-    # Two letters are too few to go by: a text may begin with BM, too.
-    if start[:2] == b"BM" and int.from_bytes(start[14:18], "little") in _BMP_HEADERS:
-        return "BMP"
-    if start[128:132] == b"DICM":
-        return "DICOM"
-    if start[4:8] == b"ftyp":
-        return _ISO_BRANDS.get(start[8:12])
-    return "NIfTI" if start[344:347] in (b"n+1", b"ni1") else None
+    kind = by_suffix or kind_of(path)
+    return None if kind in _NO_IMAGES else kind
 
 
 def is_read(kind: str) -> bool:
     """Whether `stages.images.read_image` reads this format."""
-    return kind in _READ
+    return kind in READABLE
+
+
+def kind_of_bytes(head: bytes) -> str | None:
+    """Return the kind of a file by its first `HEAD_BYTES` bytes (fewer where the file is shorter)."""
+    for offset, signature, kind in _SIGNATURES:
+        if head[offset : offset + len(signature)] == signature and (kind != "WebP" or head.startswith(b"RIFF")):
+            return "NIfTI" if kind == "gzip" and kind_of_bytes(_unzipped(head)) == "NIfTI" else kind
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12])
+    # Two letters are too little to tell a bitmap from text: the size of its header is compared, too.
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    return "SVG" if _SVG.match(head.removeprefix(b"\xef\xbb\xbf")) else None
+
+
+def _unzipped(head: bytes) -> bytes:
+    try:
+        # One member only, and no more of it than the largest signature needs.
+        return zlib.decompressobj(wbits=31).decompress(head, 512)
+    except zlib.error:
+        return b""

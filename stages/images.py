@@ -5,27 +5,56 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from schemas.errors import ImageError
-from stages.colour import to_srgb
-
-_MAGIC: tuple[tuple[bytes, type[ImageFile]], ...] = (
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
-    (b"II\x2a\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00\x2a", TiffImagePlugin.TiffImageFile),
-    (b"II\x2b\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00\x2b", TiffImagePlugin.TiffImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
+from stages.colour import srgb_conversion
+from stages.image_kinds import HEAD_BYTES, kind_of_bytes
+from stages.image_limits import (
+    DAMAGED,
+    MAX_PROFILE_BYTES,
+    TRUNCATED,
+    RefusalError,
+    check_bmp,
+    check_exif,
+    check_tiff,
+    count_png_chunks,
+    png_warning,
+    webp_size,
 )
-"""First bytes of a file -> its reader. The suffix is not asked: a PNG named .jpg is still an image."""
+from stages.image_memory import BUDGET
+from stages.image_streams import inspect_jpeg, jpeg_warning, tiff_warning
+
+_READERS: dict[str, tuple[type[ImageFile], int]] = {
+    "PNG": (PngImagePlugin.PngImageFile, 8),
+    "JPEG": (JpegImagePlugin.JpegImageFile, 8),
+    "TIFF": (TiffImagePlugin.TiffImageFile, 12),
+    "BMP": (BmpImagePlugin.BmpImageFile, 8),
+    "WebP": (WebPImagePlugin.WebPImageFile, 24),
+}
+"""Kind of a file by its first bytes -> its reader, and the bytes per pixel that decoding takes at most: the pixels as
+they are decoded, the RGB image, and the buffers of the library. The suffix is not considered: a PNG named .jpg is still
+an image."""
+
+_PROGRESSIVE_BYTES = 8
+"""More bytes per pixel for the coefficients of a JPEG of several scans."""
+
+_HEADER_BYTES, _MAX_JPEG_BYTES = 8 * 2**20, 512 * 2**20
+_BAND_PIXELS = 4_000_000
+"""Pixels that are converted at a time, so that the copies in between stay small."""
+
+_AN = ("AVIF", "HDF5", "NRRD", "SVG")
+"""Kinds whose names begin with the sound of a vowel."""
+
+_T = TypeVar("_T")
 
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,8 +74,18 @@ _NEW_SUBFILE_TYPE = 0x00FE
 _REDUCED, _MASK = 1, 4
 
 
-def read_image(path: Path, *, max_pixels: int, min_side: int = 1) -> Image.Image:
-    """Read a PNG, JPEG, TIFF, BMP or WebP file as an upright 8-bit RGB image, wholly decoded.
+@dataclass(frozen=True)
+class _Limits:
+    max_pixels: int
+    min_side: int
+    accept: Callable[[str], None] | None
+    checked: bool = False
+
+
+def read_image(
+    path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None
+) -> Image.Image:
+    """Read a PNG, JPEG, TIFF, BMP or WebP file as an upright 8-bit RGB image, completely decoded.
 
     - 16-bit grey is scaled from the range of its type (0..65535, or 0..4095 of a 12-bit TIFF) to 0..255 and rounded,
       never clipped; of 16-bit colour the upper byte is kept.
@@ -55,13 +94,16 @@ def read_image(path: Path, *, max_pixels: int, min_side: int = 1) -> Image.Image
       the image; smaller copies and masks of the first page do not count.
     - An embedded colour profile is applied (`stages.colour`): the pixels are sRGB, as the models learned them. A
       damaged one is refused.
+    - A file whose checksums do not match, or of which libjpeg warns that its data is corrupt, is refused.
 
-    Safe to call from several threads; no setting of Pillow is read or changed.
+    Safe to call from several threads; no setting of Pillow is read or changed. All threads of the process share a
+    budget of memory (`stages.image_memory`): a file waits until its pixels fit.
 
     Args:
         path: The file.
         max_pixels: Files whose header announces more pixels are refused before anything is decoded.
         min_side: Images with a side shorter than this, in pixels, are refused.
+        accept: Called with a warning about corrupt data, and the image is used; None: it is refused.
 
     Returns:
         Image of mode RGB without metadata, independent of the file.
@@ -69,47 +111,140 @@ def read_image(path: Path, *, max_pixels: int, min_side: int = 1) -> Image.Image
     Raises:
         ImageError: Whatever is wrong with the file, with a reason of a few words.
     """
+    with ExitStack() as held:
+        return _decode(path, _Limits(max_pixels, min_side, accept), held, _to_rgb)
+
+
+@contextmanager
+def decoded_image(
+    path: Path,
+    *,
+    max_pixels: int,
+    min_side: int = 1,
+    accept: Callable[[str], None] | None = None,
+    checked: bool = False,
+) -> Iterator[Image.Image]:
+    """Hold the image of `read_image`, which counts against the budget of memory until the block ends.
+
+    Blocks of one thread must not be nested.
+
+    Args:
+        path: The file.
+        max_pixels: As of `read_image`.
+        min_side: As of `read_image`.
+        accept: As of `read_image`.
+        checked: Whether `check_image` passed the same content before: the search for corrupt data is left out.
+    """
+    with ExitStack() as held:
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), held, _to_rgb)
+
+
+def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
+    """Raise what `read_image` would raise; the pixels are decoded, but not converted."""
+    with ExitStack() as held:
+        _decode(path, _Limits(max_pixels, min_side, accept), held, _check_colours)
+
+
+def _decode(path: Path, limits: _Limits, held: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
+    """Decode a file; its memory is taken from the budget until `held` is closed."""
     try:
         # Checked first because opening a pipe would wait for a writer for ever.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError(str(path), "is a folder" if path.is_dir() else "is not a regular file")
+            raise RefusalError("is a folder" if path.is_dir() else "is not a regular file")
         with path.open("rb") as file:
-            return _decode(path, file, max_pixels, min_side)
-    except ImageError:
-        raise
+            return _File(file, limits, held).decode(use)
+    except RefusalError as refusal:
+        raise ImageError(str(path), str(refusal)) from None
     # Pillow's readers raise nearly anything on damaged bytes (SyntaxError, KeyError, struct.error, zlib.error, ...).
     except Exception as error:
         raise ImageError(str(path), _reason(error)) from error
 
 
-def _decode(path: Path, file: BinaryIO, max_pixels: int, min_side: int) -> Image.Image:
-    start = file.read(16)
-    if not start:
-        raise ImageError(str(path), "the file is empty")
-    reader = next((reader for magic, reader in _MAGIC if start.startswith(magic)), None)
-    if reader is None:
-        raise ImageError(str(path), "is not a PNG, JPEG, TIFF, BMP or WebP image")
-    file.seek(0)
-    # The reader itself and not Image.open: that has a limit of its own, shared by the whole process, on the number
-    # of pixels. No file name is given to it: it would map the file into memory, and a file cut short under a map
-    # ends the process.
-    with reader(file) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(
-                str(path), f"{width} x {height} pixels are more than data.max_pixels allows ({max_pixels:,})"
-            )
-        if min(width, height) < min_side:
-            raise ImageError(str(path), f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
-        if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_pages(image):
-            raise ImageError(str(path), "has several pages; save each as a file of its own")
-        image.load()
-        rgb = _to_rgb(path, image)
-        turn = _TURN.get(_orientation(image))
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    rgb.info.clear()
-    return rgb
+class _File:
+    """One open file on its way to pixels."""
+
+    def __init__(self, file: BinaryIO, limits: _Limits, held: ExitStack) -> None:
+        self._file, self._limits, self._held = file, limits, held
+        self._size = os.fstat(file.fileno()).st_size
+        self._budgeted = False
+
+    def decode(self, use: Callable[[ImageFile], _T]) -> _T:
+        head = self._file.read(HEAD_BYTES)
+        if not head:
+            raise RefusalError("the file is empty")
+        kind = kind_of_bytes(head)
+        if kind not in _READERS:
+            if kind is None:
+                raise RefusalError("is not a PNG, JPEG, TIFF, BMP or WebP image")
+            raise RefusalError(f"is {'an' if kind in _AN else 'a'} {kind} file, which is not read yet")
+        reader, bytes_per_pixel = _READERS[kind]
+        bytes_per_pixel += self._check_structure(kind, bytes_per_pixel)
+        self._file.seek(0)
+        # The reader itself and not Image.open: that has a limit of its own, shared by the whole process, on the number
+        # of pixels. No file name is given to it: it would map the file into memory, and a file cut short under a map
+        # ends the process.
+        with reader(self._file) as image:
+            check_exif(_exif(image))
+            self._reserve(image.size, bytes_per_pixel)
+            if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_pages(image):
+                raise RefusalError("has several pages; save each as a file of its own")
+            if not self._limits.checked:
+                self._check_data(image)
+            image.load()
+            return use(image)
+
+    def _check_structure(self, kind: str, bytes_per_pixel: int) -> int:
+        """Refuse what would take far longer than its pixels need; return the bytes per pixel that come on top."""
+        if kind == "JPEG":
+            self._file.seek(0)
+            structure = inspect_jpeg(self._file.read(_HEADER_BYTES))
+            if self._size > _HEADER_BYTES and not structure.scans:
+                raise RefusalError("has more than 8 MiB before its pixels")
+            return _PROGRESSIVE_BYTES if structure.progressive else 0
+        if kind == "PNG":
+            count_png_chunks(self._file)
+        elif kind == "TIFF":
+            check_tiff(self._file, self._size)
+        elif kind == "BMP":
+            check_bmp(self._file, self._size)
+        elif kind == "WebP" and (size := webp_size(self._file)) is not None:
+            # Its reader takes the memory when it opens the file.
+            self._reserve(size, bytes_per_pixel)
+        return 0
+
+    def _reserve(self, size: tuple[int, int], bytes_per_pixel: int) -> None:
+        width, height = size
+        most, least = self._limits.max_pixels, self._limits.min_side
+        if width * height > most:
+            raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({most:,})")
+        if min(width, height) < least:
+            raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({least})")
+        if not self._budgeted:
+            self._budgeted = True
+            self._held.enter_context(BUDGET.hold(width * height * bytes_per_pixel))
+
+    def _check_data(self, image: ImageFile) -> None:
+        """Look for corrupt data that the reader passes over; the position in the file stays."""
+        position = self._file.tell()
+        warning = None
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            warning = png_warning(self._file)
+        elif isinstance(image, TiffImagePlugin.TiffImageFile):
+            warning = tiff_warning(image, self._file)
+        elif isinstance(image, JpegImagePlugin.JpegImageFile):
+            if self._size > _MAX_JPEG_BYTES:
+                raise RefusalError("is a JPEG of more than 512 MiB")
+            self._file.seek(0)
+            data = self._file.read(_MAX_JPEG_BYTES)
+            if self._size > _HEADER_BYTES:
+                inspect_jpeg(data)
+            warning = jpeg_warning(data, len(image.getbands()))
+        self._file.seek(position)
+        if warning is None:
+            return
+        if self._limits.accept is None:
+            raise RefusalError(warning)
+        self._limits.accept(warning)
 
 
 def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
@@ -126,47 +261,105 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
     return False
 
 
-def _to_rgb(path: Path, image: ImageFile) -> Image.Image:
+def _to_rgb(image: ImageFile) -> Image.Image:
+    """Upright pixels of mode RGB, converted band by band."""
+    convert = _conversion(image)
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if rows >= height:
+        rgb = convert(image)
+    else:
+        rgb = Image.new("RGB", image.size)
+        for top in range(0, height, rows):
+            box = (0, top, width, min(height, top + rows))
+            rgb.paste(convert(image.crop(box)), box)
+    turn = _TURN.get(_orientation(image))
+    if turn is not None:
+        # The pixels of the file go first: there is memory for two copies.
+        image.im = Image.new("L", (1, 1)).im
+        rgb = rgb.transpose(turn)
+    rgb.info.clear()
+    return rgb
+
+
+def _check_colours(image: ImageFile) -> None:
+    """Convert one row: what can go wrong depends on the type of the pixels and on the profile."""
+    _conversion(image)(image.crop((0, 0, image.width, 1)))
+
+
+def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
+    """From pixels as they are stored to mode RGB."""
+    plain = _plain(image)
     profile = image.info.get("icc_profile")
-    pixels, alpha = _plain(path, image)
+    if "icc_profile" in image.info and profile is None:
+        raise RefusalError("its colour profile is damaged")
+    to_srgb = None
     if profile:
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise RefusalError("its colour profile has more than 16 MiB")
         try:
-            pixels = to_srgb(pixels, profile)
+            to_srgb = srgb_conversion(profile, plain(image.crop((0, 0, 1, 1)))[0].mode)
         except ValueError as error:
-            raise ImageError(str(path), str(error)) from error
-    rgb = pixels.convert("RGB")
-    if alpha is None:
-        return rgb
-    rgb.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
+            raise RefusalError(str(error)) from error
+
+    def convert(stored: Image.Image) -> Image.Image:
+        pixels, alpha = plain(stored)
+        rgb = (pixels if to_srgb is None else to_srgb(pixels)).convert("RGB")
+        if alpha is None:
+            return rgb
+        rgb.putalpha(alpha)
+        return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
+
+    return convert
 
 
-def _plain(path: Path, image: ImageFile) -> tuple[Image.Image, Image.Image | None]:
-    """Colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
+def _plain(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
+    """From stored pixels to colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
-        return _grey16_to_grey8(image), None
+        return _grey16(image)
     if image.mode in ("I", "F"):
         # Any guess would be wrong for somebody: Hounsfield units, counts and [0, 1] all come in these types.
-        raise ImageError(str(path), "signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
+        raise RefusalError("signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
     if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
-        mode = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
-        whole = image.convert(mode) if mode else image
-        rgba = whole.convert("RGBA")
-        return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
+        return _with_alpha
     if image.mode == "1":
-        return image.convert("L"), None
-    return image if image.mode in ("L", "CMYK") else image.convert("RGB"), None
+        return lambda stored: (stored.convert("L"), None)
+    if image.mode in ("L", "CMYK"):
+        return lambda stored: (stored, None)
+    return lambda stored: (stored.convert("RGB"), None)
 
 
-def _grey16_to_grey8(image: ImageFile) -> Image.Image:
+def _with_alpha(stored: Image.Image) -> tuple[Image.Image, Image.Image]:
+    mode = {"La": "LA", "RGBa": "RGBA"}.get(stored.mode)
+    whole = stored.convert(mode) if mode else stored
+    rgba = whole.convert("RGBA")
+    return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
+
+
+def _grey16(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, None]]:
     # Not Pillow's own conversion: depending on its version it clips at 255 or drops the lower byte.
     highest, inverted = 65535, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         highest = 2 ** int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
         inverted = image.tag_v2.get(_PHOTOMETRIC, 1) == 0
-    values = np.asarray(image).astype(np.uint32)
-    grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
-    return Image.fromarray(255 - grey if inverted else grey)
+
+    def convert(stored: Image.Image) -> tuple[Image.Image, None]:
+        values = np.asarray(stored).astype(np.uint32)
+        grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
+        return Image.fromarray(255 - grey if inverted else grey), None
+
+    return convert
+
+
+def _exif(image: ImageFile) -> bytes:
+    """The EXIF block that Pillow will read, or nothing."""
+    profile = image.info.get("Raw profile type exif")
+    if image.info.get("exif") is None and profile is not None:
+        try:
+            return bytes.fromhex("".join(str(profile).split("\n")[3:]))
+        except ValueError:
+            return b""
+    return bytes(image.info.get("exif") or b"")
 
 
 def _orientation(image: ImageFile) -> int:
@@ -186,7 +379,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError | Image.DecompressionBombError):
         return "too large to be decoded"
     if isinstance(error, OSError) and "truncated" in str(error):
-        return "the file is truncated"
+        return TRUNCATED
     if isinstance(error, SyntaxError):
         return "the header is damaged or truncated"
-    return "the file is damaged"
+    return DAMAGED

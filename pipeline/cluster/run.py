@@ -19,7 +19,7 @@ from distributed import Client, Future
 from pipeline.cluster.check import fitting_workers, require_alike, require_same_versions, require_workers
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.start import connect
-from pipeline.cluster.worker import ShardPlugin, compute_shard
+from pipeline.cluster.worker import ShardPlugin, compute_shard, stop_file
 from pipeline.project import extraction_log
 from schemas.errors import ClusterError, FptError
 from schemas.machine import ClusterSettings
@@ -32,13 +32,20 @@ TASKS_AHEAD = 2
 """Tasks in the scheduler for each Dask thread: it never runs dry, and never holds a million of them."""
 WATCH_SECONDS = 5.0
 """Time between two looks at the workers."""
+POLL_SECONDS = 0.5
+"""Longest wait for a result before Ctrl-C is noticed."""
 ATTEMPTS = 5
 """To tell all workers what they shall do."""
 AGAIN = "Finished shards are kept: run `fpt extract` again."
 
 
 def on_cluster(
-    settings: Settings, root: Path, store: Store, tasks: Sequence[ShardTask], tell: Callable[[int], None]
+    settings: Settings,
+    root: Path,
+    store: Store,
+    tasks: Sequence[ShardTask],
+    tell: Callable[[int], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardDone]:
     """Do all tasks on the cluster of the settings; an `Execute`.
 
@@ -48,6 +55,7 @@ def on_cluster(
         store: Where the shards go.
         tasks: What to compute.
         tell: Called after each shard with the number of its rows.
+        stop: Once it is true, workers save the rows they have as smaller shards, and no further task is begun.
 
     Raises:
         ClusterError: If there is no cluster, no worker that fits, or a shard was lost too often.
@@ -61,7 +69,7 @@ def on_cluster(
             heartbeat = Heartbeat(extraction_log(root), len(tasks))
             run = _Run(client, settings.cluster, name, tell, heartbeat)
             try:
-                yield from run.results(tasks)
+                yield from run.results(tasks, stop, stop_file(store, name))
             finally:
                 run.cancel()
 
@@ -96,6 +104,7 @@ def _plugin(client: Client, settings: Settings, root: Path, store: Store, worker
     finally:
         with suppress(OSError):
             sign.unlink(missing_ok=True)
+            stop_file(store, name).unlink(missing_ok=True)
 
 
 def _register(client: Client, plugin: ShardPlugin) -> None:
@@ -123,19 +132,22 @@ class _Run:
         self._workers: dict[str, Any] = {}
         self._watched = self._seen = 0.0
 
-    def results(self, tasks: Sequence[ShardTask]) -> Iterator[ShardDone]:
-        """Each shard as it is finished."""
+    def results(self, tasks: Sequence[ShardTask], stop: Callable[[], bool], sign: Path) -> Iterator[ShardDone]:
+        """Each shard as it is finished; once `stop()` is true, the file `sign` tells the workers."""
         waiting = iter(tasks)
         self._watch()
         self._heartbeat.beat(self._workers, "begins")
         while True:
-            while len(self._flying) < self._room() and (task := next(waiting, None)) is not None:
+            if stop() and not sign.exists():
+                with storage_errors(sign):
+                    sign.touch()
+            while not stop() and len(self._flying) < self._room() and (task := next(waiting, None)) is not None:
                 self._submit(task)
             if not self._flying:
                 self._heartbeat.beat(self._workers, "done")
                 return
             with suppress(queue.Empty):
-                done = self._take(self._landed.get(timeout=WATCH_SECONDS))
+                done = self._take(self._landed.get(timeout=POLL_SECONDS))
                 self._heartbeat.count(done.rows)
                 self._tell(done.rows)
                 yield done

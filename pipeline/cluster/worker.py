@@ -30,6 +30,11 @@ PACKAGES = ("fpt", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "d
 """Another version of one of these may give other features, or not understand what it is sent."""
 
 
+def stop_file(store: Store, name: str) -> Path:
+    """File by which the workers of an extraction learn that they shall save what they have and end."""
+    return store.path / "locks" / f"{name}.stop"
+
+
 def versions() -> dict[str, str]:
     """Versions of this process: Python without its patch level, and `PACKAGES`."""
     found = get_package_info(PACKAGES)
@@ -134,9 +139,11 @@ class ShardPlugin(WorkerPlugin):
         held = self._held(task.number)
         rest = tuple(row for row in task.images if (row[0], row[2]) not in held)
         there = len(task.images) - len(rest)
-        if not rest:
+        stop = stop_file(self._store, self.name).exists
+        if not rest or stop():
             return ShardDone(there, ())
-        (done,) = self.extractor().run([ShardTask(task.number, rest)], lambda _: None)
+        # Nothing comes where the stop arrived while the LPM was loaded.
+        done = next(self.extractor().run([ShardTask(task.number, rest)], lambda _: None, stop), ShardDone(0, ()))
         return ShardDone(there + done.rows, done.failures)
 
     def _held(self, number: int) -> frozenset[tuple[str, str]]:

@@ -10,6 +10,7 @@ import typer
 
 from pipeline.console import duration, say, say_next, show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from schemas.features import ExtractionPlan
@@ -34,6 +35,7 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
+    from pipeline.interrupt import stop_gently
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
@@ -69,12 +71,16 @@ def extract(
             seen[:] = [progress]
             features[0](progress.done, progress.total)
 
-        execute: Execute = inline
+        execute: Execute = stop_gently(inline)
         if study.settings.cluster.kind != "inline":
             from pipeline.cluster.run import on_cluster
 
-            execute = on_cluster
-        receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute, checking)
+            execute = stop_gently(on_cluster)
+        try:
+            receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute, checking)
+        except InterruptedRunError:
+            done, total = seen[-1].done, seen[-1].total
+            raise InterruptedRunError(f"{done} of {total} rows are in the store.") from None
     write_settings(study.settings, output)
     cached = seen[-1].cached
     rows = seen[-1].total

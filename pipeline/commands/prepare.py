@@ -12,6 +12,7 @@ from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import FptError
 from schemas.manifest import SPLITS, PrepareResult
 from schemas.settings import DataSettings, Settings
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -66,6 +67,8 @@ def prepare(
     if result.quarantined:
         images = "1 image was" if result.quarantined == 1 else f"{result.quarantined:,} images were"
         say(f"{images} set aside: {output / QUARANTINE_FILE}")
+    if result.warned:
+        say(f"{counted(result.warned, 'image')} with corrupt data used (data.on_warning: accept).")
     if write_split is not None:
         _show_written(write_split, data)
     say_next("fpt extract")

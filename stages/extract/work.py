@@ -30,7 +30,7 @@ from stages.extract.features import FeatureBatch, Pixels, compute_features, to_p
 from stages.extract.lpm import LoadedLpm, load_lpm
 from stages.extract.views import apply_view
 from stages.files import sha256_file
-from stages.images import read_image
+from stages.images import decoded_image
 from stages.store.layout import Store
 from stages.store.writer import claim_shard, write_shard
 
@@ -105,12 +105,15 @@ class Extractor:
         """Images per forward pass; less than was asked for once that did not fit the memory."""
         return self._batch
 
-    def run(self, tasks: Iterable[ShardTask], tell: Callable[[int], None]) -> Iterator[ShardDone]:
+    def run(
+        self, tasks: Iterable[ShardTask], tell: Callable[[int], None], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[ShardDone]:
         """Do tasks in their order; each is yielded when its shard has its receipt.
 
         Args:
             tasks: What to compute.
             tell: Called after each forward pass with the number of its images, each view counted.
+            stop: Once it is true, the rows computed so far become a smaller shard, and no further task is begun.
 
         Raises:
             StorageError: If the disk is full or cannot be written; the shard at hand is removed.
@@ -123,8 +126,10 @@ class Extractor:
             decoded = self._decode(images, decoders)
             try:
                 for task in tasks:
+                    if stop():
+                        break
                     with self._forwarding:
-                        computed = self._compute(task, decoded, tell)
+                        computed = self._compute(task, decoded, tell, stop)
                     # One shard at a time waits for the disk: memory stays bounded by two.
                     if pending is not None:
                         yield pending.result()
@@ -162,19 +167,28 @@ class Extractor:
                 future.cancel()
 
     def _load(self, image_id: str, path: str, views: Sequence[str]) -> list[Pixels]:
-        image = read_image(Path(path), max_pixels=self._data.max_pixels, min_side=self._data.min_side)
-        if sha256_file(Path(path)) != image_id:
-            raise ImageError(path, "its content changed since `fpt prepare`")
-        return [to_pixels(apply_view(image, view), self._store.spec) for view in views]
+        data = self._data
+        with decoded_image(Path(path), max_pixels=data.max_pixels, min_side=data.min_side, checked=True) as image:
+            if sha256_file(Path(path)) != image_id:
+                raise ImageError(path, "its content changed since `fpt prepare`")
+            return [to_pixels(apply_view(image, view), self._store.spec) for view in views]
 
     def _compute(
-        self, task: ShardTask, decoded: Iterator[Pixels | tuple[str, str]], tell: Callable[[int], None]
+        self,
+        task: ShardTask,
+        decoded: Iterator[Pixels | tuple[str, str]],
+        tell: Callable[[int], None],
+        stop: Callable[[], bool],
     ) -> _Computed:
         start = time.perf_counter()
         done = _Computed(task.number, [], {}, 0.0, [])
         batches: list[FeatureBatch] = []
         pixels: list[Pixels] = []
         for position, (image_id, _, view) in enumerate(task.images):
+            if stop():
+                # Decoded, but without features.
+                del done.rows[len(done.rows) - len(pixels) :]
+                break
             found = next(decoded)
             if isinstance(found, Pixels):
                 done.rows.append(ViewRow(image_id, view))
@@ -227,7 +241,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def inline(
-    settings: Settings, root: Path, store: Store, tasks: Sequence[ShardTask], tell: Callable[[int], None]
+    settings: Settings,
+    root: Path,
+    store: Store,
+    tasks: Sequence[ShardTask],
+    tell: Callable[[int], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardDone]:
     """Do all tasks in this process; see `Extractor.run`."""
-    return Extractor(settings, root, store).run(tasks, tell)
+    return Extractor(settings, root, store).run(tasks, tell, stop)

@@ -17,7 +17,7 @@ from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
 from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
 from stages.extract.lpm import LoadedLpm, describe_lpm, load_lpm
-from stages.images import read_image
+from stages.images import decoded_image
 from stages.progress import Progress
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle, load_bundle
@@ -57,8 +57,11 @@ class Classifier:
         read: list[Pixels | ImageError] = []
         for path in paths:
             try:
-                image = read_image(path, max_pixels=self.data.max_pixels, min_side=self.data.min_side)
-                read.append(to_pixels(image, spec))
+                accept = None if self.data.on_warning == "error" else lambda _: None
+                with decoded_image(
+                    path, max_pixels=self.data.max_pixels, min_side=self.data.min_side, accept=accept
+                ) as image:
+                    read.append(to_pixels(image, spec))
             except ImageError as error:
                 read.append(error)
         pixels = [one for one in read if isinstance(one, Pixels)]

@@ -66,7 +66,12 @@ def prepare(
     if data.labels is not None and data.on_error == "fail":
         check_files(items, listing.images, data.labels)
     digests = digest_images(
-        items, listing.images, max_pixels=data.max_pixels, min_side=data.min_side, progress=progress
+        items,
+        listing.images,
+        max_pixels=data.max_pixels,
+        min_side=data.min_side,
+        accept_warnings=data.on_warning == "accept",
+        progress=progress,
     )
     if data.on_error == "fail":
         _check_all(listing, digests)
@@ -78,7 +83,7 @@ def prepare(
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
         manifest = _manifest(data, usable, classes, digests, split_of)
-        summary = _summary(manifest, listing, len(digests.failures) + len(listing.stray))
+        summary = _summary(manifest, listing, digests)
         result = _result(summary, data, listing, manifest, before)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
@@ -155,7 +160,7 @@ def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
     return written(sorted(names_in(label, task), key=classes.index))
 
 
-def _summary(manifest: Manifest, listing: Listing, quarantined: int) -> PrepareSummary:
+def _summary(manifest: Manifest, listing: Listing, digests: Digests) -> PrepareSummary:
     copies = Counter(row.id for row in manifest.rows)
     counts = Counter((row.split, name) for row in manifest.rows for name in manifest.names(row))
     grouped = [row.group for row in manifest.rows if row.group != row.path]
@@ -167,8 +172,9 @@ def _summary(manifest: Manifest, listing: Listing, quarantined: int) -> PrepareS
         unit=listing.unit,
         group_column=listing.group_column,
         split_column=listing.split_column,
-        quarantined=quarantined,
+        quarantined=len(digests.failures) + len(listing.stray),
         passed_over=dict(sorted(Counter(one.reason for one in listing.passed_over).items())),
+        warned=len(digests.warnings),
         counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},
         split_images={split: sum(row.split == split for row in manifest.rows) for split in SPLITS},
     )

@@ -1,17 +1,17 @@
-"""Read every image once: is it whole, and what is the sha256 of its content."""
+"""Read every image once: is it complete, and what is the sha256 of its content."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from schemas.errors import ImageError
 from stages.files import sha256_file
-from stages.images import read_image
+from stages.images import check_image
 from stages.prepare.scan import Item
 from stages.progress import Progress
 
@@ -27,10 +27,18 @@ class Digests:
     """Path -> sha256 of the content, of every image that can be used."""
     failures: dict[str, str]
     """Path -> reason, of every other."""
+    warnings: dict[str, str] = field(default_factory=dict)
+    """Path -> warning about corrupt data, of every image that is used all the same."""
 
 
 def digest_images(
-    items: Sequence[Item], images: Path, *, max_pixels: int, min_side: int, progress: Progress | None = None
+    items: Sequence[Item],
+    images: Path,
+    *,
+    max_pixels: int,
+    min_side: int,
+    accept_warnings: bool = False,
+    progress: Progress | None = None,
 ) -> Digests:
     """Decode and digest images in threads.
 
@@ -39,14 +47,16 @@ def digest_images(
         images: Folder that their paths start at.
         max_pixels: Images with more pixels cannot be used.
         min_side: Images with a shorter side, in pixels, cannot be used.
+        accept_warnings: Whether an image is used whose data is corrupt by its checksums or its decoder.
         progress: Called in this thread after each image.
     """
 
     def read(item: Item) -> tuple[str | None, str]:
-        path = images / item.path
+        path, seen = images / item.path, [""]
+        accept = seen.append if accept_warnings else None
         try:
-            read_image(path, max_pixels=max_pixels, min_side=min_side)
-            return sha256_file(path), ""
+            check_image(path, max_pixels=max_pixels, min_side=min_side, accept=accept)
+            return sha256_file(path), seen[-1]
         except ImageError as error:
             return None, error.reason
         except OSError as error:
@@ -54,6 +64,7 @@ def digest_images(
 
     ids: dict[str, str] = {}
     failures: dict[str, str] = {}
+    warnings: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
         for batch in _batches(items):
             for item, (content, reason) in zip(batch, pool.map(read, batch), strict=True):
@@ -61,9 +72,11 @@ def digest_images(
                     failures[item.path] = reason
                 else:
                     ids[item.path] = content
+                    if reason:
+                        warnings[item.path] = reason
                 if progress is not None:
                     progress(len(ids) + len(failures), len(items))
-    return Digests(ids, failures)
+    return Digests(ids, failures, warnings)
 
 
 def _threads() -> int:

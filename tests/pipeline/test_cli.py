@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.commands import cache as cache_module
-from schemas.errors import FptError
+from schemas.errors import FptError, InterruptedRunError
 
 
 def fpt(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -69,7 +69,8 @@ def test_debug_shows_the_traceback(
         (FptError("The state.", "The cause.", "The repair."), 2, "The state.\nThe cause.\nThe repair.\n"),
         (ZeroDivisionError("by zero\nsecond line"), 1, "ZeroDivisionError: by zero\nThis is an error inside fpt."),
         (RuntimeError(), 1, "RuntimeError: (no message)"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+        (InterruptedRunError("3 of 4 rows."), 130, "Interrupted. 3 of 4 rows. Run `fpt cache path` again.\n"),
     ],
 )
 def test_errors_become_words_and_codes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stages.extract.lpm import load_lpm
 from stages.extract.plan import plan_extraction
 from stages.extract.run import ExtractProgress
 from stages.extract.views import apply_view, crop_box
-from stages.images import read_image
+from stages.images import decoded_image, read_image
 from stages.store.gc import drop_garbage, find_garbage
 from stages.store.layout import Store, open_store_layout
 from stages.store.reader import open_store, read_receipt
@@ -157,11 +158,11 @@ def test_an_image_is_decoded_once_for_all_its_views(study: Study, monkeypatch: p
     study.extract()
     decoded: list[str] = []
 
-    def counted(path: Path, **keywords: Any) -> Image.Image:
+    def counted(path: Path, **keywords: Any) -> AbstractContextManager[Image.Image]:
         decoded.append(str(path))
-        return read_image(path, **keywords)
+        return decoded_image(path, **keywords)
 
-    monkeypatch.setattr("stages.extract.work.read_image", counted)
+    monkeypatch.setattr("stages.extract.work.decoded_image", counted)
     with_views(study, *TURNS, crops=3)
     study.extract()
     assert len(decoded) == len(set(decoded)) == len(training(study))

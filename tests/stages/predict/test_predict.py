@@ -88,6 +88,15 @@ def test_limits_of_the_settings_hold(trained: Trained, tmp_path: Path) -> None:
     assert row.error
 
 
+def test_corrupt_data_is_an_error_unless_it_is_accepted(trained: Trained, tmp_path: Path) -> None:
+    make_images(tmp_path, 1)
+    path = next(tmp_path.rglob("*.png"))
+    # Pixels are complete, the last chunk is missing.
+    path.write_bytes(path.read_bytes()[:-12])
+    assert run(trained, [path])[0].error == "the file is truncated"
+    assert run(trained, [path], data=DataSettings(on_warning="accept"))[0].error is None
+
+
 def test_other_weights_are_refused(trained: Trained) -> None:
     study = trained.study
     save_weights(study.root / "other.safetensors", seed=1)
