@@ -69,7 +69,7 @@ class LinearSpec(Contract):
     features: int
     """Inputs: both pooled outputs, 2 D."""
     c: float
-    """Inverse of the L2 penalty, chosen on the validation images."""
+    """Inverse of the L2 penalty, of the lowest out-of-fold log-loss."""
     task: Task = "multiclass"
     """What the outputs mean."""
 
@@ -86,7 +86,7 @@ class KnnSpec(Contract):
     rows: int
     """Training rows that vote."""
     neighbours: int
-    """k, chosen on the validation images."""
+    """k, of the lowest out-of-fold log-loss."""
     task: Task = "multiclass"
     """What the outputs mean."""
 
@@ -219,7 +219,7 @@ class TrainResult(Contract):
     learnable: int
     """Parameters that were trained."""
     chosen: dict[str, float] = Field(default_factory=dict)
-    """What the validation images chose of a model without epochs: C of linear, k of knn."""
+    """Hyperparameter of a model without epochs: C of linear, k of knn, the largest share of statistics."""
 
 
 class Metrics(Contract):

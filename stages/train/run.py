@@ -29,7 +29,7 @@ from stages.train.cached import Cached
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
-from stages.train.evidence import EvidenceFit, FittedRows, describe, fit_evidence
+from stages.train.evidence import EvidenceFit, describe, fit_evidence
 from stages.train.fitted import FITTED, chosen, fit_rows
 from stages.train.lanes import open_lanes
 from stages.train.loop import Fit, Recipe, Run, fit, load_checkpoint, make_optimizer
@@ -37,6 +37,7 @@ from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
 from stages.train.targets import Target, check_task, targets
+from stages.train.tuning import FittedRows
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -44,8 +45,9 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 Fits = dict[str | tuple[float, ...], tuple[EvidenceFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, and what they say of the validation images."""
 
-RECIPE = 2
-"""Goes up where the same settings train another model: what an earlier version began is not gone on with."""
+RECIPE = 3
+"""Recipe version. Bump it when the same settings would train a different model, so that older checkpoints are not
+resumed."""
 
 DESCRIBED = 16
 """Rows that are read at a time to be described."""

@@ -149,6 +149,24 @@ def test_every_view_of_a_training_image_is_read(tmp_path: Path, method: Method) 
         assert rows[0].rows == 2 * rows[1].rows
 
 
+@pytest.mark.parametrize("method", ["linear", "knn"])
+def test_labels_of_validation_images_choose_nothing(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method=method)
+    receipt = study.extract()
+    first = run(study, receipt, "first")
+    turned = dict(zip(study.manifest.classes, study.manifest.classes[1:] + study.manifest.classes[:1], strict=True))
+    rows = tuple(
+        row.model_copy(update={"label": turned[row.label]}) if row.split == "val" else row
+        for row in study.manifest.rows
+    )
+    study.manifest = study.manifest.model_copy(update={"rows": rows})
+    second = run(study, receipt, "second")
+    assert second.best.val_loss > first.best.val_loss
+    assert second.chosen == first.chosen
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+
+
 def test_a_class_without_training_images_is_named(study: Study) -> None:
     receipt = study.extract()
     rows = tuple(row for row in study.manifest.rows if row.label != "grid" or row.split != "train")
