@@ -36,9 +36,10 @@ from schemas.settings import TrainSettings
 from stages.device import keep_freed_memory
 from stages.store.memory import MemoryRows
 from stages.store.reader import open_store
+from stages.train.checkpoints import Fit
 from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
 from stages.train.lanes import ONE, Lanes, open_lanes
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork
 
 CLASSES = 5

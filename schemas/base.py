@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_no_nul)]
+"""Text of settings: a path, a URL, a name."""
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
+"""Text that is not empty."""
+Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_no_nul)]
+"""A few characters."""
 
 
 class Contract(BaseModel):
@@ -15,6 +29,20 @@ class Contract(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class Section(Contract):
+    """A section of the settings."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
+        # `off` and `no` are booleans in YAML, which pydantic would take for the numbers 0 and 1.
+        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        several = value if isinstance(value, list | tuple) else [value]
+        if not switch and any(isinstance(item, bool) for item in several):
+            raise ValueError("must not be true or false (nor yes, no, on, off)")
+        return value
 
 
 def canonical_json(value: Any) -> str:

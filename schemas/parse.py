@@ -11,6 +11,11 @@ from pydantic import BaseModel, ValidationError
 from schemas.errors import SettingsError
 from schemas.settings import Settings
 
+SHOWN = 20
+"""Problems that a message lists."""
+LONG = 60
+"""Characters of a key or a value from which it is cut short."""
+
 
 def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Settings:
     """Validate a whole settings tree.
@@ -27,6 +32,8 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
     except ValidationError as error:
         problems = _problems(error)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        if len(problems) > SHOWN:
+            problems = (*problems[:SHOWN], ("...", f"and {len(problems) - SHOWN} more"))
         raise SettingsError(
             f"{source} is not valid: {count}.", problems, f"Correct {source}, or the --set override."
         ) from None
@@ -54,8 +61,26 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
             continue
         value = rejected.get(path)
         plain = path in rejected and (isinstance(value, str | int | float | bool) or value is None)
-        lines.append((".".join(path) or "(top level)", "; or: ".join(texts) + (f" (is {value!r})" if plain else "")))
+        lines.append(
+            (
+                ".".join(map(_short_key, path)) or "(top level)",
+                "; or: ".join(texts) + (f" (is {_short(value)})" if plain else ""),
+            )
+        )
     return tuple(lines)
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    # Python refuses to write integers of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of about {value.bit_length() * 3 // 10} digits"
+    text = repr(value)
+    return text if len(text) <= LONG else f"{text[: LONG // 2]}... ({len(text):,} characters)"
+
+
+def _short_key(key: str) -> str:
+    return key if len(key) <= LONG and key.isprintable() else _short(key)
 
 
 def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
@@ -77,6 +102,8 @@ def _nearest(path: tuple[str, ...]) -> str | None:
     for part in path[:-1]:
         section = _child(section, part)
     every = settings_keys()
+    if len(path[-1]) > LONG:
+        return None
     if (same := [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]) and len(same) == 1:
         return same[0]
     if section is not None:

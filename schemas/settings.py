@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.base import Contract
+from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.tasks import SEPARATOR, Task
 
 SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
-Method = Literal[SideMethod, "statistics", "linear", "knn", "attentive"]
+FittedMethod = Literal["statistics", "linear", "knn"]
+Method = Literal[SideMethod, FittedMethod, "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -25,43 +26,49 @@ Precision = Literal["float32", "bfloat16", "float16"]
 FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Area = Annotated[float, Field(ge=0.01, le=1.0)]
+Aspect = Annotated[float, Field(ge=0.1, le=10.0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(max_length=1000)]
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...], Field(min_length=1, max_length=10_000)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
 
 
-class DataSettings(Contract):
+class DataSettings(Section):
     """Which images, which labels, and how they are split."""
 
     task: Task = "multiclass"
     """What a label says: multiclass (one class an image, also of two), multilabel (any number of labels, also none) or
     ordinal (one grade, in the order of `classes`)."""
-    images: str = "data/images"
+    images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
-    labels: str | None = None
+    labels: Name | None = None
     """CSV with a row per image; null: the first-level folder of an image is its label."""
-    path_column: str = "path"
+    path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
-    label_column: str = "label"
+    label_column: Name = "label"
     """Column of `labels` with the label."""
-    label_separator: Annotated[str, Field(min_length=1)] = SEPARATOR
+    label_separator: Word = SEPARATOR
     """Between the labels of one image in `label_column`; only for multilabel."""
-    label_columns: tuple[str, ...] | None = None
+    label_columns: Names | None = None
     """Columns of `labels` with 0 or 1, each named after its label, in place of `label_column`; only for multilabel."""
-    group_column: str | None = None
+    group_column: Name | None = None
     """Column of `labels` with the patient (or any unit that must stay in one split); null: each image by itself."""
-    split_column: str | None = None
+    split_column: Name | None = None
     """Column of `labels` with a ready split (train, val, test); null: splits are drawn."""
-    classes: tuple[str, ...] | None = None
+    classes: Names | None = None
     """Labels in the order of the model's outputs; null: sorted by name. Ordinal grades should be listed."""
     val_share: Share = 0.2
     """Share of the images for choosing the best epoch."""
     test_share: Share = 0.2
     """Share of the images for the test."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split."""
     on_error: Literal["fail", "quarantine"] = "fail"
     """What to do with images that cannot be read: stop and list them, or set them aside in a CSV."""
-    max_pixels: Annotated[int, Field(ge=1)] = 250_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=10**11)] = 250_000_000
     """Images with more pixels are refused before they are decoded."""
-    min_side: Annotated[int, Field(ge=1)] = 16
+    min_side: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Images with a side shorter than this, in pixels, are refused."""
 
     @model_validator(mode="after")
@@ -88,16 +95,16 @@ class DataSettings(Contract):
         return self
 
 
-class LpmSettings(Contract):
+class LpmSettings(Section):
     """The frozen large pretrained model."""
 
-    name: str = "vit_base_patch16_384.orig_in21k_ft_in1k"
+    name: Name = "vit_base_patch16_384.orig_in21k_ft_in1k"
     """timm model name with its tag, hf-hub:organisation/name, or local-dir:folder (config.json and weights)."""
-    weights: str = "hub"
+    weights: Name = "hub"
     """"hub", or a local .safetensors, .pth or .npz file; relative paths start at the folder of `params.yaml`."""
 
 
-class FeatureSettings(Contract):
+class FeatureSettings(Section):
     """What is computed and kept per image.
 
     Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
@@ -108,7 +115,7 @@ class FeatureSettings(Contract):
     resize: FeatureResize = "squash"
     """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
     LPM's mean colour); the side image the same."""
-    layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
+    layers: Literal["auto"] | Layers = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
     """Token importance: attention received from all queries, or from the class token."""
@@ -129,12 +136,12 @@ class FeatureSettings(Contract):
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Images per shard: what one task computes, and what a crash costs."""
-    views: tuple[FixedView, ...] = ("identity",)
+    views: Annotated[tuple[FixedView, ...], Field(max_length=6)] = ("identity",)
     """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
     rot180, rot270. Each more is one more row to compute and to keep."""
-    crops: Annotated[int, Field(ge=0)] = 0
+    crops: Annotated[int, Field(ge=0, le=256)] = 0
     """Random crops of each training image, as further views."""
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.8, 1.0)
+    crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Share of the area that each of `crops` keeps, (lowest, highest)."""
 
     @model_validator(mode="after")
@@ -173,7 +180,7 @@ class FeatureSettings(Contract):
         return value
 
 
-class AugmentSettings(Contract):
+class AugmentSettings(Section):
     """Augmentation of the side image; the cached features stay those of the un-augmented image."""
 
     flip: Unit = 0.5
@@ -182,9 +189,9 @@ class AugmentSettings(Contract):
     """Brightness jitter: factor drawn from 1 -/+ this."""
     contrast: Unit = 0.2
     """Contrast jitter: factor drawn from 1 -/+ this."""
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.8, 1.0)
+    crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Share of the area that a random crop keeps, (lowest, highest)."""
-    crop_ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.7, 1.3)
+    crop_ratio: tuple[Aspect, Aspect] = (0.7, 1.3)
     """Aspect ratio of a random crop, (lowest, highest)."""
 
     @model_validator(mode="after")
@@ -195,24 +202,24 @@ class AugmentSettings(Contract):
         return self
 
 
-class TrainSettings(Contract):
+class TrainSettings(Section):
     """Stage two. Defaults are the published recipe, but for what a preset changes; lr: 5e-5 to 5e-3, by data set."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 5e-4
+    lr: Annotated[float, Field(ge=1e-12, le=100.0)] = 5e-4
     """Learning rate at the start; cosine to zero, no warm-up."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.1
     """AdamW weight decay."""
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Passes over the training images."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Images per step."""
-    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
     """Largest norm of the gradient."""
-    prompts: Annotated[int, Field(ge=1)] = 16
+    prompts: Annotated[int, Field(ge=1, le=1024)] = 16
     """Learnable prompts per tapped layer; for attentive: its queries."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Dropout of the fused prompts."""
-    side_reduction: Annotated[int, Field(ge=1)] = 8
+    side_reduction: Annotated[int, Field(ge=1, le=1024)] = 8
     """Width of the LPM divided by the width of the side network."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 else."""
@@ -228,7 +235,7 @@ class TrainSettings(Contract):
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
     best, for fpt-x late."""
-    class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0)], ...] = "none"
+    class_weights: Literal["none", "balanced"] | ClassWeights = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class). With multilabel the weight of an image that
     has the label; balanced: images without it / images with it."""
     sampling: Literal["natural", "balanced", "decay"] = "natural"
@@ -236,13 +243,13 @@ class TrainSettings(Contract):
     natural in the last epoch)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """What training minimises; focal: images that are right already count less."""
-    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    focal_gamma: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
     """How much less, with focal; 0: as cross_entropy."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread over all classes."""
-    kappa_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    kappa_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.5
     """Weight of the quadratic-kappa term that ordinal adds to the loss; other tasks have none."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Parts in which a batch passes through the network, to save memory; must divide batch_size. The result is the same
     up to rounding."""
     checkpointing: bool = False
@@ -254,9 +261,9 @@ class TrainSettings(Contract):
     """Compile the side network's blocks (torch.compile, needs a C++ compiler): half a minute at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and dropout."""
-    order_seed: Literal["auto"] | int = "auto"
+    order_seed: Literal["auto"] | Seed = "auto"
     """Seed of the order of the images, their augmentation and views; auto: seed. Runs of one sweep share it."""
 
     @model_validator(mode="after")
@@ -264,6 +271,13 @@ class TrainSettings(Contract):
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
         return self
+
+    @field_validator("class_weights")
+    @classmethod
+    def _check_class_weights(cls, value: object) -> object:
+        if isinstance(value, tuple) and max(value) < 1e-6:
+            raise ValueError("needs a weight of at least 1e-6")
+        return value
 
     @field_validator("side_image_size")
     @classmethod
@@ -273,7 +287,7 @@ class TrainSettings(Contract):
         return value
 
 
-class Settings(Contract):
+class Settings(Section):
     """All settings of a study."""
 
     method: Method = "fpt-x"

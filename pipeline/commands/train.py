@@ -57,7 +57,7 @@ def train(
         result = run(
             study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,
             logger if ranks.first else None, on_memory=None if as_json else _say_memory, remote=study.remote,
-            ranks=ranks,
+            ranks=ranks, on_notice=say,
         )  # fmt: skip
         if not ranks.first:
             return

@@ -25,8 +25,9 @@ from schemas.settings import Settings, TrainSettings
 from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
+from stages.train.checkpoints import Fit
 from stages.train.data import READS, Batch
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network, build_learner
 from stages.train.network import learnable_parameters
 

@@ -11,10 +11,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +24,9 @@ from schemas.settings import TrainSettings
 from schemas.tasks import Task
 from stages.evaluate.metrics import macro_auc
 from stages.extract.features import in_precision
-from stages.files import storage_errors
 from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
+from stages.train.checkpoints import Fit, save_checkpoint
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
@@ -40,22 +39,6 @@ from stages.train.parallel import gather_rows
 from stages.train.parts import join_parts, split_batch
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
-
-
-@dataclass
-class Fit:
-    """State of a run: what a checkpoint holds."""
-
-    network: Network
-    """Current weights."""
-    optimizer: torch.optim.Optimizer
-    """AdamW."""
-    epochs: list[EpochLog] = field(default_factory=list)
-    """Finished epochs."""
-    best: int = 0
-    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
-    best_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Weights of that epoch, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,9 @@ class Run:
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
     probed: torch.Tensor | None = None
-    """(n, C): what its linear probes say of the validation images, had they not seen them; None: it has none."""
+    """Out-of-fold logits (n, C) of the linear probes on the validation images, or None without probes."""
+    key: str = ""
+    """What is trained; a checkpoint of another key is not resumed."""
 
     @property
     def network(self) -> Network:
@@ -217,7 +202,7 @@ def fit(
                 )
                 keep_epoch(run, log)
                 if ranks.first:
-                    save_checkpoint(run.state, run.checkpoint)
+                    save_checkpoint(run.state, run.checkpoint, run.key)
                 run.on_epoch(log)
 
 
@@ -311,38 +296,3 @@ def judge_logits(
 def _merit(log: EpochLog) -> tuple[float, float]:
     """Higher is better: AUC, then the lower loss; the loss alone where the AUC is not defined."""
     return (log.val_auc if log.val_auc is not None else 0.0, -log.val_loss)
-
-
-def save_checkpoint(state: Fit, path: Path) -> None:
-    """Write the whole state to a new file, then rename it over the old one."""
-    content: dict[str, Any] = {
-        "network": state.network.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "epochs": [log.model_dump_json() for log in state.epochs],
-        "best": state.best,
-        "best_state": state.best_state,
-    }
-    partial = path.with_suffix(".part")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        partial.replace(path)
-
-
-def load_checkpoint(state: Fit, path: Path) -> bool:
-    """Go on from a checkpoint, if there is a whole one; says whether there was."""
-    if not path.exists():
-        return False
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state.network.load_state_dict(content["network"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        state.epochs = [EpochLog.model_validate_json(text) for text in content["epochs"]]
-        state.best, state.best_state = content["best"], content["best_state"]
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise TrainingError(
-            f"The checkpoint {path} cannot be read: {error}",
-            "It was damaged.",
-            f"Delete it (rm {path}) to start this run afresh.",
-        ) from error
-    return True

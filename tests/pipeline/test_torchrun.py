@@ -26,7 +26,7 @@ from pathlib import Path
 from pipeline.cli import main
 
 def die():
-    while not list(Path(".fpt/checkpoints").glob("*.pt")):
+    while not list(Path(".fpt/checkpoints").glob("*.ckpt")):
         time.sleep(0.01)
     os._exit(9)
 
@@ -136,8 +136,9 @@ def test_the_death_of_one_process_ends_all_and_one_may_go_on_alone(two: Study) -
     assert died.returncode != 0
     assert "exitcode  : 9" in died.stderr
     assert not (two.root / "outputs/model/model.json").exists()
-    (checkpoint,) = (two.root / ".fpt/checkpoints").glob("*.pt")
-    done = [EpochLog.model_validate_json(text) for text in torch.load(checkpoint, weights_only=True)["epochs"]]
+    (checkpoint,) = (two.root / ".fpt/checkpoints").glob("*.ckpt")
+    progress = json.loads(checkpoint.read_bytes().split(b"\n")[1])
+    done = [EpochLog.model_validate(log) for log in progress["epochs"]]
     again, undisturbed = (epochs(two, len(done) + 1, folder) for folder in (".fpt/checkpoints", "others"))
     assert again[:-1] == done
     for mine, other in zip(undisturbed, again, strict=True):

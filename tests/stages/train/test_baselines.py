@@ -24,7 +24,7 @@ from stages.extract.lpm import describe_lpm
 from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
-from stages.train.bundle import load_bundle
+from stages.train.bundle import load_bundle, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
@@ -180,10 +180,12 @@ def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
     run(study, receipt, "linear", settings=as_method(study, "linear"))
     run(study, receipt, "knn", settings=as_method(study, "knn"))
     folder = study.root / "linear"
-    text = json.loads((folder / "model.json").read_text())
-    text["network"] = json.loads((study.root / "knn/model.json").read_text())["network"]
-    (folder / "model.json").write_text(json.dumps(text))
+    ours, other = read_spec(folder), read_spec(study.root / "knn")
+    (folder / "model.json").write_bytes(ours.model_copy(update={"network": other.network}).to_json())
     with pytest.raises(BundleError, match="does not fit"):
+        load_bundle(folder)
+    shutil.copy(study.root / "knn/model.json", folder)
+    with pytest.raises(BundleError, match=r"is not the file that model\.json describes"):
         load_bundle(folder)
 
 

@@ -24,10 +24,11 @@ from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
 from stages.train.calibration import sharpness
+from stages.train.checkpoints import Fit
 from stages.train.data import Batch
 from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
 from stages.train.infer import feature_logits, store_logits
-from stages.train.loop import Fit, Recipe, Run, keep_epoch, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, keep_epoch, make_optimizer, training_step
 from stages.train.members import member_logits
 from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters

@@ -16,10 +16,11 @@ from schemas.results import SideNetworkSpec, TrainResult
 from schemas.settings import TrainSettings
 from stages.ranks import Ranks
 from stages.train.cached import Cached
+from stages.train.checkpoints import Fit
 from stages.train.compiling import compile_blocks
 from stages.train.data import Batch
 from stages.train.fusion import context
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network
 from stages.train.network import build_network
 from stages.train.parts import split_batch

@@ -1,0 +1,128 @@
+"""Checkpoints of unfinished trainings: one file each, whose digest is checked before anything is parsed.
+
+fpt checkpoint 1 <sha256 of the rest>\\n<safetensors: weights, optimiser state, kept weights; JSON in its metadata>
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from schemas.base import canonical_json
+from schemas.results import EpochLog
+from stages.files import atomic_write
+from stages.train.models import Network
+
+HEAD = b"fpt checkpoint 1 "
+"""First bytes; the number changes with the layout, so that a file of another version is not parsed."""
+_LENGTH = len(HEAD) + 64 + 1
+
+
+@dataclass
+class Fit:
+    """State of a run: what a checkpoint holds."""
+
+    network: Network
+    """Current weights."""
+    optimizer: torch.optim.Optimizer
+    """AdamW."""
+    epochs: list[EpochLog] = field(default_factory=list)
+    """Finished epochs."""
+    best: int = 0
+    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
+    best_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Weights of that epoch, on the CPU."""
+
+
+def save_checkpoint(state: Fit, path: Path, key: str) -> None:
+    """Replace the checkpoint by one of the whole state, atomically and safe through a power cut.
+
+    Args:
+        state: After at least one epoch.
+        path: Several processes may write it at once.
+        key: Full key of the run, `run.run_key`.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    moments = {
+        f"optimizer.{index}.{name}": value
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    tensors = {
+        **{f"network.{name}": value for name, value in state.network.state_dict().items()},
+        **{f"best.{name}": value for name, value in state.best_state.items()},
+        **moments,
+    }
+    progress = {"key": key, "best": state.best, "epochs": [log.model_dump(mode="json") for log in state.epochs]}
+    arrays = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    payload = canonical_json(progress).encode() + b"\n" + arrays
+    atomic_write(path, HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
+    """Resume from a checkpoint, if there is an intact one of this run; else the state stays as it is.
+
+    Args:
+        state: A fresh run; receives weights, optimiser state and finished epochs.
+        path: Of the checkpoint.
+        key: Full key of the run, `run.run_key`.
+
+    Returns:
+        Why the file that is there cannot be resumed; None where it was, or where there is none.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    head, payload = data[:_LENGTH], data[_LENGTH:]
+    if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        return "is damaged"
+    # From here on the bytes are those that were written: what does not fit is another run's, or another version's.
+    line, _, arrays = payload.partition(b"\n")
+    try:
+        progress, tensors = json.loads(line), load_tensors(arrays)
+        if progress["key"] != key:
+            return "belongs to another training"
+        epochs = [EpochLog.model_validate(log) for log in progress["epochs"]]
+        network, best, moments = (_below(f"{part}.", tensors) for part in ("network", "best", "optimizer"))
+        _check_shapes(network, state.network.state_dict())
+        _check_shapes(best, state.network.state_dict())
+        state.optimizer.load_state_dict(
+            {"state": _by_parameter(moments), "param_groups": state.optimizer.state_dict()["param_groups"]}
+        )
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return "was written by another version"
+    state.network.load_state_dict(network)
+    state.epochs, state.best, state.best_state = epochs, int(progress["best"]), best
+    return None
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _by_parameter(moments: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """`3.exp_avg` and its like -> index of the parameter -> name -> value."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in moments.items():
+        index, _, moment = name.partition(".")
+        found.setdefault(int(index), {})[moment] = value
+    return found
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    shapes = ({name: value.shape for name, value in side.items()} for side in (tensors, expected))
+    if next(shapes) != next(shapes):
+        raise ValueError("other tensors")
