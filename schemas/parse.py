@@ -13,6 +13,8 @@ from schemas.settings import Settings
 
 SHOWN = 20
 """Problems that a message lists."""
+MOST = 1000
+"""Problems that are counted: a long list of wrong values has one for each."""
 LONG = 60
 """Characters of a key or a value from which it is cut short."""
 
@@ -31,7 +33,8 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
         return Settings.model_validate(raw)
     except ValidationError as error:
         problems = _problems(error)
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        more = "at least " if error.error_count() > MOST else ""
+        count = f"{more}{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         if len(problems) > SHOWN:
             problems = (*problems[:SHOWN], ("...", f"and {len(problems) - SHOWN} more"))
         raise SettingsError(
@@ -43,7 +46,7 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
     """(dotted path, message) of each problem: one line for all alternatives of a union that were tried in vain."""
     messages: dict[tuple[str, ...], list[str]] = {}
     rejected: dict[tuple[str, ...], object] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST]:
         path = _written(item["loc"], item["type"])
         if item["type"] == "extra_forbidden":
             near = _nearest(path)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import torch
 
 from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
-from schemas.settings import Method, Settings
+from schemas.settings import FittedMethod, Method, Settings
 from stages.train.evidence import StatisticsModel, fit_evidence, statistics_model
 from stages.train.lanes import ONE, Lanes
 from stages.train.loop import judge_logits
 from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
 from stages.train.tuning import FittedRows
 
-FITTED: frozenset[Method] = frozenset({"statistics", "linear", "knn"})
-"""Methods without epochs. All read the pooled outputs."""
+FITTED: frozenset[Method] = frozenset(get_args(FittedMethod))
+"""Methods without epochs, as a set. All read the pooled outputs."""
 
 Fitted = StatisticsModel | LinearModel | KnnProbe
 """Their models."""

@@ -86,7 +86,7 @@ def test_only_images_of_the_training_split_have_views() -> None:
         ({"views": ["identity", "rot45"]}, "rot45"),
         ({"crops": -1}, "greater than or equal to 0"),
         ({"crops": 2, "crop_scale": [0.9, 0.5]}, "lowest, highest"),
-        ({"crops": 2, "crop_scale": [0.0, 0.5]}, "greater than 0"),
+        ({"crops": 2, "crop_scale": [0.0, 0.5]}, "greater than or equal to 0.01"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(features: dict[str, Any], message: str) -> None:

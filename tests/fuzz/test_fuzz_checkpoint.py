@@ -1,0 +1,144 @@
+"""Whatever happens to a checkpoint: it is resumed to the same model, or named and not used."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from study import Study, make_study
+
+from schemas.features import ExtractionReceipt
+from schemas.resolve import network_spec
+from schemas.results import EpochLog
+from stages.train.checkpoints import Fit, load_checkpoint, save_checkpoint
+from stages.train.loop import make_optimizer
+from stages.train.models import build_learner
+from stages.train.run import run_key, train
+
+SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "200"))
+
+
+class Killed(BaseException):
+    """A kill signal, from inside."""
+
+
+class Half:
+    """A study whose training was killed after its first epoch, and the model of an undisturbed one."""
+
+    def __init__(self, root: Path) -> None:
+        self.study: Study = make_study(root, per_class=5, train={"epochs": 2, "lr": 2e-3})
+        self.receipt: ExtractionReceipt = self.study.extract()
+        self.calm = self.train("calm")[0]
+
+        def die(_: EpochLog) -> None:
+            raise Killed
+
+        with pytest.raises(Killed):
+            self.train("killed", die)
+        (self.path,) = (root / "checkpoints").iterdir()
+        self.data = self.path.read_bytes()
+        self.key = run_key(self.study.settings, self.study.manifest, self.receipt)
+
+    def train(self, output: str, on_epoch: object = None) -> tuple[bytes, list[str]]:
+        notices: list[str] = []
+        study = self.study
+        train(
+            study.settings, study.lpm, study.manifest, self.receipt, study.cache, study.root / output,
+            study.root / "checkpoints", on_epoch, on_notice=notices.append,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return (study.root / output / "model.safetensors").read_bytes(), notices
+
+    def fresh(self) -> Fit:
+        torch.manual_seed(0)
+        network = build_learner(network_spec(self.study.settings, self.study.lpm, 3))
+        return Fit(network, make_optimizer(network, self.study.settings.train))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Half:
+    return Half(tmp_path_factory.mktemp("half"))
+
+
+def damaged(data: bytes, random: Random) -> bytes:
+    kind = random.choice(["flip", "flip", "flip", "cut", "append", "swap", "zero", "head"])
+    at = random.randrange(len(data))
+    if kind == "flip":
+        return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+    if kind == "cut":
+        return data[:at]
+    if kind == "append":
+        return data + random.randbytes(random.randrange(1, 50))
+    if kind == "swap":
+        other = random.randrange(len(data))
+        low, high = sorted((at, other))
+        return data[high:] + data[low:high] + data[:low]
+    if kind == "zero":
+        return data[:at] + bytes(len(data) - at)
+    return random.randbytes(20) + data
+
+
+def test_damage_is_found_before_anything_is_loaded(half: Half, tmp_path: Path) -> None:
+    path, state = tmp_path / "x.ckpt", half.fresh()
+    before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
+    for case in range(CASES):
+        data = damaged(half.data, Random(SEED * 1_000_003 + case))
+        if data == half.data:
+            continue
+        path.write_bytes(data)
+        assert load_checkpoint(state, path, half.key) == "is damaged", case
+    assert not state.epochs
+    assert not state.optimizer.state_dict()["state"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.network.state_dict().items())
+    assert load_checkpoint(state, half.path, half.key) is None
+    assert len(state.epochs) == 1
+
+
+@pytest.mark.parametrize("case", ["intact", *range(3)])
+def test_training_ends_in_the_undisturbed_model(half: Half, case: int | str) -> None:
+    data = half.data if case == "intact" else damaged(half.data, Random(SEED * 1_000_003 + int(case)))
+    half.path.write_bytes(data)
+    model, notices = half.train(f"after-{case}")
+    assert model == half.calm
+    assert len(notices) == (data != half.data)
+    assert not half.path.exists()
+    half.path.write_bytes(half.data)
+
+
+def test_a_foreign_file_is_not_resumed(half: Half, tmp_path: Path) -> None:
+    path, state = tmp_path / "x.ckpt", half.fresh()
+    torch.save({"network": state.network.state_dict(), "epochs": []}, path)
+    assert load_checkpoint(state, path, half.key) == "is damaged"
+    path.write_bytes(half.data)
+    assert load_checkpoint(state, path, "0" * 64) == "belongs to another training"
+    path.unlink()
+    path.mkdir()
+    assert "cannot be read" in str(load_checkpoint(state, path, half.key))
+
+
+def test_equal_trainings_may_write_at_once(half: Half, tmp_path: Path) -> None:
+    """Each writes, reads and finally removes the same file, as equal trainings do."""
+    path, errors = tmp_path / "x.ckpt", []
+
+    def work() -> None:
+        try:
+            state = half.fresh()
+            assert load_checkpoint(state, half.path, half.key) is None
+            for _ in range(30):
+                save_checkpoint(state, path, half.key)
+                assert load_checkpoint(state, path, half.key) is None
+            path.unlink(missing_ok=True)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert list(tmp_path.iterdir()) == []
