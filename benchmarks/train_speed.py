@@ -36,10 +36,10 @@ from schemas.settings import TrainSettings
 from stages.device import keep_freed_memory
 from stages.store.memory import MemoryRows
 from stages.store.reader import open_store
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit
 from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
 from stages.train.lanes import ONE, Lanes, open_lanes
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.network import PromptedSideNetwork
 
 CLASSES = 5
@@ -62,7 +62,7 @@ def run_of(model: PromptedSideNetwork, lr: float = 5e-4) -> Run:
     """A run at its start."""
     recipe = Recipe(settings(lr), MEAN, STD, None, torch.device("cpu"), 0)
     model.train().reseed(0, 1)
-    return Run(Fit(model, make_optimizer(model, recipe.settings)), recipe, Checkpoint(Path(), ""), lambda _: None)
+    return Run(Fit(model, make_optimizer(model, recipe.settings)), recipe, Path(), lambda _: None)
 
 
 def epoch(runs: list[Run], data: FeatureDataset, lanes: Lanes = ONE) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas.errors import SettingsError
-from schemas.parse import shorten
 from schemas.sweeps import METHOD_AXIS, SEED_AXIS
+from schemas.text import shortened
 
 AS_SET = "as-set"
 """Name of the settings where no axis but the seed changes them."""
@@ -103,7 +103,9 @@ def parse_axes(words: Sequence[str]) -> dict[str, tuple[str, ...] | Range]:
             # Seeds are not drawn: a range of them means all.
             every = key == SEED_AXIS and whole
             if not 0 <= low < high <= 1e15:
-                problems.append((shorten(word), "a range must go from a lower to a higher number, from 0 to 1e15"))
+                problems.append(
+                    (shortened(word, 60), "a range must go from a lower to a higher number, from 0 to 1e15")
+                )
                 continue
             if every and high - low >= MOST_RUNS:
                 problems.append((word, f"names more than {MOST_RUNS:,} seeds"))

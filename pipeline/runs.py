@@ -209,6 +209,7 @@ def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> Non
             study.checkpoints,
             follow,
             remote=study.remote,
+            on_notice=say,
         )
         for logger, result in zip(loggers, results, strict=True):
             logger.finish(result.best)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-LONGEST_TEXT = 4096
-"""Characters of a text in the settings; also the longest path on Linux."""
 
-LONGEST_LIST = 10_000
-"""Entries of a list in the settings, such as class names."""
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_no_nul)]
+"""Text of settings: a path, a URL, a name."""
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
+"""Text that is not empty."""
+Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_no_nul)]
+"""A few characters."""
 
 
 class Contract(BaseModel):
@@ -24,30 +31,18 @@ class Contract(BaseModel):
     )
 
 
-class SettingsSection(Contract):
-    """A section of the settings: whatever a user writes has a bounded length."""
+class Section(Contract):
+    """A section of the settings."""
 
-    @field_validator("*", mode="after")
+    @field_validator("*", mode="before")
     @classmethod
-    def _check_size(cls, value: object) -> object:
-        for item in _flat(value):
-            if isinstance(item, str) and "\0" in item:
-                raise ValueError("holds a NUL character")
-            if isinstance(item, str) and len(item) > LONGEST_TEXT:
-                raise ValueError(f"has {len(item):,} characters; at most {LONGEST_TEXT:,} are allowed")
-            if isinstance(item, tuple | dict) and len(item) > LONGEST_LIST:
-                raise ValueError(f"has {len(item):,} entries; at most {LONGEST_LIST:,} are allowed")
+    def _check_yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
+        # `off` and `no` are booleans in YAML, which pydantic would take for the numbers 0 and 1.
+        switch = cls.model_fields[info.field_name or ""].annotation is bool
+        several = value if isinstance(value, list | tuple) else [value]
+        if not switch and any(isinstance(item, bool) for item in several):
+            raise ValueError("must not be true or false (nor yes, no, on, off)")
         return value
-
-
-def _flat(value: object) -> Iterator[object]:
-    """The value itself, and the entries of lists and mappings."""
-    yield value
-    if isinstance(value, tuple):
-        yield from value
-    elif isinstance(value, dict):
-        yield from value.keys()
-        yield from value.values()
 
 
 def canonical_json(value: Any) -> str:

@@ -7,22 +7,26 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
-from schemas.base import SettingsSection
+from schemas.base import Name, Section, Text, Word
 from schemas.urls import holds_secret
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Bytes of a unit."""
+LARGEST = 2**60
+"""Bytes that a memory may have: 1 EiB."""
+
+Resources = Annotated[dict[Word, Annotated[float, Field(gt=0.0, le=1e9)]], Field(max_length=32)]
 
 
-class StoreSettings(SettingsSection):
+class StoreSettings(Section):
     """How stage two reads the feature store. Never part of a fingerprint; DVC does not watch it."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    memory_budget: Annotated[int, Field(ge=0, lt=2**63)] | str = "auto"
+    memory_budget: Annotated[int, Field(ge=0, le=LARGEST)] | Word = "auto"
     """Features of the study's images are held in memory if they take no more than this: bytes, or text such as 2GB or
     1.5GiB; 0: never; auto: half of the memory that is free when training starts."""
-    remote: str | None = None
+    remote: Name | None = None
     """URL or folder of a cache root, such as `fpt cache push` fills, whose store training and evaluation read in place
     where the local cache lacks it; null: none. Relative paths start at the folder of `params.yaml`. Never with a
     password: credentials belong in the environment."""
@@ -55,38 +59,39 @@ def _bytes(text: str) -> int | None:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]{0,3})", text.strip())
     if match is None or match[2].upper() not in UNITS:
         return None
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()]
+    return int(size) if size <= LARGEST else None
 
 
-class ComputeSettings(SettingsSection):
+class ComputeSettings(Section):
     """How to use this machine. Never part of a fingerprint; DVC does not watch it."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """torch threads; 0: as many as the process may use."""
-    extract_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    extract_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)] = "auto"
     """Images per forward pass of the LPM, halved where they do not fit the memory; auto: 4, on an accelerator 32."""
-    loader_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    loader_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that read the store in training; 0: the training process itself."""
 
 
-class SlurmSettings(SettingsSection):
+class SlurmSettings(Section):
     """What a job of SLURM asks for; one job is one worker. null: what Dask's jobqueue.yaml or the site says."""
 
-    queue: str | None = None
+    queue: Name | None = None
     """Partition."""
-    account: str | None = None
+    account: Name | None = None
     """Account that pays."""
-    walltime: str | None = None
+    walltime: Name | None = None
     """Longest time of a job, such as 04:00:00; a shard that is cut off is computed again by another."""
-    cores: Annotated[int, Field(ge=1, le=1024)] = 4
+    cores: Annotated[int, Field(ge=1, le=4096)] = 4
     """CPU cores of a job."""
-    directives: tuple[str, ...] = ()
+    directives: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     """Further #SBATCH options, such as --gres=gpu:1."""
 
 
-class ClusterSettings(SettingsSection):
+class ClusterSettings(Section):
     """Who does stage one: this process, or workers of Dask. Never part of a fingerprint; DVC does not watch it."""
 
     kind: Literal["inline", "local", "scheduler", "cuda", "slurm"] = "inline"
@@ -96,15 +101,15 @@ class ClusterSettings(SettingsSection):
     """Processes of local, jobs of slurm."""
     threads_per_worker: Annotated[int, Field(ge=0, le=1024)] = 0
     """torch threads of a worker; 0: compute.threads, and if that is 0 too, its share of the cores."""
-    memory: Annotated[str, Field(validate_default=True)] = "auto"
+    memory: Annotated[Word, Field(validate_default=True)] = "auto"
     """Memory of a worker, such as 16GiB: one that takes more is killed; auto: its share of this machine's."""
-    address: Annotated[str | None, Field(validate_default=True)] = None
+    address: Annotated[Text | None, Field(validate_default=True)] = None
     """Address of the scheduler, such as tcp://host:8786."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """How often a shard is given away again after its worker died or failed."""
-    resources: dict[str, Annotated[float, Field(gt=0.0, le=1e9)]] = Field(default_factory=dict)
+    resources: Resources = Field(default_factory=dict)
     """What a shard takes of a worker's resources, such as {GPU: 0.5} for two at once on a worker that offers GPU=1."""
-    wait: Annotated[float, Field(gt=0.0, le=604_800.0)] = 600.0
+    wait: Annotated[float, Field(gt=0.0, le=1e7)] = 600.0
     """Seconds to wait for a worker of a job, and after the last worker was lost."""
     slurm: SlurmSettings = SlurmSettings()
     """Jobs of slurm."""
@@ -123,6 +128,6 @@ class ClusterSettings(SettingsSection):
     def _check_address(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("kind") == "scheduler":
             raise ValueError("scheduler needs an address, such as tcp://host:8786")
-        if value is not None and not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d+", value):
+        if value is not None and not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d{1,5}", value):
             raise ValueError("must be like tcp://host:8786")
         return value

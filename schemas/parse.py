@@ -12,11 +12,15 @@ from schemas.errors import SettingsError
 from schemas.settings import Settings
 from schemas.urls import masked
 
-MOST_PROBLEMS = 50
-"""Problems that one message lists."""
-
 _LONGEST_GUESS = 100
 """Characters of an unknown key for which a similar valid one is sought; comparing takes quadratic time."""
+
+SHOWN = 20
+"""Problems that a message lists."""
+MOST = 1000
+"""Problems that are counted: a long list of wrong values has one for each."""
+LONG = 60
+"""Characters of a key or a value from which it is cut short."""
 
 
 def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Settings:
@@ -27,18 +31,18 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
         source: Name of the file, for the message.
 
     Raises:
-        SettingsError: With every problem, up to `MOST_PROBLEMS`; `problems` holds (dotted path, message).
+        SettingsError: With every problem, up to `SHOWN`; `problems` holds (dotted path, message).
     """
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
         problems = _problems(error)
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        shown = problems[:MOST_PROBLEMS]
-        if len(problems) > len(shown):
-            shown = (*shown, ("...", f"and {len(problems) - len(shown)} more"))
+        more = "at least " if error.error_count() > MOST else ""
+        count = f"{more}{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        if len(problems) > SHOWN:
+            problems = (*problems[:SHOWN], ("...", f"and {len(problems) - SHOWN} more"))
         raise SettingsError(
-            f"{source} is not valid: {count}.", shown, f"Correct {source}, or the --set override."
+            f"{source} is not valid: {count}.", problems, f"Correct {source}, or the --set override."
         ) from None
 
 
@@ -46,7 +50,7 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
     """(dotted path, message) of each problem: one line for all alternatives of a union that were tried in vain."""
     messages: dict[tuple[str, ...], list[str]] = {}
     rejected: dict[tuple[str, ...], object] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST]:
         path = _written(item["loc"], item["type"])
         if item["type"] == "extra_forbidden":
             near = _nearest(path)
@@ -64,22 +68,26 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
             continue
         value = rejected.get(path)
         plain = path in rejected and (isinstance(value, str | int | float | bool) or value is None)
-        text = "; or: ".join(shorten(text) for text in texts) + (f" (is {_shown(value)})" if plain else "")
-        lines.append((shorten(".".join(path)) or "(top level)", text))
+        lines.append(
+            (
+                ".".join(map(_short_key, path)) or "(top level)",
+                "; or: ".join(texts) + (f" (is {_short(value)})" if plain else ""),
+            )
+        )
     return tuple(lines)
 
 
-def shorten(text: str, longest: int = 200) -> str:
-    """The text, or its start and its length where it is longer than a message should repeat."""
-    return text if len(text) <= longest else f"{text[:60]}... ({len(text):,} characters)"
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    # Python refuses to write integers of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of about {value.bit_length() * 3 // 10} digits"
+    text = masked(repr(value))
+    return text if len(text) <= LONG else f"{text[: LONG // 2]}... ({len(text):,} characters)"
 
 
-def _shown(value: object) -> str:
-    try:
-        return shorten(masked(repr(value)), 100)
-    except ValueError:
-        # Python refuses to write integers of more than 4,300 digits, since that takes quadratic time.
-        return "an integer of thousands of digits"
+def _short_key(key: str) -> str:
+    return key if len(key) <= LONG and key.isprintable() else _short(key)
 
 
 def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
@@ -103,6 +111,8 @@ def _nearest(path: tuple[str, ...]) -> str | None:
     for part in path[:-1]:
         section = _child(section, part)
     every = settings_keys()
+    if len(path[-1]) > LONG:
+        return None
     if (same := [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]) and len(same) == 1:
         return same[0]
     if section is not None:

@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.base import SettingsSection
+from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.tasks import SEPARATOR, Task
 
 SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
-Method = Literal[SideMethod, "statistics", "linear", "knn", "attentive"]
+FittedMethod = Literal["statistics", "linear", "knn"]
+Method = Literal[SideMethod, FittedMethod, "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -25,9 +26,13 @@ Precision = Literal["float32", "bfloat16", "float16"]
 FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-AreaShare = Annotated[float, Field(ge=0.01, le=1.0)]
-AspectRatio = Annotated[float, Field(ge=0.1, le=10.0)]
+Area = Annotated[float, Field(ge=0.01, le=1.0)]
+Aspect = Annotated[float, Field(ge=0.1, le=10.0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(max_length=1000)]
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...], Field(min_length=1, max_length=10_000)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
+ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 
 
 def _label_text(value: object) -> object:
@@ -38,35 +43,35 @@ def _label_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) else value
 
 
-class DataSettings(SettingsSection):
+class DataSettings(Section):
     """Which images, which labels, and how they are split."""
 
     task: Task = "multiclass"
     """What a label says: multiclass (one class an image, also of two), multilabel (any number of labels, also none) or
     ordinal (one grade, in the order of `classes`)."""
-    images: str = "data/images"
+    images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
-    labels: str | None = None
+    labels: Name | None = None
     """CSV with a row per image; null: the first-level folder of an image is its label."""
-    path_column: str = "path"
+    path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
-    label_column: str = "label"
+    label_column: Name = "label"
     """Column of `labels` with the label."""
-    label_separator: Annotated[str, Field(min_length=1)] = SEPARATOR
+    label_separator: Word = SEPARATOR
     """Between the labels of one image in `label_column`; only for multilabel."""
-    label_columns: tuple[str, ...] | None = None
+    label_columns: Names | None = None
     """Columns of `labels` with 0 or 1, each named after its label, in place of `label_column`; only for multilabel."""
-    group_column: str | None = "auto"
+    group_column: Name | None = "auto"
     """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
     subject, case or group, also with _id, and without `labels` the sub-folders of class folders where they hold several
     images each; folder: those sub-folders in any case; null: each image by itself."""
-    split_column: str | None = "auto"
+    split_column: Name | None = "auto"
     """Column of `labels` with a ready split (train, val, test); images without an entry get one drawn, and so do
     validation images from train where no image has val; auto: a column named split; null: splits are drawn."""
-    classes: tuple[str, ...] | None = None
+    classes: Names | None = None
     """Labels (or their `class_names`) in the order of the model's outputs; null: sorted by name. Ordinal grades should
     be listed."""
-    class_names: dict[str, str] | None = None
+    class_names: ClassNames | None = None
     """Names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: labels are names."""
     val_share: Share = 0.2
     """Share of the images for choosing the best epoch."""
@@ -80,7 +85,7 @@ class DataSettings(SettingsSection):
     """Images whose checksums do not match or whose JPEG data is corrupt: cannot be read, or are used and counted."""
     max_pixels: Annotated[int, Field(ge=1, le=10**11)] = 250_000_000
     """Images with more pixels are refused before they are decoded."""
-    min_side: Annotated[int, Field(ge=1, le=100_000)] = 16
+    min_side: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Images with a side shorter than this, in pixels, are refused."""
 
     @model_validator(mode="after")
@@ -138,16 +143,16 @@ class DataSettings(SettingsSection):
         return self
 
 
-class LpmSettings(SettingsSection):
+class LpmSettings(Section):
     """The frozen large pretrained model."""
 
-    name: str = "vit_base_patch16_384.orig_in21k_ft_in1k"
+    name: Name = "vit_base_patch16_384.orig_in21k_ft_in1k"
     """timm model name with its tag, hf-hub:organisation/name, or local-dir:folder (config.json and weights)."""
-    weights: str = "hub"
+    weights: Name = "hub"
     """"hub", or a local .safetensors, .pth or .npz file; relative paths start at the folder of `params.yaml`."""
 
 
-class FeatureSettings(SettingsSection):
+class FeatureSettings(Section):
     """What is computed and kept per image.
 
     Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
@@ -158,7 +163,7 @@ class FeatureSettings(SettingsSection):
     resize: FeatureResize = "squash"
     """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
     LPM's mean colour); the side image the same."""
-    layers: Literal["auto"] | tuple[Annotated[int, Field(ge=0, lt=1000)], ...] = "auto"
+    layers: Literal["auto"] | Layers = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
     """Token importance: attention received from all queries, or from the class token."""
@@ -179,12 +184,12 @@ class FeatureSettings(SettingsSection):
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Images per shard: what one task computes, and what a crash costs."""
-    views: tuple[FixedView, ...] = ("identity",)
+    views: Annotated[tuple[FixedView, ...], Field(max_length=6)] = ("identity",)
     """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
     rot180, rot270. Each more is one more row to compute and to keep."""
-    crops: Annotated[int, Field(ge=0, le=64)] = 0
+    crops: Annotated[int, Field(ge=0, le=256)] = 0
     """Random crops of each training image, as further views."""
-    crop_scale: tuple[AreaShare, AreaShare] = (0.8, 1.0)
+    crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Share of the area that each of `crops` keeps, (lowest, highest)."""
 
     @model_validator(mode="after")
@@ -223,7 +228,7 @@ class FeatureSettings(SettingsSection):
         return value
 
 
-class AugmentSettings(SettingsSection):
+class AugmentSettings(Section):
     """Augmentation of the side image; the cached features stay those of the un-augmented image."""
 
     flip: Unit = 0.5
@@ -232,9 +237,9 @@ class AugmentSettings(SettingsSection):
     """Brightness jitter: factor drawn from 1 -/+ this."""
     contrast: Unit = 0.2
     """Contrast jitter: factor drawn from 1 -/+ this."""
-    crop_scale: tuple[AreaShare, AreaShare] = (0.8, 1.0)
+    crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Share of the area that a random crop keeps, (lowest, highest)."""
-    crop_ratio: tuple[AspectRatio, AspectRatio] = (0.7, 1.3)
+    crop_ratio: tuple[Aspect, Aspect] = (0.7, 1.3)
     """Aspect ratio of a random crop, (lowest, highest)."""
 
     @model_validator(mode="after")
@@ -245,18 +250,18 @@ class AugmentSettings(SettingsSection):
         return self
 
 
-class TrainSettings(SettingsSection):
+class TrainSettings(Section):
     """Stage two. Defaults are the published recipe, but for what a preset changes; lr: 5e-5 to 5e-3, by data set."""
 
-    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 5e-4
+    lr: Annotated[float, Field(ge=1e-12, le=100.0)] = 5e-4
     """Learning rate at the start; cosine to zero, no warm-up."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.1
     """AdamW weight decay."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Passes over the training images."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Images per step."""
-    clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
     """Largest norm of the gradient."""
     prompts: Annotated[int, Field(ge=1, le=1024)] = 16
     """Learnable prompts per tapped layer; for attentive: its queries."""
@@ -278,7 +283,7 @@ class TrainSettings(SettingsSection):
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
     best, for fpt-x late."""
-    class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] = "none"
+    class_weights: Literal["none", "balanced"] | ClassWeights = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class). With multilabel the weight of an image that
     has the label; balanced: images without it / images with it."""
     sampling: Literal["natural", "balanced", "decay"] = "natural"
@@ -290,7 +295,7 @@ class TrainSettings(SettingsSection):
     """How much less, with focal; 0: as cross_entropy."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread over all classes."""
-    kappa_weight: Annotated[float, Field(ge=0.0, le=1e6)] = 0.5
+    kappa_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.5
     """Weight of the quadratic-kappa term that ordinal adds to the loss; other tasks have none."""
     accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Parts in which a batch passes through the network, to save memory; must divide batch_size. The result is the same
@@ -315,6 +320,13 @@ class TrainSettings(SettingsSection):
             raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
         return self
 
+    @field_validator("class_weights")
+    @classmethod
+    def _check_class_weights(cls, value: object) -> object:
+        if isinstance(value, tuple) and max(value) < 1e-6:
+            raise ValueError("needs a weight of at least 1e-6")
+        return value
+
     @field_validator("side_image_size")
     @classmethod
     def _check_side(cls, value: object) -> object:
@@ -323,7 +335,7 @@ class TrainSettings(SettingsSection):
         return value
 
 
-class Settings(SettingsSection):
+class Settings(Section):
     """All settings of a study."""
 
     method: Method = "fpt-x"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import show_json, show_pairs, show_sizes, size
-from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.options import PARAMS_FILE, TRAINED_METHODS, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
     from schemas.results import CostReport
@@ -25,9 +25,7 @@ def cost(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Input of the LPM, in pixels.", show_default=False)
     ] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="fpt-x, fpt+, fpt, side or attentive.", show_default=False)
-    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"{TRAINED_METHODS}.", show_default=False)] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of the cached features: float32, float16, int8, int4.", show_default=False),

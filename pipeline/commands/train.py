@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import say, say_next, score, show_json, size
-from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.options import METHODS, PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
     from schemas.results import StoreMemory
@@ -18,10 +18,7 @@ def train(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     method: Annotated[
-        str | None,
-        typer.Option(
-            "--method", help="fpt-x, fpt+, fpt, or a baseline: side, linear, knn, attentive.", show_default=False
-        ),
+        str | None, typer.Option("--method", help=f"Preset or baseline: {METHODS}.", show_default=False)
     ] = None,
     output: Annotated[
         Path | None,
@@ -29,7 +26,7 @@ def train(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on the cached features. Opens no original image and no LPM; a killed run goes on where it was.
+    """Train on the cached features. Opens no original image and no LPM; a killed run resumes after its last epoch.
 
     On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
     """
@@ -57,7 +54,7 @@ def train(
         result = run(
             study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,
             logger if ranks.first else None, on_memory=None if as_json else _say_memory, remote=study.remote,
-            ranks=ranks,
+            ranks=ranks, on_notice=say,
         )  # fmt: skip
         if not ranks.first:
             return

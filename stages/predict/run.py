@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from schemas.errors import BundleError, CacheMismatchError, EvaluationError, ImageError, WeightsError
-from schemas.features import FeatureSpec
+from schemas.features import FEATURE_VERSION, FeatureSpec
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
@@ -159,7 +159,7 @@ def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.
     """The LPM on its device, refused unless it gives the features that the bundle was trained on."""
     source = lpm or LpmSettings(name=spec.lpm.name)
     info = describe_lpm(source.name, spec.lpm.image_size, root)
-    if differing := spec.differing(spec.model_copy(update={"lpm": info})):
+    if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
         raise CacheMismatchError(
             f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",
             differing,

@@ -8,13 +8,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from schemas.errors import BundleError
-from schemas.results import BundleSpec
+from schemas.results import BundleSpec, DigestError
 from stages.files import atomic_write
 from stages.train.models import Model, build_model
 
@@ -50,31 +49,42 @@ def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
         StorageError: If the folder cannot be written.
     """
     atomic_write(folder / WEIGHTS, weights)
-    atomic_write(folder / SPEC, (spec.model_dump_json(indent=1) + "\n").encode())
+    atomic_write(folder / SPEC, spec.to_json())
 
 
 def read_spec(folder: Path) -> BundleSpec:
-    """What a bundle says of itself; its weights are not read.
+    """What a bundle says of itself, checked against the digest in it; its weights are not read.
 
     Raises:
-        BundleError: If the file is missing or damaged.
+        BundleError: If the file is missing, changed, or of another version.
     """
     try:
-        return BundleSpec.model_validate_json(_read(folder, SPEC))
-    except ValidationError:
+        return BundleSpec.from_json(_read(folder, SPEC))
+    except DigestError:
+        raise BundleError(
+            f"{folder / SPEC} is not what training wrote: its content differs from its digest.",
+            "It was edited or damaged. Classes and features belong to the weights and cannot be changed by hand.",
+            "Restore the file (git, DVC or a backup), or run `fpt train` again.",
+        ) from None
+    except ValueError:
         raise BundleError(
             f"{folder / SPEC} cannot be understood.",
-            "It was changed, or written by another version.",
-            "Run `fpt train` again.",
+            "It was damaged, or written by another version of fpt.",
+            "Restore the file (git, DVC or a backup), or run `fpt train` again.",
         ) from None
 
 
 def _read(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"There is no model bundle in {folder}: {name} is missing.", repair="Run `fpt train`."
+        ) from None
+    except OSError as error:
+        raise BundleError(
+            f"{folder / name} cannot be read: {error.strerror}.",
+            repair="Make it readable, or run `fpt train` again.",
         ) from None
 
 

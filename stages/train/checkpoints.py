@@ -1,105 +1,128 @@
-"""Checkpoints of unfinished trainings: complete and of the same training, or not used.
+"""Checkpoints of unfinished trainings: one file each, whose digest is checked before anything is parsed.
 
-One file: 8 bytes of magic, the sha256 of training key and payload (32 bytes), then the payload, a `torch.save` of plain
-tensors and text. The digest is compared before anything of the payload is parsed. It covers the key, so that the
-checkpoint of another training, whose tensors may have the same shapes, is refused as well.
+fpt checkpoint 1 <sha256 of the rest>\\n<safetensors: weights, optimiser state, kept weights; JSON in its metadata>
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
-from schemas.errors import TrainingError
+from schemas.base import canonical_json
 from schemas.results import EpochLog
 from stages.files import atomic_write
+from stages.train.models import Network
 
-if TYPE_CHECKING:
-    from stages.train.loop import Fit
-
-MAGIC = b"fptckpt1"
-HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
+HEAD = b"fpt checkpoint 1 "
+"""First bytes; the number changes with the layout, so that a file of another version is not parsed."""
+_LENGTH = len(HEAD) + 64 + 1
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The checkpoint file of one training."""
+@dataclass
+class Fit:
+    """State of a run: what a checkpoint holds."""
 
-    path: Path
-    """The file; equal trainings share it."""
-    key: str
-    """Digest of everything that determines the trained model."""
+    network: Network
+    """Current weights."""
+    optimizer: torch.optim.Optimizer
+    """AdamW."""
+    epochs: list[EpochLog] = field(default_factory=list)
+    """Finished epochs."""
+    best: int = 0
+    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
+    best_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Weights of that epoch, on the CPU."""
 
-    @staticmethod
-    def of(folder: Path, key: str) -> Checkpoint:
-        """Return the checkpoint of a training in a folder."""
-        return Checkpoint(folder / f"{key[:16]}.ckpt", key)
 
-    def write(self, state: Fit) -> None:
-        """Replace the file by the state after the last epoch, atomically and durably.
+def save_checkpoint(state: Fit, path: Path, key: str) -> None:
+    """Replace the checkpoint by one of the whole state, atomically and safe through a power cut.
 
-        Equal trainings that run at once may replace each other's file: whichever is read leads to the same model.
+    Args:
+        state: After at least one epoch.
+        path: Several processes may write it at once.
+        key: Full key of the run, `run.run_key`.
 
-        Raises:
-            StorageError: It cannot be written.
-        """
-        content: dict[str, Any] = {
-            "network": state.network.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "epochs": [log.model_dump_json() for log in state.epochs],
-            "best": state.best,
-            "best_state": state.best_state,
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        payload = buffer.getvalue()
-        atomic_write(self.path, MAGIC + self._digest(payload) + payload)
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    moments = {
+        f"optimizer.{index}.{name}": value
+        for index, values in state.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    tensors = {
+        **{f"network.{name}": value for name, value in state.network.state_dict().items()},
+        **{f"best.{name}": value for name, value in state.best_state.items()},
+        **moments,
+    }
+    progress = {"key": key, "best": state.best, "epochs": [log.model_dump(mode="json") for log in state.epochs]}
+    arrays = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    payload = canonical_json(progress).encode() + b"\n" + arrays
+    atomic_write(path, HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
-    def read(self, state: Fit) -> bool:
-        """Restore the state if there is a checkpoint; return whether there was one.
 
-        Raises:
-            TrainingError: The file is damaged, or belongs to another training or version.
-        """
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise self._unusable(f"{error.strerror}.") from error
-        payload = data[HEADER_BYTES:]
-        if data[:HEADER_BYTES] != MAGIC + self._digest(payload):
-            raise self._unusable("Its content changed after it was written, or it belongs to another training.")
-        try:
-            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            epochs = [EpochLog.model_validate_json(text) for text in content["epochs"]]
-            state.network.load_state_dict(content["network"])
-            state.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, ValidationError) as error:
-            # The bytes are those that were written: another version of torch or of this program wrote them.
-            raise self._unusable(f"{type(error).__name__}: {error}") from error
-        state.epochs, state.best, state.best_state = epochs, content["best"], content["best_state"]
-        return True
+def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
+    """Resume from a checkpoint, if there is an intact one of this run; else the state stays as it is.
 
-    def remove(self) -> None:
-        """Delete the file; an equal training may have deleted it before."""
-        self.path.unlink(missing_ok=True)
+    Args:
+        state: A fresh run; receives weights, optimiser state and finished epochs.
+        path: Of the checkpoint.
+        key: Full key of the run, `run.run_key`.
 
-    def _digest(self, payload: bytes) -> bytes:
-        digest = hashlib.sha256(self.key.encode())
-        digest.update(payload)
-        return digest.digest()
-
-    def _unusable(self, cause: str) -> TrainingError:
-        return TrainingError(
-            f"The checkpoint {self.path} cannot be used.",
-            cause,
-            f"Delete it to train from the first epoch (rm {self.path}), then run the same command again.",
+    Returns:
+        Why the file that is there cannot be resumed; None where it was, or where there is none.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    head, payload = data[:_LENGTH], data[_LENGTH:]
+    if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        return "is damaged"
+    # From here on the bytes are those that were written: what does not fit is another run's, or another version's.
+    line, _, arrays = payload.partition(b"\n")
+    try:
+        progress, tensors = json.loads(line), load_tensors(arrays)
+        if progress["key"] != key:
+            return "belongs to another training"
+        epochs = [EpochLog.model_validate(log) for log in progress["epochs"]]
+        network, best, moments = (_below(f"{part}.", tensors) for part in ("network", "best", "optimizer"))
+        _check_shapes(network, state.network.state_dict())
+        _check_shapes(best, state.network.state_dict())
+        state.optimizer.load_state_dict(
+            {"state": _by_parameter(moments), "param_groups": state.optimizer.state_dict()["param_groups"]}
         )
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return "was written by another version"
+    state.network.load_state_dict(network)
+    state.epochs, state.best, state.best_state = epochs, int(progress["best"]), best
+    return None
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _by_parameter(moments: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """`3.exp_avg` and its like -> index of the parameter -> name -> value."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in moments.items():
+        index, _, moment = name.partition(".")
+        found.setdefault(int(index), {})[moment] = value
+    return found
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    shapes = ({name: value.shape for name, value in side.items()} for side in (tensors, expected))
+    if next(shapes) != next(shapes):
+        raise ValueError("other tensors")

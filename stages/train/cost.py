@@ -25,9 +25,9 @@ from schemas.settings import Settings, TrainSettings
 from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts
 from stages.train.cached import Cached
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit
 from stages.train.data import READS, Batch
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network, build_learner
 from stages.train.network import learnable_parameters
 
@@ -116,7 +116,7 @@ def _side_step_mib(
         nonlocal batch_mib
         batch_mib = _mib(tensors)
         batch, optimizer = Batch(images, cached, labels), make_optimizer(network, train)
-        run = Run(Fit(network, optimizer), recipe, Checkpoint(Path(), ""), lambda _: None)
+        run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
         return optimizer, tensors, lambda: training_step([run], batch)
 
     return _peak_mib(network, make_step), batch_mib

@@ -12,30 +12,24 @@ with z the standardised source and loss its log-loss on images that it did not s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from schemas.results import StatisticsSpec
 from schemas.tasks import Task
-from stages.tasks import positives
 from stages.train.cached import CHUNK, Cached
 from stages.train.lanes import ONE, Lanes
 from stages.train.outputs import log_pool_terms
-from stages.train.probes import LinearFit, check_probed, fit_regression, required
+from stages.train.probes import LinearFit, fit_regression, required
+from stages.train.tuning import FittedRows, check_rows_to_fit
 
 PREFERENCE = 20.0
 """A source whose log-loss is 0.05 nats an image higher has a share smaller by e."""
-FOLDS = 5
-"""Parts of the images that are held out in turn."""
-
-Labels = npt.NDArray[np.int64]
 
 
 def describe(pooled: torch.Tensor, cached: Cached | None) -> torch.Tensor:
@@ -139,25 +133,6 @@ def statistics_model(fit: EvidenceFit, layers: tuple[int, ...], task: Task = "mu
     return model.eval()
 
 
-@dataclass(frozen=True)
-class FittedRows:
-    """What regressions read of one split."""
-
-    x: npt.NDArray[np.float32]
-    """(n, S, F) of `describe`; of the pooled outputs alone S = 1."""
-    y: Labels
-    """(n,) class indices; with several labels an image (n, C) zeros and ones."""
-    groups: Sequence[str]
-    """(n,) patients: images of one stay together."""
-    classes: int
-    """C, at least 2."""
-
-    def joined(self, others: FittedRows) -> FittedRows:
-        """These, then the others."""
-        x, y = np.concatenate([self.x, others.x]), np.concatenate([self.y, others.y])
-        return FittedRows(x, y, [*self.groups, *others.groups], self.classes)
-
-
 def fit_evidence(
     train: FittedRows, val: FittedRows, class_weights: Sequence[float] | None = None, lanes: Lanes = ONE
 ) -> tuple[EvidenceFit, torch.Tensor]:
@@ -181,13 +156,13 @@ def fit_evidence(
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
     classes, count = train.classes, len(val.y)
-    check_probed(train.x, train.y, val.x, classes)
+    check_rows_to_fit(train, val)
     weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
     rows, x_held, y_held = train.joined(val), val.x[:0], val.y[:0]
-    folds = list(_folds(rows.y, rows.groups, classes))
+    folds = rows.folds()
     if not folds or not np.any(folds, axis=0)[len(train.y) :].all():
         rows, x_held, y_held = train, val.x, val.y
-        folds = list(_folds(train.y, train.groups, classes))
+        folds = train.folds()
 
     def fit(sources: Sequence[int]) -> list[LinearFit]:
         return [fit_regression(rows.x[:, one], rows.y, x_held[:, one], y_held, weights, folds) for one in sources]
@@ -204,24 +179,3 @@ def fit_evidence(
     held = torch.stack([one.held[-count:] for one in found], dim=1)
     terms = log_pool_terms(held, "multiclass" if rows.y.ndim == 1 else "multilabel")
     return EvidenceFit(**parts, share=share), (terms * share[:, None]).sum(dim=1)
-
-
-def _folds(y: Labels, groups: Sequence[str], classes: int) -> Iterator[npt.NDArray[np.bool_]]:
-    """Rows of each fold, whole groups; none whose absence leaves a class without rows, or without others."""
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-
-    there = positives(y, classes)
-    names = np.asarray(groups)
-    count = min(FOLDS, *(len(set(names[column > 0])) for column in there.T))
-    if count < 2:
-        return
-    # Rows of several labels have no one class to be balanced by.
-    splitter: Any = GroupKFold(count)
-    if y.ndim == 1:
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
-    for seen, held in splitter.split(there, y if y.ndim == 1 else None, names):
-        known = there[seen].sum(axis=0)
-        if known.min() > 0 and (y.ndim == 1 or known.max() < len(seen)):
-            fold = np.zeros(len(y), bool)
-            fold[held] = True
-            yield fold

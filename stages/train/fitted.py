@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import torch
 
 from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
-from schemas.settings import Method, Settings
-from stages.train.evidence import FittedRows, StatisticsModel, fit_evidence, statistics_model
+from schemas.settings import FittedMethod, Method, Settings
+from stages.train.evidence import StatisticsModel, fit_evidence, statistics_model
 from stages.train.lanes import ONE, Lanes
 from stages.train.loop import judge_logits
 from stages.train.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
+from stages.train.tuning import FittedRows
 
-FITTED: frozenset[Method] = frozenset({"statistics", "linear", "knn"})
-"""Methods without epochs. All read the pooled outputs."""
+FITTED: frozenset[Method] = frozenset(get_args(FittedMethod))
+"""Methods without epochs, as a set. All read the pooled outputs."""
 
 Fitted = StatisticsModel | LinearModel | KnnProbe
 """Their models."""
@@ -31,13 +33,15 @@ def fit_rows(
     class_weights: torch.Tensor | None,
     lanes: Lanes = ONE,
 ) -> tuple[Fitted, EpochLog]:
-    """Fit on the CPU: C or k chosen on the validation rows, but for statistics, which fits to them, too.
+    """Fit on the CPU: C or k of the lowest out-of-fold log-loss, by patient, of the training rows.
+
+    Only statistics fits to the validation rows, too; the others are only evaluated on them.
 
     Args:
         settings: Of a method of `FITTED`.
         layers: Tapped blocks of the features.
         train: To fit to.
-        val: To choose and judge by.
+        val: To evaluate on.
         class_weights: (C,) weights of the losses, or None.
         lanes: Threads that regressions are shared out to.
 
@@ -56,9 +60,9 @@ def fit_rows(
         found, said = fit_evidence(train, val, weights, lanes)
         probe = statistics_model(found, layers, task)
     elif settings.method == "linear":
-        probe = linear_model(fit_linear_probe(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights), task)
+        probe = linear_model(fit_linear_probe(train, val, weights), task)
     else:
-        probe = fit_knn(train.x[:, 0], train.y, val.x[:, 0], val.y, train.classes, weights, task)
+        probe = fit_knn(train, val, weights, task)
     with torch.inference_mode():
         said = probe.judge(torch.from_numpy(val.x)) if said is None else said
         own, held = (
@@ -78,7 +82,7 @@ def fit_rows(
 
 
 def chosen(spec: StatisticsSpec | LinearSpec | KnnSpec) -> dict[str, float]:
-    """What the validation rows chose; of statistics the largest share, and whose it is."""
+    """The hyperparameter that was chosen; of statistics the largest share, and whose it is."""
     if isinstance(spec, StatisticsSpec):
         name, share = spec.ranked[0]
         return {f"share of {name}": round(share, 2)}

@@ -11,8 +11,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from stages.evaluate.metrics import macro_auc
 from stages.extract.features import in_precision
 from stages.ranks import ALONE, Ranks
 from stages.tasks import decide, hits
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit, save_checkpoint
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
@@ -38,22 +39,6 @@ from stages.train.parallel import gather_rows
 from stages.train.parts import join_parts, split_batch
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
-
-
-@dataclass
-class Fit:
-    """State of a run: what a checkpoint holds."""
-
-    network: Network
-    """Current weights."""
-    optimizer: torch.optim.Optimizer
-    """AdamW."""
-    epochs: list[EpochLog] = field(default_factory=list)
-    """Finished epochs."""
-    best: int = 0
-    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
-    best_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Weights of that epoch, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +76,14 @@ class Run:
     """Where it is."""
     recipe: Recipe
     """Of the same batch size, epochs, mean, std, device and workers as the others."""
-    checkpoint: Checkpoint
+    checkpoint: Path
     """Written after every epoch."""
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
     probed: torch.Tensor | None = None
-    """(n, C): what its linear probes say of the validation images, had they not seen them; None: it has none."""
+    """Out-of-fold logits (n, C) of the linear probes on the validation images, or None without probes."""
+    key: str = ""
+    """What is trained; a checkpoint of another key is not resumed."""
 
     @property
     def network(self) -> Network:
@@ -215,7 +202,7 @@ def fit(
                 )
                 keep_epoch(run, log)
                 if ranks.first:
-                    run.checkpoint.write(run.state)
+                    save_checkpoint(run.state, run.checkpoint, run.key)
                 run.on_epoch(log)
 
 

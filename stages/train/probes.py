@@ -1,4 +1,4 @@
-"""Probes of the LPM's pooled outputs: logistic regression and k-NN, each chosen on the validation images."""
+"""Probes of the LPM's pooled outputs: logistic regression and k-NN, each tuned in folds of the training images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from schemas.errors import TrainingError
 from schemas.results import KnnSpec, LinearSpec
 from schemas.tasks import Task
-from stages.tasks import positives
 from stages.train.cached import Cached
 from stages.train.regression import OneVsRest, Softmax, label_log_loss, log_loss
+from stages.train.tuning import FittedRows, check_rows_to_fit, held_out
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
 """Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
@@ -28,7 +27,10 @@ TOLERANCE = 1e-7
 ROUGH = 1e-4
 """The same on a fold, which only judges."""
 PATIENCE = 4
-"""Candidates without a lower validation loss after which the weaker penalties are not tried."""
+"""Candidates without a lower held-out loss after which the weaker penalties are not tried."""
+LEARNT = 0.99
+"""Patience starts once the held-out loss is below this share of that of the strongest penalty, which predicts little
+but class frequencies: on few rows the loss can rise by chance before it falls."""
 NEIGHBOURS: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)
 """Candidates of k."""
 TEMPERATURE = 0.07
@@ -58,39 +60,31 @@ class LinearFit(NamedTuple):
     there is none."""
 
 
-def fit_linear_probe(
-    x_train: npt.ArrayLike,
-    y_train: npt.ArrayLike,
-    x_val: npt.ArrayLike,
-    y_val: npt.ArrayLike,
-    classes: int,
-    class_weights: Sequence[float] | None = None,
-) -> LinearFit:
-    """Logistic regression on standardised features, with the C of the lowest validation log-loss.
+def fit_linear_probe(train: FittedRows, val: FittedRows, class_weights: Sequence[float] | None = None) -> LinearFit:
+    """Logistic regression of the training rows, with the C of the lowest out-of-fold log-loss among them.
 
-    With several labels an image it is one of each label, with one C for all.
+    Every training row is held out once, in up to five folds by patient; the final fit is to all training rows. Where
+    a class has one patient there are no folds, and the validation rows choose. With several labels an image it is one
+    regression of each label, with one C for all.
 
-    The loss, not the AUC, chooses: of some dozen validation images the AUC takes few values and jumps between them,
-    and what is joined with other evidence has to be calibrated.
+    The loss, not the AUC, chooses: of some dozen images the AUC takes few values and jumps between them. Some dozen
+    validation images would make the choice a matter of luck as well.
 
     Args:
-        x_train: (n, F).
-        y_train: (n,) class indices; every class occurs. Several labels an image: (n, C) zeros and ones.
-        x_val: (m, F), m > 0.
-        y_val: (m,) class indices; classes may be absent. Several labels: (m, C).
-        classes: C, at least 2.
+        train: Every class occurs.
+        val: At least one row.
         class_weights: (C,) weight of each class in both losses, of several labels that of yes; None: all 1.
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    x, y = np.asarray(x_train, np.float64), np.asarray(y_train, np.int64)
-    x_held, y_held = np.asarray(x_val, np.float64), np.asarray(y_val, np.int64)
-    check_probed(x, y, x_held, classes)
-    weights = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
+    check_rows_to_fit(train, val)
+    weights = np.ones(train.classes) if class_weights is None else np.asarray(class_weights, np.float64)
+    folds = train.folds()
+    held = val.at(np.full(len(val.y), not folds))
     # Products of a few hundred rows are too small to be shared out among cores: beside other work, 92 s for 1 s.
     with threadpool_limits(1):
-        return fit_regression(x, y, x_held, y_held, weights)
+        return fit_regression(train.x[:, 0], train.y, held.x[:, 0], held.y, weights, folds)
 
 
 def fit_regression(
@@ -120,7 +114,7 @@ def fit_regression(
     judges = [(everything, len(y) + np.arange(len(y_held)), TOLERANCE)] if len(y_held) else []
     judges += [(everything[~fold], everything[fold], ROUGH) for fold in folds]
     models = [_regression(y, weights, tolerance) for _, _, tolerance in judges]
-    best, since = (np.inf, 0.0), 0
+    best, since, strongest = (np.inf, 0.0), 0, np.inf
     fits: list[tuple[Floats, Floats]] = []
     for c in STRENGTHS:
         total = 0.0
@@ -128,11 +122,12 @@ def fit_regression(
             model.fit(rows[seen], labels[seen], c)
             total += len(judged) * model.loss(rows[judged], labels[judged])
         loss = total / sum(len(judged) for _, judged, _ in judges)
+        strongest = loss if c == STRENGTHS[0] else strongest
         since += 1
         if loss < best[0]:
             best, since = (loss, c), 0
             fits = [model.coefficients() for model in models]
-        elif since == PATIENCE:
+        elif since >= PATIENCE and best[0] < LEARNT * strongest:
             break
     loss, c = best
     held = np.full((len(rows), len(weights)), np.nan)
@@ -175,33 +170,6 @@ def spread(x: Floats) -> tuple[Floats, Floats]:
     # What varies by rounding alone is constant: divided by its deviation it would be noise of size 1.
     scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
     return mean, scale
-
-
-def check_probed(x: npt.NDArray[Any], y: npt.NDArray[np.int64], x_held: npt.NDArray[Any], classes: int) -> None:
-    """Refuse rows that nothing can be fitted to.
-
-    Raises:
-        TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
-    """
-    counts = positives(y, classes).sum(axis=0)
-    if (counts == 0).any():
-        raise TrainingError(
-            f"{int((counts == 0).sum())} of {classes} classes have no training images.",
-            "The split left them out.",
-            "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
-        )
-    if not len(x_held):
-        raise TrainingError(
-            "There are no validation images to choose a probe by.",
-            "The split left none.",
-            "Raise data.val_share, then run `fpt prepare`.",
-        )
-    if not (np.isfinite(x).all() and np.isfinite(x_held).all()):
-        raise TrainingError(
-            "The features of the LPM are not finite.",
-            "The features are damaged.",
-            "Check them with `fpt cache verify`.",
-        )
 
 
 class LinearProbe(nn.Module):
@@ -267,14 +235,23 @@ class KnnProbe(nn.Module):
 
     def judge(self, sources: torch.Tensor) -> torch.Tensor:
         """(B, 1, 2 D) or (B, 2, D) -> (B, classes), as the whole model."""
-        nearest = (F.normalize(sources.flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
-        votes = self.spec.neighbours * torch.softmax(nearest.values / TEMPERATURE, dim=1)
+        return self.vote(*self.nearest(sources))
+
+    def nearest(self, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 1, 2 D) or (B, 2, D) -> cosine similarity and index (B, k) of the nearest rows, the nearest first."""
+        values, rows = (F.normalize(sources.flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
+        return values, rows
+
+    def vote(self, similarity: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(B, k) of `nearest` -> (B, classes)."""
+        k = similarity.shape[1]
+        votes = k * torch.softmax(similarity / TEMPERATURE, dim=1)
         several = self.spec.task == "multilabel"
         labels = (self.labels if several else F.one_hot(self.labels, self.spec.classes)).to(votes.dtype)
-        counts = (votes[:, :, None] * labels[nearest.indices]).sum(dim=1) + labels.mean(dim=0)
+        counts = (votes[:, :, None] * labels[rows]).sum(dim=1) + labels.mean(dim=0)
         weighted = counts * self.class_weights
         if several:
-            against = self.spec.neighbours + 1 - counts
+            against = k + 1 - counts
             return torch.log(weighted.clamp_min(1e-12)) - torch.log(against.clamp_min(1e-12))
         # A class of weight 0 has a share of 0, whose logarithm the losses could not average.
         return torch.log((weighted / weighted.sum(dim=1, keepdim=True)).clamp_min(1e-12))
@@ -305,34 +282,36 @@ def copy_fit(fit: LinearFit, probe: LinearProbe) -> None:
 
 
 def fit_knn(
-    x_train: npt.NDArray[np.float32],
-    y_train: npt.NDArray[np.int64],
-    x_val: npt.NDArray[np.float32],
-    y_val: npt.NDArray[np.int64],
-    classes: int,
-    class_weights: Sequence[float] | None = None,
-    task: Task = "multiclass",
+    train: FittedRows, val: FittedRows, class_weights: Sequence[float] | None = None, task: Task = "multiclass"
 ) -> KnnProbe:
-    """A k-NN with the k of the lowest validation log-loss; arguments and errors as of `fit_linear_probe`."""
-    check_probed(x_train, y_train, x_val, classes)
-    weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-    state = {
-        "rows": F.normalize(torch.from_numpy(x_train), dim=1),
-        "labels": torch.from_numpy(y_train),
-        "class_weights": weights,
-    }
+    """A k-NN of the training rows, with the k of the lowest out-of-fold log-loss among them.
 
-    def probe(k: int) -> KnnProbe:
-        spec = KnnSpec(classes=classes, features=x_train.shape[1], rows=len(x_train), neighbours=k, task=task)
-        found = KnnProbe(spec)
-        found.load_state_dict(state)
-        return found.eval()
+    Folds, arguments and errors are those of `fit_linear_probe`.
+    """
+    check_rows_to_fit(train, val)
+    weights = torch.ones(train.classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+    pairs = held_out(train, val)
+    fewest = min(len(seen.y) for seen, _ in pairs)
+    candidates = [k for k in NEIGHBOURS if k <= fewest]
+    losses = np.zeros(len(candidates))
+    for seen, judged in pairs:
+        model = _knn(seen, candidates[-1], weights, task)
+        values, rows = model.nearest(torch.from_numpy(judged.x))
+        for position, k in enumerate(candidates):
+            logits = model.vote(values[:, :k], rows[:, :k]).double()
+            losses[position] += len(judged.y) * _knn_loss(logits, judged.y, weights.double().numpy(), task)
+    return _knn(train, candidates[int(losses.argmin())], weights, task)
 
-    def loss(k: int) -> float:
-        held = probe(k).judge(torch.from_numpy(x_val))
-        if task == "multilabel":
-            yes, no = F.logsigmoid(held.double()).numpy(), F.logsigmoid(-held.double()).numpy()
-            return label_log_loss(yes, no, y_val, weights.double().numpy())
-        return log_loss(held.double().numpy(), y_val, weights.double().numpy())
 
-    return probe(min((k for k in NEIGHBOURS if k <= len(x_train)), key=loss))
+def _knn(rows: FittedRows, k: int, weights: torch.Tensor, task: Task) -> KnnProbe:
+    x = F.normalize(torch.from_numpy(rows.x).flatten(1), dim=1)
+    spec = KnnSpec(classes=rows.classes, features=x.shape[1], rows=len(x), neighbours=k, task=task)
+    model = KnnProbe(spec)
+    model.load_state_dict({"rows": x, "labels": torch.from_numpy(rows.y), "class_weights": weights})
+    return model.eval()
+
+
+def _knn_loss(logits: torch.Tensor, labels: Labels, weights: Floats, task: Task) -> float:
+    if task == "multilabel":
+        return label_log_loss(F.logsigmoid(logits).numpy(), F.logsigmoid(-logits).numpy(), labels, weights)
+    return log_loss(logits.numpy(), labels, weights)

@@ -26,18 +26,19 @@ from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import save_bundle, serialise
 from stages.train.cached import Cached
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit, load_checkpoint
 from stages.train.checks import check_features, check_rows, check_shared, check_views, class_weights
 from stages.train.compiling import compile_blocks
 from stages.train.data import FeatureDataset, array_names
-from stages.train.evidence import EvidenceFit, FittedRows, describe, fit_evidence
+from stages.train.evidence import EvidenceFit, describe, fit_evidence
 from stages.train.fitted import FITTED, chosen, fit_rows
 from stages.train.lanes import open_lanes
-from stages.train.loop import Fit, Recipe, Run, fit, make_optimizer
+from stages.train.loop import Recipe, Run, fit, make_optimizer
 from stages.train.models import Model, Network, build_learner
 from stages.train.network import Ensemble, learnable_parameters
 from stages.train.parallel import begin_alike
 from stages.train.targets import Target, check_task, targets
+from stages.train.tuning import FittedRows
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 """What training reads."""
@@ -67,6 +68,7 @@ def train(
     on_memory: Callable[[StoreMemory], None] | None = None,
     remote: str | None = None,
     ranks: Ranks = ALONE,
+    on_notice: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train, and write the bundle of the epoch that is kept.
 
@@ -84,6 +86,7 @@ def train(
             lacks the store.
         ranks: Place of this process among those that train together, inside `parallel.process_group`. The first one
             writes.
+        on_notice: Called with a line for the user where a checkpoint is there but cannot be resumed.
 
     Raises:
         CacheMismatchError: If the features were computed under other settings.
@@ -105,6 +108,7 @@ def train(
         on_memory,
         remote,
         ranks,
+        on_notice,
     )
     return result
 
@@ -121,6 +125,7 @@ def train_together(
     on_memory: Callable[[StoreMemory], None] | None = None,
     remote: str | None = None,
     ranks: Ranks = ALONE,
+    on_notice: Callable[[str], None] | None = None,
 ) -> list[TrainResult]:
     """Train several variants on one stream of batches: the cached tokens are read and widened once for all.
 
@@ -138,6 +143,7 @@ def train_together(
         on_memory: As for `train`.
         remote: As for `train`.
         ranks: As for `train`.
+        on_notice: As for `train`.
 
     Raises:
         SettingsError: If the variants cannot share their batches.
@@ -157,25 +163,10 @@ def train_together(
     labels = {split: targets(manifest, split) for split in SPLITS}
     tell = on_epoch or (lambda _position, _log: None)
     if first.method in FITTED:
-        results = []
-        with open_lanes(MANY, torch.device("cpu")) as lanes:
-            # To train on, every view of an image is a row.
-            ids: dict[Split, list[list[str]]] = {
-                "train": [[row.id for row in views] for views in train_views(manifest, first.features)],
-                "val": [[row.id] for row in manifest.of("val")],
-            }
-            names = array_names(store.layouts, first.method)
-            train_rows, val_rows = _to_fit(store, manifest, ids, labels, names)
-            for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
-                weights = class_weights(settings, labels["train"], classes, device)
-                probe, log = fit_rows(settings, receipt.spec.layers, train_rows, val_rows, weights, lanes)
-                tell(position, log)
-                learnable = _save(output, probe, probe.spec, classes, settings, receipt, log, ranks)
-                results.append(
-                    TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
-                )
-        store.close()
-        return results
+        try:
+            return _fit_closed_form(variants, manifest, receipt, store, labels, outputs, tell, device, ranks)
+        finally:
+            store.close()
     # What any of them reads is read for all.
     reading = max(variants, key=lambda settings: settings.train.probe_weight != 0)
     rows = _rows(reading, manifest, store, on_memory, ranks)
@@ -202,12 +193,15 @@ def train_together(
         )
         state = Fit(network.to(device), make_optimizer(network, settings.train))
         key = run_key(settings, manifest, receipt)
-        checkpoint = Checkpoint.of(checkpoints, key)
-        resumed.append(len(state.epochs) if checkpoint.read(state) else 0)
+        checkpoint = checkpoints / f"{key[:16]}.ckpt"
+        problem = load_checkpoint(state, checkpoint, key)
+        if problem is not None and on_notice is not None and ranks.first:
+            on_notice(f"The checkpoint {checkpoint} {problem}: training starts from the first epoch.")
+        resumed.append(len(state.epochs))
         keys.append(key)
         if settings.train.compile:
             compile_blocks([network], device)
-        runs.append(Run(state, recipe, checkpoint, partial(tell, position), probed))
+        runs.append(Run(state, recipe, checkpoint, partial(tell, position), probed, key))
         specs.append(spec)
         for log in state.epochs:
             tell(position, log)
@@ -219,9 +213,41 @@ def train_together(
         run.network.load_state_dict(run.state.best_state)
         learnable = _save(output, run.network, spec, classes, settings, receipt, best, ranks)
         if ranks.first:
-            run.checkpoint.remove()
+            run.checkpoint.unlink(missing_ok=True)
         results.append(TrainResult(best=best, epochs=tuple(run.state.epochs), resumed_from=done, learnable=learnable))
     store.close()
+    return results
+
+
+def _fit_closed_form(
+    variants: Sequence[Settings],
+    manifest: Manifest,
+    receipt: ExtractionReceipt,
+    store: StoreReader,
+    labels: Mapping[Split, Sequence[Target]],
+    outputs: Sequence[Path],
+    tell: Callable[[int, EpochLog], None],
+    device: torch.device,
+    ranks: Ranks,
+) -> list[TrainResult]:
+    """Fit and save models without epochs: one read of the rows for all variants."""
+    # To train on, every view of an image is a row.
+    ids: dict[Split, list[list[str]]] = {
+        "train": [[row.id for row in views] for views in train_views(manifest, variants[0].features)],
+        "val": [[row.id] for row in manifest.of("val")],
+    }
+    results = []
+    with open_lanes(MANY, torch.device("cpu")) as lanes:
+        names = array_names(store.layouts, variants[0].method)
+        train_rows, val_rows = _to_fit(store, manifest, ids, labels, names)
+        for position, (settings, output) in enumerate(zip(variants, outputs, strict=True)):
+            weights = class_weights(settings, labels["train"], manifest.classes, device)
+            probe, log = fit_rows(settings, receipt.spec.layers, train_rows, val_rows, weights, lanes)
+            tell(position, log)
+            learnable = _save(output, probe, probe.spec, manifest.classes, settings, receipt, log, ranks)
+            results.append(
+                TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
+            )
     return results
 
 

@@ -1,161 +1,144 @@
-"""A checkpoint that was changed, cut, extended or exchanged is never resumed.
-
-FPT_FUZZ_CASES and FPT_FUZZ_SEED run more mutants, or others.
-"""
+"""Whatever happens to a checkpoint: it is resumed to the same model, or named and not used."""
 
 from __future__ import annotations
 
 import os
-import random
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from study import Study, make_study
 
-from schemas.errors import TrainingError
-from schemas.results import EpochLog, SideNetworkSpec
-from schemas.settings import TrainSettings
-from stages.train.checkpoints import HEADER_BYTES, MAGIC, Checkpoint
-from stages.train.loop import Fit, make_optimizer
-from stages.train.network import build_network
-from stages.train.run import train
+from schemas.features import ExtractionReceipt
+from schemas.resolve import network_spec
+from schemas.results import EpochLog
+from stages.train.checkpoints import Fit, load_checkpoint, save_checkpoint
+from stages.train.loop import make_optimizer
+from stages.train.models import build_learner
+from stages.train.run import run_key, train
 
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "400"))
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-LOG = EpochLog(epoch=1, train_loss=1.0, val_loss=1.0, val_auc=0.5, val_accuracy=0.5, lr=1e-3, seconds=1.0)
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "200"))
 
 
-def make_state(seed: int = 0) -> Fit:
-    torch.manual_seed(seed)
-    spec = SideNetworkSpec(
-        method="fpt+",
-        classes=2,
-        layers=1,
-        lpm_width=8,
-        heads=2,
-        width=4,
-        image_size=16,
-        prompts=2,
-        dropout=0.5,
-    )
-    network = build_network(spec)
-    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Fit(network, make_optimizer(network, TrainSettings()), [LOG], 1, weights)
+class Killed(BaseException):
+    """A kill signal, from inside."""
 
 
-def written(path: Path, key: str, seed: int = 0) -> Checkpoint:
-    checkpoint = Checkpoint(path, key)
-    checkpoint.write(make_state(seed))
-    return checkpoint
+class Half:
+    """A study whose training was killed after its first epoch, and the model of an undisturbed one."""
+
+    def __init__(self, root: Path) -> None:
+        self.study: Study = make_study(root, per_class=5, train={"epochs": 2, "lr": 2e-3})
+        self.receipt: ExtractionReceipt = self.study.extract()
+        self.calm = self.train("calm")[0]
+
+        def die(_: EpochLog) -> None:
+            raise Killed
+
+        with pytest.raises(Killed):
+            self.train("killed", die)
+        (self.path,) = (root / "checkpoints").iterdir()
+        self.data = self.path.read_bytes()
+        self.key = run_key(self.study.settings, self.study.manifest, self.receipt)
+
+    def train(self, output: str, on_epoch: object = None) -> tuple[bytes, list[str]]:
+        notices: list[str] = []
+        study = self.study
+        train(
+            study.settings, study.lpm, study.manifest, self.receipt, study.cache, study.root / output,
+            study.root / "checkpoints", on_epoch, on_notice=notices.append,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return (study.root / output / "model.safetensors").read_bytes(), notices
+
+    def fresh(self) -> Fit:
+        torch.manual_seed(0)
+        network = build_learner(network_spec(self.study.settings, self.study.lpm, 3))
+        return Fit(network, make_optimizer(network, self.study.settings.train))
 
 
-def mutant(data: bytes, rng: random.Random) -> bytes:
-    """Flip a bit, cut the end, repeat or insert bytes."""
-    kind, place = rng.randrange(4), rng.randrange(len(data))
-    if kind == 0:
-        return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
-    if kind == 1:
-        return data[:place]
-    if kind == 2:
-        return data + data[place:]
-    return data[:place] + rng.randbytes(1 + rng.randrange(8)) + data[place:]
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Half:
+    return Half(tmp_path_factory.mktemp("half"))
 
 
-def test_a_checkpoint_is_restored_as_it_was_written(tmp_path: Path) -> None:
-    checkpoint, state = written(tmp_path / "a.ckpt", "key", seed=0), make_state(seed=1)
-    assert checkpoint.read(state)
-    for name, tensor in make_state(seed=0).network.state_dict().items():
-        assert torch.equal(state.network.state_dict()[name], tensor)
-    assert state.epochs == [LOG]
-    assert not Checkpoint(tmp_path / "none.ckpt", "key").read(state)
+def damaged(data: bytes, random: Random) -> bytes:
+    kind = random.choice(["flip", "flip", "flip", "cut", "append", "swap", "zero", "head"])
+    at = random.randrange(len(data))
+    if kind == "flip":
+        return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+    if kind == "cut":
+        return data[:at]
+    if kind == "append":
+        return data + random.randbytes(random.randrange(1, 50))
+    if kind == "swap":
+        other = random.randrange(len(data))
+        low, high = sorted((at, other))
+        return data[high:] + data[low:high] + data[:low]
+    if kind == "zero":
+        return data[:at] + bytes(len(data) - at)
+    return random.randbytes(20) + data
 
 
-def test_no_mutant_is_resumed(tmp_path: Path) -> None:
-    checkpoint, rng = written(tmp_path / "a.ckpt", "key"), random.Random(SEED)
-    data, state = checkpoint.path.read_bytes(), make_state()
-    for _ in range(CASES):
-        checkpoint.path.write_bytes(mutant(data, rng))
-        with pytest.raises(TrainingError, match="rm "):
-            checkpoint.read(state)
-    checkpoint.path.write_bytes(data)
-    assert checkpoint.read(state)
+def test_damage_is_found_before_anything_is_loaded(half: Half, tmp_path: Path) -> None:
+    path, state = tmp_path / "x.ckpt", half.fresh()
+    before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
+    for case in range(CASES):
+        data = damaged(half.data, Random(SEED * 1_000_003 + case))
+        if data == half.data:
+            continue
+        path.write_bytes(data)
+        assert load_checkpoint(state, path, half.key) == "is damaged", case
+    assert not state.epochs
+    assert not state.optimizer.state_dict()["state"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.network.state_dict().items())
+    assert load_checkpoint(state, half.path, half.key) is None
+    assert len(state.epochs) == 1
 
 
-def test_the_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
-    ours, theirs = written(tmp_path / "a.ckpt", "ours"), written(tmp_path / "b.ckpt", "theirs", seed=1)
-    ours.path.write_bytes(theirs.path.read_bytes())
-    with pytest.raises(TrainingError, match="another training"):
-        ours.read(make_state())
+@pytest.mark.parametrize("case", ["intact", *range(3)])
+def test_training_ends_in_the_undisturbed_model(half: Half, case: int | str) -> None:
+    data = half.data if case == "intact" else damaged(half.data, Random(SEED * 1_000_003 + int(case)))
+    half.path.write_bytes(data)
+    model, notices = half.train(f"after-{case}")
+    assert model == half.calm
+    assert len(notices) == (data != half.data)
+    assert not half.path.exists()
+    half.path.write_bytes(half.data)
 
 
-def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
-    """Also where an attacker makes the digest right: `weights_only` refuses it."""
-    checkpoint = written(tmp_path / "a.ckpt", "key")
-    trace = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self) -> object:
-            return os.mkdir, (str(trace),)
-
-    torch.save({"network": Evil()}, tmp_path / "evil.pt")
-    payload = (tmp_path / "evil.pt").read_bytes()
-    checkpoint.path.write_bytes(MAGIC + checkpoint._digest(payload) + payload)
-    with pytest.raises(TrainingError):
-        checkpoint.read(make_state())
-    assert not trace.exists()
-    assert len(MAGIC) < HEADER_BYTES
+def test_a_foreign_file_is_not_resumed(half: Half, tmp_path: Path) -> None:
+    path, state = tmp_path / "x.ckpt", half.fresh()
+    torch.save({"network": state.network.state_dict(), "epochs": []}, path)
+    assert load_checkpoint(state, path, half.key) == "is damaged"
+    path.write_bytes(half.data)
+    assert load_checkpoint(state, path, "0" * 64) == "belongs to another training"
+    path.unlink()
+    path.mkdir()
+    assert "cannot be read" in str(load_checkpoint(state, path, half.key))
 
 
-def test_equal_trainings_may_write_and_remove_one_file_at_once(tmp_path: Path) -> None:
-    """Half of them write while the others read and remove: what is read is complete."""
+def test_equal_trainings_may_write_at_once(half: Half, tmp_path: Path) -> None:
+    """Each writes, reads and finally removes the same file, as equal trainings do."""
+    path, errors = tmp_path / "x.ckpt", []
 
-    def work(number: int) -> int:
-        checkpoint, state, found = Checkpoint(tmp_path / "a.ckpt", "key"), make_state(), 0
-        for _ in range(25):
-            if number % 2:
-                found += checkpoint.read(state)
-                checkpoint.remove()
-            else:
-                checkpoint.write(state)
-        return found
+    def work() -> None:
+        try:
+            state = half.fresh()
+            assert load_checkpoint(state, half.path, half.key) is None
+            for _ in range(30):
+                save_checkpoint(state, path, half.key)
+                assert load_checkpoint(state, path, half.key) is None
+            path.unlink(missing_ok=True)
+        except BaseException as error:
+            errors.append(error)
 
-    written(tmp_path / "a.ckpt", "key")
-    with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(work, range(4)))
-    assert sum(counts) > 0
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".ckpt"] == []
-
-
-def test_training_with_a_damaged_checkpoint_stops_and_starts_anew_without_it(tmp_path: Path) -> None:
-    study = make_study(tmp_path, train={"epochs": 3})
-    receipt = study.extract()
-
-    def run(output: str, stop_after: int | None = None) -> int:
-        def on_epoch(log: EpochLog) -> None:
-            if log.epoch == stop_after:
-                raise InterruptedError
-
-        return train(
-            study.settings, study.lpm, study.manifest, receipt, study.cache, tmp_path / output,
-            tmp_path / "checkpoints", on_epoch=on_epoch,
-        ).resumed_from  # fmt: skip
-
-    run("calm")
-    with pytest.raises(InterruptedError):
-        run("damaged", stop_after=2)
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    data = bytearray(checkpoint.read_bytes())
-    data[len(data) // 2] ^= 4
-    checkpoint.write_bytes(data)
-    with pytest.raises(TrainingError, match=str(checkpoint)):
-        run("damaged")
-    assert not (tmp_path / "damaged").exists()
-    checkpoint.unlink()
-    assert run("damaged") == 0
-    assert weights(study, "damaged") == weights(study, "calm")
-
-
-def weights(study: Study, output: str) -> bytes:
-    return (study.root / output / "model.safetensors").read_bytes()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.axes import Range, draw, grid, parse_axes
+from pipeline.axes import MOST_RUNS, Range, draw, grid, parse_axes
 from schemas.errors import SettingsError
 
 
@@ -74,3 +74,27 @@ def test_the_ends_of_a_range_can_be_reached() -> None:
     assert [Range(1, 3, True).at(share) for share in (0.0, math.nextafter(1.0, 0.0))] == ["1", "3"]
     assert [Range(1e-4, 1e-2, False).at(share) for share in (0.0, 0.5, 1.0)] == ["0.0001", "0.001", "0.01"]
     assert Range(0, 0.5, False).at(0.5) == "0.25"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=0..1000000000000",
+        f"seed=0..{'9' * 400}",
+        f"lr=1..{'9' * 400}",
+        f"lr=1e-4..{'9' * 5000}",
+        "lr=1e-4..1e999",
+        "seed=0..20000",
+    ],
+)
+def test_ranges_without_an_end_are_refused(word: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_axes([word])
+    assert len(str(caught.value)) < 400
+
+
+def test_a_sweep_has_a_bounded_number_of_runs() -> None:
+    axes = parse_axes(["seed=0..999", "lr=" + ",".join(str(number) for number in range(1, 200))])
+    assert not any(isinstance(values, Range) for values in axes.values())
+    with pytest.raises(SettingsError, match=f"at most {MOST_RUNS:,}"):
+        grid(axes)

@@ -1,12 +1,17 @@
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline import cli
 from pipeline.commands import cache as cache_module
+from pipeline.options import TRAINED_METHODS
 from schemas.errors import FptError, InterruptedRunError
+from schemas.settings import Method
 
 
 def fpt(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -120,3 +125,10 @@ def test_help_loads_no_stage() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("verb", "methods"), [("train", get_args(Method)), ("cost", TRAINED_METHODS.split(", "))])
+def test_help_lists_every_method(verb: str, methods: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = fpt(verb, "--help", capsys=capsys)
+    listed = re.split(r"[^\w+-]+", out)
+    assert set(methods) <= set(listed)

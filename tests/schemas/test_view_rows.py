@@ -87,7 +87,7 @@ def test_only_images_of_the_training_split_have_views() -> None:
         ({"crops": -1}, "greater than or equal to 0"),
         ({"crops": 2, "crop_scale": [0.9, 0.5]}, "lowest, highest"),
         ({"crops": 2, "crop_scale": [0.0, 0.5]}, "greater than or equal to 0.01"),
-        ({"crops": 100_000}, "less than or equal to 64"),
+        ({"crops": 100_000}, "less than or equal to 256"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(features: dict[str, Any], message: str) -> None:

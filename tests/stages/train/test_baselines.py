@@ -24,7 +24,7 @@ from stages.extract.lpm import describe_lpm
 from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
-from stages.train.bundle import load_bundle
+from stages.train.bundle import load_bundle, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
@@ -149,6 +149,24 @@ def test_every_view_of_a_training_image_is_read(tmp_path: Path, method: Method) 
         assert rows[0].rows == 2 * rows[1].rows
 
 
+@pytest.mark.parametrize("method", ["linear", "knn"])
+def test_labels_of_validation_images_choose_nothing(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method=method)
+    receipt = study.extract()
+    first = run(study, receipt, "first")
+    turned = dict(zip(study.manifest.classes, study.manifest.classes[1:] + study.manifest.classes[:1], strict=True))
+    rows = tuple(
+        row.model_copy(update={"label": turned[row.label]}) if row.split == "val" else row
+        for row in study.manifest.rows
+    )
+    study.manifest = study.manifest.model_copy(update={"rows": rows})
+    second = run(study, receipt, "second")
+    assert second.best.val_loss > first.best.val_loss
+    assert second.chosen == first.chosen
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+
+
 def test_a_class_without_training_images_is_named(study: Study) -> None:
     receipt = study.extract()
     rows = tuple(row for row in study.manifest.rows if row.label != "grid" or row.split != "train")
@@ -162,10 +180,12 @@ def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
     run(study, receipt, "linear", settings=as_method(study, "linear"))
     run(study, receipt, "knn", settings=as_method(study, "knn"))
     folder = study.root / "linear"
-    text = json.loads((folder / "model.json").read_text())
-    text["network"] = json.loads((study.root / "knn/model.json").read_text())["network"]
-    (folder / "model.json").write_text(json.dumps(text))
+    ours, other = read_spec(folder), read_spec(study.root / "knn")
+    (folder / "model.json").write_bytes(ours.model_copy(update={"network": other.network}).to_json())
     with pytest.raises(BundleError, match="does not fit"):
+        load_bundle(folder)
+    shutil.copy(study.root / "knn/model.json", folder)
+    with pytest.raises(BundleError, match=r"is not the file that model\.json describes"):
         load_bundle(folder)
 
 

@@ -24,11 +24,11 @@ from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import load_bundle
 from stages.train.cached import Cached
 from stages.train.calibration import sharpness
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit
 from stages.train.data import Batch
 from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
 from stages.train.infer import feature_logits, store_logits
-from stages.train.loop import Fit, Recipe, Run, keep_epoch, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, keep_epoch, make_optimizer, training_step
 from stages.train.members import member_logits
 from stages.train.models import Network
 from stages.train.network import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
@@ -73,7 +73,7 @@ def said_by(probe: EvidenceProbe, sources: torch.Tensor) -> torch.Tensor:
 
 
 def as_run(network: Any, optimizer: Any, setting: Recipe) -> Run:
-    return Run(Fit(network, optimizer), setting, Checkpoint(Path(), ""), lambda _: None)
+    return Run(Fit(network, optimizer), setting, Path(), lambda _: None)
 
 
 def test_members_learn_what_they_would_learn_alone() -> None:

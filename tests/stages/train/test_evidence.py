@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
 from stages.store.quantise import dequantise, encode
-from stages.train import evidence, probes
+from stages.train import probes
 from stages.train.cached import Cached
-from stages.train.evidence import EvidenceFit, EvidenceProbe, FittedRows, describe, fit_evidence
+from stages.train.evidence import EvidenceFit, EvidenceProbe, describe, fit_evidence
+from stages.train.tuning import FittedRows
 
 SHAPE = (2, 2, 9, 6)
 """Layers, heads, tokens, width of a head, as in `spec`."""
@@ -125,7 +126,7 @@ def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds
     x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])
     groups = [*alone(60), *(f"val {number}" for number in range(20))]
     expected = np.zeros((80, 3))
-    for fold in evidence._folds(y, groups, 3):
+    for fold in FittedRows(x, y, groups, 3).folds():
         for source, share in enumerate(fit.share.tolist()):
             z = (x[:, source] - x[:, source].mean(0)) / x[:, source].std(0)
             model = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit(z[~fold], y[~fold])
@@ -136,7 +137,7 @@ def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds
 def test_patients_are_held_out_whole() -> None:
     y = np.arange(60) % 3
     groups = [str(number // 4) for number in range(60)]
-    folds = list(evidence._folds(y, groups, 3))
+    folds = FittedRows(np.zeros((60, 1, 1), np.float32), y, groups, 3).folds()
     assert len(folds) == 5
     assert (np.sum(folds, axis=0) == 1).all()
     for fold in folds:
@@ -147,7 +148,7 @@ def test_patients_are_held_out_whole() -> None:
 def test_a_class_of_one_patient_leaves_the_validation_images_to_judge() -> None:
     (x, y), (x_val, y_val) = made(90, 0), made(30, 1)
     groups = ["one" if label == 0 else str(number) for number, label in enumerate(y)]
-    assert list(evidence._folds(y, groups, 3)) == []
+    assert FittedRows(x, y, groups, 3).folds() == []
     # A class whose only patient is in training is in no fold; its regressions see the training images alone.
     others = y_val > 0
     fit, said = fit_to((x, y), (x_val[others], y_val[others]), groups)

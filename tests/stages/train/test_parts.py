@@ -16,11 +16,11 @@ from schemas.results import SideNetworkSpec, TrainResult
 from schemas.settings import TrainSettings
 from stages.ranks import Ranks
 from stages.train.cached import Cached
-from stages.train.checkpoints import Checkpoint
+from stages.train.checkpoints import Fit
 from stages.train.compiling import compile_blocks
 from stages.train.data import Batch
 from stages.train.fusion import context
-from stages.train.loop import Fit, Recipe, Run, make_optimizer, training_step
+from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network
 from stages.train.network import build_network
 from stages.train.parts import split_batch
@@ -50,7 +50,7 @@ def a_run(method: str, weights: torch.Tensor | None = None, device: str = "cpu",
     settings = parse_settings({"train": {"batch_size": 8, "clip_norm": 0.5, **train}}).train
     recipe = Recipe(settings, (0.5,) * 3, (0.5,) * 3, weights, torch.device(device), 0)
     network.to(device).train().reseed(0, 1)
-    return Run(Fit(network, make_optimizer(network, settings)), recipe, Checkpoint(Path(), ""), lambda _: None)
+    return Run(Fit(network, make_optimizer(network, settings)), recipe, Path(), lambda _: None)
 
 
 def steps(run: Run, sizes: tuple[int, ...] = (8, 8, 5)) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from schemas.manifest import Manifest
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from stages.store.reader import open_store
-from stages.train.bundle import load_bundle
+from stages.train.bundle import load_bundle, read_spec
 from stages.train.checks import class_weights
 from stages.train.data import EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
-from stages.train.run import train
+from stages.train.run import run_key, train
 
 
 class Killed(BaseException):
@@ -271,6 +272,86 @@ def test_damaged_bundles_are_refused(study: Study) -> None:
     (folder / "model.json").write_text("{}")
     with pytest.raises(BundleError, match="cannot be understood"):
         load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"classes": ["stripe", "plain", "grid"]}, {"features": {"resize": "letterbox"}}, {"val_auc": 0.99}]
+)
+def test_an_edited_bundle_is_refused_with_cause_and_repair(study: Study, edit: dict[str, Any]) -> None:
+    run(study, study.extract())
+    path = study.root / "model/model.json"
+    content = json.loads(path.read_text())
+    for name, value in edit.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+    for read in (read_spec, load_bundle):
+        with pytest.raises(BundleError, match=r"differs from its digest(.|\n)*edited or damaged(.|\n)*fpt train"):
+            read(study.root / "model")
+
+
+def test_a_spec_whose_parts_do_not_fit_each_other_is_refused(study: Study) -> None:
+    run(study, study.extract())
+    spec = read_spec(study.root / "model")
+    for update in ({"classes": ("a", "b")}, {"features": spec.features.model_copy(update={"layers": (0,)})}):
+        (study.root / "model/model.json").write_bytes(spec.model_copy(update=update).to_json())
+        with pytest.raises(BundleError, match="cannot be understood"):
+            read_spec(study.root / "model")
+
+
+def half_trained(study: Study, receipt: ExtractionReceipt, epochs: int = 1) -> Path:
+    """A run that was killed after some epochs; gives its checkpoint."""
+
+    def die(log: EpochLog) -> None:
+        if log.epoch == epochs:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(study, receipt, "killed", on_epoch=die)
+    (path,) = (study.root / "checkpoints").iterdir()
+    return path
+
+
+def test_a_damaged_checkpoint_is_named_and_training_starts_again(study: Study) -> None:
+    receipt = study.extract()
+    run(study, receipt, "calm")
+    path = half_trained(study, receipt)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    notices: list[str] = []
+    result = run(study, receipt, "again", on_notice=notices.append)
+    assert result.resumed_from == 0
+    assert notices == [f"The checkpoint {path} is damaged: training starts from the first epoch."]
+    calm, again = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "again"))
+    assert calm == again
+    assert not path.exists()
+
+
+def test_the_checkpoint_of_another_training_is_not_resumed(study: Study) -> None:
+    receipt = study.extract()
+    path = half_trained(study, receipt)
+    other = study.changed(train={"lr": 1e-4})
+    name = f"{run_key(other, study.manifest, receipt)[:16]}.ckpt"
+    path.rename(path.with_name(name))
+    notices: list[str] = []
+    assert run(study, receipt, settings=other, on_notice=notices.append).resumed_from == 0
+    assert [notice.partition(name)[2] for notice in notices] == [
+        " belongs to another training: training starts from the first epoch."
+    ]
+
+
+def test_a_checkpoint_that_another_process_removed_is_no_problem(study: Study) -> None:
+    """Two equal trainings at once: the one that ends first removes the checkpoint of both."""
+    receipt = study.extract()
+    run(study, receipt, "calm")
+
+    def remove(_: EpochLog) -> None:
+        for path in (study.root / "checkpoints").iterdir():
+            path.unlink()
+
+    run(study, receipt, "other", on_epoch=remove)
+    calm, other = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "other"))
+    assert calm == other
 
 
 def test_the_side_network_alone_does_not_read_features(study: Study) -> None:
