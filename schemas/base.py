@@ -9,17 +9,18 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not contain a NUL character")
+def _plain(value: str) -> str:
+    # No path can hold a NUL; NEL (U+0085) is a line break in YAML, which PyYAML writes unescaped.
+    if "\0" in value or "\x85" in value:
+        raise ValueError("must not contain the characters NUL or NEL (U+0085)")
     return value
 
 
-Text = Annotated[str, Field(max_length=4096), AfterValidator(_no_nul)]
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_plain)]
 """Text of settings: a path, a URL, a name."""
-Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_plain)]
 """Text that is not empty."""
-Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_no_nul)]
+Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
 """A few characters."""
 
 
