@@ -10,6 +10,7 @@ import typer
 
 from pipeline.console import say, say_next, show, show_json, show_pairs, show_table, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.cache import Transfer, Verification
@@ -57,7 +58,7 @@ def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
                 ("LPM", f"{spec.lpm.name} at {spec.lpm.image_size}"),
                 ("Layers", ", ".join(map(str, spec.layers))),
                 ("Type", spec.dtype),
-                ("Rows", f"{store.rows:,} in {store.shards:,} shards"),
+                ("Rows", f"{store.rows:,} in {counted(store.shards, 'shard')}"),
                 ("Size", size(store.bytes)),
                 ("Last used", used),
                 ("Studies", ", ".join(store.studies) or "none"),
@@ -148,7 +149,7 @@ def gc(
         return
     rows = []
     for item in garbage:
-        what = "the whole store" if item.whole else f"{len(item.shards)} shards"
+        what = "the whole store" if item.whole else counted(len(item.shards), "shard")
         used = "never noted" if item.last_used is None else f"{item.last_used.astimezone():%Y-%m-%d %H:%M}"
         rows.append((Path(item.store).name, what, size(item.bytes), used))
     show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
@@ -284,7 +285,7 @@ def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
         for done in transfers:
             renumbered = f" ({done.renumbered} under other numbers)" if done.renumbered else ""
             say(
-                f"{done.fingerprint[:16]}: {done.copied} shards copied{renumbered}, {size(done.bytes)}; "
+                f"{done.fingerprint[:16]}: {counted(done.copied, 'shard')} copied{renumbered}, {size(done.bytes)}; "
                 f"{done.present} were there."
             )
     require_arrival(transfers, url)
@@ -300,7 +301,7 @@ def _with_paths(result: Verification, paths: dict[str, str]) -> dict[str, object
 def _show_verification(result: Verification, paths: dict[str, str]) -> None:
     name = result.fingerprint[:16]
     if not result.damages:
-        show(f"{name}: whole, {result.rows:,} rows in {result.shards:,} shards.")
+        show(f"{name}: whole, {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}.")
         return
     count = len(result.damages)
     show(f"{name}: {count} thing{'' if count == 1 else 's'} wrong.")

@@ -11,6 +11,7 @@ from pipeline.console import duration, score, show_json, show_table
 from pipeline.metric_names import metric_name
 from pipeline.options import AsJson
 from schemas.tasks import METRICS
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.results import ComparedModel, Comparison
@@ -41,7 +42,7 @@ def _show(comparison: Comparison) -> None:
     models = comparison.models
     task = models[0].metrics.task
     show_table(
-        f"{comparison.split}: {comparison.images} images of {comparison.groups} groups",
+        f"{comparison.split}: {counted(comparison.images, 'image')} of {counted(comparison.groups, 'group')}",
         ["folder", "method", *(metric_name(name, task) for name in METRICS[task]), "learnable", "training"],
         [_row(row) for row in models],
     )

@@ -12,6 +12,7 @@ from pipeline.console import say, score, show_json, show_pairs, show_table
 from pipeline.metric_names import MARKS, metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.tasks import METRICS
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.results import Metrics
@@ -81,7 +82,7 @@ def _show(metrics: Metrics) -> None:
     if metrics.auc_interval is not None:
         intervals["auc"] = f"  (95%: {metrics.auc_interval[0]:.3f} to {metrics.auc_interval[1]:.3f})"
     show_pairs(
-        f"{metrics.split}: {metrics.images} images of {metrics.groups} groups",
+        f"{metrics.split}: {counted(metrics.images, 'image')} of {counted(metrics.groups, 'group')}",
         [
             (metric_name(field, metrics.task, start=True), score(getattr(metrics, field)) + intervals.get(field, ""))
             for field in METRICS[metrics.task]

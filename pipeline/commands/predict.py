@@ -11,6 +11,7 @@ from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
 from schemas.errors import DataError, UnreadableImagesError
 from schemas.settings import OUTPUTS, LpmSettings
+from schemas.text import counted
 
 
 def predict(
@@ -60,7 +61,7 @@ def predict(
         show(predictions_csv(rows).removesuffix("\n"))
     else:
         write_predictions_csv(rows, output)
-        say(f"{len(rows)} images: {output}")
+        say(f"{counted(len(rows), 'image')}: {output}")
     failures = [(row.path, row.error) for row in rows if row.error is not None]
     if failures:
         raise UnreadableImagesError(failures, f"{len(rows) - len(failures)} of {len(rows)} images are predicted.")

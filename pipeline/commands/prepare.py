@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.manifest import SPLITS, PrepareSummary
+from schemas.text import counted
 
 
 def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_json: AsJson = False) -> None:
@@ -26,7 +27,7 @@ def prepare(params: Params = PARAMS_FILE, assignments: Assignments = None, as_js
         return
     _show(summary)
     if summary.quarantined:
-        say(f"{summary.quarantined} images were set aside: {output / 'quarantine.csv'}")
+        say(f"Set aside {counted(summary.quarantined, 'image')}: {output / 'quarantine.csv'}")
     say_next("fpt extract")
 
 
@@ -34,5 +35,6 @@ def _show(summary: PrepareSummary) -> None:
     classes = list(dict.fromkeys(name for counts in summary.counts.values() for name in counts))
     rows = [[name, *(str(summary.counts.get(split, {}).get(name, 0)) for split in SPLITS)] for name in classes]
     totals = [str(summary.split_images.get(split, 0)) for split in SPLITS]
-    title = f"{summary.images} images, {summary.groups} groups, {summary.duplicates} duplicates"
+    totals_by_noun = {"image": summary.images, "group": summary.groups, "duplicate": summary.duplicates}
+    title = ", ".join(counted(count, noun) for noun, count in totals_by_noun.items())
     show_table(title, ["class", *SPLITS], [*rows, ["all", *totals]])
