@@ -44,5 +44,5 @@ def shortened(line: str, longest: int = LONGEST_LINE) -> str:
 
 def counted(number: int, noun: str) -> str:
     """`1 image`, `2 images`, `2 classes`, `2 retries`."""
-    many = f"{noun.removesuffix('y')}ies" if noun.endswith("y") else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    many = re.sub("(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else many}"

@@ -180,8 +180,8 @@ class _Run:
                 else f"{kind}: {error}"
             )
             raise ClusterError(
-                f"Shard {task.number} ({counted(len(task.images), 'image')}, the first is {task.images[0][1]}) was given "
-                f"up after {counted(self._settings.retries, 'retry')}.",
+                f"Shard {task.number} ({counted(len(task.images), 'image')}, the first is {task.images[0][1]}) was "
+                f"given up after {counted(self._settings.retries, 'retry')}.",
                 cause,
                 f"Look at the workers' logs. {AGAIN}",
             ) from error
