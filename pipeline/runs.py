@@ -15,6 +15,7 @@ from schemas.manifest import Manifest
 from schemas.results import EpochLog, Metrics
 from schemas.settings import Settings
 from schemas.sweeps import METHOD_AXIS, RunRecord
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -142,7 +143,7 @@ def _check(study: Study, receipt: ExtractionReceipt, variants: Sequence[Settings
         if variants[0].features.views == ("identity",) and not variants[0].features.crops:
             raise
         raise CacheIncompleteError(
-            f"{len(error.missing)} images have no features of every view.",
+            f"No features of every view: {counted(len(error.missing), 'image')}.",
             error.missing,
             "Extraction computes views of the training images alone; in other splits and folds others are trained on.",
             "Run `fpt extract --all-views`: it computes the views of every image.",
@@ -167,7 +168,7 @@ def train_jobs(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) ->
     for number, members in enumerate(passes, start=1):
         if len(passes) > 1:
             where = f"{members[0].part.name}, " if members[0].part.name else ""
-            count = f"{len(members)} run{'s' if len(members) > 1 else ''}"
+            count = counted(len(members), "run")
             say(f"Pass {number} of {len(passes)}: {where}{members[0].settings.method}, {count}")
         _train(study, receipt, members)
     return len(waiting)

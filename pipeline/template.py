@@ -111,7 +111,8 @@ BASELINE = """\
 
 HEAD = """\
 # The pipeline of this study: `dvc repro` runs what is out of date, `dvc dag` draws it.
-# Try settings with `dvc exp run -S train.lr=0.001` and compare them with `dvc exp show`.
+# Try settings with `dvc exp run -S train.lr=0.001` and compare them:
+# dvc exp show --drop '.*' --keep 'Experiment|^method$|^train\\.(lr|epochs)$|^val\\.(loss|auc)$|^auc$|^accuracy$'
 """
 
 

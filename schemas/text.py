@@ -43,5 +43,6 @@ def shortened(line: str, longest: int = LONGEST_LINE) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 image`, `2 images`, `2 classes`."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+    """`1 image`, `2 images`, `2 classes`, `2 retries`."""
+    many = re.sub("(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else many}"

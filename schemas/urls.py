@@ -10,9 +10,9 @@ HIDDEN = "***"
 SHORT = 4
 """Secrets shorter than this are hidden where they stand in a URL only: elsewhere they could be any word."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://\S+")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
-_PARAMETER = re.compile(r"(?<=[?&;])([^=&;#\s]+)=([^&;#\s]+)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,40}://\S+")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,40})://")
+_PARAMETER = re.compile(r"(?<=[?&;])([^=&;#\s]{1,200})=([^&;#\s]+)")
 _NAME = re.compile(
     r"token|secret|passw|pwd|signature|credential|api_?-?key|access_?-?key|account_?-?key|auth|^(sig|key|pass|sas)$",
     re.IGNORECASE,

@@ -24,6 +24,7 @@ from pipeline.project import extraction_log
 from schemas.errors import ClusterError, FptError
 from schemas.machine import ClusterSettings
 from schemas.settings import Settings
+from schemas.text import counted
 from stages.extract.work import ShardDone, ShardTask
 from stages.files import storage_errors
 from stages.store.layout import Store
@@ -191,8 +192,8 @@ class _Run:
                 else f"{kind}: {error}"
             )
             raise ClusterError(
-                f"Shard {task.number} ({len(task.images)} images, the first is {task.images[0][1]}) was given up "
-                f"after {self._settings.retries} retries.",
+                f"Shard {task.number} ({counted(len(task.images), 'image')}, the first is {task.images[0][1]}) was "
+                f"given up after {counted(self._settings.retries, 'retry')}.",
                 cause,
                 f"Look at the workers' logs. {AGAIN}",
             ) from error

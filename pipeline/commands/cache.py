@@ -10,6 +10,7 @@ import typer
 
 from pipeline.console import say, say_next, show, show_json, show_pairs, show_table, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -58,13 +59,13 @@ def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
                 ("LPM", f"{spec.lpm.name} at {spec.lpm.image_size}"),
                 ("Layers", ", ".join(map(str, spec.layers))),
                 ("Type", spec.dtype),
-                ("Rows", f"{store.rows:,} in {_count(store.shards, 'shard')}"),
+                ("Rows", f"{store.rows:,} in {counted(store.shards, 'shard')}"),
                 ("Size", size(store.bytes)),
                 ("Last used", _time(store.last_used)),
                 ("Studies", ", ".join(store.studies) or "none"),
             ],
         )
-    say(f"{_count(len(stores), 'store')}, {size(sum(s.bytes for s in stores))}, in {root}")
+    say(f"{counted(len(stores), 'store')}, {size(sum(s.bytes for s in stores))}, in {root}")
 
 
 @cache.command()
@@ -224,7 +225,7 @@ def _show_garbage(root: Path, garbage: Sequence[Garbage]) -> None:
         return
     rows = []
     for item in garbage:
-        what = "the whole store" if item.whole else _count(len(item.shards), "shard")
+        what = "the whole store" if item.whole else counted(len(item.shards), "shard")
         rows.append((Path(item.store).name, what, size(item.bytes), _time(item.last_used)))
     show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
 
@@ -240,10 +241,6 @@ def _show_unreachable(studies: Sequence[UnreachableStudy]) -> None:
 
 def _time(moment: datetime | None) -> str:
     return "never noted" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M}"
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
@@ -323,7 +320,7 @@ def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
         for done in transfers:
             renumbered = f" ({done.renumbered} under other numbers)" if done.renumbered else ""
             say(
-                f"{done.fingerprint[:16]}: {_count(done.copied, 'shard')} copied{renumbered}, {size(done.bytes)}; "
+                f"{done.fingerprint[:16]}: {counted(done.copied, 'shard')} copied{renumbered}, {size(done.bytes)}; "
                 f"{done.present} {'was' if done.present == 1 else 'were'} there."
             )
     require_arrival(transfers, url)
@@ -339,18 +336,20 @@ def _with_paths(result: Verification, paths: dict[str, str]) -> dict[str, object
 def _show_verification(result: Verification, paths: dict[str, str]) -> None:
     name = result.fingerprint[:16]
     if result.completed:
-        show(f"{name}: {_count(result.completed, 'receipt')} of an earlier version completed: checksums of rows added.")
+        show(
+            f"{name}: {counted(result.completed, 'receipt')} of an earlier version completed: checksums of rows added."
+        )
     if not result.damages:
-        show(f"{name}: whole, {_count(result.rows, 'row')} in {_count(result.shards, 'shard')}.")
+        show(f"{name}: whole, {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}.")
         return
     count = len(result.damages)
-    show(f"{name}: {_count(count, 'thing')} wrong.")
+    show(f"{name}: {counted(count, 'thing')} wrong.")
     for damage in result.damages[:SHOWN]:
         show(f"  {damage.kind}: {damage.file}. {damage.reason}")
     if count > SHOWN:
         show(f"  ... and {count - SHOWN} more; --json has all")
     images = len(result.images)
-    show(f"{_count(images, 'image')} to compute again{':' if images else '.'}")
+    show(f"{counted(images, 'image')} to compute again{':' if images else '.'}")
     for image_id in result.images[:SHOWN]:
         show(f"  {image_id[:16]} {paths.get(image_id, '')}".rstrip())
     if images > SHOWN:

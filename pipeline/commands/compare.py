@@ -11,6 +11,7 @@ from pipeline.console import duration, score, show, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import AsJson
 from schemas.tasks import METRICS
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.results import ComparedModel, Comparison
@@ -38,8 +39,6 @@ def compare(
 
 
 def _show(comparison: Comparison) -> None:
-    from stages.prepare.listing import counted
-
     models = comparison.models
     task = models[0].metrics.task
     metrics = [row.metrics for row in models]

@@ -11,6 +11,7 @@ import typer
 from pipeline.console import say, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from pipeline.params import PARAMS
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.features import LpmInfo
@@ -160,4 +161,7 @@ def _show(health: Health) -> None:
         rows.append((finding.name, status, detail))
     show_table("What fpt finds on this machine", ("Check", "Status", "Detail -> repair"), rows, words=True)
     bad = [finding.name for finding in health.findings if finding.status == "fail"]
-    say(f"{len(bad)} of {len(rows)} checks failed: {', '.join(bad)}." if bad else "Nothing here would fail.")
+    warned = sum(finding.status == "warn" for finding in health.findings)
+    warnings = f" ({counted(warned, 'warning')})" if warned else ""
+    passed = f"All checks passed{warnings}."
+    say(f"{len(bad)} of {counted(len(rows), 'check')} failed: {', '.join(bad)}." if bad else passed)

@@ -17,6 +17,7 @@ from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import ManifestError, SettingsError
 from schemas.settings import OUTPUTS
 from schemas.tasks import METRICS
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
@@ -132,7 +133,6 @@ def _evaluate_images(
     from stages.extract.work import batch_size
     from stages.predict.external import evaluate_external
     from stages.prepare import QUARANTINE_FILE
-    from stages.prepare.listing import counted
     from stages.train.bundle import read_spec
 
     root = params.absolute().parent
@@ -232,7 +232,6 @@ def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
 
 
 def _show(metrics: Metrics) -> None:
-    from stages.prepare.listing import counted
 
     for warning in metrics.warnings:
         show(f"Warning: {warning}")

@@ -11,6 +11,7 @@ import typer
 from pipeline.console import duration, say, say_next, show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import InterruptedRunError
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.features import ExtractionPlan
@@ -102,10 +103,10 @@ def extract(
         return
     spent = f" in {duration(seconds)}" if computed else ""
     copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
-    views = f" ({rows} rows with their views)" if rows > receipt.images else ""
+    views = f" ({counted(rows, 'row')} with their views)" if rows > receipt.images else ""
     outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
     kind = f" The LPM computes in {receipt.spec.precision}." if receipt.spec.precision != "float32" else ""
-    say(f"{receipt.images} images{views}: {outcome}.{kind} Store: {store}")
+    say(f"{counted(receipt.images, 'image')}{views}: {outcome}.{kind} Store: {store}")
     say_next("fpt train")
 
 
@@ -125,7 +126,7 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
     show_pairs(
         "What `fpt extract` would do",
         [
-            ("Images", f"{plan.images}" + (f" ({plan.rows} rows with their views)" if views else "")),
+            ("Images", f"{plan.images}" + (f" ({counted(plan.rows, 'row')} with their views)" if views else "")),
             ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
             ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'a row' if views else 'an image'})"),

@@ -11,6 +11,7 @@ from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
 from schemas.errors import UnreadableImagesError
 from schemas.settings import OUTPUTS, LpmSettings, Settings
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,6 @@ def predict(
 
 def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:
     from stages.predict import predictions_csv, write_predictions_table
-    from stages.prepare.listing import counted
 
     if output is None:
         show(predictions_csv(rows).removesuffix("\n"))

@@ -65,8 +65,7 @@ def prepare(
         return
     _show(result)
     if result.quarantined:
-        images = "1 image was" if result.quarantined == 1 else f"{result.quarantined:,} images were"
-        say(f"{images} set aside: {output / QUARANTINE_FILE}")
+        say(f"Set aside {counted(result.quarantined, 'image')}: {output / QUARANTINE_FILE}")
     if result.warned:
         say(f"{counted(result.warned, 'image')} with corrupt data used (data.on_warning: accept).")
     if write_split is not None:
@@ -115,21 +114,19 @@ def _show(result: PrepareResult) -> None:
         moved = sum(result.moved.values())
         ways = ", ".join(f"{number:,} {way}" for way, number in result.moved.items())
         changed = f"{moved:,} changed it ({ways})" if moved else "none changed it"
-        say(f"{_images(result.known - moved)} kept their split, {changed}, {result.images - result.known:,} new.")
+        say(
+            f"{counted(result.known - moved, 'image')} kept their split, {changed}, {result.images - result.known:,} new."
+        )
 
 
 def _title(result: PrepareResult) -> str:
-    copies = f"{result.duplicates:,} duplicate{'' if result.duplicates == 1 else 's'}"
+    copies = counted(result.duplicates, "duplicate")
     if result.unit is None:
-        return f"{_images(result.images)}, {copies}"
+        return f"{counted(result.images, 'image')}, {copies}"
     unit = result.unit.removesuffix("s") if result.groups == 1 else result.unit
-    grouped = f"{_images(result.images - result.singles)} of {result.groups:,} {unit}"
+    grouped = f"{counted(result.images - result.singles, 'image')} of {result.groups:,} {unit}"
     alone = f", {result.singles:,} without a {result.unit.removesuffix('s')}" if result.singles else ""
     return f"{grouped}{alone}, {copies}"
-
-
-def _images(number: int) -> str:
-    return f"{number:,} image{'' if number == 1 else 's'}"
 
 
 def _show_written(path: Path, data: DataSettings) -> None:

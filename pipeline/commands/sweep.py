@@ -14,6 +14,7 @@ from pipeline.console import say, score, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError, TrainingError
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -88,7 +89,7 @@ def sweep(
     if as_json:
         show_json(summary.model_dump(mode="json"))
         return
-    say(f"{trained} runs were trained, {len(jobs) - trained} were there.")
+    say(f"{counted(trained, 'run')} {'was' if trained == 1 else 'were'} trained, {len(jobs) - trained} were there.")
     _show(summary, comparisons)
     say(f"Each run has its model/ and evaluation/ below {folder / 'runs'}; everything is in {folder / 'summary.json'}")
 

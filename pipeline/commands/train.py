@@ -9,6 +9,7 @@ import typer
 
 from pipeline.console import say, say_next, score, show_json, size
 from pipeline.options import METHODS, PARAMS_FILE, AsJson, Assignments, Params
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.results import StoreMemory
@@ -72,7 +73,7 @@ def train(
 
 
 def _say_memory(memory: StoreMemory) -> None:
-    need, budget = f"{memory.rows} rows of features: {size(memory.needed)}", size(memory.budget)
+    need, budget = f"{counted(memory.rows, 'row')} of features: {size(memory.needed)}", size(memory.budget)
     place, source = ("the disk", "") if memory.remote is None else ("the network", f" from {memory.remote}")
     if memory.held:
         say(f"{need}{source}, held in memory (store.memory_budget allows {budget}): {place} is read once.")

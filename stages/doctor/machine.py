@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from schemas.health import Finding
+from schemas.text import counted
 
 NVIDIA = "0x10de"
 """Vendor of a PCI device."""
@@ -67,12 +68,12 @@ def check_threads(wanted: int = 0, environment: Mapping[str, str] | None = None)
     variables = os.environ if environment is None else environment
     allowed, quota = allowed_cores(), cpu_quota()
     cores = allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
-    detail = f"{cores} of {os.cpu_count()} cores"
+    detail = f"{cores} of {counted(os.cpu_count() or 1, 'core')}"
     if quota is not None and quota < allowed:
         detail += f" (a quota of {quota:g})"
     named = variables.get("OMP_NUM_THREADS", "")
     used = wanted or (int(named) if named.isdecimal() else allowed)
-    detail += f", {used} threads"
+    detail += f", {counted(used, 'thread')}"
     policy = variables.get("OMP_WAIT_POLICY", "")
     if policy.lower() == "active":
         return Finding(

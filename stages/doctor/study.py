@@ -6,6 +6,7 @@ from pathlib import Path
 
 from schemas.health import Finding
 from schemas.settings import Settings
+from schemas.text import counted
 
 HUB_SECONDS = 3.0
 """For the hub's answer."""
@@ -94,7 +95,7 @@ def check_store(
         reader.require_whole()
     finally:
         reader.close()
-    detail = f"{found.fingerprint[:16]}: {found.images:,} images in {len(found.shards):,} shards"
+    detail = f"{found.fingerprint[:16]}: {counted(found.images, 'image')} in {counted(len(found.shards), 'shard')}"
     differing = {} if settings is None or root is None else requested_spec(settings, root).differing(found.spec)
     if differing:
         detail += f", of other settings than now: {', '.join(differing)}"

@@ -18,6 +18,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics, StatisticsSpec
 from schemas.settings import Method
+from schemas.text import counted
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
@@ -131,12 +132,8 @@ def _reliability_note(several: bool) -> str:
 
 def _evaluated(metrics: Metrics) -> str:
     where = "images outside of the study" if metrics.split == "external" else f"the {metrics.split} split"
-    counts = f"{_count(metrics.images, 'image')} of {_count(metrics.groups, 'group')}"
+    counts = f"{counted(metrics.images, 'image')} of {counted(metrics.groups, 'group')}"
     return f"Evaluated on {where}: {counts}, {len(metrics.confusion)} classes."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _per_class(metrics: Metrics, predictions: Predictions) -> list[dict[str, str]]:

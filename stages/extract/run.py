@@ -196,6 +196,6 @@ def _require_space(store: Store, needed: int) -> None:
     free = shutil.disk_usage(store.path).free
     if free < needed:
         raise StorageError(
-            f"The features need {needed / 1e9:.2f} GB, but {store.path} has {free / 1e9:.2f} GB free.",
+            f"The features need {needed / 2**30:.2f} GiB, but {store.path} has {free / 2**30:.2f} GiB free.",
             repair="Free the space, or set FPT_CACHE_DIR to a larger disk; `fpt extract --plan` shows the need.",
         )

@@ -18,6 +18,7 @@ from schemas.manifest import SPLITS, Manifest, ManifestRow
 from schemas.results import BundleSpec, Metrics
 from schemas.settings import DataSettings, LpmSettings
 from schemas.tasks import names_in, written
+from schemas.text import counted
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.run import evaluated_model, probabilities, write_evaluation
@@ -30,7 +31,7 @@ from stages.prepare.check import check_conflicts
 from stages.prepare.digest import Digests, digest_images
 from stages.prepare.exports import write_quarantine
 from stages.prepare.items import Listing, check_listing, read_listing
-from stages.prepare.listing import counted, did_you_mean, listed
+from stages.prepare.listing import did_you_mean, listed
 from stages.prepare.scan import Item
 from stages.prepare.survey import passed_over_lines
 from stages.prepare.table import check_files

@@ -20,8 +20,9 @@ from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in
+from schemas.text import counted
 from stages.prepare.columns import Unit
-from stages.prepare.listing import counted, listed
+from stages.prepare.listing import listed
 from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
 from stages.prepare.split import Cluster, Place, draw_splits, find_clusters

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from schemas.errors import DataError
 from schemas.tasks import Task, names_in
-from stages.prepare.listing import counted, did_you_mean, listed
+from schemas.text import counted
+from stages.prepare.listing import did_you_mean, listed
 from stages.prepare.scan import Item
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from schemas.errors import DataError
 from schemas.manifest import Manifest, Split
-from stages.prepare.listing import counted, listed
+from schemas.text import counted
+from stages.prepare.listing import listed
 from stages.prepare.scan import Item
 from stages.prepare.split import Cluster, deal, draw_splits, find_clusters
 

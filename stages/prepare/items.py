@@ -7,8 +7,9 @@ from pathlib import Path
 
 from schemas.errors import DataError
 from schemas.settings import DataSettings
+from schemas.text import counted
 from stages.prepare.columns import FOLDER, Unit, unit_of_column
-from stages.prepare.listing import counted, listed
+from stages.prepare.listing import listed
 from stages.prepare.names import name_classes
 from stages.prepare.scan import Item, check_names, images_folder, scan_folders
 from stages.prepare.survey import SUFFIXES, PassedOver

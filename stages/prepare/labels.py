@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from schemas.errors import DataError
 from schemas.settings import DataSettings
 from schemas.tasks import SEPARATOR, written
-from stages.prepare.listing import counted, listed
+from schemas.text import counted
+from stages.prepare.listing import listed
 
 _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 """What a cell of a label's own column may hold, in small letters."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 from schemas.errors import DataError
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
-from stages.prepare.listing import counted, did_you_mean, listed
+from schemas.text import counted
+from stages.prepare.listing import did_you_mean, listed
 from stages.prepare.scan import Item
 
 _NUMBER = re.compile(r"[+-]?\d+(\.0+)?")

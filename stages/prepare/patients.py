@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from schemas.errors import DataError
+from schemas.text import counted
 from stages.prepare.columns import AUTO, split_of_word
-from stages.prepare.listing import counted, listed
+from stages.prepare.listing import listed
 
 _LEAST = 3
 """Sub-folders of a class: fewer cannot be patients of three splits."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from schemas.errors import DataError
 from schemas.manifest import Split
 from schemas.settings import DataSettings
+from schemas.text import counted
 from stages.prepare.columns import AUTO, FOLDER, split_of_word
-from stages.prepare.listing import counted, listed
+from stages.prepare.listing import listed
 from stages.prepare.patients import patient_folders
 from stages.prepare.survey import SUFFIXES as SUFFIXES
 from stages.prepare.survey import PassedOver, classify, is_hidden, passed_over_lines, survey, unreadable

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.tasks import Task, names_in
+from schemas.text import counted
 from stages.prepare.columns import Unit
-from stages.prepare.listing import counted, listed
+from stages.prepare.listing import listed
 from stages.prepare.scan import Item
 
 _ANY = ""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import DataError
+from schemas.text import counted
 from stages.image_kinds import image_kind, is_read
-from stages.prepare.listing import counted
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 """An image by its name: if it cannot be read, that is an error. Any other file is an image by its content."""

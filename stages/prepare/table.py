@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
+from schemas.text import counted
 from stages.prepare.columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
 from stages.prepare.labels import is_missing, join_labels, label_keys
-from stages.prepare.listing import counted, did_you_mean, listed
+from stages.prepare.listing import did_you_mean, listed
 from stages.prepare.scan import Item
 from stages.prepare.source import read_text
 from stages.tables import plain_cell

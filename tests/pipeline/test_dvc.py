@@ -122,6 +122,21 @@ def test_a_killed_extraction_loses_at_most_one_shard(
     assert kept.items() <= receipts(study).items()
 
 
+def test_the_command_that_compares_experiments_is_readable(study: Path, run: Run, environment: dict[str, str]) -> None:
+    for rate in ("0.002", "0.004"):
+        run(["dvc", "exp", "run", "-S", f"train.lr={rate}"], cwd=study)
+    command = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if "dvc exp show" in line)
+    assert f"# {command}" in (study / "dvc.yaml").read_text()
+    narrow = {**environment, "COLUMNS": "120"}
+    done = subprocess.run(
+        ["sh", "-c", f"{command} --no-pager"], cwd=study, env=narrow, capture_output=True, text=True, check=True
+    )
+    table = done.stdout.splitlines()
+    assert max(map(len, table)) <= 120 and "…" not in done.stdout, done.stdout
+    for word in ("Experiment", "method", "train.lr", "val.auc", "auc", "accuracy", "0.002", "0.004"):
+        assert word in done.stdout
+
+
 @pytest.mark.parametrize("where", [[], ["--temp"]])
 def test_an_experiment_reuses_the_features(study: Path, run: Run, where: list[str]) -> None:
     before = receipts(study)

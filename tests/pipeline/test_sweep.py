@@ -82,7 +82,7 @@ def test_all_combinations_are_trained_judged_and_kept(root: Path, fpt: Fpt) -> N
     # Another value trains itself alone; the others keep their bytes and times, and are not judged again.
     before = times(runs) | times(runs, "predictions.parquet")
     out, err = fpt("sweep", "lr=2e-3,1e-3", "seed=0", cwd=root)
-    assert "1 runs were trained, 1 were there" in err
+    assert "1 run was trained, 1 were there" in err
     assert "Best by validation: lr=" in err
     assert all(word in out for word in ("lr=1e-3_seed=0", "validation AUC", "ensemble"))
     assert before.items() <= (times(runs) | times(runs, "predictions.parquet")).items()

@@ -51,6 +51,8 @@ def test_visible_text() -> None:
 def test_counted_nouns() -> None:
     assert [counted(n, "image") for n in (0, 1, 2, 1000)] == ["0 images", "1 image", "2 images", "1,000 images"]
     assert counted(2, "class") == "2 classes"
+    assert counted(2, "retry") == "2 retries"
+    assert counted(2, "key") == "2 keys"
 
 
 def test_long_lines_lose_their_middle() -> None:
