@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from schemas.base import Contract, digest
+from schemas.base import Contract
 from schemas.features import FeatureSpec
 from schemas.manifest import Split
 from schemas.settings import Method, SideMethod, TrainSettings
@@ -142,10 +141,6 @@ ModelSpec = SideNetworkSpec | StatisticsSpec | LinearSpec | KnnSpec | AttentiveS
 """Every kind of trained model; `method` tells them apart."""
 
 
-class DigestError(ValueError):
-    """A content differs from the digest that it carries."""
-
-
 class BundleSpec(Contract):
     """`model.json`: with `model.safetensors` beside it, everything needed to predict.
 
@@ -171,44 +166,6 @@ class BundleSpec(Contract):
     """Parameters that were trained; 0 for k-NN."""
     weights_sha256: str
     """Of `model.safetensors`."""
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> BundleSpec:
-        network, features = self.network, self.features
-        if network.classes != len(self.classes):
-            raise ValueError("network.classes is not the number of classes")
-        if isinstance(network, StatisticsSpec) and network.layers != features.layers:
-            raise ValueError("network.layers are not features.layers")
-        if isinstance(network, SideNetworkSpec | AttentiveSpec):
-            if network.method != "side" and network.layers != len(features.layers):
-                raise ValueError("network.layers is not the number of features.layers")
-            if (network.lpm_width, network.heads) != (features.lpm.width, features.lpm.heads):
-                raise ValueError("network.lpm_width and network.heads are not those of features.lpm")
-        elif network.features != 2 * features.lpm.width or not features.pooled:
-            raise ValueError("network.features are not the pooled outputs of features.lpm")
-        return self
-
-    def to_json(self) -> bytes:
-        """The content of `model.json`, with its digest."""
-        content = self.model_dump(mode="json")
-        return (json.dumps({**content, "sha256": digest(content)}, indent=1, ensure_ascii=False) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> BundleSpec:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: If it is something else. A `DigestError` if it is complete but was changed.
-        """
-        try:
-            content = json.loads(data)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not isinstance(content, dict) or "sha256" not in content:
-            raise ValueError("has no digest")
-        if content.pop("sha256") != digest(content):
-            raise DigestError("differs from its digest")
-        return cls.model_validate(content)
 
     @property
     def task(self) -> Task:

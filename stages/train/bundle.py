@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from schemas.base import digest
 from schemas.errors import BundleError
-from schemas.results import BundleSpec, DigestError
+from schemas.results import AttentiveSpec, BundleSpec, SideNetworkSpec, StatisticsSpec
 from stages.files import atomic_write
 from stages.train.models import Model, build_model
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
+RESTORE = "Restore the file (git, DVC or a backup), or run `fpt train` again."
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,49 @@ def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
         StorageError: If the folder cannot be written.
     """
     atomic_write(folder / WEIGHTS, weights)
-    atomic_write(folder / SPEC, spec.to_json())
+    atomic_write(folder / SPEC, encode_spec(spec))
+
+
+def encode_spec(spec: BundleSpec) -> bytes:
+    """The content of `model.json`: the spec, and the digest of its canonical JSON as `sha256`."""
+    content = spec.model_dump(mode="json")
+    return (json.dumps({**content, "sha256": digest(content)}, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _decode_spec(data: bytes, path: Path) -> BundleSpec:
+    """Read what `encode_spec` wrote.
+
+    Raises:
+        BundleError: If it was changed.
+        ValueError, RecursionError: If it is something else.
+    """
+    content = json.loads(data)
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ValueError("has no digest")
+    if content.pop("sha256") != digest(content):
+        raise BundleError(
+            f"{path} is not what training wrote: its content differs from its digest.",
+            "It was edited or damaged. Classes and features belong to the weights and cannot be changed by hand.",
+            RESTORE,
+        )
+    spec = BundleSpec.model_validate(content)
+    if not _consistent(spec):
+        raise ValueError("classes, features and network do not fit each other")
+    return spec
+
+
+def _consistent(spec: BundleSpec) -> bool:
+    """Whether the network has the classes, and reads the features, that the spec names."""
+    network, features = spec.network, spec.features
+    if network.classes != len(spec.classes):
+        return False
+    if isinstance(network, SideNetworkSpec | AttentiveSpec):
+        depth = network.layers if network.method == "side" else len(features.layers)
+        shape = (depth, features.lpm.width, features.lpm.heads)
+        return (network.layers, network.lpm_width, network.heads) == shape
+    if isinstance(network, StatisticsSpec) and network.layers != features.layers:
+        return False
+    return features.pooled and network.features == 2 * features.lpm.width
 
 
 def read_spec(folder: Path) -> BundleSpec:
@@ -58,19 +103,14 @@ def read_spec(folder: Path) -> BundleSpec:
     Raises:
         BundleError: If the file is missing, changed, or of another version.
     """
+    data, path = _read(folder, SPEC), folder / SPEC
     try:
-        return BundleSpec.from_json(_read(folder, SPEC))
-    except DigestError:
+        return _decode_spec(data, path)
+    except BundleError:
+        raise
+    except (ValueError, RecursionError):
         raise BundleError(
-            f"{folder / SPEC} is not what training wrote: its content differs from its digest.",
-            "It was edited or damaged. Classes and features belong to the weights and cannot be changed by hand.",
-            "Restore the file (git, DVC or a backup), or run `fpt train` again.",
-        ) from None
-    except ValueError:
-        raise BundleError(
-            f"{folder / SPEC} cannot be understood.",
-            "It was damaged, or written by another version of fpt.",
-            "Restore the file (git, DVC or a backup), or run `fpt train` again.",
+            f"{path} cannot be understood.", "It was damaged, or written by another version of fpt.", RESTORE
         ) from None
 
 

@@ -104,7 +104,18 @@ def test_files_of_two_bundles_do_not_go_together(bundles: tuple[Path, Path], fol
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"null", b"[" * 100_000, b"\xff\xfe", b"{}", b'{"sha256": NaN}', b'{"a": ' + b"9" * 5000 + b"}", b"3"]
+    "data",
+    [
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b'{"sha256": "", "a": ' + b"[" * 700 + b"]" * 700 + b"}",
+        b"\xff\xfe",
+        b"{}",
+        b'{"sha256": NaN}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"3",
+    ],
 )
 def test_what_is_no_bundle_at_all(folder: Path, data: bytes) -> None:
     (folder / "model.json").write_bytes(data)

@@ -96,6 +96,63 @@ def test_keys_are_the_leaves() -> None:
     assert len(keys) == len(set(keys))
 
 
+BEYOND: list[tuple[str, Any, str]] = [
+    ("data.seed", -1, "greater than or equal to 0"),
+    ("data.seed", 2**64, "less than or equal to 9223372036854775807"),
+    ("data.classes", [], "at least 1"),
+    ("data.images", "", "at least 1"),
+    ("data.images", "a\0b", "NUL"),
+    ("data.max_pixels", 10**12, "less than or equal to 100000000000"),
+    ("lpm.name", "x" * 5000, "at most 4096"),
+    ("features.layers", [1000], "less than or equal to 999"),
+    ("features.crops", 100_000, "less than or equal to 256"),
+    ("features.crop_scale", [1e-9, 1.0], "greater than or equal to 0.01"),
+    ("train.augment.crop_ratio", [1e-300, 1.0], "greater than or equal to 0.1"),
+    ("train.augment.crop_ratio", [1.0, 1e300], "less than or equal to 10"),
+    ("train.prompts", 1e8, "less than or equal to 1024"),
+    ("train.lr", 1e30, "less than or equal to 100"),
+    ("train.lr", 1e-300, "greater than or equal to"),
+    ("train.epochs", 10**9, "less than or equal to 100000"),
+    ("train.class_weights", [0.0, 0.0], "at least 1e-6"),
+    ("train.order_seed", -1, "greater than or equal to 0"),
+    ("train.order_seed", False, "true or false"),
+    ("train.clip_norm", float("inf"), "finite"),
+    ("store.memory_budget", "9" * 60 + "GB", "such as 2GB"),
+    ("compute.threads", 10**6, "less than or equal to 1024"),
+    ("compute.loader_workers", 10**6, "less than or equal to 1024"),
+    ("cluster.workers", 10**6, "less than or equal to 10000"),
+    ("cluster.wait", 1e300, "less than or equal to 10000000"),
+    ("cluster.slurm.cores", 10**6, "less than or equal to 4096"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BEYOND)
+def test_values_that_no_one_means_are_refused_with_the_bound(path: str, value: Any, message: str) -> None:
+    raw: Any = value
+    for name in reversed(path.split(".")):
+        raw = {name: raw}
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw)
+    assert all(found.startswith(path) for found, _ in caught.value.problems)
+    assert any(message in text for _, text in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ({"train": {"seed": 10**5000}}, "an integer of about"),
+        ({"method": "x" * 100_000}, "... (100,002 characters)"),
+        ({"x" * 100_000: 1}, "... (100,002 characters)"),
+        ({"features": {"views": ["x"] * 100_000}}, "and 980 more"),
+    ],
+)
+def test_long_values_are_cut_short(raw: dict[str, Any], shown: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw)
+    assert shown in str(caught.value)
+    assert len(str(caught.value)) < 3000
+
+
 @pytest.mark.parametrize(
     ("raw", "path", "message"),
     [

@@ -24,7 +24,7 @@ from stages.extract.lpm import describe_lpm
 from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train.attentive import AttentiveProbe
-from stages.train.bundle import load_bundle, read_spec
+from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
@@ -181,7 +181,7 @@ def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
     run(study, receipt, "knn", settings=as_method(study, "knn"))
     folder = study.root / "linear"
     ours, other = read_spec(folder), read_spec(study.root / "knn")
-    (folder / "model.json").write_bytes(ours.model_copy(update={"network": other.network}).to_json())
+    (folder / "model.json").write_bytes(encode_spec(ours.model_copy(update={"network": other.network})))
     with pytest.raises(BundleError, match="does not fit"):
         load_bundle(folder)
     shutil.copy(study.root / "knn/model.json", folder)

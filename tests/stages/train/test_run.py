@@ -24,7 +24,7 @@ from schemas.manifest import Manifest
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from stages.store.reader import open_store
-from stages.train.bundle import load_bundle, read_spec
+from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.checks import class_weights
 from stages.train.data import EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
@@ -293,7 +293,7 @@ def test_a_spec_whose_parts_do_not_fit_each_other_is_refused(study: Study) -> No
     run(study, study.extract())
     spec = read_spec(study.root / "model")
     for update in ({"classes": ("a", "b")}, {"features": spec.features.model_copy(update={"layers": (0,)})}):
-        (study.root / "model/model.json").write_bytes(spec.model_copy(update=update).to_json())
+        (study.root / "model/model.json").write_bytes(encode_spec(spec.model_copy(update=update)))
         with pytest.raises(BundleError, match="cannot be understood"):
             read_spec(study.root / "model")
 
