@@ -32,6 +32,10 @@ class ManifestRow(Contract):
     """One of `SPLITS`; in predictions of images outside of a study external."""
 
 
+GroupUnit = Literal["patients", "groups"]
+"""What the groups of a study are."""
+
+
 class Manifest(Contract):
     """All rows of a study, sorted by path, and the classes in the order of the model's outputs."""
 
@@ -41,6 +45,8 @@ class Manifest(Contract):
     """Sorted by path. Two rows may share an id (a file under two names): then they share a split."""
     task: Task = "multiclass"
     """What the labels say."""
+    unit: GroupUnit | None = None
+    """What the groups are; None: not known, or each image stands for itself."""
 
     def names(self, row: ManifestRow) -> tuple[str, ...]:
         """The class names of one of its rows: one, or with several labels an image any number."""
@@ -66,7 +72,7 @@ class PrepareSummary(Contract):
     """Patients (or other groups); images that stand for themselves are none."""
     singles: int = 0
     """Images that stand for themselves, as no group is known."""
-    unit: Literal["patients", "groups"] | None = None
+    unit: GroupUnit | None = None
     """What the groups are; null: there are none."""
     group_column: str | None = None
     """Column of the groups, folder for sub-folders of class folders, or null."""

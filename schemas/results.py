@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from schemas.base import Contract
 from schemas.features import FeatureSpec
-from schemas.manifest import Split
+from schemas.manifest import GroupUnit, Split
 from schemas.settings import Method, SideMethod, TrainSettings
 from schemas.tasks import Task
 
@@ -247,6 +247,8 @@ class Metrics(Contract):
     """Rows judged."""
     groups: int
     """Patients (or other groups) that they come from."""
+    unit: GroupUnit | None = None
+    """What the groups are; null where images stand for themselves, or it is not known."""
     auc: float | None
     """Area under the ROC curve: binary with two classes, macro one-vs-rest with more; multi-label: macro."""
     auc_interval: tuple[float, float] | None
@@ -346,6 +348,8 @@ class Comparison(Contract):
     """Rows."""
     groups: int
     """Patients (or other groups) that they come from."""
+    unit: GroupUnit | None = None
+    """What the groups are; null where images stand for themselves, or it is not known."""
     models: tuple[ComparedModel, ...]
     """In the order in which they were given."""
 

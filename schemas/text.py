@@ -42,6 +42,11 @@ def shortened(line: str, longest: int = LONGEST_LINE) -> str:
     return f"{head} ... {tail} ({len(line):,} characters)"
 
 
+def images_of(images: int, groups: int, unit: str | None) -> str:
+    """`38 images of 26 patients`; `38 images` where the unit of the groups is not known."""
+    return counted(images, "image") + ("" if unit is None else f" of {counted(groups, unit.removesuffix('s'))}")
+
+
 def counted(number: int, noun: str) -> str:
     """`1 image`, `2 images`, `2 classes`, `2 retries`."""
     many = re.sub("(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith("s") else "s")

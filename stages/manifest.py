@@ -13,6 +13,7 @@ from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
 _CLASSES = b"fpt.classes"
+_UNIT = b"fpt.unit"
 _TASK = b"fpt.task"
 """Absent for multiclass, the task of every manifest before there were others."""
 _REPAIR = "Run `fpt prepare` (or `dvc repro`) to make it again."
@@ -27,10 +28,12 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     import pyarrow as pa
 
     columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
-    task = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
+    optional = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
+    if manifest.unit is not None:
+        optional[_UNIT] = manifest.unit.encode()
     schema = pa.schema(
         [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS],
-        metadata={_CLASSES: json.dumps(manifest.classes).encode(), **task},
+        metadata={_CLASSES: json.dumps(manifest.classes).encode(), **optional},
     )
     write_table(pa.table(columns, schema=schema), path)
 
@@ -55,7 +58,8 @@ def read_manifest(path: Path) -> Manifest:
         metadata = table.schema.metadata or {}
         classes, task = json.loads(metadata[_CLASSES]), metadata.get(_TASK, b"multiclass").decode()
         rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())
-        manifest = Manifest.model_validate({"classes": tuple(classes), "rows": rows, "task": task})
+        unit = metadata[_UNIT].decode() if _UNIT in metadata else None
+        manifest = Manifest.model_validate({"classes": tuple(classes), "rows": rows, "task": task, "unit": unit})
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, ValidationError) as error:
         raise ManifestError(f"The manifest {path} is damaged.", f"{type(error).__name__}: {error}", _REPAIR) from error
     problem = _contradiction(manifest)

@@ -11,7 +11,7 @@ from pipeline.console import duration, score, show, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import AsJson
 from schemas.tasks import METRICS
-from schemas.text import counted
+from schemas.text import images_of
 
 if TYPE_CHECKING:
     from schemas.results import ComparedModel, Comparison
@@ -45,7 +45,7 @@ def _show(comparison: Comparison) -> None:
     for warning in dict.fromkeys(warning for row in models for warning in row.metrics.warnings):
         show(f"Warning: {warning}")
     show_models(
-        f"{comparison.split}: {counted(comparison.images, 'image')} of {counted(comparison.groups, 'group')}",
+        f"{comparison.split}: {images_of(comparison.images, comparison.groups, comparison.unit)}",
         "",
         [row.name for row in models],
         {

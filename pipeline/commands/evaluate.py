@@ -17,7 +17,7 @@ from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import ManifestError, SettingsError
 from schemas.settings import OUTPUTS
 from schemas.tasks import METRICS
-from schemas.text import counted
+from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
@@ -239,7 +239,7 @@ def _show(metrics: Metrics) -> None:
     if metrics.auc_interval is not None:
         intervals["auc"] = f"  (95%: {metrics.auc_interval[0]:.3f} to {metrics.auc_interval[1]:.3f})"
     show_pairs(
-        f"{metrics.split}: {counted(metrics.images, 'image')} of {counted(metrics.groups, 'group')}",
+        f"{metrics.split}: {images_of(metrics.images, metrics.groups, metrics.unit)}",
         [
             (metric_name(field, metrics.task, start=True), score(getattr(metrics, field)) + intervals.get(field, ""))
             for field in METRICS[metrics.task]

@@ -114,9 +114,8 @@ def _show(result: PrepareResult) -> None:
         moved = sum(result.moved.values())
         ways = ", ".join(f"{number:,} {way}" for way, number in result.moved.items())
         changed = f"{moved:,} changed it ({ways})" if moved else "none changed it"
-        say(
-            f"{counted(result.known - moved, 'image')} kept their split, {changed}, {result.images - result.known:,} new."
-        )
+        kept = counted(result.known - moved, "image")
+        say(f"{kept} kept their split, {changed}, {result.images - result.known:,} new.")
 
 
 def _title(result: PrepareResult) -> str:

@@ -59,6 +59,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
         split=first.rows[0].split,
         images=len(labels),
         groups=len(set(groups)),
+        unit=first.unit,
         models=tuple(
             ComparedModel(
                 name=str(folder),
@@ -94,7 +95,7 @@ def _sorted(table: Predictions) -> Predictions:
     """Rows in the order of their paths, so that the order of a manifest does not matter."""
     order = sorted(range(len(table.rows)), key=lambda row: (table.rows[row].path, table.rows[row].id))
     rows = tuple(table.rows[row] for row in order)
-    return Predictions(table.classes, rows, table.probabilities[order], table.model, table.task)
+    return Predictions(table.classes, rows, table.probabilities[order], table.model, table.task, table.unit)
 
 
 def _check_same(first: str, expected: Predictions, other: str, found: Predictions) -> None:

@@ -61,7 +61,9 @@ def _average(folders: Sequence[Path]) -> Predictions:
             )
     shares = log_pool([table.probabilities for table in tables], first.task)
     learnable = sum(table.model.learnable for table in tables if table.model is not None)
-    return Predictions(first.classes, first.rows, shares.astype(np.float32), _model(tables, learnable), first.task)
+    return Predictions(
+        first.classes, first.rows, shares.astype(np.float32), _model(tables, learnable), first.task, first.unit
+    )
 
 
 def _join(tables: Sequence[Predictions]) -> Predictions:
@@ -73,7 +75,7 @@ def _join(tables: Sequence[Predictions]) -> Predictions:
     order = sorted(range(len(rows)), key=lambda place: rows[place].path)
     p = np.concatenate([table.probabilities for table in tables])[order]
     model = _model(tables, first.model.learnable if first.model is not None else 0)
-    return Predictions(first.classes, tuple(rows[place] for place in order), p, model, first.task)
+    return Predictions(first.classes, tuple(rows[place] for place in order), p, model, first.task, first.unit)
 
 
 def _model(tables: Sequence[Predictions], learnable: int) -> JudgedModel | None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import EvaluationError
-from schemas.manifest import ManifestRow
+from schemas.manifest import GroupUnit, ManifestRow
 from schemas.results import PROBABILITY, JudgedModel
 from schemas.tasks import Task
 from stages.parquet import read_table, write_table
@@ -34,6 +34,8 @@ class Predictions:
     """Who said it; None where the table does not say."""
     task: Task = "multiclass"
     """What the probabilities mean."""
+    unit: GroupUnit | None = None
+    """What the groups of the rows are, where that is known."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -63,6 +65,8 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     metadata = {"classes": json.dumps(classes)}
     if predictions.task != "multiclass":
         metadata["task"] = predictions.task
+    if predictions.unit is not None:
+        metadata["unit"] = predictions.unit
     if predictions.model is not None:
         metadata["model"] = predictions.model.model_dump_json()
     table = pa.table(columns).replace_schema_metadata(metadata)
@@ -84,12 +88,18 @@ def read_predictions(path: Path) -> Predictions:
         names: Sequence[str] = ("id", "path", "label", "group", "split")
         rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
         task = _task(metadata.get(b"task", b"multiclass").decode())
+        unit = _unit(metadata[b"unit"].decode()) if b"unit" in metadata else None
         columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
     except FileNotFoundError as error:
         raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
-    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model, task)
+    return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model, task, unit)
+
+
+def _unit(text: str) -> GroupUnit:
+    units: tuple[GroupUnit, ...] = get_args(GroupUnit)
+    return units[units.index(text)]
 
 
 def _task(text: str) -> Task:

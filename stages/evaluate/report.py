@@ -18,7 +18,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics, StatisticsSpec
 from schemas.settings import Method
-from schemas.text import counted
+from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
@@ -132,7 +132,7 @@ def _reliability_note(several: bool) -> str:
 
 def _evaluated(metrics: Metrics) -> str:
     where = "images outside of the study" if metrics.split == "external" else f"the {metrics.split} split"
-    counts = f"{counted(metrics.images, 'image')} of {counted(metrics.groups, 'group')}"
+    counts = images_of(metrics.images, metrics.groups, metrics.unit)
     return f"Evaluated on {where}: {counts}, {len(metrics.confusion)} classes."
 
 

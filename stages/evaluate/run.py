@@ -68,7 +68,9 @@ def evaluate(
     store = open_rows(cache_root, receipt, remote)
     try:
         found = _probabilities(bundle, store, rows)
-        predictions = Predictions(manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task)
+        predictions = Predictions(
+            manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
+        )
         metrics = score(predictions, split_warnings(bundle.spec, split))
         report = render_report(
             metrics,

@@ -33,7 +33,8 @@ def score(predictions: Predictions, warnings: Sequence[str] = ()) -> Metrics:
         split=predictions.rows[0].split,
         task=predictions.task,
     )
-    return metrics.model_copy(update={"rows_sha256": rows_sha256(predictions.rows), "warnings": tuple(warnings)})
+    noted = {"rows_sha256": rows_sha256(predictions.rows), "warnings": tuple(warnings), "unit": predictions.unit}
+    return metrics.model_copy(update=noted)
 
 
 def rows_sha256(rows: Sequence[ManifestRow]) -> str:

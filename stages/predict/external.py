@@ -107,12 +107,12 @@ def evaluate_external(
     paths = {row.id: images / row.path for row in reversed(rows)}
     found, cached = _probabilities(bundle, paths, data, root, lpm, cache_root, batch_size, predicting)
     p = np.stack([found[row.id] for row in rows])
-    predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task)
+    predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task, listing.unit)
     metrics = score(predictions, (*_overlap(rows, spec, study), *_absent(rows, spec)))
     report = render_report(
         metrics,
         predictions,
-        Manifest(classes=spec.classes, rows=rows, task=spec.task),
+        Manifest(classes=spec.classes, rows=rows, task=spec.task, unit=listing.unit),
         spec,
         thumbnails=_thumbnails(predictions, paths, spec.features, data),
         train_dir=bundle_dir.parent / "train",

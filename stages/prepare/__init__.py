@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
-from schemas.manifest import SPLITS, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
+from schemas.manifest import SPLITS, GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
@@ -82,7 +82,7 @@ def prepare(
         before = KnownSplits() if memory is None else _before(memory, data, redraw)
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
-        manifest = _manifest(data, usable, classes, digests, split_of)
+        manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
         summary = _summary(manifest, listing, digests)
         result = _result(summary, data, listing, manifest, before)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
@@ -140,6 +140,7 @@ def _manifest(
     classes: tuple[str, ...],
     digests: Digests,
     split_of: dict[str, Split],
+    unit: GroupUnit | None,
 ) -> Manifest:
     # In the order of the items, which is that of the paths.
     rows = (
@@ -152,7 +153,7 @@ def _manifest(
         )
         for item in items
     )
-    return Manifest(classes=classes, rows=tuple(rows), task=data.task)
+    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit)
 
 
 def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
