@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import EvaluationError
-from schemas.results import BundleSpec, ComparedModel, Comparison, Difference, JudgedModel, Metrics
+from schemas.results import ComparedModel, Comparison, Difference, JudgedModel, Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws, weighted_auc
 from stages.evaluate.metrics import check_predictions
 from stages.evaluate.predictions import Predictions, read_predictions
 from stages.evaluate.scoring import score
 from stages.tasks import decide, hits, judged_columns, positives
-from stages.train.bundle import SPEC
+from stages.train.bundle import read_spec
 
 PAIRED: dict[Task, tuple[str, ...]] = {
     "multiclass": ("auc", "accuracy", "balanced_accuracy", "brier"),
@@ -216,7 +216,7 @@ def _differences(
 def _train_seconds(place: Path, model: JudgedModel | None) -> float | None:
     """Time of the training, if its folder lies beside the evaluation and is of the judged model."""
     try:
-        spec = BundleSpec.model_validate_json((place.parent / "model" / SPEC).read_bytes())
+        spec = read_spec(place.parent / "model")
         seconds = json.loads((place.parent / "train" / "metrics.json").read_text())["seconds"]
     except (OSError, ValueError, KeyError):
         return None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from schemas.errors import BundleError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt
-from schemas.results import BundleSpec, Metrics, TrainResult
+from schemas.results import Metrics, TrainResult
 from schemas.settings import DataSettings, Method, Settings
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import judge_together
@@ -228,19 +228,14 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
         run(study, receipt, settings=study.changed(data={"task": "multiclass"}))
 
 
-def test_a_bundle_without_a_task_is_multiclass(study: Study) -> None:
-    receipt = study.extract()
-    run(study, receipt)
+def test_a_bundle_without_a_digest_is_refused(study: Study) -> None:
+    run(study, study.extract())
     path = study.root / "run/model/model.json"
-    text = json.loads(path.read_text())
-    del text["network"]["task"]
-    for name in ("sampling", "loss", "focal_gamma", "label_smoothing", "kappa_weight"):
-        del text["train"][name]
-    path.write_text(json.dumps(text))
-    assert BundleSpec.model_validate_json(path.read_bytes()).task == "multiclass"
-    judge(study, receipt)
-    metrics = json.loads((study.root / "run/evaluation/metrics.json").read_text())
-    assert not {"task", "hamming", "average_precision", "f1_micro"} & metrics.keys()
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="another version of fpt"):
+        load_bundle(study.root / "run/model")
 
 
 def test_a_label_of_all_training_images_is_named(tmp_path: Path) -> None:
