@@ -11,7 +11,7 @@ from pipeline.console import show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, TRAINED_METHODS, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
-    from schemas.results import CostReport
+    from schemas.cost import CostReport
     from schemas.settings import Settings
 
 CLASSES = 2

@@ -12,7 +12,7 @@ from pipeline.options import METHODS, PARAMS_FILE, AsJson, Assignments, Params
 from schemas.text import counted
 
 if TYPE_CHECKING:
-    from schemas.results import StoreMemory
+    from schemas.cost import StoreMemory
 
 
 def train(

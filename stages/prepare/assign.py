@@ -17,11 +17,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from schemas.errors import DataError
-from schemas.manifest import SPLITS, Split
+from schemas.manifest import SPLITS, GroupUnit, Split
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in
 from schemas.text import counted
-from stages.prepare.columns import Unit
 from stages.prepare.listing import listed
 from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
@@ -34,7 +33,7 @@ def assign_splits(
     classes: Sequence[str],
     data: DataSettings,
     known: KnownSplits,
-    unit: Unit | None = None,
+    unit: GroupUnit | None = None,
 ) -> dict[str, Split]:
     """Give every image a split.
 
@@ -80,7 +79,7 @@ def _cautious(splits: Iterable[Split]) -> Split | None:
     return next((split for split in SPLITS if split in found), None)
 
 
-def check_leaks(items: Sequence[Item], ids: Mapping[str, str], unit: Unit | None = None) -> None:
+def check_leaks(items: Sequence[Item], ids: Mapping[str, str], unit: GroupUnit | None = None) -> None:
     """Refuse a group or a content that the table puts into two splits: the test would not be one.
 
     Images that are joined through others, such as the copy of a patient's image under another patient, count too.

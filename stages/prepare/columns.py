@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from schemas.errors import DataError
-from schemas.manifest import Split
+from schemas.manifest import GroupUnit, Split
 from schemas.settings import DataSettings
 from stages.prepare.listing import listed
 
 AUTO = "auto"
 FOLDER = "folder"
 """`data.group_column` for the sub-folders of class folders."""
-
-Unit = Literal["patients", "groups"]
-"""What the groups of a study are called."""
 
 _GROUP_NAMES = frozenset({"patient", "patientid", "subject", "subjectid", "case", "caseid", "group", "groupid"})
 _SPLIT_NAMES = frozenset({"split"})
@@ -40,7 +36,7 @@ def split_of_word(word: str) -> Split | None:
     return SPLIT_WORDS.get(word.strip().casefold())
 
 
-def unit_of_column(name: str) -> Unit:
+def unit_of_column(name: str) -> GroupUnit:
     """What the groups of a column are called, by its name."""
     return "patients" if _plain(name).startswith(_PERSON) else "groups"
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from schemas.errors import DataError
+from schemas.manifest import GroupUnit
 from schemas.settings import DataSettings
 from schemas.text import counted
-from stages.prepare.columns import FOLDER, Unit, unit_of_column
+from stages.prepare.columns import FOLDER, unit_of_column
 from stages.prepare.listing import listed
 from stages.prepare.names import name_classes
 from stages.prepare.scan import Item, check_names, images_folder, scan_folders
@@ -41,7 +42,7 @@ class Listing:
     """Files and folders in which no image was read."""
 
     @property
-    def unit(self) -> Unit | None:
+    def unit(self) -> GroupUnit | None:
         """What the groups are called; None: no image has one."""
         if self.group_column is None or all(item.group is None for item in self.items):
             return None

@@ -18,10 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from schemas.errors import DataError
-from schemas.manifest import SPLITS, Split
+from schemas.manifest import SPLITS, GroupUnit, Split
 from schemas.tasks import Task, names_in
 from schemas.text import counted
-from stages.prepare.columns import Unit
 from stages.prepare.listing import listed
 from stages.prepare.scan import Item
 
@@ -94,7 +93,7 @@ def draw_splits(
     test_share: float,
     seed: int,
     places: Mapping[str, Place] | None = None,
-    unit: Unit | None = "groups",
+    unit: GroupUnit | None = "groups",
 ) -> dict[str, Split]:
     """Deal clusters to the splits. The same clusters and seed give the same splits, in whatever order they come.
 
@@ -159,7 +158,7 @@ def deal(
     )
 
 
-def _check_enough(clusters: Sequence[Cluster], unit: Unit | None) -> None:
+def _check_enough(clusters: Sequence[Cluster], unit: GroupUnit | None) -> None:
     groups: Counter[str] = Counter()
     images: Counter[str] = Counter()
     for cluster in clusters:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.cost import StoreMemory
 from schemas.machine import StoreSettings
-from schemas.results import StoreMemory
 from stages.shared import SharedArrays
 from stages.store.layout import ArrayLayout
 from stages.store.reader import StoreReader

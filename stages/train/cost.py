@@ -17,10 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from schemas.cost import CostReport
 from schemas.errors import PlatformError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec, network_spec
-from schemas.results import CostReport, ModelSpec, SideNetworkSpec
+from schemas.results import ModelSpec, SideNetworkSpec
 from schemas.settings import Settings, TrainSettings
 from stages.extract.models import build_on_meta
 from stages.store.layout import CACHED, array_layouts

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 
 from schemas.base import digest
+from schemas.cost import StoreMemory
 from schemas.errors import SettingsError
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest, Split
 from schemas.resolve import network_spec
-from schemas.results import BundleSpec, EpochLog, ModelSpec, StoreMemory, TrainResult
+from schemas.results import BundleSpec, EpochLog, ModelSpec, TrainResult
 from schemas.settings import Settings
 from schemas.views import train_views
 from stages.device import set_up

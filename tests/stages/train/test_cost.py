@@ -10,9 +10,9 @@ import pytest
 import torch
 from timm.layers import set_fused_attn
 
+from schemas.cost import CostReport
 from schemas.errors import PlatformError
 from schemas.resolve import resolve
-from schemas.results import CostReport
 from schemas.settings import FeatureSettings, LpmSettings, Settings, TrainSettings
 from stages.extract.lpm import describe_lpm
 from stages.train.cost import efficiency_factor, estimate_cost

@@ -13,9 +13,9 @@ import pytest
 from study import Study, make_study
 from web import served
 
+from schemas.cost import StoreMemory
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt
-from schemas.results import StoreMemory
 from stages.evaluate.run import evaluate
 from stages.store.layout import open_store_layout
 from stages.store.remote import open_remote

@@ -11,9 +11,10 @@ import pytest
 import torch
 from study import Study, make_study
 
+from schemas.cost import StoreMemory
 from schemas.errors import CacheIncompleteError
 from schemas.features import ExtractionReceipt
-from schemas.results import EpochLog, StoreMemory, TrainResult
+from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from schemas.views import train_views
 from stages.evaluate.run import evaluate
