@@ -1,8 +1,9 @@
-"""Costs that are known before a training: memory of the cached features, and learnable parameters and memory of a step."""
+"""Costs known before a training: memory of the cached features, and parameters and memory of a step."""
 
 from __future__ import annotations
 
 from schemas.base import Contract
+from schemas.settings import Method
 
 
 class StoreMemory(Contract):
