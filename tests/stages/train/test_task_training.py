@@ -91,7 +91,7 @@ def test_several_labels_from_images_to_predictions(tmp_path: Path, method: Metho
     assert result.best.val_auc is not None
     predicted_again(study)
     report = (tmp_path / "run/evaluation/report.html").read_text()
-    for said in ("mean over 3 labels", "Hamming loss", "Exact match", "false alarm"):
+    for said in ("mean over 3 labels", "Hamming loss", "Exact match", "false positives"):
         assert said in report
     assert json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["task"] == "multilabel"
     lines = (tmp_path / "run/evaluation/plots/confusion.csv").read_text().splitlines()
