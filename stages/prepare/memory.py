@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
 from filelock import FileLock
 
 from schemas.base import digest
@@ -123,6 +122,8 @@ def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
     """
+    import pyarrow as pa
+
     rows = [(_CONTENT, *item) for item in sorted(known.contents.items())]
     rows += [(_GROUP, *item) for item in sorted(known.groups.items())]
     schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in _COLUMNS])

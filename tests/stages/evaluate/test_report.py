@@ -82,6 +82,7 @@ def render(predictions: Predictions, **keywords: object) -> str:
     manifest = Manifest(classes=predictions.classes, rows=predictions.rows)
     groups = [row.group for row in predictions.rows]
     metrics = compute_metrics(predictions.labels, predictions.probabilities, predictions.classes, groups=groups)
+    metrics = metrics.model_copy(update={"unit": "groups"})
     return render_report(metrics, predictions, manifest, bundle_spec(predictions.classes), **keywords)  # type: ignore[arg-type]
 
 
