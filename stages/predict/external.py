@@ -164,7 +164,14 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
 def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: Progress | None) -> Digests:
     if data.labels is not None and data.on_error == "fail":
         check_files(items, images, data.labels)
-    digests = digest_images(items, images, max_pixels=data.max_pixels, min_side=data.min_side, progress=progress)
+    digests = digest_images(
+        items,
+        images,
+        max_pixels=data.max_pixels,
+        min_side=data.min_side,
+        accept_warnings=data.on_warning == "accept",
+        progress=progress,
+    )
     if digests.failures and data.on_error == "fail":
         raise UnreadableImagesError(
             sorted(digests.failures.items()),
@@ -263,7 +270,8 @@ def _thumbnails(
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """Side images of the mistakes that the report shows, by image id."""
     ids = {predictions.rows[row].id for row in confident_mistakes(predictions)}
+    accept = None if data.on_warning == "error" else lambda _: None
     return {
-        image_id: to_pixels(read_image(paths[image_id], max_pixels=data.max_pixels), spec).side
+        image_id: to_pixels(read_image(paths[image_id], max_pixels=data.max_pixels, accept=accept), spec).side
         for image_id in sorted(ids)
     }

@@ -158,6 +158,15 @@ def test_unreadable_images_are_listed_or_set_aside(trained: Trained, others: Pat
     assert not (tmp_path / "out/quarantine.csv").exists()
 
 
+def test_corrupt_data_is_an_error_unless_it_is_accepted(trained: Trained, others: Path, tmp_path: Path) -> None:
+    # Pixels are complete, the last chunk is missing; all of them, so that some are among the mistakes of the report.
+    for path in others.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(UnreadableImagesError):
+        run(trained, others, tmp_path / "out")
+    assert run(trained, others, tmp_path / "out", on_warning="accept").metrics.images == 12
+
+
 def test_a_table_gives_labels_and_patients(trained: Trained, others: Path, tmp_path: Path) -> None:
     paths = sorted(path.relative_to(others) for path in others.rglob("*.png"))
     lines = [f"{path.as_posix()},{path.parent.name},p{number // 3}" for number, path in enumerate(paths)]
