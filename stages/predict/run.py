@@ -70,7 +70,8 @@ class Classifier:
             features = (
                 _side_images(pixels) if self.lpm is None else compute_features(self.lpm, spec, pixels, self.device)
             )
-            p = probabilities(feature_logits(self.bundle, features), self.bundle.spec.task)
+            # In single precision like the probabilities of an evaluation.
+            p = probabilities(feature_logits(self.bundle, features), self.bundle.spec.task).float().numpy()
             if not np.isfinite(p).all():
                 raise EvaluationError(
                     "The outputs of the model are not finite.",
