@@ -130,9 +130,10 @@ def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | No
 def _ready_split(study: Study) -> str | None:
     """The column that the splits of the study come from, or None."""
     from schemas.manifest import PrepareSummary
+    from stages.files import read_regular
 
     try:
-        summary = (study.manifest_folder / "summary.json").read_bytes()
+        summary = read_regular(study.manifest_folder / "summary.json")
         return PrepareSummary.model_validate_json(summary).split_column
     except (OSError, ValueError):
         named = study.settings.data.split_column
