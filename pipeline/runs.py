@@ -59,8 +59,10 @@ class Job:
     @property
     def record(self) -> RunRecord | None:
         """Its note; None where it is not trained as it is asked for now."""
+        from stages.files import read_regular
+
         try:
-            found = RunRecord.model_validate_json((self.folder / RUN_FILE).read_bytes())
+            found = RunRecord.model_validate_json(read_regular(self.folder / RUN_FILE))
         except (OSError, ValueError):
             return None
         return found if found.run == self.key else None
@@ -229,12 +231,13 @@ def judge_job(study: Study, receipt: ExtractionReceipt, job: Job, record: RunRec
     from stages.device import set_up
     from stages.evaluate.run import evaluate
     from stages.evaluate.scoring import rows_sha256
+    from stages.files import read_regular
 
     output = job.folder / "evaluation"
     if record.judged:
         expected = rows_sha256(tuple(job.part.manifest.of("test")))
         with suppress(OSError, ValueError):
-            metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
+            metrics = Metrics.model_validate_json(read_regular(output / "metrics.json"))
             if metrics.rows_sha256 == expected:
                 return metrics
     metrics = evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -168,7 +169,8 @@ def gc(
         say(f"Deleted: {size(freed)}.")
     elif garbage:
         say("Nothing is deleted yet.")
-        say_next(" ".join(["fpt cache gc --yes", *(f"--forget {path}" for path in forget or [])]))
+        words = [word for path in forget or [] for word in ("--forget", str(path))]
+        say_next(shlex.join(["fpt", "cache", "gc", "--yes", *words]))
 
 
 @cache.command()

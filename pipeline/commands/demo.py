@@ -17,6 +17,7 @@ from pipeline.params import PARAMS
 from schemas.errors import ProjectError, SettingsError
 from schemas.results import Metrics
 from schemas.settings import OUTPUTS
+from stages.files import read_regular
 
 FOLDER = Path("fpt-demo")
 
@@ -98,7 +99,7 @@ def summary(params: Params = PARAMS_FILE) -> None:
 def _auc(folder: Path) -> float | None:
     path = folder / "metrics.json"
     try:
-        return Metrics.model_validate_json(path.read_bytes()).auc
+        return Metrics.model_validate_json(read_regular(path)).auc
     except (OSError, ValueError):
         raise ProjectError(
             f"There are no metrics at {path}.",

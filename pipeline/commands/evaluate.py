@@ -222,11 +222,11 @@ def _manifest_of(bundle: Path, root: Path) -> Manifest | None:
 def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
     """The settings of the model beside its evaluation; params.yaml may have changed since."""
     from pipeline.params import write_settings
-    from stages.files import atomic_write
+    from stages.files import atomic_write, read_regular
 
     trained = bundle / "settings.yaml"
     if trained.exists():
-        atomic_write(folder / "settings.yaml", trained.read_bytes())
+        atomic_write(folder / "settings.yaml", read_regular(trained))
     else:
         write_settings(settings, folder)
 

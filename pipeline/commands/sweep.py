@@ -42,12 +42,16 @@ def sweep(
     assignments: Assignments = None,
     random: Annotated[
         int | None,
-        typer.Option("--random", metavar="N", min=1, help="Draw N combinations instead of all.", show_default=False),
+        typer.Option(
+            "--random", metavar="N", min=1, max=10_000, help="Draw N combinations instead of all.", show_default=False
+        ),
     ] = None,
     random_seed: Annotated[int, typer.Option("--random-seed", help="Of the draws.")] = 0,
     splits: Annotated[
         int | None,
-        typer.Option("--splits", metavar="N", min=1, help="On N splits: data.seed, +1, ...", show_default=False),
+        typer.Option(
+            "--splits", metavar="N", min=1, max=1000, help="On N splits: data.seed, +1, ...", show_default=False
+        ),
     ] = None,
     folds: Annotated[
         int | None,
@@ -130,9 +134,10 @@ def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | No
 def _ready_split(study: Study) -> str | None:
     """The column that the splits of the study come from, or None."""
     from schemas.manifest import PrepareSummary
+    from stages.files import read_regular
 
     try:
-        summary = (study.manifest_folder / "summary.json").read_bytes()
+        summary = read_regular(study.manifest_folder / "summary.json")
         return PrepareSummary.model_validate_json(summary).split_column
     except (OSError, ValueError):
         named = study.settings.data.split_column

@@ -16,6 +16,7 @@ from stages.evaluate.bootstrap import group_draws, weighted_auc
 from stages.evaluate.metrics import check_predictions
 from stages.evaluate.predictions import Predictions, read_predictions
 from stages.evaluate.scoring import score
+from stages.files import read_regular
 from stages.tasks import decide, hits, judged_columns, positives
 from stages.train.bundle import read_spec
 
@@ -84,7 +85,7 @@ def _scored(table: Predictions, place: Path) -> Metrics:
     """Metrics of a table, with the warnings of the evaluation that wrote it."""
     metrics = score(table)
     try:
-        written = Metrics.model_validate_json((place / "metrics.json").read_bytes())
+        written = Metrics.model_validate_json(read_regular(place / "metrics.json"))
     except (OSError, ValueError):
         return metrics
     known = written.rows_sha256 == metrics.rows_sha256
@@ -217,7 +218,7 @@ def _train_seconds(place: Path, model: JudgedModel | None) -> float | None:
     """Time of the training, if its folder lies beside the evaluation and is of the judged model."""
     try:
         spec = read_spec(place.parent / "model")
-        seconds = json.loads((place.parent / "train" / "metrics.json").read_text())["seconds"]
-    except (OSError, ValueError, KeyError):
+        seconds = float(json.loads(read_regular(place.parent / "train" / "metrics.json"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(seconds) if model is not None and spec.weights_sha256 == model.weights_sha256 else None
+    return seconds if model is not None and spec.weights_sha256 == model.weights_sha256 else None

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from stages.evaluate.curves import Reliability, Roc
 from stages.evaluate.wording import quoted
+from stages.files import read_regular
 
 SERIES = 6
 """Colours that the page defines, --c1 to --c6; further series repeat them with another dash."""
@@ -104,12 +105,12 @@ def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int |
 def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     """The series that DVCLive wrote under `plots/metrics`: name ("train/loss") -> (epochs, 2), epoch from 1 and value.
 
-    A file without numbers (a metric that was never defined) is left out.
+    Lines that are not numbers are left out, and with them a file of a metric that was never defined.
     """
     root, found = folder / "plots" / "metrics", {}
     for path in sorted(root.rglob("*.tsv")):
         points = []
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        for line in read_regular(path).decode(errors="replace").splitlines()[1:]:
             try:
                 step, value = (float(part) for part in line.split("\t")[-2:])
             except ValueError:

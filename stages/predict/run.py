@@ -70,6 +70,7 @@ class Classifier:
             features = (
                 _side_images(pixels) if self.lpm is None else compute_features(self.lpm, spec, pixels, self.device)
             )
+            # In single precision like the probabilities of an evaluation.
             p = probabilities(feature_logits(self.bundle, features), self.bundle.spec.task).float().numpy()
             if not np.isfinite(p).all():
                 raise EvaluationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from schemas.errors import ProjectError
 from stages.files import storage_errors
 from stages.store.inventory import FoundStore, find_stores, folder_bytes
 from stages.store.layout import Store, store_lock
-from stages.store.uses import USES, LiveUse, is_at_work, live_uses, noted_uses, read_use, shard_is_held
+from stages.store.uses import USES, LiveUse, exchanged_uses, is_at_work, live_uses, noted_uses, read_use, shard_is_held
 from stages.store.writer import remove_claimed_shards
 
 _DROPPED = ".dropped-"
@@ -32,7 +33,7 @@ class Keep:
 
     def uses(self, store: Path) -> list[LiveUse]:
         """Return the uses of a store that hold."""
-        uses = live_uses(store, self.other_hosts, self.forgotten)
+        uses = live_uses(store, self.other_hosts, self.forgotten) + exchanged_uses(store)
         if self.current is not None and self.current.use.fingerprint[:16] == store.name:
             uses.append(self.current)
         return uses
@@ -74,7 +75,8 @@ def forgettable(cache_root: Path, studies: Iterable[Path]) -> frozenset[str]:
         ProjectError: If no store has a note of one, or it can be reached.
     """
     known = {study.study for study in unreachable_studies(cache_root)}
-    asked = [str(study.expanduser().absolute()) for study in studies]
+    # Without "..", and without following links, which may lead nowhere: notes name studies like that.
+    asked = [os.path.normpath(study.expanduser().absolute()) for study in studies]
     for study in asked:
         if study not in known:
             raise ProjectError(

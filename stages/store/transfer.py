@@ -19,7 +19,7 @@ from typing import Any
 from schemas.cache import Transfer
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
 from schemas.features import FileDigest, ShardReceipt
-from stages.files import atomic_write, sha256_file, storage_errors
+from stages.files import atomic_write, open_regular, read_regular, sha256_file, storage_errors
 from stages.progress import Progress
 from stages.store.checksums import exchanged_shards, stored_checksums
 from stages.store.claim import only_push
@@ -214,7 +214,7 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
         place = target.place(store_file(store, name, number))
         if length_of(remote, place) == expected.bytes and digest_of(remote, place) == expected:
             return "", 0
-        with path.open("rb") as source, remote.fs.open(place, "wb") as goal:
+        with os.fdopen(open_regular(path), "rb") as source, remote.fs.open(place, "wb") as goal:
             sent = copy(source, goal, expected.bytes)
         if sent != expected:
             return f"shard {receipt.shard}: its file of {name} is damaged here; see `fpt cache verify`", sent.bytes
@@ -261,7 +261,7 @@ def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
     fs = target.remote.fs
     for name in ("", *(f"{array}/" for array in store.layouts)):
         place = target.place(f"features.zarr/{name}zarr.json")
-        metadata = json.loads((store.group / f"{name}zarr.json").read_bytes())
+        metadata = json.loads(read_regular(store.group / f"{name}zarr.json"))
         if fs.isfile(place):
             if not name:
                 continue

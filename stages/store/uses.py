@@ -102,6 +102,22 @@ def live_uses(store: Path, other_hosts: bool = True, forgotten: Collection[str] 
     ]
 
 
+def exchanged_uses(store: Path) -> list[LiveUse]:
+    """Uses of a store by studies that only other stores have notes of.
+
+    Studies that exchanged their folders are noted in each other's stores: what their receipts name stays as well.
+    """
+    here = {(use.study, use.receipt) for use in noted_uses(store)}
+    others = {
+        (use.study, use.receipt)
+        for other in store.parent.glob(f"*/{USES}")
+        for use in noted_uses(other.parent)
+        if use.host == platform.node()
+    }
+    found = (study_use(Path(study), Path(receipt)) for study, receipt in sorted(others - here))
+    return [live for live in found if live is not None and live.use.fingerprint[:16] == store.name]
+
+
 def study_use(study: Path, receipt: Path) -> LiveUse | None:
     """What a study's extraction receipt says it needs, whether or not the store has a note of it.
 

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from schemas.base import digest
 from schemas.errors import BundleError
 from schemas.results import AttentiveSpec, BundleSpec, SideNetworkSpec, StatisticsSpec
-from stages.files import atomic_write
+from stages.files import atomic_write, read_regular
 from stages.train.models import Model, build_model
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
@@ -116,7 +116,7 @@ def read_spec(folder: Path) -> BundleSpec:
 
 def _read(folder: Path, name: str) -> bytes:
     try:
-        return (folder / name).read_bytes()
+        return read_regular(folder / name)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"There is no model bundle in {folder}: {name} is missing.", repair="Run `fpt train`."

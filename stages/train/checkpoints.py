@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 
 from schemas.base import canonical_json
 from schemas.results import EpochLog
-from stages.files import atomic_write
+from stages.files import atomic_write, read_regular
 from stages.train.models import Network
 
 HEAD = b"fpt checkpoint 1 "
@@ -81,7 +81,7 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
         Why the file that is there cannot be resumed; None where it was, or where there is none.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -193,6 +193,32 @@ def test_a_study_that_cannot_be_reached_counts_until_it_is_forgotten(tmp_path: P
     assert list(cache.iterdir()) == []
 
 
+def test_studies_that_exchanged_their_folders_keep_their_stores(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    other = SPEC.model_copy(update={"kept": 2})
+    for name, spec in (("a", SPEC), ("b", other)):
+        store, _ = filled(cache, spec=spec)
+        path = tmp_path / name / "receipt.json"
+        write_extraction_receipt(receipt_of(store), path)
+        register_use(cache, spec.fingerprint, path.parent, path, [0, 1, 2])
+    (tmp_path / "a").rename(tmp_path / "c")
+    (tmp_path / "b").rename(tmp_path / "a")
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert find_garbage(cache) == []
+    (tmp_path / "b/receipt.json").unlink()
+    (garbage,) = find_garbage(cache)
+    assert garbage.store == str(cache / SPEC.fingerprint[:16])
+
+
+def test_a_study_is_forgotten_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study_of(cache, store, tmp_path / "a", [0])
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    assert forgettable(cache, [Path("../a/")]) == {str(tmp_path / "a")}
+
+
 def test_a_forgotten_study_leaves_the_shards_of_others(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
