@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         # Without its own printing of errors, which would pass control characters of a word on to the terminal.
         code = app(words, prog_name="fpt", standalone_mode=False)
+        if code == INTERRUPTED:  # What typer makes of Ctrl-C while the words are being read.
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, _InterruptedError) as error:
         cause = error.__cause__ if isinstance(error, _InterruptedError) and error.__cause__ is not None else error
         say(_masked(interrupted_message(words, cause), words))

@@ -42,12 +42,16 @@ def sweep(
     assignments: Assignments = None,
     random: Annotated[
         int | None,
-        typer.Option("--random", metavar="N", min=1, help="Draw N combinations instead of all.", show_default=False),
+        typer.Option(
+            "--random", metavar="N", min=1, max=10_000, help="Draw N combinations instead of all.", show_default=False
+        ),
     ] = None,
     random_seed: Annotated[int, typer.Option("--random-seed", help="Of the draws.")] = 0,
     splits: Annotated[
         int | None,
-        typer.Option("--splits", metavar="N", min=1, help="On N splits: data.seed, +1, ...", show_default=False),
+        typer.Option(
+            "--splits", metavar="N", min=1, max=1000, help="On N splits: data.seed, +1, ...", show_default=False
+        ),
     ] = None,
     folds: Annotated[
         int | None,
