@@ -164,6 +164,9 @@ def _unreachable(use: StoreUse) -> str | None:
     study, receipt = Path(use.study), Path(use.receipt)
     folder = study
     try:
+        if (study / "dvc.yaml").is_file() and not receipt.parent.exists() and not receipt.parent.is_symlink():
+            # Before a stage runs DVC removes its outputs; where the stage fails, they stay away.
+            return f"{receipt.parent} was removed, by DVC or by hand"
         for name in receipt.relative_to(study).parts[:-1] if receipt.is_relative_to(study) else ():
             if folder.is_dir() and not (folder / name).exists():
                 if (folder / name).is_symlink():

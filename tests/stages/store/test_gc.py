@@ -210,6 +210,19 @@ def test_studies_that_exchanged_their_folders_keep_their_stores(tmp_path: Path) 
     assert garbage.store == str(cache / SPEC.fingerprint[:16])
 
 
+def test_outputs_that_dvc_removed_do_not_give_the_features_up(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store, _ = filled(cache)
+    study = tmp_path / "a"
+    path = study / "outputs/features/receipt.json"
+    write_extraction_receipt(receipt_of(store), path)
+    register_use(cache, SPEC.fingerprint, study, path, [0, 1, 2])
+    (study / "dvc.yaml").touch()
+    shutil.rmtree(path.parent)
+    assert find_garbage(cache) == []
+    assert [garbage.whole for garbage in find_garbage(cache, Keep(forgotten=forgettable(cache, [study])))] == [True]
+
+
 def test_a_study_is_forgotten_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
