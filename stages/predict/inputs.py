@@ -9,6 +9,7 @@ from pathlib import Path
 
 from schemas.errors import DataError
 from schemas.settings import DataSettings
+from stages.files import read_regular
 from stages.prepare.survey import PassedOver, classify, passed_over_lines, survey
 from stages.prepare.table import read_paths
 
@@ -105,7 +106,7 @@ def _add_listed(found: Inputs, names: Sequence[str], file: Path, data: DataSetti
 
 def _read_list(file: Path) -> list[str]:
     try:
-        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = read_regular(file).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(
             f"The list of images {file} cannot be read.", f"{error.strerror}.", "Name a file with a path per line."
