@@ -14,6 +14,7 @@ from schemas.settings import DataSettings
 from stages.evaluate.predictions import read_predictions
 from stages.evaluate.run import evaluate
 from stages.predict import predict, predictions_csv, write_predictions_table
+from stages.predict.inputs import find_images
 from stages.train.run import train
 
 
