@@ -166,6 +166,8 @@ class BundleSpec(Contract):
     """Parameters that were trained; 0 for k-NN."""
     weights_sha256: str
     """Of `model.safetensors`."""
+    fitted_sha256: str | None = None
+    """`stages.manifest.fitted_sha256` of the manifest; null in bundles written before it was recorded."""
 
     @property
     def task(self) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,16 @@ _UNIT = b"fpt.unit"
 _TASK = b"fpt.task"
 """Absent for multiclass, the task of every manifest before there were others."""
 _REPAIR = "Run `fpt prepare` (or `dvc repro`) to make it again."
+
+
+def fitted_sha256(manifest: Manifest) -> str:
+    """Digest of which image contents are for training and which for validation: it differs where a split changed."""
+    found = hashlib.sha256()
+    for split in ("train", "val"):
+        found.update(f"{split}:".encode())
+        for image_id in sorted({row.id for row in manifest.rows if row.split == split}):
+            found.update(image_id.encode())
+    return found.hexdigest()
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:

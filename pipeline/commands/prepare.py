@@ -131,6 +131,6 @@ def _title(result: PrepareResult) -> str:
 def _show_written(path: Path, data: DataSettings) -> None:
     null = " and data.split_column: auto" if data.split_column is None else ""
     say(
-        f"The splits are in {path}. To take them from there, set data.labels: {path.absolute()}{null} in params.yaml; "
+        f"The splits are in {path}. To take them from there, set data.labels: {path.resolve()}{null} in params.yaml; "
         "rows that are added without a split have it drawn."
     )

@@ -71,7 +71,7 @@ def evaluate(
         predictions = Predictions(
             manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
         )
-        metrics = score(predictions, split_warnings(bundle.spec, split))
+        metrics = score(predictions, split_warnings(bundle.spec, split, manifest))
         report = render_report(
             metrics,
             predictions,

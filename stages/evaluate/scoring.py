@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from schemas.base import digest
-from schemas.manifest import ManifestRow, Split
+from schemas.manifest import Manifest, ManifestRow, Split
 from schemas.results import BundleSpec, Metrics
 from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions
+from stages.manifest import fitted_sha256
 
 TRAINED_ON = "the model was trained on these images; this is not a test result."
+CHANGED = (
+    "the training or validation images changed after the model was trained, which may have read some of these. "
+    "Run `fpt train` again."
+)
 CHOSEN_ON = "validation images choose the epoch and the settings of a model; this is not a test result."
 
 
@@ -42,8 +47,9 @@ def rows_sha256(rows: Sequence[ManifestRow]) -> str:
     return digest(sorted([row.id, row.label] for row in rows))
 
 
-def split_warnings(spec: BundleSpec, split: Split) -> tuple[str, ...]:
+def split_warnings(spec: BundleSpec, split: Split, manifest: Manifest) -> tuple[str, ...]:
     """Why metrics of a split are not a test result; empty for images that the training never read."""
     if split in spec.learnt_from:
         return (TRAINED_ON,)
-    return (CHOSEN_ON,) if split == "val" else ()
+    changed = spec.fitted_sha256 is not None and spec.fitted_sha256 != fitted_sha256(manifest)
+    return (CHANGED,) * changed + (CHOSEN_ON,) * (split == "val")

@@ -103,7 +103,7 @@ def check_leaks(items: Sequence[Item], ids: Mapping[str, str], unit: GroupUnit |
     if leaks:
         raise DataError(
             f"{counted(len(leaks), 'conflict')} in data.split_column: images that belong together are in two splits.",
-            listed(leaks) + "\nA model would be judged on patients or images that it was trained on.",
+            listed(leaks) + "\nA model would be evaluated on patients or images that it was trained on.",
             "Correct the split column.",
         )
 

@@ -40,11 +40,15 @@ def write_quarantine(
 
 
 def check_free(path: Path) -> None:
-    """Refuse to overwrite a table: rows may have been added to it.
+    """Refuse another kind of table than CSV, and to overwrite one: rows may have been added to it.
 
     Raises:
-        DataError: The file is there.
+        DataError: The file is there, or its name is not that of a CSV.
     """
+    if path.suffix.lower() != ".csv":
+        raise DataError(
+            f"{path} is not named as CSV, which is what is written.", "", "Choose a name that ends in .csv."
+        )
     if os.path.lexists(path):
         raise DataError(f"{path} is there already.", "", "Choose another name, or remove it first.")
 

@@ -20,6 +20,7 @@ from schemas.results import BundleSpec, EpochLog, ModelSpec, TrainResult
 from schemas.settings import Settings
 from schemas.views import train_views
 from stages.device import set_up
+from stages.manifest import fitted_sha256
 from stages.prepare.folds import unit_of
 from stages.ranks import ALONE, Ranks
 from stages.store.memory import MemoryRows, Rows, decide
@@ -160,7 +161,6 @@ def train_together(
     store.require_whole()
     check_rows(first, manifest, store)
     device = set_up(first.compute)
-    classes = manifest.classes
     labels = {split: targets(manifest, split) for split in SPLITS}
     tell = on_epoch or (lambda _position, _log: None)
     if first.method in FITTED:
@@ -178,7 +178,7 @@ def train_together(
         # A baseline takes the layers that were extracted, whatever "auto" means for its method.
         layers = receipt.spec.layers if settings.method == "attentive" else settings.features.layers
         features = settings.features.model_copy(update={"layers": layers})
-        spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(classes))
+        spec = network_spec(settings.model_copy(update={"features": features}), lpm, len(manifest.classes))
         torch.manual_seed(settings.train.seed)
         network = build_learner(spec)
         probed = fit_probe(network, rows, manifest, labels, settings, fits)
@@ -186,7 +186,7 @@ def train_together(
             settings=settings.train,
             mean=lpm.mean,
             std=lpm.std,
-            class_weights=class_weights(settings, labels["train"], classes, device),
+            class_weights=class_weights(settings, labels["train"], manifest.classes, device),
             device=device,
             workers=settings.compute.loader_workers,
             task=manifest.task,
@@ -212,7 +212,7 @@ def train_together(
     for settings, output, run, spec, done in zip(variants, outputs, runs, specs, resumed, strict=True):
         best = run.state.epochs[run.state.best - 1]
         run.network.load_state_dict(run.state.best_state)
-        learnable = _save(output, run.network, spec, classes, settings, receipt, best, ranks)
+        learnable = _save(output, run.network, spec, manifest, settings, receipt, best, ranks)
         if ranks.first:
             run.checkpoint.unlink(missing_ok=True)
         results.append(TrainResult(best=best, epochs=tuple(run.state.epochs), resumed_from=done, learnable=learnable))
@@ -245,7 +245,7 @@ def _fit_closed_form(
             weights = class_weights(settings, labels["train"], manifest.classes, device)
             probe, log = fit_rows(settings, receipt.spec.layers, train_rows, val_rows, weights, lanes)
             tell(position, log)
-            learnable = _save(output, probe, probe.spec, manifest.classes, settings, receipt, log, ranks)
+            learnable = _save(output, probe, probe.spec, manifest, settings, receipt, log, ranks)
             results.append(
                 TrainResult(best=log, epochs=(log,), resumed_from=0, learnable=learnable, chosen=chosen(probe.spec))
             )
@@ -263,7 +263,7 @@ def _save(
     output: Path,
     network: Model,
     spec: ModelSpec,
-    classes: tuple[str, ...],
+    manifest: Manifest,
     settings: Settings,
     receipt: ExtractionReceipt,
     best: EpochLog,
@@ -274,7 +274,7 @@ def _save(
         return learnable_parameters(network)
     weights, weights_sha256 = serialise(network)
     bundle = BundleSpec(
-        classes=classes,
+        classes=manifest.classes,
         network=spec,
         features=receipt.spec,
         train=settings.train,
@@ -282,6 +282,7 @@ def _save(
         val_auc=best.val_auc,
         learnable=learnable_parameters(network),
         weights_sha256=weights_sha256,
+        fitted_sha256=fitted_sha256(manifest),
     )
     save_bundle(output, bundle, weights)
     return bundle.learnable

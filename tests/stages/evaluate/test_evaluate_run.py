@@ -12,6 +12,8 @@ from schemas.manifest import Manifest
 from schemas.results import Metrics
 from stages.evaluate.predictions import read_predictions
 from stages.evaluate.run import evaluate
+from stages.evaluate.scoring import CHANGED
+from stages.prepare.folds import draw_again
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
 from stages.train.infer import store_logits
@@ -65,6 +67,22 @@ def test_probabilities_are_the_softmax_of_the_bundles_logits(trained: Trained, t
     logits = store_logits(load_bundle(trained.model), store, [row.id for row in found.rows])
     np.testing.assert_allclose(found.probabilities, logits.softmax(dim=1).numpy(), atol=1e-6)
     assert {row.split for row in found.rows} == {"val"}
+
+
+def test_splits_that_changed_after_the_training_are_warned_of(trained: Trained, tmp_path: Path) -> None:
+    assert judge(trained, tmp_path / "before").warnings == ()
+    manifest, features = draw_again(trained.study.manifest, 0.2, 0.2, seed=9), trained.receipt
+    assert {row.id for row in manifest.of("test")} & {row.id for row in trained.study.manifest.of("train")}
+    metrics = evaluate(manifest, features, trained.model, trained.study.cache, tmp_path / "after")
+    assert metrics.warnings == (CHANGED,)
+    assert "changed after the model was trained" in (tmp_path / "after/report.html").read_text()
+    # Test images that come or go touch no image that was trained on.
+    fewer = trained.study.manifest
+    rows = [row for row in fewer.rows if row.split != "test"] + list(fewer.of("test"))[1:]
+    less = evaluate(
+        fewer.model_copy(update={"rows": tuple(rows)}), features, trained.model, trained.study.cache, tmp_path
+    )
+    assert less.warnings == ()
 
 
 def test_twice_the_same_bytes(trained: Trained, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 from study import Study, make_images, make_study, save_weights
 
-from schemas.errors import BundleError, CacheMismatchError, WeightsError
+from schemas.errors import BundleError, CacheMismatchError, DataError, WeightsError
 from schemas.results import Prediction
 from schemas.settings import DataSettings
 from stages.evaluate.predictions import read_predictions
 from stages.evaluate.run import evaluate
 from stages.predict import predict, predictions_csv, write_predictions_table
+from stages.predict.inputs import find_images
 from stages.train.run import train
 
 
@@ -139,3 +141,10 @@ def test_csv_has_a_row_an_image(tmp_path: Path) -> None:
         ["a,1.png", "b", "0.250000", "0.750000", ""],
         ["x.png", "", "", "", "is truncated"],
     ]
+
+
+@pytest.mark.timeout(20)
+def test_a_named_pipe_is_no_list(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        find_images([f"@{tmp_path / 'list.txt'}"], DataSettings(), tmp_path)

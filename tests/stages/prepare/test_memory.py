@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.errors import ManifestError
+from schemas.errors import DataError, ManifestError
 from schemas.manifest import Manifest, PrepareResult
 from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
-from stages.prepare.exports import write_splits
+from stages.prepare.exports import check_free, write_splits
 from stages.prepare.memory import manifest_copy
 
 
@@ -220,3 +220,10 @@ def pairs_with_odd(study: Path) -> list[dict[str, str]]:
         }
         for number, path in enumerate(sorted(images.rglob("*.png*")))
     ]
+
+
+def test_the_table_of_splits_is_csv_by_name(tmp_path: Path) -> None:
+    for name in ("splits.xlsx", "splits"):
+        with pytest.raises(DataError, match="not named as CSV"):
+            check_free(tmp_path / name)
+    check_free(tmp_path / "splits.CSV")
