@@ -41,7 +41,7 @@ def predict(
 ) -> None:
     """Classify new images. Features are computed in memory; the cache is not touched.
 
-    A model alone is enough: without a params.yaml the LPM comes from the hub, or from --set lpm.weights=FILE. Images
+    The model folder is enough: without a params.yaml the LPM comes from the hub, or from --set lpm.weights=FILE. Images
     that cannot be used have an error in their row, and are listed at the end with exit code 2.
     """
     from pipeline.params import override, read_optional_params

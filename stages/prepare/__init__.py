@@ -14,7 +14,7 @@ from schemas.manifest import SPLITS, GroupUnit, Manifest, ManifestRow, PrepareRe
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
-from stages.manifest import write_manifest
+from stages.manifest import read_manifest, write_manifest
 from stages.prepare.assign import assign_splits
 from stages.prepare.check import check_classes, check_conflicts, check_left
 from stages.prepare.columns import AUTO
@@ -84,13 +84,21 @@ def prepare(
         split_of = _splits(data, listing, usable, digests, classes, known)
         manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
         summary = _summary(manifest, listing, digests)
-        result = _result(summary, data, listing, manifest, before)
+        result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output))
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
         if memory is not None:
             write_known(memory, data, known.with_manifest(manifest), manifest)
     return result
+
+
+def _replaced(output: Path) -> KnownSplits:
+    """Splits of the manifest that this one replaces: another draw changes them, and that is reported too."""
+    try:
+        return KnownSplits().with_manifest(read_manifest(output / MANIFEST_FILE))
+    except ManifestError:
+        return KnownSplits()
 
 
 def _before(memory: Path, data: DataSettings, redraw: bool) -> KnownSplits:

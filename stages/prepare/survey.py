@@ -123,7 +123,8 @@ def passed_over_lines(passed_over: Iterable[PassedOver], folder: Path) -> list[s
     if others:
         kinds = ", ".join(f"{number} {reason}" for reason, number in others.most_common(_SHOWN))
         rest = ", ..." if len(others) > _SHOWN else ""
-        lines.append(f"Passed over {counted(others.total(), 'file')} that are no images ({kinds}{rest}).")
+        what = "that is no image" if others.total() == 1 else "that are no images"
+        lines.append(f"Passed over {counted(others.total(), 'file')} {what} ({kinds}{rest}).")
     return lines
 
 
