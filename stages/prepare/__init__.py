@@ -21,7 +21,7 @@ from stages.prepare.columns import AUTO
 from stages.prepare.digest import Digests, digest_images
 from stages.prepare.exports import write_quarantine
 from stages.prepare.items import Listing, layout_error, read_listing
-from stages.prepare.memory import KnownSplits, locked, read_known, write_known
+from stages.prepare.memory import KnownSplits, latest_copy, locked, read_known, write_known
 from stages.prepare.names import check_named, class_order, numbers_hint
 from stages.prepare.scan import Item
 from stages.prepare.survey import passed_over_lines
@@ -84,7 +84,7 @@ def prepare(
         split_of = _splits(data, listing, usable, digests, classes, known)
         manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
         summary = _summary(manifest, listing, digests)
-        result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output))
+        result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output, memory))
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
@@ -93,10 +93,16 @@ def prepare(
     return result
 
 
-def _replaced(output: Path) -> KnownSplits:
-    """Splits of the manifest that this one replaces: another draw changes them, and that is reported too."""
+def _replaced(output: Path, memory: Path | None) -> KnownSplits:
+    """Splits of the manifest that this one replaces: another draw changes them, and that is reported too.
+
+    DVC deletes the manifest before it runs the stage again; then the latest copy counts.
+    """
+    file = output / MANIFEST_FILE
+    if not file.exists() and memory is not None:
+        file = latest_copy(memory) or file
     try:
-        return KnownSplits().with_manifest(read_manifest(output / MANIFEST_FILE))
+        return KnownSplits().with_manifest(read_manifest(file))
     except ManifestError:
         return KnownSplits()
 

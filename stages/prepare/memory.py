@@ -22,6 +22,7 @@ from stages.files import storage_errors
 from stages.manifest import write_manifest
 from stages.parquet import read_table, write_table
 
+_KNOWN_SUFFIX = ".known.parquet"
 _COLUMNS = ("kind", "name", "split")
 _CONTENT, _GROUP = "content", "group"
 _KNOWN: dict[str, Split] = {split: split for split in SPLITS}
@@ -132,8 +133,14 @@ def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: 
     write_manifest(manifest, manifest_copy(folder, data))
 
 
+def latest_copy(folder: Path) -> Path | None:
+    """The copy of the manifest that was written last, of whatever draw, or None."""
+    copies = [path for path in folder.glob("*.parquet") if not path.name.endswith(_KNOWN_SUFFIX)]
+    return max(copies, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _known_file(folder: Path, data: DataSettings) -> Path:
-    return folder / f"{_draw(data)}.known.parquet"
+    return folder / f"{_draw(data)}{_KNOWN_SUFFIX}"
 
 
 def _draw(data: DataSettings) -> str:

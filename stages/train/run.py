@@ -49,8 +49,7 @@ Fits = dict[str | tuple[float, ...], tuple[EvidenceFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, and what they say of the validation images."""
 
 RECIPE = 3
-"""Recipe version. Bump it when the same settings would train a different model, so that older checkpoints are not
-resumed."""
+"""Recipe version. Bump it when the same settings would train a different model: older checkpoints are ignored."""
 
 DESCRIBED = 16
 """Rows that are read at a time to be described."""
