@@ -342,7 +342,7 @@ def _show_verification(result: Verification, paths: dict[str, str]) -> None:
             f"{name}: {counted(result.completed, 'receipt')} of an earlier version completed: checksums of rows added."
         )
     if not result.damages:
-        show(f"{name}: whole, {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}.")
+        show(f"{name}: complete, {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}.")
         return
     count = len(result.damages)
     show(f"{name}: {counted(count, 'thing')} wrong.")

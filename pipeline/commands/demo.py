@@ -90,7 +90,7 @@ def summary(params: Params = PARAMS_FILE) -> None:
         "Test AUC",
         [
             ("With the cached features", score(_auc(with_features))),
-            ("The same side network alone", score(_auc(without))),
+            ("Only the side network, without features", score(_auc(without))),
         ],
     )
     say(f"Report: {with_features / 'report.html'}")

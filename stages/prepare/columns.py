@@ -84,8 +84,7 @@ def _find(named: str | None, key: str, table: str, free: Sequence[str], names: f
         raise DataError(
             f"Several columns of {table} may be meant by data.{key}: auto.",
             listed(map(repr, candidates)),
-            f"Set data.{key} in params.yaml to one of them, or to null for none (`--{key.replace('_', '-')} NAME` or "
-            "`none` with `fpt init`).",
+            f"Name one of them with data.{key} in params.yaml, or set it to none.",
         )
     return candidates[0] if candidates else None
 

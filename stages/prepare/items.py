@@ -12,6 +12,7 @@ from schemas.text import counted
 from stages.prepare.columns import FOLDER, unit_of_column
 from stages.prepare.listing import listed
 from stages.prepare.names import name_classes
+from stages.prepare.patients import groups_spelled_alike
 from stages.prepare.scan import Item, check_names, images_folder, scan_folders
 from stages.prepare.survey import SUFFIXES, PassedOver
 from stages.prepare.table import read_table
@@ -80,6 +81,7 @@ def read_listing(data: DataSettings, root: Path) -> Listing:
         listing = Listing(images, table.items, table.group_column, table.split_column, table.notes)
     check_names([*listing.items, *(item for item, _ in listing.set_aside())])
     listing.items[:] = name_classes(listing.items, data)
+    listing.notes.extend(groups_spelled_alike(item.group for item in listing.items if item.group is not None))
     return listing
 
 

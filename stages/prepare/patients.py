@@ -1,9 +1,9 @@
-"""Sub-folders of class folders: whether they are patients."""
+"""Patients: whether sub-folders of class folders are some, and names that may be one patient."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schemas.errors import DataError
@@ -11,6 +11,8 @@ from schemas.text import counted
 from stages.prepare.columns import AUTO, split_of_word
 from stages.prepare.listing import listed
 
+_SHOWN = 5
+"""Pairs of similar names that a warning lists."""
 _LEAST = 3
 """Sub-folders of a class: fewer cannot be patients of three splits."""
 
@@ -84,3 +86,19 @@ def _doubts(paths: Mapping[str, Sequence[str]], folder_of: Mapping[str, str]) ->
         if 0 < number < _LEAST:
             doubts.append(f"{label!r} has only {counted(number, 'sub-folder')}")
     return doubts
+
+
+def groups_spelled_alike(groups: Iterable[str]) -> list[str]:
+    """Warn of groups whose names differ only in capitals or blanks: one patient may then be in two splits."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in groups:
+        spellings["".join(name.split()).casefold()].add(name)
+    alike = [sorted(names) for names in spellings.values() if len(names) > 1]
+    if not alike:
+        return []
+    shown = "; ".join(" and ".join(map(repr, names)) for names in alike[:_SHOWN])
+    more = f"; and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
+    return [
+        f"Warning: these patients or groups differ only in capitals or blanks and count as different: {shown}{more}. "
+        "Correct the table if they are the same."
+    ]

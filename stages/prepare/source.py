@@ -64,7 +64,7 @@ def _bytes(table: Path) -> bytes:
         # Checked first because opening a pipe would wait for a writer for ever, and a device may never end.
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "It is a pipe, a socket or a device"
-            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Correct data.labels.")
+            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Name a regular file.")
         with table.open("rb") as file:
             start = file.read(_CHECKED)
             if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -83,7 +83,7 @@ def _bytes(table: Path) -> bytes:
             "Correct data.labels in params.yaml.",
         ) from None
     except OSError as error:
-        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Correct data.labels.") from error
+        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Name a table that can be read.") from error
 
 
 def _binary_kind(raw: bytes) -> str | None:

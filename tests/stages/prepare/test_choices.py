@@ -128,3 +128,14 @@ def test_what_lies_beside_the_class_folders_is_named(study: Path) -> None:
     assert summary.passed_over == {".db": 1, "DICOM, not read yet": 1, "broken link": 1, "named pipe": 1}
     text = "\n".join(summary.notes)
     assert all(name in text for name in ("pipe", "gone", "scan.dcm"))
+
+
+def test_patients_spelled_alike_are_named(study: Path) -> None:
+    rows = rows_of(study)
+    _, summary = run(study, labels=table(study, rows))
+    assert not any("count as different" in note for note in summary.notes)
+    first = rows[0]["patient"]
+    rows[0]["patient"] = f" {first.upper()}"
+    _, summary = run(study, labels=table(study, rows))
+    (warning,) = [note for note in summary.notes if "count as different" in note]
+    assert f"{first.upper()!r} and {first!r}" in warning
