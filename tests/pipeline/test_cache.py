@@ -29,7 +29,7 @@ def test_ls_and_path(study: Path, fpt: Fpt) -> None:
 
 def test_verify_names_the_images_and_repair_costs_just_those(study: Path, fpt: Fpt) -> None:
     out, _ = fpt("cache", "verify", cwd=study)
-    assert "whole, 40 rows in 10 shards" in out
+    assert "complete, 40 rows in 10 shards" in out
     shard = next(stores(study)[0].rglob("keys/c.3.*"))
     content = bytearray(shard.read_bytes())
     content[0] ^= 1
@@ -200,7 +200,7 @@ def test_a_moved_study_keeps_its_features(
     for place in (bystander, moved):
         _, err = fpt("cache", "gc", "--yes", cwd=place)
         assert "Nothing to drop" in err
-    assert "whole, 40 rows in 10 shards" in fpt("cache", "verify", cwd=moved)[0]
+    assert "complete, 40 rows in 10 shards" in fpt("cache", "verify", cwd=moved)[0]
     listed = json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"]
     assert [(item["study"], item["stores"]) for item in listed] == [(str(study), [store.name])]
     out, err = fpt("cache", "gc", cwd=bystander)
