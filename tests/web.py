@@ -52,6 +52,12 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(part)
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    # The usual backlog of 5 drops connections of parallel readers, which the kernel then retries after seconds.
+    request_queue_size = 128
+    daemon_threads = True
+
+
 @contextmanager
 def served(folder: Path, ranges: bool = True, authorization: str | None = None) -> Iterator[tuple[str, list[str]]]:
     """URL of a folder while the block runs, and a list to which every request is added.
@@ -63,8 +69,7 @@ def served(folder: Path, ranges: bool = True, authorization: str | None = None) 
     """
     asked: list[str] = []
     handler = type("Handler", (_Ranges,), {"ranges": ranges, "asked": asked, "authorization": authorization})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
