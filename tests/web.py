@@ -1,13 +1,17 @@
-"""A web server of one folder on this machine, with range requests, for tests of stores behind a URL."""
+"""Hosts on this machine for tests of stores behind a URL: a web server of one folder, and an FTP host that refuses."""
 
 from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SECRET = "s3cr3t-Word"
+"""Password in the URL of `refusing_ftp`."""
 
 
 class _Ranges(http.server.SimpleHTTPRequestHandler):
@@ -77,4 +81,32 @@ def served(folder: Path, ranges: bool = True, authorization: str | None = None) 
     finally:
         server.shutdown()
         server.server_close()
+        thread.join()
+
+
+@contextmanager
+def refusing_ftp(greeting: bytes, reply: bytes) -> Iterator[str]:
+    """A host that greets and gives one answer to whatever it is told."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as lines:
+                connection.sendall(greeting)
+                if reply:
+                    for _ in lines:
+                        connection.sendall(reply)
+                        break
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"ftp://me:{SECRET}@127.0.0.1:{server.getsockname()[1]}/caches"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
         thread.join()

@@ -85,26 +85,6 @@ def read_listing(data: DataSettings, root: Path) -> Listing:
     return listing
 
 
-def list_items(data: DataSettings, root: Path) -> tuple[Path, list[Item]]:
-    """List the images of a data set; none is opened that its name shows to be one.
-
-    Args:
-        data: Settings; relative folders start at `root`.
-        root: Folder of `params.yaml`.
-
-    Returns:
-        Folder that the paths start at, and the images sorted by path.
-
-    Raises:
-        DataError: The folder or table is missing, unreadable or malformed; with `data.on_error: fail` also if images
-            lie beside the class folders or a class folder has none.
-    """
-    listing = read_listing(data, root)
-    if data.on_error == "fail":
-        check_listing(listing)
-    return listing.images, listing.items
-
-
 def check_listing(listing: Listing) -> None:
     """Refuse stray images and empty class folders.
 

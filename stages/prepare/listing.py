@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from schemas.text import counted as counted
 from schemas.text import visible
 
 

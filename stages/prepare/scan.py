@@ -12,7 +12,6 @@ from schemas.text import counted
 from stages.prepare.columns import AUTO, FOLDER, split_of_word
 from stages.prepare.listing import listed
 from stages.prepare.patients import patient_folders
-from stages.prepare.survey import SUFFIXES as SUFFIXES
 from stages.prepare.survey import PassedOver, classify, is_hidden, passed_over_lines, survey, unreadable
 
 

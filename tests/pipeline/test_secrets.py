@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +13,12 @@ import pytest
 from command_line import Fpt
 from fsspec.config import set_conf_env
 from stores import filled, image_id, receipt_of
-from web import served
+from web import SECRET, refusing_ftp, served
 
 from schemas.errors import FptError
 from stages.store.remote_rows import open_remote_rows
 
 pytestmark = pytest.mark.timeout(120)
-SECRET = "s3cr3t-Word"
 
 
 def files_with(secret: str, folder: Path) -> list[Path]:
@@ -31,26 +28,8 @@ def files_with(secret: str, folder: Path) -> list[Path]:
 @pytest.fixture
 def refusing() -> Iterator[str]:
     """An FTP server that quotes the password that it refuses."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection, connection.makefile("rb") as lines:
-                connection.sendall(b"220 hello\r\n")
-                for _ in lines:
-                    connection.sendall(f"530 no entry with {SECRET}\r\n".encode())
-                    break
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    yield f"ftp://me:{SECRET}@127.0.0.1:{server.getsockname()[1]}/caches"
-    server.shutdown(socket.SHUT_RDWR)
-    server.close()
-    thread.join()
+    with refusing_ftp(b"220 hello\r\n", f"530 no entry with {SECRET}\r\n".encode()) as url:
+        yield url
 
 
 @pytest.mark.parametrize("verb", ["push", "pull"])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stores import SPEC, filled, image_id, receipt_of
+from web import SECRET, refusing_ftp
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError, TransferError
 from stages.extract.plan import take_inventory
@@ -26,7 +24,6 @@ from stages.store.transfer import pull, push, require_arrival
 from stages.store.verify import repair_store, verify_store
 
 pytestmark = pytest.mark.timeout(60)
-SECRET = "s3cr3t-Word"
 
 
 def described(store: Store, change: Callable[[dict[str, Any]], object]) -> None:
@@ -166,34 +163,6 @@ def test_a_fifo_in_a_remote_folder_stops_no_push_there(tmp_path: Path) -> None:
         os.mkfifo(place)
     assert push(store, open_remote(str(tmp_path / "there"))).failures == ()
     assert verify_store(there).rows == 11
-
-
-@contextmanager
-def refusing_ftp(greeting: bytes, reply: bytes) -> Iterator[str]:
-    """A host that greets and gives one answer to whatever it is told."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection, connection.makefile("rb") as lines:
-                connection.sendall(greeting)
-                if reply:
-                    for _ in lines:
-                        connection.sendall(reply)
-                        break
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"ftp://me:{SECRET}@127.0.0.1:{server.getsockname()[1]}/caches"
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
 
 
 @pytest.mark.parametrize(
