@@ -28,18 +28,18 @@ from pipeline.project import Study, open_study
 from schemas.features import ExtractionReceipt, FeatureSpec
 from schemas.manifest import Manifest
 from schemas.settings import FeatureDtype, Settings
-from stages.evaluate.metrics import macro_auc
-from stages.evaluate.run import probabilities
-from stages.extract.run import extract
+from stages.evaluate.evaluator import probabilities
+from stages.extract.extractor import extract
 from stages.manifest import read_manifest
 from stages.prepare import prepare
+from stages.scores import macro_auc
 from stages.store.layout import CACHED, array_layouts, create_store
 from stages.store.quantise import dequantise, encode
 from stages.store.reader import StoreReader, open_store, read_receipt, receipt_digest
 from stages.store.writer import claim_shard, write_shard
 from stages.train.bundle import load_bundle
 from stages.train.infer import store_logits
-from stages.train.run import train
+from stages.train.trainer import train
 
 TOLERANCE = 0.003
 """Loss of mean AUC at which a smaller form may still be the default."""

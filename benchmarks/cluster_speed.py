@@ -25,15 +25,15 @@ from distributed import LocalCluster
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.cluster.run import on_cluster
+from pipeline.cluster.executor import on_cluster
 from pipeline.cluster.start import TASKS_PER_WORKER
 from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.settings import Settings
-from stages.extract.lpm import describe_lpm
-from stages.extract.run import Execute, extract
-from stages.extract.work import inline
+from stages.extract.extractor import Execute, extract
+from stages.extract.shard_task import inline
+from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 

@@ -39,13 +39,14 @@ from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
 from schemas.settings import Settings
 from schemas.views import IDENTITY
-from stages.extract.features import Pixels, normalise, to_pixels
-from stages.extract.lpm import describe_lpm
-from stages.extract.run import plan_tasks
+from stages.extract.extractor import plan_tasks
+from stages.extract.features import Pixels, to_pixels
+from stages.extract.shard_task import Extractor
 from stages.extract.taps import Tapped, Taps
-from stages.extract.work import Extractor
 from stages.files import sha256_file
 from stages.images import read_image
+from stages.lpm.loading import describe_lpm
+from stages.pixels import normalise
 from stages.store.layout import create_store
 from stages.store.quantise import encode
 from stages.train.cost import total_tracker

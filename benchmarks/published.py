@@ -31,8 +31,8 @@ from torchvision import transforms
 
 from schemas.results import SideNetworkSpec
 from schemas.settings import AugmentSettings
-from stages.train.cached import Cached
-from stages.train.network import PromptedSideNetwork
+from stages.methods.cached_tokens import Cached
+from stages.methods.fpt import PromptedSideNetwork
 
 
 class PublishedAttention(nn.Module):

@@ -230,7 +230,7 @@ def million(folder: Path) -> None:
     from stores import image_id as real_id
     from stores import million as make
 
-    from stages.extract.receipt import read_extraction_receipt, write_extraction_receipt
+    from stages.store.extraction_receipt import read_extraction_receipt, write_extraction_receipt
     from stages.store.index import load_index
 
     receipt, _ = make(folder / "million")

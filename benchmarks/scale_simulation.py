@@ -33,8 +33,8 @@ import numpy as np
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
-from stages.extract.lpm import describe_lpm
 from stages.extract.plan import forward_operations, take_inventory
+from stages.lpm.loading import describe_lpm
 from stages.store.index import index_path, refresh_index, shard_record
 from stages.store.layout import Store, array_layouts, capacity, create_store, grow_store
 from stages.store.reader import open_store

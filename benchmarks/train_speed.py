@@ -34,13 +34,13 @@ from schemas.parse import parse_settings
 from schemas.resolve import network_spec, resolve
 from schemas.settings import TrainSettings
 from stages.device import keep_freed_memory
-from stages.store.memory import MemoryRows
+from stages.methods.fpt import PromptedSideNetwork
+from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
+from stages.threads import ONE, Lanes, open_lanes
 from stages.train.checkpoints import Fit
 from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
-from stages.train.lanes import ONE, Lanes, open_lanes
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
-from stages.train.network import PromptedSideNetwork
 
 CLASSES = 5
 RATES = (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3)

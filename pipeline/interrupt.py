@@ -17,8 +17,8 @@ from pipeline.console import say
 from schemas.errors import InterruptedRunError
 
 if TYPE_CHECKING:
-    from schemas.settings import Settings
-    from stages.extract.work import ShardDone, ShardTask
+    from schemas.resolved import ResolvedSettings
+    from stages.extract.shard_task import ShardDone, ShardTask
     from stages.store.layout import Store
 
 KEPT = {
@@ -51,9 +51,10 @@ def interrupted_message(words: Sequence[str], error: BaseException) -> str:
 
 def stop_gently(
     execute: Callable[
-        [Settings, Path, Store, Sequence[ShardTask], Callable[[int], None], Callable[[], bool]], Iterable[ShardDone]
+        [ResolvedSettings, Path, Store, Sequence[ShardTask], Callable[[int], None], Callable[[], bool]],
+        Iterable[ShardDone],
     ],
-) -> Callable[[Settings, Path, Store, Sequence[ShardTask], Callable[[int], None]], Iterator[ShardDone]]:
+) -> Callable[[ResolvedSettings, Path, Store, Sequence[ShardTask], Callable[[int], None]], Iterator[ShardDone]]:
     """Return an `Execute` that keeps what is computed on the first Ctrl-C or SIGTERM, and ends at once on the second.
 
     Args:
@@ -64,7 +65,7 @@ def stop_gently(
     """
 
     def run(
-        settings: Settings, root: Path, store: Store, tasks: Sequence[ShardTask], tell: Callable[[int], None]
+        settings: ResolvedSettings, root: Path, store: Store, tasks: Sequence[ShardTask], tell: Callable[[int], None]
     ) -> Iterator[ShardDone]:
         left = sum(len(task.images) for task in tasks)
         with _signals_counted() as stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 from pipeline.console import say
 from pipeline.params import load_settings
 from schemas.features import LpmInfo
-from schemas.settings import OUTPUTS, Settings
+from schemas.resolved import ResolvedSettings
+from schemas.settings import OUTPUTS, Precision, Settings
 
 CACHE_VARIABLE = "FPT_CACHE_DIR"
 
@@ -22,8 +23,8 @@ class Study:
 
     root: Path
     """Folder of `params.yaml`; relative paths of the settings start here."""
-    settings: Settings
-    """Resolved: no "auto" in `features` and `train`."""
+    settings: ResolvedSettings
+    """Without "auto" in `features` and `train`."""
     lpm: LpmInfo
     """Shape of the LPM at the resolved image size."""
     cache: Path
@@ -89,26 +90,32 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     """
     settings = load_settings(params, assignments)
     root = params.absolute().parent
-    resolved, lpm = resolve_aloud(settings, root)
     cache = cache_root(root)
-    if settings.features.precision == "auto":
+
+    def choose(partly: ResolvedSettings, lpm: LpmInfo) -> Precision:
+        # Imported late: it loads torch, which most commands that only read settings do not need.
         from stages.extract.precision import choose_precision
 
-        chosen = choose_precision(resolved, lpm, cache)
-        resolved = resolved.model_copy(update={"features": resolved.features.model_copy(update={"precision": chosen})})
+        return choose_precision(partly, lpm, cache)
+
+    resolved, lpm = resolve_aloud(settings, root, choose)
     return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
 
 
-def resolve_aloud(settings: Settings, root: Path) -> tuple[Settings, LpmInfo]:
-    """Resolve, and say so where the image size had to move to the LPM's patch grid."""
+def resolve_aloud(
+    settings: Settings, root: Path, choose_precision: Callable[[ResolvedSettings, LpmInfo], Precision] | None = None
+) -> tuple[ResolvedSettings, LpmInfo]:
+    """Resolve, and print a line where the image size had to move to the LPM's patch grid."""
     from schemas.resolve import resolve
-    from stages.extract.lpm import describe_lpm
+    from stages.lpm.loading import describe_lpm
 
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
     asked = settings.features.image_size
     if lpm.image_size != asked:
         say(f"Image size {asked} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
-    return resolve(settings, lpm), lpm
+    if choose_precision is None:
+        return resolve(settings, lpm), lpm
+    return resolve(settings, lpm, lambda partly: choose_precision(partly, lpm)), lpm
 
 
 def cache_root(root: Path) -> Path:

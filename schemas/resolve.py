@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
+from schemas.resolved import ResolvedFeatures, ResolvedSettings, ResolvedTrain
 from schemas.results import AttentiveSpec, SideNetworkSpec
 from schemas.settings import Method, Precision, Settings
 
@@ -38,6 +40,8 @@ class Preset:
     """Which epoch."""
 
 
+ChoosePrecision = Callable[[ResolvedSettings], Precision]
+
 PRESETS: dict[Method, Preset] = {
     "fpt": Preset(first_layer=0.0, side_image_size=224),
     "fpt+": Preset(first_layer=0.5, side_image_size=128),
@@ -50,13 +54,14 @@ PRESETS: dict[Method, Preset] = {
 }
 
 
-def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") -> Settings:
+def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision | None = None) -> ResolvedSettings:
     """Replace every "auto" and take the image size to the patch grid.
 
     Args:
         settings: As parsed.
         lpm: Of `settings.lpm.name` at the nearest size that its patch divides.
-        precision: What "auto" means: it depends on the machine, which is none of this module's business.
+        choose_precision: Gives what "auto" means, from the settings with float32 in its place: it depends on the
+            machine, on which nothing here depends. None: float32.
 
     Raises:
         SettingsError: Where a value does not fit the LPM; all problems at once.
@@ -88,26 +93,31 @@ def resolve(settings: Settings, lpm: LpmInfo, precision: Precision = "float32") 
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
     stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
-    return settings.model_copy(
-        update={
-            "features": features.model_copy(
-                update={
-                    "image_size": lpm.image_size,
-                    "layers": layers,
-                    "side_image_size": stored,
-                    "precision": precision if features.precision == "auto" else features.precision,
-                }
-            ),
-            "train": train.model_copy(
-                update={
-                    "side_image_size": side,
-                    **pool,
-                    "keep": preset.keep if train.keep == "auto" else train.keep,
-                    "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
-                }
-            ),
-        }
+    resolved = ResolvedSettings(
+        **{name: getattr(settings, name) for name in type(settings).model_fields if name not in ("features", "train")},
+        features=ResolvedFeatures(
+            **{
+                **features.model_dump(),
+                "image_size": lpm.image_size,
+                "layers": layers,
+                "side_image_size": stored,
+                "precision": "float32" if features.precision == "auto" else features.precision,
+            }
+        ),
+        train=ResolvedTrain(
+            **{
+                **train.model_dump(),
+                **pool,
+                "side_image_size": side,
+                "keep": preset.keep if train.keep == "auto" else train.keep,
+                "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
+            }
+        ),
     )
+    if features.precision != "auto" or choose_precision is None:
+        return resolved
+    chosen = resolved.features.model_copy(update={"precision": choose_precision(resolved)})
+    return resolved.model_copy(update={"features": chosen})
 
 
 def _pool(settings: Settings, preset: Preset, problems: list[tuple[str, str]]) -> dict[str, float]:
@@ -142,11 +152,9 @@ def stored_side_size(side: int) -> int:
     return -(-side * 9 // 8 // SIDE_PATCH) * SIDE_PATCH
 
 
-def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> FeatureSpec:
+def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) -> FeatureSpec:
     """The spec of resolved settings. T = int(ratio * N)."""
     features = settings.features
-    if features.layers == "auto" or features.side_image_size == "auto" or features.precision == "auto":
-        raise SettingsError("The settings are not resolved.")
     return FeatureSpec(
         lpm=lpm,
         weights_sha256=weights_sha256,
@@ -163,22 +171,13 @@ def feature_spec(settings: Settings, lpm: LpmInfo, weights_sha256: str) -> Featu
     )
 
 
-def network_spec(settings: Settings, lpm: LpmInfo, classes: int) -> SideNetworkSpec | AttentiveSpec:
+def network_spec(settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec | AttentiveSpec:
     """The network of resolved settings.
 
     Raises:
         SettingsError: If the method trains none: it is fitted to all rows at once.
     """
     features, train = settings.features, settings.train
-    if (
-        features.layers == "auto"
-        or train.side_image_size == "auto"
-        or train.members == "auto"
-        or train.attentive == "auto"
-        or train.attentive_weight == "auto"
-        or train.probe_weight == "auto"
-    ):
-        raise SettingsError("The settings are not resolved.")
     if settings.method == "statistics" or settings.method == "linear" or settings.method == "knn":
         raise SettingsError(
             f"{settings.method} has no training step: there is nothing to estimate.",

@@ -9,7 +9,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from schemas.base import Contract
 from schemas.features import FeatureSpec
 from schemas.manifest import GroupUnit, Split
-from schemas.settings import Method, SideMethod, TrainSettings
+from schemas.resolved import ResolvedTrain
+from schemas.settings import Method, SideMethod
 from schemas.tasks import Task
 
 BUNDLE_VERSION: Literal[2] = 2
@@ -156,7 +157,7 @@ class BundleSpec(Contract):
     """What is built around the weights."""
     features: FeatureSpec
     """The features that it was trained on: prediction computes the same."""
-    train: TrainSettings
+    train: ResolvedTrain
     """The recipe, resolved."""
     best_epoch: int
     """From 1; 1 for models without epochs."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from schemas.errors import SettingsError
 from schemas.machine import ComputeSettings
+from schemas.settings import Precision
 
 KEPT_BYTES = 2**28
 """Freed memory that a process keeps for what it allocates next."""
@@ -58,3 +61,10 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     set_option(trim_threshold, KEPT_BYTES)
     set_option(mmap_threshold, MAPPED_BYTES)
+
+
+def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Context in which matrix products are computed in a type; weights stay as they are."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))

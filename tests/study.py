@@ -17,8 +17,8 @@ from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.settings import Settings
-from stages.extract.lpm import describe_lpm
-from stages.extract.run import extract
+from stages.extract.extractor import extract
+from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 

@@ -20,10 +20,10 @@ from distributed import Worker, WorkerPlugin, get_worker
 from distributed.versions import get_package_info
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, ClusterError, FptError, StorageError, WeightsError
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 
 if TYPE_CHECKING:
-    from stages.extract.work import Extractor, ShardDone, ShardTask
+    from stages.extract.shard_task import Extractor, ShardDone, ShardTask
     from stages.store.layout import Store
 
 PACKAGES = ("fpt", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "dask", "distributed")
@@ -58,7 +58,7 @@ def require_versions(expected: Mapping[str, str], found: Mapping[str, str], wher
 class ShardPlugin(WorkerPlugin):
     """Holds the LPM of one extraction on a worker."""
 
-    def __init__(self, name: str, settings: Settings, root: Path, store: Store, share: int, own: bool) -> None:
+    def __init__(self, name: str, settings: ResolvedSettings, root: Path, store: Store, share: int, own: bool) -> None:
         """Describe the work; nothing is loaded before the first task.
 
         Args:
@@ -97,8 +97,8 @@ class ShardPlugin(WorkerPlugin):
             SettingsError: If it lacks the device.
         """
         from stages.device import pick_device
-        from stages.extract.weights import locate_weights
         from stages.files import sha256_file
+        from stages.lpm.weights import locate_weights
 
         host = f"The worker on {platform.node()}"
         require_versions(self._versions, versions(), host)
@@ -118,7 +118,7 @@ class ShardPlugin(WorkerPlugin):
 
     def extractor(self) -> Extractor:
         """The loaded LPM. Two tasks that start together load it once."""
-        from stages.extract.work import Extractor
+        from stages.extract.shard_task import Extractor
 
         with self._loading:
             if self._extractor is None:
@@ -134,7 +134,7 @@ class ShardPlugin(WorkerPlugin):
 
     def compute(self, task: ShardTask) -> ShardDone:
         """Make the shard of a task, or what is missing of it."""
-        from stages.extract.work import ShardDone, ShardTask
+        from stages.extract.shard_task import ShardDone, ShardTask
 
         held = self._held(task.number)
         rest = tuple(row for row in task.images if (row[0], row[2]) not in held)

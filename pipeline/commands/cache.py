@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from schemas.cache import Garbage, Transfer, UnreachableStudy, Verification
-    from stages.store.inventory import FoundStore
+    from stages.store.manage.inventory import FoundStore
     from stages.store.remote import Remote, RemoteStore
 
 cache = typer.Typer(help="The cache of features.", no_args_is_help=True)
@@ -43,7 +43,7 @@ def path(params: Params = PARAMS_FILE) -> None:
 def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
     """List the stores: what their features are, how large they are, and who used them last."""
     from pipeline.project import cache_root
-    from stages.store.inventory import list_stores
+    from stages.store.manage.inventory import list_stores
 
     root = cache_root(params.absolute().parent)
     stores = list_stores(root)
@@ -84,8 +84,8 @@ def verify(
     from schemas.settings import OUTPUTS
     from schemas.views import manifest_rows
     from stages.manifest import read_manifest
-    from stages.store.uses import live_uses, study_use
-    from stages.store.verify import repair_store, verify_store
+    from stages.store.manage.usage import live_uses, study_use
+    from stages.store.manage.verify import repair_store, verify_store
 
     study = params.absolute().parent
     root = cache_root(study)
@@ -145,8 +145,8 @@ def gc(
     """Drop the stores and shards that no study refers to. Shows them; deletes with --yes."""
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
-    from stages.store.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
-    from stages.store.uses import register_use, study_use
+    from stages.store.manage.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
+    from stages.store.manage.usage import register_use, study_use
 
     study = params.absolute().parent
     root = cache_root(study)
@@ -179,9 +179,9 @@ def push(url: Url, fingerprints: Fingerprints = None, params: Params = PARAMS_FI
     from pipeline.progress import ImageBar
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
+    from stages.store.manage.transfer import push as run
+    from stages.store.manage.usage import study_use
     from stages.store.remote import open_remote
-    from stages.store.transfer import push as run
-    from stages.store.uses import study_use
 
     study = params.absolute().parent
     mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
@@ -207,8 +207,8 @@ def pull(
     """Copy stores from a URL: those named, else those that fit the study, else all. Resumable and verified."""
     from pipeline.progress import ImageBar
     from pipeline.project import cache_root
+    from stages.store.manage.transfer import pull as run
     from stages.store.remote import open_remote
-    from stages.store.transfer import pull as run
 
     remote = open_remote(url)
     stores = _offered(remote, fingerprints, params, assignments or [])
@@ -248,7 +248,7 @@ def _time(moment: datetime | None) -> str:
 def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
     """The stores whose fingerprints begin as asked; all where nothing is asked."""
     from schemas.errors import CacheIncompleteError
-    from stages.store.inventory import find_stores
+    from stages.store.manage.inventory import find_stores
 
     stores = find_stores(root)
     if not fingerprints:
@@ -268,8 +268,8 @@ def _offered(
     from pipeline.project import open_study
     from schemas.errors import CacheIncompleteError
     from schemas.resolve import feature_spec
+    from stages.store.manage.reuse import serves
     from stages.store.remote import remote_stores
-    from stages.store.reuse import serves
 
     stores = remote_stores(remote)
     there = ", ".join(store.spec.fingerprint[:16] for store in stores) or "none"
@@ -314,7 +314,7 @@ def _tell_weights(params: Path, assignments: Sequence[str], stores: Sequence[Rem
 
 
 def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
-    from stages.store.transfer import require_arrival
+    from stages.store.manage.transfer import require_arrival
 
     if as_json:
         show_json({"url": url, "stores": [transfer.model_dump(mode="json") for transfer in transfers]})

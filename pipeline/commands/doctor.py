@@ -14,8 +14,9 @@ from pipeline.params import PARAMS
 from schemas.text import counted
 
 if TYPE_CHECKING:
+    from schemas.doctor import Finding, Health
     from schemas.features import LpmInfo
-    from schemas.health import Finding, Health
+    from schemas.resolved import ResolvedSettings
     from schemas.settings import Settings
 
 WEIGHTS_SECONDS = 600.0
@@ -28,7 +29,7 @@ def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_jso
     Changes nothing. Exits with 1 where a command would fail, with 0 otherwise: warnings do not count.
     """
     from pipeline.project import cache_root
-    from schemas.health import Health
+    from schemas.doctor import Health
 
     settings, finding = _settings(params, assignments or [])
     root = params.absolute().parent
@@ -53,8 +54,8 @@ def _options(params: Path, assignments: list[str]) -> str:
 def _settings(params: Path, assignments: list[str]) -> tuple[Settings | None, Finding]:
     """The settings if there are valid ones, and what is to be said about them."""
     from pipeline.params import load_settings
+    from schemas.doctor import Finding
     from schemas.errors import FptError
-    from schemas.health import Finding
     from stages.doctor.guard import failed
 
     if params == Path(PARAMS) and not params.exists():
@@ -106,18 +107,18 @@ def _machine(settings: Settings | None, cache: Path) -> list[Finding]:
 def _study(settings: Settings | None, root: Path, cache: Path, status: str, options: str) -> list[Finding]:
     """Model, hub, weights and store; each as far as possible without what failed before."""
     from pipeline.project import remote_store
-    from schemas.health import Finding
+    from schemas.doctor import Finding
     from schemas.settings import OUTPUTS
     from stages.doctor.guard import run_check
     from stages.doctor.study import check_hub, check_store, check_weights
-    from stages.extract.weights import need_hub
+    from stages.lpm.weights import need_hub
 
     if settings is None:
         why = "not in a study" if status == "skipped" else "the settings are not valid"
         names = ("model", "weights", "store")
         skipped = [Finding(name=name, status="skipped", detail=why) for name in names]
         return [run_check("model hub", check_hub, None), *skipped]
-    solved: list[tuple[Settings, LpmInfo]] = []
+    solved: list[tuple[ResolvedSettings, LpmInfo]] = []
     model = run_check("model", _resolve, settings, root, cache, solved)
     remote = remote_store(settings, root)
     receipt = root / OUTPUTS / "features" / "receipt.json"
@@ -137,18 +138,18 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str, opti
     return [model, hub, weights, store]
 
 
-def _resolve(settings: Settings, root: Path, cache: Path, solved: list[tuple[Settings, LpmInfo]]) -> Finding:
-    from schemas.health import Finding
+def _resolve(settings: Settings, root: Path, cache: Path, solved: list[tuple[ResolvedSettings, LpmInfo]]) -> Finding:
+    from schemas.doctor import Finding
     from schemas.resolve import feature_spec, resolve
-    from stages.extract.lpm import describe_lpm
     from stages.extract.precision import stored_precision
+    from stages.lpm.loading import describe_lpm
 
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
-    resolved = resolve(settings, lpm)
     # As in an extraction, "auto" is the precision of the store; without a store there is nothing to compare, and
     # nothing is measured.
-    if settings.features.precision == "auto" and (stored := stored_precision(cache, feature_spec(resolved, lpm, ""))):
-        resolved = resolved.model_copy(update={"features": resolved.features.model_copy(update={"precision": stored})})
+    resolved = resolve(
+        settings, lpm, lambda partly: stored_precision(cache, feature_spec(partly, lpm, "")) or "float32"
+    )
     solved.append((resolved, lpm))
     return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
 

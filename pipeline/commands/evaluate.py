@@ -99,9 +99,9 @@ def _evaluate_split(
 ) -> tuple[Metrics, Path]:
     from pipeline.project import open_study
     from stages.device import set_up
-    from stages.evaluate.run import evaluate as run
-    from stages.extract.receipt import read_extraction_receipt
+    from stages.evaluate.evaluator import evaluate as run
     from stages.manifest import read_manifest
+    from stages.store.extraction_receipt import read_extraction_receipt
 
     study = open_study(params, assignments)
     bundle = study.outputs / "model" if model is None else model.absolute()
@@ -130,7 +130,7 @@ def _evaluate_images(
 ) -> tuple[Metrics, Path]:
     from pipeline.project import cache_root
     from stages.device import set_up
-    from stages.extract.work import batch_size
+    from stages.extract.shard_task import batch_size
     from stages.predict.external import evaluate_external
     from stages.prepare import QUARANTINE_FILE
     from stages.train.bundle import read_spec

@@ -15,7 +15,7 @@ from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.features import ExtractionPlan
-    from stages.extract.run import ExtractProgress
+    from stages.extract.extractor import ExtractProgress
 
 
 def extract(
@@ -40,10 +40,10 @@ def extract(
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
+    from stages.extract.extractor import Execute
+    from stages.extract.extractor import extract as run
     from stages.extract.plan import plan_extraction
-    from stages.extract.run import Execute
-    from stages.extract.run import extract as run
-    from stages.extract.work import inline
+    from stages.extract.shard_task import inline
     from stages.manifest import read_manifest
     from stages.prepare.folds import all_to_train
 
@@ -74,7 +74,7 @@ def extract(
 
         execute: Execute = stop_gently(inline)
         if study.settings.cluster.kind != "inline":
-            from pipeline.cluster.run import on_cluster
+            from pipeline.cluster.executor import on_cluster
 
             execute = stop_gently(on_cluster)
         try:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.axes import Combination
 from pipeline.console import say, score, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.sweep_grid import Combination
 from schemas.errors import SettingsError, TrainingError
 from schemas.sweeps import RateFinding
 
@@ -32,12 +32,12 @@ def lr_find(
     killed goes on where it was.
     """
     from pipeline.project import open_study
-    from pipeline.runs import Part, plan_jobs, train_jobs
+    from pipeline.sweep_jobs import Part, plan_jobs, train_jobs
     from stages.evaluate.sweeps import find_rate
-    from stages.extract.receipt import read_extraction_receipt
     from stages.files import atomic_write
     from stages.manifest import read_manifest
-    from stages.train.fitted import FITTED
+    from stages.store.extraction_receipt import read_extraction_receipt
+    from stages.train.closed_form import FITTED
 
     if not 0 < low < high:
         raise SettingsError("Learning rates cannot be tried.", [("--from, --to", "must be 0 < from < to")])

@@ -48,7 +48,7 @@ def predict(
     from pipeline.progress import ImageBar
     from schemas.parse import parse_settings
     from stages.device import set_up
-    from stages.extract.work import batch_size
+    from stages.extract.shard_task import batch_size
     from stages.predict import check_suffix
     from stages.predict import predict as run
     from stages.predict.inputs import find_images

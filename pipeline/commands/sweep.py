@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.axes import Combination, draw, grid, parse_axes
 from pipeline.commands.compare import show_differences
 from pipeline.console import say, score, show_json, show_models
 from pipeline.metric_names import metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.sweep_grid import Combination, draw, grid, parse_axes
 from schemas.errors import SettingsError, TrainingError
 from schemas.text import counted
 
 if TYPE_CHECKING:
     from pipeline.project import Study
-    from pipeline.runs import Job, Part
+    from pipeline.sweep_jobs import Job, Part
     from schemas.manifest import Manifest
     from schemas.results import Comparison
     from schemas.sweeps import RunRecord, Spread, SweepSummary, SweptRun, SweptSettings
@@ -67,12 +67,12 @@ def sweep(
     Finished runs are kept: a sweep that was killed, or that gets another value, does only the rest.
     """
     from pipeline.project import open_study
-    from pipeline.runs import judge_job, plan_jobs, train_jobs
+    from pipeline.sweep_jobs import judge_job, plan_jobs, train_jobs
     from stages.evaluate.summary import summarise
     from stages.evaluate.sweeps import metric_values
-    from stages.extract.receipt import read_extraction_receipt
     from stages.files import atomic_write
     from stages.manifest import read_manifest
+    from stages.store.extraction_receipt import read_extraction_receipt
 
     combinations = _combinations(axes or [], random, random_seed, splits, folds)
     study = open_study(params, assignments or [])
@@ -110,7 +110,7 @@ def _combinations(
 
 
 def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | None) -> list[Part]:
-    from pipeline.runs import Part
+    from pipeline.sweep_jobs import Part
     from stages.prepare.folds import draw_again, draw_folds
 
     data = study.settings.data

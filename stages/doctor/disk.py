@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from schemas.doctor import Finding, Status
 from schemas.errors import StorageError
-from schemas.health import Finding, Status
 from stages.files import atomic_write, storage_errors
 
 LITTLE = 5 * 2**30

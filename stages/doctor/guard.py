@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from schemas.doctor import Finding
 from schemas.errors import FptError
-from schemas.health import Finding
 
 LIMIT = 60.0
 """Seconds that a check may take."""

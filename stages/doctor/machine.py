@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from schemas.health import Finding
+from schemas.doctor import Finding
 from schemas.text import counted
 
 NVIDIA = "0x10de"

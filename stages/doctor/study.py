@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from schemas.health import Finding
-from schemas.settings import Settings
+from schemas.doctor import Finding
+from schemas.resolved import ResolvedSettings
 from schemas.text import counted
 
 HUB_SECONDS = 3.0
@@ -20,7 +20,7 @@ def check_hub(needed: bool | None) -> Finding:
     """
     from huggingface_hub import constants
 
-    from stages.extract.weights import hub_reachable
+    from stages.lpm.weights import hub_reachable
 
     if hub_reachable(HUB_SECONDS):
         return Finding(name="model hub", status="ok", detail=f"{constants.ENDPOINT} answers")
@@ -39,7 +39,7 @@ def check_hub(needed: bool | None) -> Finding:
     )
 
 
-def check_weights(settings: Settings, root: Path) -> Finding:
+def check_weights(settings: ResolvedSettings, root: Path) -> Finding:
     """Whether the weights are on this machine and fill the model that the settings name, down to the last tensor.
 
     Args:
@@ -49,8 +49,8 @@ def check_weights(settings: Settings, root: Path) -> Finding:
     Raises:
         WeightsError: They are missing or those of another model.
     """
-    from stages.extract.lpm import load_lpm
-    from stages.extract.weights import locate_weights, need_hub
+    from stages.lpm.loading import load_lpm
+    from stages.lpm.weights import locate_weights, need_hub
 
     lpm = settings.lpm
     if need_hub(lpm, root):
@@ -65,7 +65,7 @@ def check_store(
     cache_root: Path,
     receipt: Path,
     remote: str | None = None,
-    settings: Settings | None = None,
+    settings: ResolvedSettings | None = None,
     root: Path | None = None,
     repair: str = "fpt extract",
 ) -> Finding:
@@ -84,7 +84,7 @@ def check_store(
         CacheCorruptError: It is damaged.
     """
     from stages.extract.plan import requested_spec
-    from stages.extract.receipt import read_extraction_receipt
+    from stages.store.extraction_receipt import read_extraction_receipt
     from stages.store.remote_rows import open_rows
 
     if not receipt.exists():

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from schemas.health import Finding
+from schemas.doctor import Finding
 
 SHOWN = ("torch", "torchvision", "timm", "zarr", "numcodecs", "dask", "distributed", "dvc")
 """Packages with a finding of their own; all others share one."""

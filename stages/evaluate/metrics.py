@@ -16,7 +16,8 @@ from schemas.results import Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import auc_interval
 from stages.evaluate.multilabel import multilabel_metrics
-from stages.tasks import decide, judged_columns, positives
+from stages.scores import auc_per_class, macro_auc
+from stages.tasks import decide
 
 CALIBRATION_BINS = 10
 """Equal-width bins of confidence, for the calibration error and the reliability curve."""
@@ -87,25 +88,6 @@ def compute_metrics(
     )
 
 
-def auc_per_class(labels: Labels, probabilities: Probabilities) -> list[float | None]:
-    """One-vs-rest area under the ROC curve of each class; None for a class that all rows or none of them have."""
-    return [_auc(own, p) for own, p in zip(positives(labels, probabilities.shape[1]).T, probabilities.T, strict=True)]
-
-
-def macro_auc(labels: Labels, probabilities: Probabilities) -> float | None:
-    """The AUC that is reported and that chooses the best epoch: binary with two classes, else macro one-vs-rest.
-
-    Args:
-        labels: (n,) class indices, or (n, C) zeros and ones: then the mean over labels.
-        probabilities: (n, C).
-
-    Returns:
-        None where a class is absent, so that two epochs or splits are never compared on different classes.
-    """
-    per_class = auc_per_class(labels, probabilities)
-    return _mean([per_class[index] for index in judged_columns(labels, len(per_class))])
-
-
 def check_predictions(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, classes: Sequence[str], task: Task = "multiclass"
 ) -> tuple[Labels, Probabilities]:
@@ -133,16 +115,6 @@ def check_predictions(
     if p.min() < -1e-5 or p.max() > 1 + 1e-5:
         raise EvaluationError("A probability is not between 0 and 1.", "Logits may have been given in its place.")
     return y, np.clip(p, 0.0, 1.0)
-
-
-def _auc(positive: npt.NDArray[Any], scores: Probabilities) -> float | None:
-    """One-vs-rest AUC; None where only one side occurs."""
-    return float(sk.roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _kappa(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,11 @@ from PIL import Image
 
 from schemas.errors import DataError
 from schemas.features import FeatureSpec
-from schemas.settings import Precision
-from stages.extract.lpm import LoadedLpm
+from stages.device import in_precision
 from stages.extract.resize import to_squares
 from stages.extract.taps import Tapped, Taps
+from stages.lpm.loading import LoadedLpm
+from stages.pixels import normalise
 from stages.store.quantise import encode
 
 
@@ -55,13 +55,6 @@ def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
     return Pixels(large, np.ascontiguousarray(small.transpose(2, 0, 1)))
 
 
-def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 (B, 3, S, S) -> float32, (x / 255 - mean) / std per channel."""
-    scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
-    shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
-    return pixels.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)
-
-
 @torch.inference_mode()
 def compute_features(
     lpm: LoadedLpm, spec: FeatureSpec, images: Sequence[Pixels], device: torch.device | str = "cpu"
@@ -94,13 +87,6 @@ def compute_features(
     if tokens is not None:
         found["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
     return FeatureBatch(found)
-
-
-def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Context in which the LPM computes in a type; its weights stay as they are."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def pooled_outputs(tokens: torch.Tensor, spec: FeatureSpec) -> torch.Tensor:

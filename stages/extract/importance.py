@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from schemas.settings import Importance
-from stages.extract.attention import Projected
+from stages.lpm.attention import Projected
 
 QUERY_CHUNK = 256
 """Queries per step: bounds the workspace to (heads, 256, N) instead of (B, H, N, N)."""

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from schemas.features import ExtractionPlan, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
 from schemas.resolve import feature_spec
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 from schemas.views import manifest_rows
-from stages.extract.lpm import describe_lpm
-from stages.extract.weights import locate_weights
 from stages.files import sha256_file
+from stages.lpm.loading import describe_lpm
+from stages.lpm.weights import locate_weights
 from stages.store.index import RowIndex, misfits, refresh_index
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
-from stages.store.reuse import reusable_rows
+from stages.store.manage.reuse import reusable_rows
 from stages.store.writer import into_shards
 
 PROBE_EFFICIENCY = 0.6
@@ -56,7 +56,7 @@ class Inventory:
         return [ids[position] for position in np.flatnonzero(self.shards_of(ids) < 0).tolist()]
 
 
-def requested_spec(settings: Settings, root: Path) -> FeatureSpec:
+def requested_spec(settings: ResolvedSettings, root: Path) -> FeatureSpec:
     """The feature spec of resolved settings; finds and digests the weights file, but loads no model."""
     weights = locate_weights(settings.lpm, root)
     return feature_spec(
@@ -73,7 +73,7 @@ def take_inventory(store: Store) -> Inventory:
     return Inventory(index, tuple(broken), float(speeds[len(speeds) // 2]) if len(speeds) else None)
 
 
-def plan_extraction(settings: Settings, root: Path, cache_root: Path, manifest: Manifest) -> ExtractionPlan:
+def plan_extraction(settings: ResolvedSettings, root: Path, cache_root: Path, manifest: Manifest) -> ExtractionPlan:
     """Say what `extract` would do.
 
     Args:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec
-from schemas.settings import Precision, Settings
-from stages.device import pick_device
-from stages.extract.features import in_precision
-from stages.store.inventory import find_stores
+from schemas.resolved import ResolvedSettings
+from schemas.settings import Precision
+from stages.device import in_precision, pick_device
+from stages.store.manage.inventory import find_stores
 
 GAIN = 1.3
 """A narrower type has to be this much faster: below it, exact features are worth more than the time."""
@@ -30,7 +30,7 @@ TRIED: dict[str, tuple[Precision, ...]] = {
 }
 
 
-def choose_precision(settings: Settings, lpm: LpmInfo, cache_root: Path) -> Precision:
+def choose_precision(settings: ResolvedSettings, lpm: LpmInfo, cache_root: Path) -> Precision:
     """What "auto" means for resolved settings: what the store was begun in, else the fastest here."""
     # The digest of the weights is not known yet, and plays no part here.
     stored = stored_precision(cache_root, feature_spec(settings, lpm, ""))

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from schemas.features import FeatureSpec
-from stages.extract.attention import Projected, finish, project, scale_of
 from stages.extract.importance import attend, gather_tokens, select_tokens, token_importance
+from stages.lpm.attention import Projected, finish, project, scale_of
 
 MLP_CHUNK = 1024
 """Tokens of an image that go through an MLP at a time, where there are more than twice as many."""

@@ -19,13 +19,13 @@ from schemas.results import BundleSpec, Metrics
 from schemas.settings import DataSettings, LpmSettings
 from schemas.tasks import names_in, written
 from schemas.text import counted
+from stages.evaluate.evaluator import evaluated_model, probabilities, write_evaluation
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.report import confident_mistakes, render_report
-from stages.evaluate.run import evaluated_model, probabilities, write_evaluation
 from stages.evaluate.scoring import score
 from stages.extract.features import to_pixels
 from stages.images import read_image
-from stages.predict.run import check_task, load_classifier
+from stages.predict.classifier import check_task, load_classifier
 from stages.prepare import QUARANTINE_FILE
 from stages.prepare.check import check_conflicts
 from stages.prepare.digest import Digests, digest_images
@@ -76,7 +76,7 @@ def evaluate_external(
     reading: Progress | None = None,
     predicting: Progress | None = None,
 ) -> ExternalResult:
-    """Evaluate a model on other images and write what `stages.evaluate.run.evaluate` writes.
+    """Evaluate a model on other images and write what `stages.evaluate.evaluator.evaluate` writes.
 
     Beside that `quarantine.csv`, where images were set aside (`data.on_error`). Nothing is written to the cache.
 

@@ -17,12 +17,12 @@ from stages.files import atomic_write
 from stages.manifest import read_manifest, write_manifest
 from stages.prepare.assign import assign_splits
 from stages.prepare.check import check_classes, check_conflicts, check_left
+from stages.prepare.class_names import check_named, class_order, numbers_hint
 from stages.prepare.columns import AUTO
 from stages.prepare.digest import Digests, digest_images
 from stages.prepare.exports import write_quarantine
 from stages.prepare.items import Listing, layout_error, read_listing
 from stages.prepare.memory import KnownSplits, latest_copy, locked, read_known, write_known
-from stages.prepare.names import check_named, class_order, numbers_hint
 from stages.prepare.scan import Item
 from stages.prepare.survey import passed_over_lines
 from stages.prepare.table import check_files

@@ -21,10 +21,11 @@ from schemas.manifest import SPLITS, GroupUnit, Split
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in
 from schemas.text import counted
+from stages.groups import Cluster, find_clusters
 from stages.prepare.listing import listed
 from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
-from stages.prepare.split import Cluster, Place, draw_splits, find_clusters
+from stages.prepare.split import Place, draw_splits
 
 
 def assign_splits(

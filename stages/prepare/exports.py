@@ -12,8 +12,8 @@ from schemas.errors import DataError
 from schemas.manifest import Manifest, PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import atomic_write, storage_errors
+from stages.prepare.class_names import given_labels
 from stages.prepare.columns import AUTO, FOLDER
-from stages.prepare.names import given_labels
 from stages.prepare.scan import Item
 from stages.tables import safe_cell
 

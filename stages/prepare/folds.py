@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from schemas.errors import DataError
 from schemas.manifest import Manifest, Split
 from schemas.text import counted
+from stages.groups import Cluster, manifest_clusters
 from stages.prepare.listing import listed
-from stages.prepare.scan import Item
-from stages.prepare.split import Cluster, deal, draw_splits, find_clusters
+from stages.prepare.split import deal, draw_splits
 
 FEWER = "Take fewer folds (--folds), or repeated splits instead (--splits)."
 
@@ -30,7 +30,7 @@ def draw_again(manifest: Manifest, val_share: float, test_share: float, seed: in
     Raises:
         DataError: A class cannot be in all three splits.
     """
-    return _with_splits(manifest, draw_splits(_clusters(manifest), val_share, test_share, seed))
+    return _with_splits(manifest, draw_splits(manifest_clusters(manifest), val_share, test_share, seed))
 
 
 def draw_folds(manifest: Manifest, folds: int, val_share: float, seed: int) -> list[Manifest]:
@@ -45,7 +45,7 @@ def draw_folds(manifest: Manifest, folds: int, val_share: float, seed: int) -> l
     Raises:
         DataError: A class cannot be in the test images of every fold and among those that are left.
     """
-    clusters = _clusters(manifest)
+    clusters = manifest_clusters(manifest)
     _check_enough(clusters, folds)
     names = [str(number + 1) for number in range(folds)]
     fold_of = deal(clusters, {f"fold {name}": 1.0 / folds for name in names}, f"{seed}/folds", FEWER)
@@ -63,17 +63,6 @@ def draw_folds(manifest: Manifest, folds: int, val_share: float, seed: int) -> l
 def all_to_train(manifest: Manifest) -> Manifest:
     """Every image in the training split: what an extraction needs whose views serve any split."""
     return _with_splits(manifest, {row.path: "train" for row in manifest.rows})
-
-
-def unit_of(manifest: Manifest) -> dict[str, str]:
-    """Path -> name of what must not be torn apart: images of a group, and whatever is a copy of one of them."""
-    return {path: cluster.key for cluster in _clusters(manifest) for path in cluster.paths}
-
-
-def _clusters(manifest: Manifest) -> list[Cluster]:
-    # `prepare` names the group of an image that has none by its own path.
-    items = [Item(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]
-    return find_clusters(items, {row.path: row.id for row in manifest.rows}, manifest.task)
 
 
 def _with_splits(manifest: Manifest, split_of: Mapping[str, Split]) -> Manifest:

@@ -9,9 +9,9 @@ from schemas.errors import DataError
 from schemas.manifest import GroupUnit
 from schemas.settings import DataSettings
 from schemas.text import counted
+from stages.prepare.class_names import name_classes
 from stages.prepare.columns import FOLDER, unit_of_column
 from stages.prepare.listing import listed
-from stages.prepare.names import name_classes
 from stages.prepare.patients import groups_spelled_alike
 from stages.prepare.scan import Item, check_names, images_folder, scan_folders
 from stages.prepare.survey import SUFFIXES, PassedOver

@@ -13,68 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, GroupUnit, Split
-from schemas.tasks import Task, names_in
 from schemas.text import counted
+from stages.groups import ALL_IMAGES, Cluster
 from stages.prepare.listing import listed
-from stages.prepare.scan import Item
-
-_ANY = ""
-"""The column of all images; no label is empty."""
 
 _ATTEMPTS = 20
 """Orders that are tried where groups of several classes make it hard to have every class everywhere."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Images that must share a split."""
-
-    key: str
-    """Least content id: knows neither file names nor order."""
-    paths: tuple[str, ...]
-    """Its images."""
-    counts: Mapping[str, int]
-    """Label -> images, and the column of all images."""
-
-
-def find_clusters(items: Sequence[Item], ids: Mapping[str, str], task: Task = "multiclass") -> list[Cluster]:
-    """Join images that share a group or a content (union-find).
-
-    Args:
-        items: Images.
-        ids: Path -> content.
-        task: What a label says; an image counts for each of its labels.
-    """
-    parent: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def root(node: tuple[str, str]) -> tuple[str, str]:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for item in items:
-        content = root(("content", ids[item.path]))
-        if item.group is not None:
-            parent[root(("group", item.group))] = content
-    members: dict[tuple[str, str], list[Item]] = defaultdict(list)
-    for item in items:
-        members[root(("content", ids[item.path]))].append(item)
-    return [
-        Cluster(
-            key=min(ids[item.path] for item in cluster),
-            paths=tuple(item.path for item in cluster),
-            counts={**Counter(name for item in cluster for name in names_in(item.label, task)), _ANY: len(cluster)},
-        )
-        for cluster in members.values()
-    ]
 
 
 @dataclass(frozen=True)
@@ -174,7 +124,7 @@ def _check_enough(clusters: Sequence[Cluster], unit: GroupUnit | None) -> None:
     few = [
         f"{label!r}: {size(label, number)}"
         for label, number in sorted(groups.items())
-        if number < len(SPLITS) and label != _ANY
+        if number < len(SPLITS) and label != ALL_IMAGES
     ]
     if few:
         raise DataError(

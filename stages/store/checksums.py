@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import CRC_BYTES, ShardReceipt
 from stages.files import atomic_write
+from stages.store.array_sources import MappedArray, Source, open_source, row_checksum
 from stages.store.index import read_shard_receipt
 from stages.store.layout import Store
-from stages.store.sources import MappedArray, Source, open_source, row_checksum
 
 THREADS = min(8, os.cpu_count() or 1)
 """Shards compared at a time."""

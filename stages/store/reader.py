@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt, ShardReceipt
+from stages.store.array_sources import MappedArray, Source, open_source
 from stages.store.index import (
     ID_BYTES,
     RowIndex,
@@ -23,7 +24,6 @@ from stages.store.index import (
 )
 from stages.store.layout import Store, open_store_layout, store_path
 from stages.store.shards import REPAIR
-from stages.store.sources import MappedArray, Source, open_source
 
 __all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]
 

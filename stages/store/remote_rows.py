@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from schemas.errors import CacheCorruptError, CacheIncompleteError, TransferError
 from schemas.features import ExtractionReceipt, ShardReceipt
 from schemas.urls import masked
+from stages.store.array_sources import ZarrArray
 from stages.store.index import (
     LISTING_SHARE,
     RowIndex,
@@ -24,7 +25,6 @@ from stages.store.index import (
 from stages.store.layout import Store, described_shard_size, store_path
 from stages.store.reader import StoreReader, open_store
 from stages.store.remote import Remote, RemoteStore, described, open_remote, store_file, transfer_errors, unusable
-from stages.store.sources import ZarrArray
 
 THREADS = 16
 """Lengths that are asked for at the same time."""

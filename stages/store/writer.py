@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from schemas.features import FileDigest, ShardReceipt
 from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
+from stages.store.array_sources import row_checksum
 from stages.store.layout import Store, grow_store
-from stages.store.sources import row_checksum
 
 LOOKAHEAD = 256
 """Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards

@@ -11,11 +11,12 @@ from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsErr
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
 from schemas.resolve import feature_spec
-from schemas.settings import Method, Settings
+from schemas.resolved import ResolvedSettings
+from schemas.settings import Method
 from schemas.views import manifest_rows
 from stages.store.reader import StoreReader
 from stages.store.shards import REPAIR
-from stages.train.fitted import FITTED
+from stages.train.closed_form import FITTED
 from stages.train.targets import Target, balanced_weights, class_counts
 
 UNREAD: dict[Method, tuple[str, ...]] = {
@@ -37,7 +38,7 @@ FREE = frozenset(
 """Fields of `train` in which runs that share their batches may differ."""
 
 
-def check_shared(variants: Sequence[Settings]) -> None:
+def check_shared(variants: Sequence[ResolvedSettings]) -> None:
     """Refuse variants that differ in more than what each can have for itself.
 
     Raises:
@@ -50,7 +51,7 @@ def check_shared(variants: Sequence[Settings]) -> None:
         raise SettingsError("These runs cannot be trained in one pass.", problems, "Train them one after the other.")
 
 
-def shared_fields(settings: Settings) -> dict[str, Any]:
+def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:
     """Dotted name -> value of what runs that share their batches have in common."""
     return {
         "method": settings.method,
@@ -63,7 +64,7 @@ def shared_fields(settings: Settings) -> dict[str, Any]:
     }
 
 
-def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
+def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
     """Refuse features that were computed under other settings than these; the differing fields are named."""
     found = receipt.spec
     if settings.method in FITTED and not found.pooled:
@@ -79,7 +80,7 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
     expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
     differing = expected.differing(found)
     size = settings.train.side_image_size
-    if settings.method == "side" and size != "auto" and size <= found.side_image_size:
+    if settings.method == "side" and size <= found.side_image_size:
         # The other arrays are irrelevant: only what determines the pixels of the small images must agree.
         differing = {name: values for name, values in differing.items() if name in SIDE_IMAGE_FIELDS}
     if differing:
@@ -91,7 +92,7 @@ def check_features(settings: Settings, lpm: LpmInfo, receipt: ExtractionReceipt)
         )
 
 
-def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
+def check_views(settings: ResolvedSettings, receipt: ExtractionReceipt) -> None:
     """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
     asked = settings.features
     absent: list[str] = [view for view in asked.views if view not in receipt.views]
@@ -107,7 +108,7 @@ def check_views(settings: Settings, receipt: ExtractionReceipt) -> None:
         )
 
 
-def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> None:
+def check_rows(settings: ResolvedSettings, manifest: Manifest, store: StoreReader) -> None:
     """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
     rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
     missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
@@ -121,7 +122,7 @@ def check_rows(settings: Settings, manifest: Manifest, store: StoreReader) -> No
 
 
 def class_weights(
-    settings: Settings, labels: Sequence[Target], classes: Sequence[str], device: torch.device
+    settings: ResolvedSettings, labels: Sequence[Target], classes: Sequence[str], device: torch.device
 ) -> torch.Tensor | None:
     """(C,) weights of the loss: none, balanced (`balanced_weights`), or the listed ones.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from schemas.errors import PlatformError
-from stages.train.side_network import Block
+from stages.methods.side_network import Block
 
 
 def compile_blocks(networks: Sequence[nn.Module], device: torch.device) -> None:

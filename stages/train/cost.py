@@ -21,19 +21,20 @@ from schemas.cost import CostReport
 from schemas.errors import PlatformError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.resolve import feature_spec, network_spec
+from schemas.resolved import ResolvedSettings
 from schemas.results import ModelSpec, SideNetworkSpec
-from schemas.settings import Settings, TrainSettings
-from stages.extract.models import build_on_meta
+from schemas.settings import TrainSettings
+from stages.lpm.catalogue import build_on_meta
+from stages.methods.cached_tokens import Cached
+from stages.methods.fpt import learnable_parameters
 from stages.store.layout import CACHED, array_layouts
-from stages.train.cached import Cached
 from stages.train.checkpoints import Fit
 from stages.train.data import READS, Batch
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.models import Network, build_learner
-from stages.train.network import learnable_parameters
 
 
-def estimate_cost(settings: Settings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
+def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
     """Count parameters, tensor memory and bytes of a setting. Takes seconds.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,17 +12,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from schemas.settings import AugmentSettings, Method
+from stages.methods.cached_tokens import Cached
+from stages.pixels import augmentation, to_size
 from stages.ranks import ALONE, Ranks
 from stages.shared import SharedArrays
 from stages.store.layout import CACHED
-from stages.store.memory import Rows
-from stages.train.cached import Cached
+from stages.store.memory_rows import Rows
 from stages.train.targets import Target
-from stages.vision import compiler_left_out
-
-with compiler_left_out():
-    from torchvision.transforms import v2
-    from torchvision.transforms.v2 import functional as tv
 
 READS: dict[Method, tuple[str, ...]] = {
     "fpt": (*CACHED, "side"),
@@ -38,8 +34,6 @@ READS: dict[Method, tuple[str, ...]] = {
 
 PREFETCH = 2
 """Batches that a worker prepares ahead."""
-
-SideTransform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,26 +69,6 @@ class Batch:
             for part in (self.image, self.labels, self.pooled)
         )
         return Batch(image, cached, cast("torch.Tensor", labels), pooled)
-
-
-def augmentation(settings: AugmentSettings, size: int) -> SideTransform:
-    """The published augmentation of the side image: crop, flip, brightness and contrast."""
-    steps: list[Any] = [
-        v2.RandomResizedCrop(size, scale=settings.crop_scale, ratio=settings.crop_ratio, antialias=True),
-        v2.RandomHorizontalFlip(settings.flip),
-    ]
-    if settings.brightness or settings.contrast:
-        steps.append(v2.ColorJitter(brightness=settings.brightness, contrast=settings.contrast))
-    composed: SideTransform = v2.Compose(steps)
-    return composed
-
-
-def to_size(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (..., 3, s, s) -> (..., 3, size, size), as evaluation and prediction see it."""
-    if image.shape[-1] == size:
-        return image
-    resized: torch.Tensor = tv.resize(image, [size, size], antialias=True)
-    return resized
 
 
 def array_names(stored: Iterable[str], method: Method, probe: bool = False) -> tuple[str, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from schemas.results import ModelSpec, SideNetworkSpec
-from stages.extract.features import FeatureBatch, normalise
+from stages.methods.joint_attention import Member, member_logits
+from stages.pixels import normalise, to_size
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle
-from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches, to_size
-from stages.train.members import Member, member_logits
+from stages.train.data import Batch, EpochSampler, FeatureDataset, array_names, batches
 from stages.train.models import Model
 
 
@@ -58,17 +60,17 @@ def store_logits(bundle: Bundle, store: StoreReader, ids: Sequence[str], batch_s
 
 
 @torch.inference_mode()
-def feature_logits(bundle: Bundle, features: FeatureBatch) -> torch.Tensor:
+def feature_logits(bundle: Bundle, features: Mapping[str, NDArray[Any]]) -> torch.Tensor:
     """Logits of features that are in memory.
 
     Returns:
         (B, classes) float32 on the CPU.
     """
     spec, lpm = bundle.spec.network, bundle.spec.features.lpm
-    names = array_names(features.arrays, spec.method, _has_probe(spec))
+    names = array_names(features, spec.method, _has_probe(spec))
     arrays = {name: features[name] for name in names}
     image = to_size(torch.from_numpy(arrays["side"]), _side_size(spec)) if "side" in arrays else None
-    batch = Batch.of(arrays, image, torch.zeros(len(features), dtype=torch.int64))
+    batch = Batch.of(arrays, image, torch.zeros(len(next(iter(arrays.values()))), dtype=torch.int64))
     return batch_logits(bundle.network, batch.to(bundle.device), lpm.mean, lpm.std).float().cpu()
 
 

@@ -22,21 +22,20 @@ from schemas.errors import TrainingError
 from schemas.results import EpochLog
 from schemas.settings import TrainSettings
 from schemas.tasks import Task
-from stages.evaluate.metrics import macro_auc
-from stages.extract.features import in_precision
+from stages.device import in_precision
+from stages.losses import Reduction, plain_loss, training_loss
+from stages.methods.joint_attention import Member
 from stages.ranks import ALONE, Ranks
+from stages.scores import macro_auc, probabilities
 from stages.tasks import decide, hits
+from stages.threads import ONE, Lanes, open_lanes
 from stages.train.checkpoints import Fit, save_checkpoint
 from stages.train.compiling import eager_unless
 from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.infer import training_logits
-from stages.train.lanes import ONE, Lanes, open_lanes
-from stages.train.losses import Reduction, plain_loss, training_loss
-from stages.train.members import Member
+from stages.train.micro_batches import join_parts, split_batch
 from stages.train.models import Network
-from stages.train.outputs import probabilities
 from stages.train.parallel import gather_rows
-from stages.train.parts import join_parts, split_batch
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from schemas.results import AttentiveSpec, KnnSpec, LinearSpec, ModelSpec, SideNetworkSpec, StatisticsSpec
-from stages.train.attentive import AttentiveProbe
-from stages.train.evidence import StatisticsModel
-from stages.train.network import Ensemble, PromptedSideNetwork, build_network
-from stages.train.probes import KnnProbe, LinearModel
+from stages.methods.attentive import AttentiveProbe
+from stages.methods.fpt import Ensemble, PromptedSideNetwork, build_network
+from stages.methods.probes import KnnProbe, LinearModel
+from stages.methods.statistics import StatisticsModel
 
 Network = PromptedSideNetwork | Ensemble | AttentiveProbe
 """What the training loop trains: each has `members`, and `member_logits` that they learn from."""

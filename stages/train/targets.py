@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from schemas.errors import SettingsError
 from schemas.manifest import Manifest, Split
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 from schemas.tasks import Task
 from stages.tasks import label_array, positives
 
@@ -37,7 +37,7 @@ def balanced_weights(counts: npt.NDArray[np.int64], rows: int, task: Task) -> np
     return np.asarray(weights, dtype=np.float64)
 
 
-def check_task(settings: Settings, manifest: Manifest) -> None:
+def check_task(settings: ResolvedSettings, manifest: Manifest) -> None:
     """Refuse a manifest whose labels mean something else than the settings say.
 
     Raises:

@@ -15,7 +15,7 @@ from study import make_study
 
 from schemas.errors import BundleError
 from stages.train.bundle import load_bundle, read_spec
-from stages.train.run import train
+from stages.train.trainer import train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "1000"))

@@ -17,7 +17,7 @@ from schemas.results import EpochLog
 from stages.train.checkpoints import Fit, load_checkpoint, save_checkpoint
 from stages.train.loop import make_optimizer
 from stages.train.models import build_learner
-from stages.train.run import run_key, train
+from stages.train.trainer import run_key, train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "200"))

@@ -13,10 +13,10 @@ from collections import Counter
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, Split
 from schemas.settings import DataSettings
+from stages.groups import find_clusters
 from stages.prepare.assign import assign_splits
 from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
-from stages.prepare.split import find_clusters
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "0"))

@@ -20,7 +20,7 @@ from schemas.features import ExtractionReceipt
 from stages.extract.plan import take_inventory
 from stages.store.checksums import exchanged_shards
 from stages.store.layout import create_store, open_store_layout
-from stages.store.memory import MemoryRows
+from stages.store.memory_rows import MemoryRows
 from stages.store.reader import StoreReader, open_store
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))

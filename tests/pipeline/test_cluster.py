@@ -27,13 +27,13 @@ from study import Study, make_images, make_study, save_weights
 
 from pipeline.cli import main
 from pipeline.cluster import check, start
-from pipeline.cluster.run import on_cluster
+from pipeline.cluster.executor import on_cluster
 from pipeline.cluster.worker import ShardPlugin
 from pipeline.params import dump_settings
 from schemas.errors import ClusterError, PlatformError, StorageError, UnreadableImagesError, WeightsError
 from schemas.parse import parse_settings
+from stages.extract.extractor import plan_tasks
 from stages.extract.plan import requested_spec
-from stages.extract.run import plan_tasks
 from stages.store.layout import create_store, open_store_layout
 from stages.store.reader import open_store, read_receipt
 
@@ -171,7 +171,7 @@ def test_two_extractions_of_overlapping_images_at_once(lent: Study, tmp_path: Pa
     receipts: dict[str, Any] = {}
 
     def run(study: Study) -> None:
-        from stages.extract.run import extract
+        from stages.extract.extractor import extract
 
         receipts[study.root.name] = extract(
             study.settings, study.root, tmp_path / "cache", study.manifest, study.features, execute=on_cluster

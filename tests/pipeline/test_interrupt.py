@@ -25,7 +25,7 @@ from stages.store.reader import open_store
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import stages.extract.work as work
+import stages.extract.shard_task as work
 compute = work.compute_features
 def slow(*arguments):
     open("forwards", "a").write("x")

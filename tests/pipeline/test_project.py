@@ -47,7 +47,7 @@ def test_a_study_in_a_project_is_no_copy(tmp_path: Path) -> None:
 
 
 def test_a_moved_image_size_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("stages.extract.lpm")
+    pytest.importorskip("stages.lpm.loading")
     (tmp_path / "params.yaml").write_text("lpm: {name: vit_small_patch14_dinov2.lvd142m}\n")
     study = open_study(tmp_path / "params.yaml")
     assert study.settings.features.image_size == study.lpm.image_size == 518
@@ -57,7 +57,7 @@ def test_a_moved_image_size_is_said_aloud(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_nothing_is_said_where_the_size_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("stages.extract.lpm")
+    pytest.importorskip("stages.lpm.loading")
     (tmp_path / "params.yaml").write_text("lpm: {name: test_vit}\nfeatures: {image_size: 64}\n")
     study = open_study(tmp_path / "params.yaml", ["features.layers=[0]"])
     assert study.settings.features.layers == (0,)
@@ -66,7 +66,7 @@ def test_nothing_is_said_where_the_size_fits(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_settings_that_do_not_fit_the_lpm(tmp_path: Path) -> None:
-    pytest.importorskip("stages.extract.lpm")
+    pytest.importorskip("stages.lpm.loading")
     (tmp_path / "params.yaml").write_text("lpm: {name: test_vit}\nfeatures: {image_size: 64, layers: [99]}\n")
     with pytest.raises(SettingsError, match=r"features\.layers"):
         open_study(tmp_path / "params.yaml")

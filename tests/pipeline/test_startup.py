@@ -109,7 +109,7 @@ def test_with_the_compiler_there_nothing_is_replaced() -> None:
 
 
 def test_a_model_without_memory_is_built_like_a_real_one() -> None:
-    from stages.extract.models import find_model
+    from stages.lpm.catalogue import find_model
 
     found = find_model("test_vit.r160_in1k")
     meta, real = found.build_on_meta(), found.build(pretrained=False)

@@ -18,10 +18,10 @@ from command_line import Fpt
 from study import make_study
 
 from pipeline.params import dump_settings
-from stages.evaluate.metrics import macro_auc
 from stages.evaluate.predictions import read_predictions
 from stages.manifest import read_manifest
 from stages.prepare.folds import draw_again
+from stages.scores import macro_auc
 
 pytestmark = pytest.mark.timeout(600)
 

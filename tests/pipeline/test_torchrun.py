@@ -18,7 +18,7 @@ from study import Study, make_study
 from pipeline import cli
 from pipeline.params import dump_settings
 from schemas.results import EpochLog, TrainResult
-from stages.train.run import train
+from stages.train.trainer import train
 
 KILLED = """
 import os, sys, threading, time

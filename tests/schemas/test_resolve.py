@@ -119,10 +119,3 @@ def test_what_does_not_fit(raw: dict[str, Any], lpm: dict[str, Any], path: str, 
 def test_all_misfits_at_once() -> None:
     raw = {"features": {"layers": [12], "ratio": 0.0005}, "train": {"side_reduction": 7}}
     assert set(problems(made(**raw))) == {"features.layers", "features.ratio", "train.side_reduction"}
-
-
-def test_specs_want_resolved_settings() -> None:
-    with pytest.raises(SettingsError, match="not resolved"):
-        feature_spec(made(), VIT_B, "0" * 64)
-    with pytest.raises(SettingsError, match="not resolved"):
-        network_spec(made(), VIT_B, 5)

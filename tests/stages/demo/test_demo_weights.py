@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from schemas.errors import WeightsError
 from schemas.settings import LpmSettings
 from stages.demo.weights import DEMO_LPM, fetch_demo_weights, read_wheel
-from stages.extract.lpm import load_lpm
+from stages.lpm.loading import load_lpm
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import time
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from schemas.doctor import Finding
 from schemas.errors import StorageError
-from schemas.health import Finding
 from stages.doctor import versions
 from stages.doctor.guard import run_check
 from stages.doctor.versions import (

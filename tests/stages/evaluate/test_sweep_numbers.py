@@ -13,10 +13,10 @@ from schemas.results import JudgedModel
 from schemas.sweeps import SweptRun
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import pool
-from stages.evaluate.metrics import macro_auc
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
 from stages.evaluate.summary import summarise
 from stages.evaluate.sweeps import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
+from stages.scores import macro_auc
 
 
 def run(part: str, lr: str, seed: int, val: float | None, test: float, loss: float = 0.5) -> SweptRun:

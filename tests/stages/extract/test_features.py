@@ -10,11 +10,11 @@ from PIL import Image
 
 from schemas.errors import DataError
 from schemas.features import FeatureSpec, LpmInfo
-from stages.extract.attention import Projected
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.importance import QUERY_CHUNK, attend, select_tokens, token_importance
-from stages.extract.lpm import LoadedLpm, describe_lpm
 from stages.extract.taps import Taps
+from stages.lpm.attention import Projected
+from stages.lpm.loading import LoadedLpm, describe_lpm
 
 # Class token; q/k norm and registers; no class token. At 272 pixels there are more queries than one chunk holds.
 CASES = [("test_vit", "global"), ("test_vit", "class_token")]

@@ -9,8 +9,8 @@ from stores import SPEC
 from study import Study
 
 from schemas.features import FeatureSpec
+from stages.extract.extractor import extract
 from stages.extract.resize import inner_box, to_squares
-from stages.extract.run import extract
 from stages.store.reader import open_store
 
 MEAN = (0.485, 0.456, 0.406)

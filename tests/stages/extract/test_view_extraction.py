@@ -16,19 +16,19 @@ from schemas.errors import UnreadableImagesError
 from schemas.features import ExtractionReceipt
 from schemas.manifest import ManifestRow
 from schemas.views import ViewRow, crop_view, manifest_rows
+from stages.extract.extractor import ExtractProgress
 from stages.extract.features import compute_features, to_pixels
-from stages.extract.lpm import load_lpm
 from stages.extract.plan import plan_extraction
-from stages.extract.run import ExtractProgress
 from stages.extract.views import apply_view, crop_box
 from stages.images import decoded_image, read_image
-from stages.store.gc import drop_garbage, find_garbage
+from stages.lpm.loading import load_lpm
 from stages.store.layout import Store, open_store_layout
+from stages.store.manage.gc import drop_garbage, find_garbage
+from stages.store.manage.transfer import pull, push
+from stages.store.manage.usage import live_uses
+from stages.store.manage.verify import repair_store, verify_store
 from stages.store.reader import open_store, read_receipt
 from stages.store.remote import open_remote, remote_stores
-from stages.store.transfer import pull, push
-from stages.store.uses import live_uses
-from stages.store.verify import repair_store, verify_store
 
 NAMES = ("keys", "values", "indices", "pooled", "side")
 TURNS = ("hflip", "vflip", "rot90", "rot180", "rot270")
@@ -162,7 +162,7 @@ def test_an_image_is_decoded_once_for_all_its_views(study: Study, monkeypatch: p
         decoded.append(str(path))
         return decoded_image(path, **keywords)
 
-    monkeypatch.setattr("stages.extract.work.decoded_image", counted)
+    monkeypatch.setattr("stages.extract.shard_task.decoded_image", counted)
     with_views(study, *TURNS, crops=3)
     study.extract()
     assert len(decoded) == len(set(decoded)) == len(training(study))

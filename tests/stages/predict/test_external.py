@@ -16,10 +16,10 @@ from schemas.features import ExtractionReceipt
 from schemas.results import Metrics
 from schemas.settings import DataSettings
 from stages.evaluate.compare import compare
+from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.evaluate.run import evaluate
 from stages.predict.external import ExternalResult, evaluate_external
-from stages.train.run import train
+from stages.train.trainer import train
 
 
 @dataclass

@@ -11,11 +11,11 @@ from study import Study, make_images, make_study, save_weights
 from schemas.errors import BundleError, CacheMismatchError, DataError, WeightsError
 from schemas.results import Prediction
 from schemas.settings import DataSettings
+from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.evaluate.run import evaluate
 from stages.predict import predict, predictions_csv, write_predictions_table
 from stages.predict.inputs import find_images
-from stages.train.run import train
+from stages.train.trainer import train
 
 
 @dataclass

@@ -13,7 +13,8 @@ from study import make_study
 
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Manifest, ManifestRow
-from stages.prepare.folds import all_to_train, draw_again, draw_folds, unit_of
+from stages.groups import cluster_of
+from stages.prepare.folds import all_to_train, draw_again, draw_folds
 
 
 def manifest_of(rows: list[tuple[str, str | None, str]]) -> Manifest:
@@ -59,7 +60,7 @@ def test_copies_join_the_patients_that_have_them() -> None:
     manifest = manifest_of(
         [("a", "p1", "x"), ("a", "p2", "x"), ("b", "p2", "y"), ("b", None, "y"), ("b", None, "z"), ("a", "p3", "w")]
     )
-    units = [unit_of(manifest)[row.path] for row in manifest.rows]
+    units = [cluster_of(manifest)[row.path] for row in manifest.rows]
     assert len(set(units[:4])) == 1
     assert len(set(units)) == 3
 

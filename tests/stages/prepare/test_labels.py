@@ -17,11 +17,12 @@ from schemas.errors import DataError, ManifestError, SettingsError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, PrepareSummary
 from schemas.parse import parse_settings
 from schemas.settings import DataSettings
+from stages.groups import find_clusters
 from stages.manifest import read_manifest, write_manifest
 from stages.parquet import CONTENT
 from stages.prepare import prepare
 from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits, find_clusters
+from stages.prepare.split import draw_splits
 from stages.prepare.table import read_table
 
 TABLE = "path,label,x,y z\na.png,y z|x,1,1\nb.png,,0,0\nc.png, x ,1.0,False\n"

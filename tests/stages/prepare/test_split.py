@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
+from stages.groups import find_clusters
 from stages.prepare.assign import assign_splits
 from stages.prepare.memory import KnownSplits
 from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits, find_clusters
+from stages.prepare.split import draw_splits
 
 
 def content(name: object) -> str:

@@ -20,12 +20,12 @@ from schemas.features import ShardReceipt
 from stages.extract.plan import take_inventory
 from stages.store.checksums import exchanged_shards
 from stages.store.layout import Store, open_store_layout
-from stages.store.memory import MemoryRows
+from stages.store.manage.transfer import pull, push
+from stages.store.manage.verify import verify_store
+from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
 from stages.store.remote import open_remote, remote_stores
 from stages.store.remote_rows import open_remote_rows
-from stages.store.transfer import pull, push
-from stages.store.verify import verify_store
 
 ARRAYS = ("keys", "values", "indices", "pooled", "side")
 NOT_THE_ROW = "not the one of its receipt"

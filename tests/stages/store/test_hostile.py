@@ -15,13 +15,13 @@ from web import SECRET, refusing_ftp
 from schemas.errors import CacheCorruptError, CacheIncompleteError, FptError, TransferError
 from stages.extract.plan import take_inventory
 from stages.store.index import index_path, refresh_index
-from stages.store.inventory import find_stores, list_stores
 from stages.store.layout import Store, create_store, open_store_layout
+from stages.store.manage.inventory import find_stores, list_stores
+from stages.store.manage.transfer import pull, push, require_arrival
+from stages.store.manage.verify import repair_store, verify_store
 from stages.store.reader import open_store
 from stages.store.remote import open_remote, remote_stores
 from stages.store.remote_rows import open_remote_rows
-from stages.store.transfer import pull, push, require_arrival
-from stages.store.verify import repair_store, verify_store
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -20,11 +20,11 @@ from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatc
 from schemas.features import ExtractionReceipt, ShardReceipt
 from schemas.machine import StoreSettings
 from stages.store.layout import Store, create_store
-from stages.store.memory import MemoryRows, decide
+from stages.store.manage.transfer import push
+from stages.store.memory_rows import MemoryRows, decide
 from stages.store.reader import StoreReader, open_store
 from stages.store.remote import Remote, open_remote
 from stages.store.remote_rows import RemoteRows, open_remote_rows, open_rows
-from stages.store.transfer import push
 
 NAMES = ("keys", "values", "side")
 

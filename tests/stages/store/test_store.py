@@ -15,8 +15,8 @@ from stores import SPEC, filled, image_id, random_rows, receipt_of
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
 from stages.store.index import refresh_index
 from stages.store.layout import Store, array_layouts, capacity, create_store, grow_store, store_path
+from stages.store.manage.verify import damaged_shards
 from stages.store.reader import StoreReader, open_store
-from stages.store.verify import damaged_shards
 from stages.store.writer import claim_shard, write_shard
 
 
@@ -76,7 +76,7 @@ def test_a_reader_survives_pickling(tmp_path: Path) -> None:
 
 
 def test_many_shards_are_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.store.sources.OPEN_FILES", 3)
+    monkeypatch.setattr("stages.store.array_sources.OPEN_FILES", 3)
     store, rows = filled(tmp_path, sizes=(1, 1, 1, 1, 1), shard_size=1)
     reader = open_store(tmp_path, receipt_of(store))
     for _ in range(2):

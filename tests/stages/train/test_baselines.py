@@ -17,18 +17,18 @@ from schemas.features import ExtractionReceipt
 from schemas.resolve import PRESETS
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Method, Settings
+from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.evaluate.report import METHODS
-from stages.evaluate.run import evaluate
-from stages.extract.lpm import describe_lpm
+from stages.lpm.loading import describe_lpm
+from stages.methods.attentive import AttentiveProbe
 from stages.predict import predict
 from stages.store.reader import open_store
-from stages.train.attentive import AttentiveProbe
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
 from stages.train.infer import store_logits
-from stages.train.run import train
+from stages.train.trainer import train
 
 PROBES: tuple[Method, ...] = ("statistics", "linear", "knn", "attentive")
 LOOP = {"epochs": 12, "lr": 2e-3, "prompts": 4}

@@ -14,7 +14,7 @@ from schemas.cost import CostReport
 from schemas.errors import PlatformError
 from schemas.resolve import resolve
 from schemas.settings import FeatureSettings, LpmSettings, Settings, TrainSettings
-from stages.extract.lpm import describe_lpm
+from stages.lpm.loading import describe_lpm
 from stages.train.cost import efficiency_factor, estimate_cost
 
 MIB = 2**20

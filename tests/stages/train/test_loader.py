@@ -11,10 +11,10 @@ import torch
 from study import Study
 
 from schemas.machine import StoreSettings
-from stages.store.memory import MemoryRows, available_memory, decide
+from stages.store.memory_rows import MemoryRows, available_memory, decide
 from stages.store.reader import StoreReader, open_store
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
-from stages.train.run import train
+from stages.train.trainer import train
 
 
 def dataset(study: Study, store: Any) -> FeatureDataset:

@@ -16,11 +16,11 @@ from web import served
 from schemas.cost import StoreMemory
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt
-from stages.evaluate.run import evaluate
+from stages.evaluate.evaluator import evaluate
 from stages.store.layout import open_store_layout
+from stages.store.manage.transfer import push
 from stages.store.remote import open_remote
-from stages.store.transfer import push
-from stages.train.run import train
+from stages.train.trainer import train
 
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "int8"},

@@ -20,19 +20,19 @@ from schemas.results import Metrics, TrainResult
 from schemas.settings import DataSettings, Method, Settings
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import judge_together
+from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.evaluate.run import evaluate
+from stages.methods.fpt import Ensemble
+from stages.methods.statistics import fit_evidence
 from stages.predict import predict
+from stages.scores import probabilities
 from stages.store.reader import open_store
-from stages.train import fitted, loop
-from stages.train import run as training
+from stages.train import closed_form, loop
+from stages.train import trainer as training
 from stages.train.bundle import load_bundle
 from stages.train.data import FeatureDataset
-from stages.train.evidence import fit_evidence
 from stages.train.infer import store_logits, training_logits
-from stages.train.network import Ensemble
-from stages.train.outputs import probabilities
-from stages.train.run import train, train_together
+from stages.train.trainer import train, train_together
 
 METHODS: tuple[Method, ...] = ("fpt+", "fpt-x", "side", "statistics", "linear", "knn", "attentive")
 
@@ -132,7 +132,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(
         held.append(found[1])
         return found
 
-    for module in (fitted, training):
+    for module in (closed_form, training):
         monkeypatch.setattr(module, "fit_evidence", kept)
     weights = {"class_weights": "balanced"}
     study = task_study(tmp_path, task, method, train={"epochs": 3, "label_smoothing": 0.1, **weights})

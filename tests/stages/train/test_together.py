@@ -12,8 +12,8 @@ from study import Study, make_study
 from schemas.errors import SettingsError
 from schemas.results import EpochLog
 from schemas.settings import Settings
-from stages.train.network import PromptedSideNetwork
-from stages.train.run import train, train_together
+from stages.methods.fpt import PromptedSideNetwork
+from stages.train.trainer import train, train_together
 
 VARIANTS: list[dict[str, Any]] = [
     {"lr": 2e-3},

@@ -17,11 +17,11 @@ from schemas.features import ExtractionReceipt
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from schemas.views import train_views
-from stages.evaluate.run import evaluate
-from stages.store.memory import MemoryRows
+from stages.evaluate.evaluator import evaluate
+from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
-from stages.train.run import train
+from stages.train.trainer import train
 
 TURNS = ("identity", "hflip", "rot90")
 

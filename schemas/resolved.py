@@ -1,0 +1,48 @@
+"""Resolved settings: plain values only. What a stage accepts; `schemas.resolve` makes them of what the user wrote."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.settings import FeatureSettings, Layers, Precision, Seed, Settings, TrainSettings
+
+
+class ResolvedFeatures(FeatureSettings):
+    """What is computed and kept per image."""
+
+    layers: Layers
+    """Tapped blocks of the LPM, from 0, ascending."""
+    precision: Precision
+    """Type in which the LPM computes."""
+    side_image_size: Annotated[int, Field(ge=16, le=1024)]
+    """Side of the small image in the store, in pixels."""
+
+
+class ResolvedTrain(TrainSettings):
+    """Stage two."""
+
+    side_image_size: Annotated[int, Field(ge=16, le=1024)]
+    """Input of the side network, in pixels."""
+    members: Annotated[int, Field(ge=1, le=64)]
+    """Side networks that are trained together and averaged."""
+    attentive: Annotated[int, Field(ge=0, le=64)]
+    """Attentive probes that are trained with them."""
+    attentive_weight: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Ensemble weight of the attentive probes."""
+    probe_weight: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Ensemble weight of the linear probes."""
+    keep: Literal["best", "late", "last"]
+    """Epoch whose weights are kept."""
+    order_seed: Seed
+    """Seed of the order of the images, their augmentation and views."""
+
+
+class ResolvedSettings(Settings):
+    """All settings of a study, without a value that is still to be chosen."""
+
+    features: ResolvedFeatures
+    """What stage one keeps."""
+    train: ResolvedTrain
+    """Stage two."""

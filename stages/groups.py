@@ -1,0 +1,100 @@
+"""Clusters of images that must share a split: images of one group (such as a patient) and copies of an image."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from schemas.manifest import Manifest
+from schemas.tasks import Task, names_in
+
+ALL_IMAGES = ""
+"""The column of all images in `Cluster.counts`; no label is empty."""
+
+
+class Grouped(Protocol):
+    """An image with a label and maybe a group."""
+
+    @property
+    def path(self) -> str:
+        """Unique among the images."""
+
+    @property
+    def label(self) -> str:
+        """As a manifest writes it."""
+
+    @property
+    def group(self) -> str | None:
+        """Patient or other group; None: not known."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Images that must share a split."""
+
+    key: str
+    """Least content id: depends neither on file names nor on order."""
+    paths: tuple[str, ...]
+    """Its images."""
+    counts: Mapping[str, int]
+    """Label -> images, and the column of all images."""
+
+
+class _Row(NamedTuple):
+    path: str
+    label: str
+    group: str | None
+
+
+def find_clusters(items: Sequence[Grouped], ids: Mapping[str, str], task: Task = "multiclass") -> list[Cluster]:
+    """Join images that share a group or a content, directly or through others: connected components.
+
+    Args:
+        items: Images.
+        ids: Path -> content.
+        task: What a label means; an image counts for each of its labels.
+
+    Returns:
+        The clusters, in the order of their first images.
+    """
+    if not items:
+        return []
+    # Imported late: half a second that only the first split of a study needs.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    nodes: dict[tuple[str, str], int] = {}
+    contents = [nodes.setdefault(("content", ids[item.path]), len(nodes)) for item in items]
+    groups = [
+        content if item.group is None else nodes.setdefault(("group", item.group), len(nodes))
+        for item, content in zip(items, contents, strict=True)
+    ]
+    edges = coo_array(([1] * len(items), (contents, groups)), shape=(len(nodes), len(nodes)))
+    component = connected_components(edges, directed=False)[1]
+    members: dict[int, list[Grouped]] = defaultdict(list)
+    for item, content in zip(items, contents, strict=True):
+        members[int(component[content])].append(item)
+    return [
+        Cluster(
+            key=min(ids[item.path] for item in cluster),
+            paths=tuple(item.path for item in cluster),
+            counts={
+                **Counter(name for item in cluster for name in names_in(item.label, task)),
+                ALL_IMAGES: len(cluster),
+            },
+        )
+        for cluster in members.values()
+    ]
+
+
+def manifest_clusters(manifest: Manifest) -> list[Cluster]:
+    """Clusters of the images of a manifest, which names the group of an image without one by its own path."""
+    rows = [_Row(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]
+    return find_clusters(rows, {row.path: row.id for row in manifest.rows}, manifest.task)
+
+
+def cluster_of(manifest: Manifest) -> dict[str, str]:
+    """Path -> key of its cluster: images of a group, and whatever is a copy of one of them."""
+    return {path: cluster.key for cluster in manifest_clusters(manifest) for path in cluster.paths}

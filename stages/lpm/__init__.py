@@ -1,0 +1,1 @@
+"""The frozen LPM: catalogue, weights, key map, hub, loading, attention."""

@@ -1,0 +1,97 @@
+"""The LPM: what a name means at an input size, and the frozen model with its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from schemas.errors import UnsupportedModelError
+from schemas.features import LpmInfo
+from schemas.settings import LpmSettings
+from stages.files import sha256_file
+from stages.lpm.catalogue import check_supported, find_model
+from stages.lpm.checkpoint import build_with_weights
+from stages.lpm.weights import locate_weights
+
+_INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
+
+
+@dataclass(frozen=True)
+class LoadedLpm:
+    """A frozen model and what identifies its features."""
+
+    model: nn.Module
+    """In eval mode on the CPU, no parameter requires a gradient, no classifier."""
+    info: LpmInfo
+    """Its shape and preprocessing."""
+    weights_sha256: str
+    """Of the weights file."""
+
+
+def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInfo:
+    """Shape and preprocessing of a model, without its weights.
+
+    Args:
+        name: timm model name, `hf-hub:organisation/name` or `local-dir:folder`. Without a tag, timm's default one is
+            meant and is part of the answer's name; of a folder the answer's name has the content, not the path.
+        image_size: Wished side of the input, in pixels; the answer has the nearest multiple of the patch, upward
+            where two are equally near.
+        root: Folder that a relative folder in the name starts at; None: the working directory.
+
+    Raises:
+        UnsupportedModelError: timm does not know the name, or the model has no global attention to tap.
+        WeightsError: The `config.json` of a repository cannot be fetched.
+    """
+    found = find_model(name, root)
+    model: Any = found.build_on_meta()
+    check_supported(model, name)
+    data = _preprocessing(model)
+    if data["interpolation"] not in _INTERPOLATIONS:
+        raise UnsupportedModelError(f"{name} wants its input resized with {data['interpolation']!r}, which is unknown.")
+    patch = int(model.patch_embed.patch_size[0])
+    return LpmInfo(
+        name=found.name,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        heads=model.blocks[0].attn.num_heads,
+        patch=patch,
+        prefix_tokens=model.num_prefix_tokens,
+        has_class_token=model.cls_token is not None,
+        image_size=nearest_multiple(image_size, patch),
+        mean=tuple(float(value) for value in data["mean"]),
+        std=tuple(float(value) for value in data["std"]),
+        interpolation=data["interpolation"],
+    )
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    from timm import data
+
+    tools: Any = data
+    return dict(tools.resolve_model_data_config(model))
+
+
+def nearest_multiple(size: int, patch: int) -> int:
+    """The multiple of `patch` nearest to `size`, at least one patch; of two equally near ones the larger."""
+    return max(1, (2 * size + patch) // (2 * patch)) * patch
+
+
+def load_lpm(lpm: LpmSettings, image_size: int, root: Path) -> LoadedLpm:
+    """Build the frozen model with its weights.
+
+    Args:
+        lpm: Name and source of the weights. Preprocessing is that of the name, also with a local file.
+        image_size: Side of the input, in pixels; position embeddings are resampled to it.
+        root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
+
+    Raises:
+        UnsupportedModelError: As `describe_lpm`.
+        WeightsError: The weights cannot be found or read, run code, or are those of another model.
+    """
+    info = describe_lpm(lpm.name, image_size, root)
+    path = locate_weights(lpm, root)
+    model = build_with_weights(find_model(lpm.name, root), info.image_size, path)
+    return LoadedLpm(model.eval().requires_grad_(False), info, sha256_file(path))

@@ -1,0 +1,1 @@
+"""What can be trained on the frozen LPM: one file per method."""

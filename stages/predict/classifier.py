@@ -1,0 +1,184 @@
+"""From image files to classes: the LPM's features, the side network, one row per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from schemas.errors import BundleError, CacheMismatchError, EvaluationError, ImageError, WeightsError
+from schemas.features import FEATURE_VERSION, FeatureSpec
+from schemas.results import BundleSpec, Prediction
+from schemas.settings import DataSettings, LpmSettings
+from stages.device import pick_device
+from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
+from stages.images import decoded_image
+from stages.lpm.loading import LoadedLpm, describe_lpm, load_lpm
+from stages.progress import Progress
+from stages.scores import probabilities
+from stages.tasks import decide, texts
+from stages.train.bundle import Bundle, load_bundle
+from stages.train.infer import feature_logits
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A bundle together with the LPM whose features it reads, ready for image files."""
+
+    bundle: Bundle
+    """On `device`."""
+    lpm: LoadedLpm | None
+    """On `device`; None where the model reads nothing but the side image."""
+    data: DataSettings
+    """Limits of an image's size."""
+    device: torch.device
+    """Of both networks."""
+
+    def probabilities(
+        self, paths: Sequence[Path], batch_size: int, progress: Progress | None = None
+    ) -> Iterator[npt.NDArray[np.float32] | ImageError]:
+        """(C,) probabilities of each image, or why it cannot be used; in the order of `paths`.
+
+        Raises:
+            EvaluationError: The model's outputs are not finite.
+        """
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            yield from self._batch(batch)
+            if progress is not None:
+                progress(start + len(batch), len(paths))
+
+    def _batch(self, paths: Sequence[Path]) -> list[npt.NDArray[np.float32] | ImageError]:
+        spec = self.bundle.spec.features
+        read: list[Pixels | ImageError] = []
+        for path in paths:
+            try:
+                accept = None if self.data.on_warning == "error" else lambda _: None
+                with decoded_image(
+                    path, max_pixels=self.data.max_pixels, min_side=self.data.min_side, accept=accept
+                ) as image:
+                    read.append(to_pixels(image, spec))
+            except ImageError as error:
+                read.append(error)
+        pixels = [one for one in read if isinstance(one, Pixels)]
+        found: Iterator[npt.NDArray[np.float32]] = iter(())
+        if pixels:
+            features = (
+                _side_images(pixels) if self.lpm is None else compute_features(self.lpm, spec, pixels, self.device)
+            )
+            # In single precision like the probabilities of an evaluation.
+            p = probabilities(feature_logits(self.bundle, features.arrays), self.bundle.spec.task).float().numpy()
+            if not np.isfinite(p).all():
+                raise EvaluationError(
+                    "The outputs of the model are not finite.",
+                    "Its weights are damaged, or training diverged.",
+                    "Train again, with a lower rate: fpt train --set train.lr=1e-4",
+                )
+            found = iter(p)
+        return [next(found) if isinstance(one, Pixels) else one for one in read]
+
+
+def predict(
+    bundle_dir: Path,
+    images: Sequence[Path],
+    lpm: LpmSettings | None,
+    root: Path,
+    device: torch.device | str = "auto",
+    *,
+    batch_size: int = 4,
+    data: DataSettings | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction]:
+    """Classify image files.
+
+    An image that cannot be used gives a row with an error in its place: one broken file among thousands must neither
+    stop the others nor go unnoticed.
+
+    Args:
+        bundle_dir: From `train`.
+        images: Files; each gives one row, in this order.
+        lpm: Where the LPM's weights are; None: the hub, for the model that the bundle names.
+        root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
+        device: Of both networks; "auto": CUDA, else MPS, else the CPU.
+        batch_size: Images per forward pass.
+        data: Limits of an image's size, and the task where it is set; None: the defaults, whatever the task.
+        progress: Called after each batch with (done, total) images.
+
+    Raises:
+        BundleError: The bundle is missing or damaged, or of another task than `data` says.
+        CacheMismatchError: The LPM has another shape or preprocessing than in training.
+        WeightsError: The weights are missing, or are not those that the bundle was trained with.
+        EvaluationError: The model's outputs are not finite.
+    """
+    place = pick_device(device) if isinstance(device, str) else device
+    bundle = load_bundle(bundle_dir, place)
+    check_task(bundle.spec, data)
+    classifier = load_classifier(bundle, lpm, root, data or DataSettings())
+    names, task = bundle.spec.classes, bundle.spec.task
+    rows: list[Prediction] = []
+    for path, p in zip(images, classifier.probabilities(images, batch_size, progress), strict=True):
+        if isinstance(p, ImageError):
+            rows.append(Prediction(path=str(path), predicted=None, probabilities=None, error=p.reason))
+        else:
+            predicted = texts(decide(p[None], task), names)[0]
+            shares = dict(zip(names, p.tolist(), strict=True))
+            rows.append(Prediction(path=str(path), predicted=predicted, probabilities=shares, error=None))
+    return rows
+
+
+def check_task(spec: BundleSpec, data: DataSettings | None) -> None:
+    """Refuse settings that state another task than that of the bundle; without a stated task the bundle decides.
+
+    Raises:
+        BundleError: The tasks differ.
+    """
+    if data is not None and "task" in data.model_fields_set and data.task != spec.task:
+        raise BundleError(
+            f"The model was trained for {spec.task}; data.task is {data.task}.",
+            "The settings are of another study, or changed after the model was trained.",
+            f"Set data.task to {spec.task}, or run `fpt train` again.",
+        )
+
+
+def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: DataSettings) -> Classifier:
+    """Load the LPM that a bundle needs; none where it reads nothing but the side image.
+
+    Raises:
+        CacheMismatchError: The LPM has another shape or preprocessing than in training.
+        WeightsError: The weights are missing, or are not those that the bundle was trained with.
+    """
+    spec = bundle.spec
+    model = None if spec.network.method == "side" else _load(spec.features, lpm, root, bundle.device)
+    return Classifier(bundle, model, data, bundle.device)
+
+
+def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.device) -> LoadedLpm:
+    """The LPM on its device, refused unless it gives the features that the bundle was trained on."""
+    source = lpm or LpmSettings(name=spec.lpm.name)
+    info = describe_lpm(source.name, spec.lpm.image_size, root)
+    if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
+        raise CacheMismatchError(
+            f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",
+            differing,
+            "lpm.name is another model, or this version of timm describes it differently.",
+            f"Set lpm.name to {'the local-dir: of that model' if 'local-dir:' in spec.lpm.name else spec.lpm.name}.",
+        )
+    loaded = load_lpm(source, spec.lpm.image_size, root)
+    if loaded.weights_sha256 != spec.weights_sha256:
+        raise WeightsError(
+            f"The weights of {spec.lpm.name} have the sha256 {loaded.weights_sha256}, "
+            f"the model was trained with {spec.weights_sha256}.",
+            f"lpm.weights ({source.weights}) is another file than in training.",
+            "Set lpm.weights to the file that `fpt extract` used.",
+        )
+    loaded.model.to(device)
+    return loaded
+
+
+def _side_images(pixels: Sequence[Pixels]) -> FeatureBatch:
+    """A batch for a network that reads nothing but the side image."""
+    return FeatureBatch({"side": np.stack([image.side for image in pixels])})

@@ -1,0 +1,1 @@
+"""Administration of stores: verify, collect garbage, reuse, transfer, usage, push lock."""

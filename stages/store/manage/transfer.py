@@ -1,0 +1,311 @@
+"""Push and pull: shards between cache roots, each verified on arrival, its receipt last.
+
+The receipt is what makes a shard: an interrupted transfer leaves files that no reader looks at, and a repeated one
+keeps those that are right. A shard whose number is taken by other content gets a free number; the bytes of its files
+say nothing of the number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from schemas.cache import Transfer
+from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
+from schemas.features import FileDigest, ShardReceipt
+from stages.files import atomic_write, open_regular, read_regular, sha256_file, storage_errors
+from stages.progress import Progress
+from stages.store.checksums import exchanged_shards, stored_checksums
+from stages.store.layout import Store, create_store, described_shard_size, grow_store
+from stages.store.manage.inventory import sound_receipts
+from stages.store.manage.push_lock import only_push
+from stages.store.manage.usage import at_work
+from stages.store.manage.verify import THREADS, stored_rows
+from stages.store.remote import (
+    Remote,
+    RemoteStore,
+    copy,
+    described,
+    digest_of,
+    length_of,
+    store_file,
+    transfer_errors,
+)
+from stages.store.writer import claim_shard, remove_claimed_shards
+
+
+@dataclass
+class _Count:
+    """Numbers of a transfer while it runs."""
+
+    copied: int = 0
+    renumbered: int = 0
+    present: int = 0
+    bytes: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def result(self, fingerprint: str) -> Transfer:
+        return Transfer(
+            fingerprint=fingerprint,
+            copied=self.copied,
+            renumbered=self.renumbered,
+            present=self.present,
+            bytes=self.bytes,
+            failures=tuple(self.failures),
+        )
+
+
+def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None) -> Transfer:
+    """Copy the shards of a remote store that hold rows which the local one lacks.
+
+    A shard that arrives damaged is left out and named; all others are copied.
+
+    Args:
+        source: From `remote_stores`.
+        cache_root: Folder of the local stores.
+        progress: Called with shards.
+
+    Raises:
+        TransferError: If the other side cannot be read.
+        StorageError: If the disk is full or cannot be written; what has arrived is kept.
+        CacheMismatchError: If the local store has another shard size.
+    """
+    if source.problem is not None:
+        raise source.problem
+    theirs, refused = source.read_receipts()
+    count = _Count(failures=[f"{name}: it is damaged there, or belongs to another store" for name in refused])
+    if not theirs:
+        return count.result(source.spec.fingerprint)
+    store = create_store(cache_root, source.spec, source.shard_size)
+    _same_shards(source.shard_size, store.shard_size, store.path)
+    with at_work(store.path):
+        store = create_store(cache_root, source.spec, source.shard_size)
+        sound = sound_receipts(store)
+        for shard in exchanged_shards(store, sound):
+            del sound[shard]
+        # Damage would hold a number, and the rows that it lost may be among those that arrive.
+        remove_claimed_shards(store, set(store.finished_shards()) - sound.keys())
+        here = {row for receipt in sound.values() for row in receipt.rows}
+        above = max([-1, *sound, *theirs]) + 1
+        for done, shard in enumerate(sorted(theirs), 1):
+            receipt = theirs[shard]
+            if here.issuperset(receipt.rows):
+                count.present += 1
+            else:
+                # Without a free number of its own, it goes above all numbers that any side has.
+                taken = store.receipt(shard).exists()
+                with claim_shard(store, above if taken else shard) as number:
+                    if _fetch(source, store, receipt, number, count):
+                        here.update(receipt.rows)
+            if progress is not None:
+                progress(done, len(theirs))
+    return count.result(source.spec.fingerprint)
+
+
+def push(store: Store, remote: Remote, progress: Progress | None = None) -> Transfer:
+    """Copy the shards of a local store that hold rows which the remote one lacks.
+
+    To a folder of this machine the locks of shards hold as for any writer; to a URL one push at a time may go.
+
+    Args:
+        store: The local store.
+        remote: Cache root behind a URL.
+        progress: Called with shards.
+
+    Raises:
+        TransferError: If the other side cannot be written, or another push to it is under way.
+        CacheMismatchError: If the remote store has another shard size.
+    """
+    if remote.local is not None:
+        here = Remote(remote.fs, str(store.path.parent.absolute()), str(store.path.parent))
+        return pull(here.store(store.spec, store.shard_size), remote.local, progress)
+    target, count = remote.store(store.spec, store.shard_size), _Count()
+    ours = sound_receipts(store)
+    with transfer_errors(remote), only_push(target):
+        group = target.place("features.zarr/zarr.json")
+        if remote.fs.isfile(group):
+            found = described_shard_size(described(remote.fs.cat_file(group)), store.spec, remote.url)
+            _same_shards(store.shard_size, found, remote.url)
+        theirs = _whole(target, target.receipts())
+        there = {row for receipt in theirs.values() for row in receipt.rows}
+        above = max([-1, *ours, *theirs]) + 1
+        wanted = [shard for shard in sorted(ours) if not there.issuperset(ours[shard].rows)]
+        count.present = len(ours) - len(wanted)
+        numbers: dict[int, int] = {}
+        for shard in wanted:
+            numbers[shard] = shard
+            if shard in theirs:
+                numbers[shard], above = above, above + 1
+        if wanted:
+            _send_metadata(store, target, max([*numbers.values(), *theirs]) + 1)
+        for done, shard in enumerate(wanted, 1):
+            _send(store, target, ours[shard], numbers[shard], count)
+            if progress is not None:
+                progress(count.present + done, len(ours))
+    return count.result(store.spec.fingerprint)
+
+
+def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int, count: _Count) -> bool:
+    """One shard into a number that is held, receipt last. False: it did not arrive as it was written."""
+
+    def fetch(name: str) -> tuple[str, int]:
+        expected, path = receipt.files[name], store.shard_file(name, number)
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == expected.bytes and sha256_file(path) == expected.sha256:
+                return "", 0
+        got = FileDigest(bytes=0, sha256="")
+        remote, place = source.remote, source.place(store_file(store, name, receipt.shard))
+        if length_of(remote, place) not in (None, expected.bytes):
+            return f"shard {receipt.shard}: its file of {name} is damaged there: it has another length", 0
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+            try:
+                with path.open("xb") as target:
+                    try:
+                        reading = remote.fs.open(place, "rb")
+                    except FileNotFoundError:
+                        return f"shard {receipt.shard}: its file of {name} is not there", 0
+                    with reading:
+                        got = copy(reading, target, expected.bytes)
+                    target.flush()
+                    os.fsync(target.fileno())
+            finally:
+                if got != expected:
+                    path.unlink(missing_ok=True)
+        if got != expected:
+            return f"shard {receipt.shard}: its file of {name} is damaged there, or was on the way", got.bytes
+        return "", got.bytes
+
+    with ThreadPoolExecutor(THREADS) as pool, transfer_errors(source.remote):
+        results = list(pool.map(fetch, receipt.files))
+    count.bytes += sum(size for _, size in results)
+    if problems := [problem for problem, _ in results if problem]:
+        count.failures.append(problems[0])
+        return False
+    # A reader of compressed rows goes by the length of the array.
+    grow_store(store, number + 1)
+    if stored_rows(store, number, len(receipt.rows)) != receipt.rows:
+        count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
+        return False
+    try:
+        checksums = stored_checksums(store, number, len(receipt.rows))
+    except (CacheCorruptError, CacheIncompleteError) as error:
+        count.failures.append(f"shard {receipt.shard}: it was damaged before its receipt was written: {error.state}")
+        return False
+    arrived = receipt.model_copy(update={"shard": number, "crc32c": checksums})
+    atomic_write(store.receipt(number), arrived.to_json())
+    count.copied += 1
+    count.renumbered += number != receipt.shard
+    return True
+
+
+def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int, count: _Count) -> None:
+    """One shard to a remote store, read back before its receipt is written."""
+    remote = target.remote
+
+    def send(name: str) -> tuple[str, int]:
+        expected, path = receipt.files[name], store.shard_file(name, receipt.shard)
+        place = target.place(store_file(store, name, number))
+        if length_of(remote, place) == expected.bytes and digest_of(remote, place) == expected:
+            return "", 0
+        with os.fdopen(open_regular(path), "rb") as source, remote.fs.open(place, "wb") as goal:
+            sent = copy(source, goal, expected.bytes)
+        if sent != expected:
+            return f"shard {receipt.shard}: its file of {name} is damaged here; see `fpt cache verify`", sent.bytes
+        if digest_of(remote, place) != expected:
+            return f"shard {receipt.shard}: its file of {name} arrived damaged", sent.bytes
+        return "", sent.bytes
+
+    if stored_rows(store, receipt.shard, len(receipt.rows)) != receipt.rows:
+        count.failures.append(f"shard {receipt.shard}: it is damaged here; see `fpt cache verify`")
+        return
+    for name in receipt.files:
+        remote.fs.makedirs(target.place(f"features.zarr/{name}"), exist_ok=True)
+    remote.fs.makedirs(target.place("receipts"), exist_ok=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(send, receipt.files))
+    count.bytes += sum(size for _, size in results)
+    if problems := [problem for problem, _ in results if problem]:
+        count.failures.append(problems[0])
+        return
+    checksums = stored_checksums(store, receipt.shard, len(receipt.rows))
+    sent = receipt.model_copy(update={"shard": number, "crc32c": checksums})
+    remote.fs.pipe_file(target.place(f"receipts/{number:06d}.json"), sent.to_json())
+    count.copied += 1
+    count.renumbered += number != receipt.shard
+
+
+def _whole(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, ShardReceipt]:
+    """Receipts whose files are there in the right length."""
+    layout = Store(Path(), target.spec, target.shard_size)
+
+    def whole(receipt: ShardReceipt) -> bool:
+        return all(
+            length_of(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
+            for name, file in receipt.files.items()
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        sound = list(pool.map(whole, receipts.values()))
+    return {shard: receipt for (shard, receipt), good in zip(receipts.items(), sound, strict=True) if good}
+
+
+def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
+    """Descriptions of the group and its arrays, long enough for both sides' shards."""
+    fs = target.remote.fs
+    for name in ("", *(f"{array}/" for array in store.layouts)):
+        place = target.place(f"features.zarr/{name}zarr.json")
+        metadata = json.loads(read_regular(store.group / f"{name}zarr.json"))
+        if fs.isfile(place):
+            if not name:
+                continue
+            length = _length_there(fs.cat_file(place), metadata)
+            metadata["shape"][0] = max(length, shards * store.shard_size)
+            if metadata["shape"][0] == length:
+                continue
+        elif name:
+            metadata["shape"][0] = shards * store.shard_size
+        fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+        fs.pipe_file(place, json.dumps(metadata, indent=2).encode())
+
+
+def _length_there(content: bytes, ours: dict[str, Any]) -> int:
+    """Rows of an array there; 0, so that it is written again, where it is not described like ours."""
+    try:
+        there = json.loads(content)
+        length, rest = there["shape"][0], there["shape"][1:]
+        same = {**there, "shape": rest} == {**ours, "shape": ours["shape"][1:]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 0
+    return length if same and type(length) is int and 0 <= length < 2**32 else 0
+
+
+def _same_shards(expected: int, found: int, where: object) -> None:
+    if expected != found:
+        raise CacheMismatchError(
+            f"The store at {where} is cut into other shards.",
+            {"shard_size": (expected, found)},
+            "Two extractions started with different features.shard_size.",
+            "Move one of the stores away, or choose another cache root with FPT_CACHE_DIR.",
+        )
+
+
+def require_arrival(transfers: Iterable[Transfer], url: str) -> None:
+    """Refuse transfers with shards that could not be copied.
+
+    Raises:
+        TransferError: With every such shard; all others were copied.
+    """
+    failures = [f"  {transfer.fingerprint[:16]}: {failure}" for transfer in transfers for failure in transfer.failures]
+    if failures:
+        raise TransferError(
+            f"{len(failures)} shard{'s' if len(failures) != 1 else ''} could not be copied ({url}).",
+            "\n".join(failures),
+            "All others were. `fpt cache verify --repair` and `fpt extract` where they are damaged, then repeat this.",
+        )

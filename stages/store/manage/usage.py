@@ -1,0 +1,241 @@
+"""Who uses a store: a small file a study, and locks of the processes that work in it at the moment."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from schemas.base import digest
+from schemas.cache import StoreUse
+from schemas.errors import CacheCorruptError, CacheIncompleteError
+from schemas.features import ExtractionReceipt
+from stages.files import atomic_write, read_regular, storage_errors
+from stages.store.extraction_receipt import read_extraction_receipt
+from stages.store.layout import store_lock, store_path
+
+USES = "used-by"
+
+
+@dataclass(frozen=True)
+class LiveUse:
+    """A use that still holds."""
+
+    use: StoreUse
+    """The note."""
+    shards: frozenset[int] | None
+    """Shards that the study needs; None: all of them."""
+    receipt: ExtractionReceipt | None
+    """The study's receipt as it is now, if it can be read from here."""
+    unreachable: str | None = None
+    """Why the study cannot be looked at from here, so that its note holds; None: it can."""
+
+
+def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path, shards: list[int] | None) -> None:
+    """Note in a store that a study uses it; the study's older note there is replaced. Nothing where there is no store.
+
+    Args:
+        cache_root: Folder of all stores.
+        fingerprint: Of the store.
+        study: Folder of the study.
+        receipt: Path of its extraction receipt.
+        shards: Those of the receipt; None at the start of an extraction, when they are not known yet.
+
+    Raises:
+        StorageError: If the store cannot be written.
+    """
+    path = store_path(cache_root, fingerprint)
+    if not (path / "features.zarr").exists():
+        return
+    study, receipt = study.absolute(), receipt.absolute()
+    use = StoreUse(
+        study=str(study),
+        receipt=str(receipt),
+        host=platform.node(),
+        fingerprint=fingerprint,
+        shards=tuple(shards or ()),
+        finished=shards is not None,
+        time=datetime.now(UTC).replace(microsecond=0),
+    )
+    name = f"{digest(str(receipt))[:16]}.json"
+    atomic_write(path / USES / name, (use.model_dump_json(indent=1) + "\n").encode())
+    if use.finished:
+        # A stopped extraction of other features holds its whole store until the study has decided for these.
+        for other in cache_root.glob(f"*/{USES}/{name}"):
+            old = read_use(other)
+            if other.parent.parent != path and old is not None and not old.finished:
+                with suppress(OSError):
+                    other.unlink()
+
+
+def noted_uses(store: Path) -> list[StoreUse]:
+    """Every note in a store, of studies that are gone too."""
+    return [use for path in sorted((store / USES).glob("*.json")) if (use := read_use(path)) is not None]
+
+
+def live_uses(store: Path, other_hosts: bool = True, forgotten: Collection[str] = ()) -> list[LiveUse]:
+    """The uses that still hold.
+
+    A study whose receipt is gone or names other features does not refer to the store any more. A study that cannot be
+    looked at (moved, renamed, deleted, on a disk that is not mounted, on another machine) counts as a user.
+
+    Args:
+        store: Folder of the store.
+        other_hosts: Whether the notes of other machines count.
+        forgotten: Folders of studies that do not count where they cannot be looked at.
+    """
+    found = (_alive(use) for use in noted_uses(store))
+    return [
+        live
+        for live in found
+        if live is not None
+        and (other_hosts or live.use.host == platform.node())
+        and not (live.unreachable and live.use.study in forgotten)
+    ]
+
+
+def exchanged_uses(store: Path) -> list[LiveUse]:
+    """Uses of a store by studies that only other stores have notes of.
+
+    Studies that exchanged their folders are noted in each other's stores: what their receipts name stays as well.
+    """
+    here = {(use.study, use.receipt) for use in noted_uses(store)}
+    others = {
+        (use.study, use.receipt)
+        for other in store.parent.glob(f"*/{USES}")
+        for use in noted_uses(other.parent)
+        if use.host == platform.node()
+    }
+    found = (study_use(Path(study), Path(receipt)) for study, receipt in sorted(others - here))
+    return [live for live in found if live is not None and live.use.fingerprint[:16] == store.name]
+
+
+def study_use(study: Path, receipt: Path) -> LiveUse | None:
+    """What a study's extraction receipt says it needs, whether or not the store has a note of it.
+
+    Returns:
+        None where there is no receipt that can be read.
+    """
+    try:
+        found = read_extraction_receipt(receipt)
+    except (CacheCorruptError, CacheIncompleteError):
+        return None
+    shards = tuple(sorted(map(int, found.shards)))
+    use = StoreUse(
+        study=str(study.absolute()),
+        receipt=str(receipt.absolute()),
+        host=platform.node(),
+        fingerprint=found.fingerprint,
+        shards=shards,
+        finished=True,
+        time=datetime.now(UTC).replace(microsecond=0),
+    )
+    return LiveUse(use, frozenset(shards), found)
+
+
+def _alive(use: StoreUse) -> LiveUse | None:
+    noted = frozenset(use.shards) if use.finished else None
+    if use.host != platform.node():
+        return LiveUse(use, noted, None, f"it is on the machine {use.host}")
+    try:
+        receipt = read_extraction_receipt(Path(use.receipt)) if use.finished else None
+    except CacheIncompleteError:
+        reason = _unreachable(use)
+        return None if reason is None else LiveUse(use, noted, None, reason)
+    except CacheCorruptError:
+        return LiveUse(use, noted, None, _unreachable(use))
+    if receipt is None:
+        return None if _deleted_copy(Path(use.study)) else LiveUse(use, None, None, _unreachable(use))
+    if receipt.fingerprint != use.fingerprint:
+        return None
+    return LiveUse(use, frozenset(map(int, receipt.shards)), receipt)
+
+
+def _unreachable(use: StoreUse) -> str | None:
+    """Why a missing receipt of a study does not mean that the study gave its features up; None: it does."""
+    study, receipt = Path(use.study), Path(use.receipt)
+    folder = study
+    try:
+        if (study / "dvc.yaml").is_file() and not receipt.parent.exists() and not receipt.parent.is_symlink():
+            # Before a stage runs DVC removes its outputs; where the stage fails, they stay away.
+            return f"{receipt.parent} was removed, by DVC or by hand"
+        for name in receipt.relative_to(study).parts[:-1] if receipt.is_relative_to(study) else ():
+            if folder.is_dir() and not (folder / name).exists():
+                if (folder / name).is_symlink():
+                    return f"the link {folder / name} leads nowhere"
+                break
+            folder /= name
+        with os.scandir(folder) as entries:
+            if next(entries, None) is not None:
+                return None
+    except FileNotFoundError:
+        return None if _deleted_copy(study) else "its folder is not there"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return f"{folder} is empty"
+
+
+def _deleted_copy(study: Path) -> bool:
+    """Whether a study was a temporary copy that DVC made for an experiment and has removed since."""
+    for folder in study.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[1].is_dir() and not study.exists()
+    return False
+
+
+def read_use(path: Path) -> StoreUse | None:
+    """One note; None where it cannot be read."""
+    try:
+        return StoreUse.model_validate_json(read_regular(path))
+    except (ValidationError, OSError):
+        return None
+
+
+@contextmanager
+def at_work(store: Path) -> Iterator[None]:
+    """Keep garbage collection away from a store while this process fills it."""
+    lock = FileLock(store / "locks" / f"at-work-{uuid4().hex}.lock")
+    with storage_errors(store), store_lock(store):
+        for left in (store / "locks").glob("at-work-*.lock"):
+            if not is_held(left):
+                left.unlink(missing_ok=True)
+        lock.acquire(blocking=False)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds a lock file. A writer makes the file: where there is none, there is no writer."""
+    if not lock.exists():
+        return False
+    probe = FileLock(lock)
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return True
+    probe.release()
+    return False
+
+
+def shard_is_held(store: Path, shard: int) -> bool:
+    """Whether a living process is writing this shard."""
+    return is_held(store / "locks" / f"{shard:06d}.lock")
+
+
+def is_at_work(store: Path) -> bool:
+    """Whether a living process fills the store or writes a shard of it."""
+    return any(is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")
