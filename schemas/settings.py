@@ -13,11 +13,9 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
+from schemas.methods import METHODS_HELP, Method, MethodSettings
 from schemas.tasks import SEPARATOR, Task
 
-SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
-FittedMethod = Literal["statistics", "linear", "knn"]
-Method = Literal[SideMethod, FittedMethod, "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -170,12 +168,16 @@ class FeatureSettings(Section):
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the tokens that is kept per head."""
     dtype: FeatureDtype = "int8"
-    """Type of the cached keys and values: float32, float16, int8 (a quarter of float32) or int4 (an eighth, coarse)."""
+    """Type of the cached keys, values and hidden tokens: float32, float16, int8 (a quarter of float32) or int4 (an
+    eighth, coarse)."""
     pooled: bool = True
     """Also keep the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward pass
     ends with the last tapped keys and values."""
     precision: Literal["auto"] | Precision = "auto"
     """Type in which the LPM computes; auto: the fastest where the store is begun, by a short measurement."""
+    hidden: Annotated[int, Field(ge=0, le=999)] | None = None
+    """Also cache all tokens that enter this block of the LPM, from 0: methods that train only the blocks from it on
+    start there; null: none."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
     bitround: Annotated[int, Field(ge=1, le=23)] | None = None
@@ -338,11 +340,7 @@ class TrainSettings(Section):
 class Settings(Section):
     """All settings of a study."""
 
-    method: Method = "fpt-x"
-    """Preset: fpt-x (side networks of fpt+, attentive and linear probes, averaged), the published fpt (MICCAI
-    2024) and fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+ without them),
-    statistics (logistic regressions on mean and deviation of the tokens, layer by layer), linear (logistic regression)
-    and knn on the pooled outputs, attentive (queries on the tokens)."""
+    method: Annotated[Method, Field(description=f"What is trained: {METHODS_HELP}.")] = "fpt-x"
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()
@@ -351,6 +349,8 @@ class Settings(Section):
     """What stage one keeps."""
     train: TrainSettings = TrainSettings()
     """Stage two."""
+    methods: MethodSettings = MethodSettings()
+    """What only one method has."""
     store: StoreSettings = StoreSettings()
     """The feature store."""
     compute: ComputeSettings = ComputeSettings()
