@@ -45,8 +45,11 @@ class Network(Model):
 
     kinds = 1
     """Experts that are averaged: kinds of members, and linear probes."""
-    probe: StatisticsProbe | None = None
-    """Linear probes that are fitted in closed form before the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe: StatisticsProbe | None = None
+        """Linear probes that are fitted in closed form before the first epoch."""
 
     @property
     def members(self) -> Sequence[nn.Module]:

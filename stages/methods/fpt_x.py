@@ -41,7 +41,6 @@ class Ensemble(TokenNetwork):
         self.spec = spec
         self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
         self.attentive = nn.ModuleList(AttentiveProbe(_attentive_spec(spec)) for _ in range(spec.attentive))
-        self.probe: StatisticsProbe | None = None
         if spec.probe_weight:
             self.probe = StatisticsProbe(spec.sources, 2 * spec.lpm_width, spec.classes, spec.task)
         shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
