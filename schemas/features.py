@@ -26,6 +26,7 @@ LATER_FIELDS: dict[str, Any] = {
     "pooled": True,
     "precision": "float32",
     "resize": "squash",
+    "hidden": None,
 }
 """Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
 
@@ -98,6 +99,8 @@ class FeatureSpec(Contract):
     """Side of the stored small image, in pixels."""
     resize: FeatureResize = "squash"
     """How an image becomes square, for the LPM and for the side network."""
+    hidden: int | None = None
+    """Block whose input tokens, all N, are cached too; None: no block's."""
 
     @property
     def fingerprint(self) -> str:
@@ -117,18 +120,24 @@ class FeatureSpec(Contract):
     @property
     def bytes_per_image(self) -> int:
         """Bytes of one row in the store without checksums and shard indices, before compression."""
-        lpm, dim = self.lpm, self.lpm.head_dim
-        token = {"float32": 4 * dim, "float16": 2 * dim, "int8": dim, "int4": -(-dim // 2)}[self.dtype]
-        # Beside int8 codes a byte of scale per token, beside int4 codes one per channel; a half of offset per channel.
-        side_data = {"int8": self.kept + 2 * dim, "int4": dim + 2 * dim}.get(self.dtype, 0)
-        per_layer = lpm.heads * (2 * (self.kept * token + side_data) + 2 * self.kept)
+        lpm = self.lpm
+        per_layer = lpm.heads * (2 * _encoded_bytes(self.dtype, self.kept, lpm.head_dim) + 2 * self.kept)
         pooled = 2 * lpm.width * 4 if self.pooled else 0
-        return len(self.layers) * per_layer + pooled + 3 * self.side_image_size**2 + 32
+        hidden = 0 if self.hidden is None else _encoded_bytes(self.dtype, lpm.tokens, lpm.width)
+        return len(self.layers) * per_layer + hidden + pooled + 3 * self.side_image_size**2 + 32
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
         """`bytes_per_image` of the same features in every dtype."""
         return {name: self.model_copy(update={"dtype": name}).bytes_per_image for name in get_args(FeatureDtype)}
+
+
+def _encoded_bytes(dtype: FeatureDtype, tokens: int, width: int) -> int:
+    """Bytes of (tokens, width) numbers in a dtype, with the scales and offsets that decode them."""
+    per_token = {"float32": 4 * width, "float16": 2 * width, "int8": width, "int4": -(-width // 2)}[dtype]
+    # One byte of scale per token (int8) or per channel (int4), and a float16 offset per channel.
+    side_data = {"int8": tokens + 2 * width, "int4": width + 2 * width}.get(dtype, 0)
+    return tokens * per_token + side_data
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -73,6 +73,8 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         layers = features.layers
         if layers[-1] >= lpm.depth:
             problems.append(("features.layers", f"{lpm.name} has blocks 0 to {lpm.depth - 1} (is {layers[-1]})"))
+    if features.hidden is not None and features.hidden >= lpm.depth:
+        problems.append(("features.hidden", f"{lpm.name} has blocks 0 to {lpm.depth - 1} (is {features.hidden})"))
     if features.importance == "class_token" and not lpm.has_class_token:
         problems.append(("features.importance", f"{lpm.name} has no class token; use global"))
     if int(features.ratio * lpm.tokens) < 1:
@@ -168,6 +170,7 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
         bitround=features.bitround,
         side_image_size=features.side_image_size,
         resize=features.resize,
+        hidden=features.hidden,
     )
 
 

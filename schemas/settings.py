@@ -170,12 +170,16 @@ class FeatureSettings(Section):
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the tokens that is kept per head."""
     dtype: FeatureDtype = "int8"
-    """Type of the cached keys and values: float32, float16, int8 (a quarter of float32) or int4 (an eighth, coarse)."""
+    """Type of the cached keys, values and hidden tokens: float32, float16, int8 (a quarter of float32) or int4 (an
+    eighth, coarse)."""
     pooled: bool = True
     """Also keep the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward pass
     ends with the last tapped keys and values."""
     precision: Literal["auto"] | Precision = "auto"
     """Type in which the LPM computes; auto: the fastest where the store is begun, by a short measurement."""
+    hidden: Annotated[int, Field(ge=0, le=999)] | None = None
+    """Also cache all tokens that enter this block of the LPM, from 0: methods that train only the blocks from it on
+    start there; null: none."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
     bitround: Annotated[int, Field(ge=1, le=23)] | None = None

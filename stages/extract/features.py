@@ -18,7 +18,7 @@ from stages.extract.resize import to_squares
 from stages.extract.taps import Tapped, Taps
 from stages.lpm.loading import LoadedLpm
 from stages.pixels import normalise
-from stages.store.quantise import encode
+from stages.store.quantise import encode, encode_hidden
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,15 @@ def compute_features(
         with torch.autocast(pixels.device.type, enabled=False):
             return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
 
-    with Taps(lpm.model, spec, keep) as taps, in_precision(spec.precision, pixels.device):
+    def keep_hidden(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(pixels.device.type, enabled=False):
+            return encode_hidden(tokens, spec)
+
+    with Taps(lpm.model, spec, keep, keep_hidden) as taps, in_precision(spec.precision, pixels.device):
         tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
-        layers = taps.take()
+        layers, hidden = taps.take(), taps.take_hidden() or {}
     found = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
+    found |= {name: array.cpu().numpy() for name, array in hidden.items()}
     found["indices"] = found["indices"].astype(np.uint16)
     found["side"] = np.stack([image.side for image in images])
     if tokens is not None:

@@ -1,4 +1,4 @@
-"""Taps: keys and values of the important tokens, taken while the LPM runs."""
+"""Taps: keys and values of the important tokens, and hidden tokens, taken while the LPM runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tapped:
 
 
 class _AllTaken(Exception):  # noqa: N818  (not an error: it ends a forward pass of which nothing more is needed)
-    """The last tapped layer has its keys and values."""
+    """All keys and values, and the hidden tokens, are taken."""
 
 
 class Taps(Generic[Kept]):
@@ -46,16 +46,25 @@ class Taps(Generic[Kept]):
     layer by layer.
     """
 
-    def __init__(self, model: nn.Module, spec: FeatureSpec, keep: Callable[[Tapped], Kept]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: FeatureSpec,
+        keep: Callable[[Tapped], Kept],
+        keep_hidden: Callable[[torch.Tensor], Kept] | None = None,
+    ) -> None:
         """Change nothing yet.
 
         Args:
             model: The LPM.
             spec: What to tap.
-            keep: What is kept of a layer until the end of the pass.
+            keep: Gives what is kept of a layer until the end of the pass.
+            keep_hidden: The same for the tokens (B, N, D) that enter block `spec.hidden`; None: they are not taken.
         """
-        self._model, self._spec, self._keep = model, spec, keep
+        self._model, self._spec, self._keep, self._keep_hidden = model, spec, keep, keep_hidden
+        self._hidden_block = None if keep_hidden is None else spec.hidden
         self._found: dict[int, Kept] = {}
+        self._hidden: list[Kept] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Taps[Kept]:
@@ -63,6 +72,9 @@ class Taps(Generic[Kept]):
         for layer in self._spec.layers:
             attention = blocks[layer].attn
             self._replace(attention, self._tapped(layer, attention))
+        if self._hidden_block is not None:
+            handle = blocks[self._hidden_block].register_forward_pre_hook(self._entering)
+            self._stack.callback(handle.remove)
         if self._spec.lpm.tokens > 2 * MLP_CHUNK:
             for block in blocks:
                 if isinstance(mlp := getattr(block, "mlp", None), nn.Module):
@@ -78,6 +90,7 @@ class Taps(Generic[Kept]):
     ) -> None:
         self._stack.close()
         self._found.clear()
+        self._hidden.clear()
 
     def run(self, pixels: torch.Tensor) -> torch.Tensor | None:
         """One forward pass.
@@ -87,7 +100,7 @@ class Taps(Generic[Kept]):
 
         Returns:
             The tokens after the final norm, (B, N, D); None where the spec wants no pooled outputs: then the pass
-            ends with the last keys and values.
+            ends with the last keys and values, or with the hidden tokens of a higher block.
         """
         model: Any = self._model
         try:
@@ -102,10 +115,22 @@ class Taps(Generic[Kept]):
         self._found.clear()
         return found
 
+    def take_hidden(self) -> Kept | None:
+        """What was kept of the hidden tokens of the last forward pass, once; None: they are not taken."""
+        return self._hidden.pop() if self._hidden else None
+
+    def _entering(self, _block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Keep what enters a block: its forward pre-hook."""
+        if self._keep_hidden is not None:
+            self._hidden[:] = [self._keep_hidden(inputs[0])]
+        if not self._spec.pooled and self._hidden_block is not None and self._hidden_block > self._spec.layers[-1]:
+            raise _AllTaken
+
     def _tapped(self, layer: int, attention: nn.Module) -> Callable[..., torch.Tensor]:
         rule, kept = self._spec.importance, self._spec.kept
         scale = scale_of(attention)
-        last = layer == self._spec.layers[-1] and not self._spec.pooled
+        higher = self._hidden_block is not None and self._hidden_block > layer
+        last = layer == self._spec.layers[-1] and not self._spec.pooled and not higher
 
         def forward(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             projected = _in_one_type(project(attention, tokens, *args, **kwargs))

@@ -4,6 +4,9 @@
         features.zarr/          Zarr v3 group; attributes hold the spec, the fingerprint and the shard size
             keys values         (row, layer, head, token, channel), float, int8, or two int4 codes a byte
             scale offset        only beside int8 and int4: see `stages.store.quantise`
+            hidden              (row, token, channel): all tokens that enter one block, encoded like keys and values
+            hidden_scale        as scale and offset, for hidden; all three only with `features.hidden`
+            hidden_offset
             indices             (row, layer, head, token), uint16: position of each kept token
             pooled              (row, output, width), float32: class token and mean of the patches; where it is kept
             side                (row, channel, y, x), uint8: the small image
@@ -48,6 +51,15 @@ DEQUANTISE = {
 }
 """Attribute of quantised groups: how anyone gets the keys and values back."""
 
+DEQUANTISE_HIDDEN = {
+    "int8": "x[token, channel] = 2 ** (hidden_scale[token] / 8 - 24) * code + hidden_offset[channel]",
+    "int4": (
+        "x[token, channel] = 2 ** (hidden_scale[channel] / 8 - 24) * (code - 7.5) + hidden_offset[channel];"
+        " codes are packed as those of keys and values"
+    ),
+}
+"""The same for hidden tokens."""
+
 
 LARGEST_SHARD = 4096
 """Most rows of a shard, as `features.shard_size` allows."""
@@ -78,6 +90,7 @@ def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     pooled = {"pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width"))} if spec.pooled else {}
     return {
         **_cached_layouts(spec),
+        **(_hidden_layouts(spec) if spec.hidden is not None else {}),
         "indices": ArrayLayout(kept, "uint16", tokens),
         **pooled,
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
@@ -100,6 +113,20 @@ def _cached_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
         layouts["scale"] = ArrayLayout((layers, 2, heads, length), "uint8", ("layer", "part", "head", axis))
         layouts["offset"] = ArrayLayout((layers, 2, heads, dim), "float16", ("layer", "part", "head", "channel"))
     return layouts
+
+
+def _hidden_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
+    tokens, width = spec.lpm.tokens, spec.lpm.width
+    if spec.dtype not in ("int8", "int4"):
+        return {"hidden": ArrayLayout((tokens, width), spec.dtype, ("token", "channel"))}
+    if spec.dtype == "int8":
+        codes = ArrayLayout((tokens, width), "int8", ("token", "channel"))
+        scale = ArrayLayout((tokens,), "uint8", ("token",))
+    else:
+        codes = ArrayLayout((tokens, -(-width // 2)), "uint8", ("token", "channel_pair"))
+        scale = ArrayLayout((width,), "uint8", ("channel",))
+    offset = ArrayLayout((width,), "float16", ("channel",))
+    return {"hidden": codes, "hidden_scale": scale, "hidden_offset": offset}
 
 
 @dataclass(frozen=True)
@@ -221,6 +248,8 @@ def create_group(path: Path, spec: FeatureSpec, shard_size: int) -> None:
     }
     if spec.dtype in DEQUANTISE:
         attributes["dequantise"] = DEQUANTISE[spec.dtype]
+        if spec.hidden is not None:
+            attributes["dequantise_hidden"] = DEQUANTISE_HIDDEN[spec.dtype]
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     for name, array in array_layouts(spec).items():
         group.create_array(
@@ -322,6 +351,8 @@ def impossible(spec: FeatureSpec) -> str | None:
         return f"kept is {spec.kept} of {lpm.tokens} tokens"
     if not spec.layers or list(spec.layers) != sorted(set(spec.layers) & set(range(lpm.depth))):
         return f"layers are not ascending numbers below {lpm.depth}"
+    if spec.hidden is not None and not 0 <= spec.hidden < lpm.depth:
+        return f"hidden is {spec.hidden}, not a block from 0 to {lpm.depth - 1}"
     return None
 
 

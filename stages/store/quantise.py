@@ -1,4 +1,4 @@
-"""Keys and values in the type of the store, and back.
+"""Keys, values and hidden tokens in the type of the store, and back.
 
     int8    x = s * code + offset             s per token and head, code in -127..127, offset: channel mean
     int4    x = s * (code - 7.5) + offset     s per channel and head, code in 0..15, offset: centre of the channel
@@ -13,7 +13,8 @@ Int4 codes have their scale per channel: on keys and values of DINOv2 that errs 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ CENTRE = 7.5
 NARROWER = 7
 """Int4 scales that are tried below the one that clips nothing, down to 2^(-7/8) = 0.55 of it."""
 
+HIDDEN_ARRAYS = ("hidden", "hidden_scale", "hidden_offset")
+"""Arrays with the tokens that enter block `spec.hidden`, for `decode_hidden`; the last two only for int8 and int4."""
+
 
 def encode(keys: torch.Tensor, values: torch.Tensor, spec: FeatureSpec) -> dict[str, torch.Tensor]:
     """Arrays of the store from keys and values.
@@ -47,30 +51,77 @@ def encode(keys: torch.Tensor, values: torch.Tensor, spec: FeatureSpec) -> dict[
     Raises:
         DataError: If a number is not finite, or too large for the type.
     """
-    tensors = {"keys": keys, "values": values}
+    key, value = _encoded("keys", keys, spec), _encoded("values", values, spec)
+    arrays = {"keys": key.codes, "values": value.codes}
+    if key.scale is not None and value.scale is not None:
+        arrays["scale"] = torch.stack([key.scale, value.scale], dim=2)
+    if key.offset is not None and value.offset is not None:
+        arrays["offset"] = torch.stack([key.offset, value.offset], dim=2)
+    return arrays
+
+
+def encode_hidden(tokens: torch.Tensor, spec: FeatureSpec) -> dict[str, torch.Tensor]:
+    """Encode hidden tokens as one head of width D.
+
+    Args:
+        tokens: (B, N, D) floats, on any device.
+        spec: Gives the dtype.
+
+    Returns:
+        Those of `HIDDEN_ARRAYS` that the dtype has, (B, ...) as in `array_layouts`.
+
+    Raises:
+        DataError: If a number is not finite, or too large for the type.
+    """
+    encoded = _encoded("hidden tokens", tokens, spec)
+    arrays = zip(HIDDEN_ARRAYS, encoded, strict=True)
+    return {name: array for name, array in arrays if array is not None}
+
+
+def decode_hidden(arrays: Mapping[str, torch.Tensor], spec: FeatureSpec) -> torch.Tensor:
+    """Decode hidden tokens.
+
+    Args:
+        arrays: Those of `HIDDEN_ARRAYS` that the store has, (B, ...) each, on one device; others are ignored.
+        spec: Of the store.
+
+    Returns:
+        (B, N, D) float32: the tokens that enter block `spec.hidden`, class and register tokens first.
+    """
+    codes = arrays["hidden"]
     if spec.dtype in FLOATS:
-        arrays = {}
-        for name, tensor in tensors.items():
-            exact = tensor.to(FLOATS[spec.dtype])
-            _require_finite(name, exact, spec)
-            arrays[name] = round_mantissa(exact, spec.bitround)
-            # The largest numbers of a type are rounded to infinity.
-            _require_finite(name, arrays[name], spec)
-        return arrays
-    quantise = _to_int8 if spec.dtype == "int8" else _to_int4
-    parts = {}
-    for name, tensor in tensors.items():
-        _require_finite(name, tensor, spec)
-        parts[name] = quantise(tensor.float())
-        # An infinite offset or a difference beyond the largest scale.
-        if not bool(torch.isfinite(parts[name][2]).all()) or float(parts[name][3]) > LARGEST:
-            raise _not_representable(name, spec)
-    return {
-        "keys": parts["keys"][0],
-        "values": parts["values"][0],
-        "scale": torch.stack([parts["keys"][1], parts["values"][1]], dim=2),
-        "offset": torch.stack([parts["keys"][2], parts["values"][2]], dim=2),
-    }
+        return codes.float()
+    scale = scale_of(arrays["hidden_scale"], torch.float32)
+    if spec.dtype == "int4":
+        tokens = unpack(codes, spec.lpm.width, torch.float32).sub_(CENTRE).mul_(scale.unsqueeze(-2))
+    else:
+        tokens = codes.float().mul_(scale.unsqueeze(-1))
+    return tokens.add_(arrays["hidden_offset"].float().unsqueeze(-2))
+
+
+class _Encoded(NamedTuple):
+    """Tokens in the type of the store; floats have neither scale nor offset."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+
+def _encoded(name: str, tokens: torch.Tensor, spec: FeatureSpec) -> _Encoded:
+    """(..., T, d) in `spec.dtype`; `name` is for the error."""
+    if spec.dtype in FLOATS:
+        exact = tokens.to(FLOATS[spec.dtype])
+        _require_finite(name, exact, spec)
+        rounded = round_mantissa(exact, spec.bitround)
+        # The largest numbers of a type are rounded to infinity.
+        _require_finite(name, rounded, spec)
+        return _Encoded(rounded)
+    _require_finite(name, tokens, spec)
+    codes, scale, offset, largest = (_to_int8 if spec.dtype == "int8" else _to_int4)(tokens.float())
+    # An infinite offset or a difference beyond the largest scale.
+    if not bool(torch.isfinite(offset).all()) or float(largest) > LARGEST:
+        raise _not_representable(name, spec)
+    return _Encoded(codes, scale, offset)
 
 
 def dequantise(arrays: dict[str, NDArray[Any]], spec: FeatureSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -48,6 +48,7 @@ SPEC: dict[str, Any] = {
     "pooled": True,
     "precision": "float32",
     "resize": "squash",
+    "hidden": None,
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -63,6 +64,7 @@ OTHER_SPEC: dict[str, Any] = {
     "pooled": False,
     "precision": "bfloat16",
     "resize": "letterbox",
+    "hidden": 6,
 }
 
 

@@ -93,6 +93,7 @@ def test_stored_side_image_leaves_room_for_a_crop(side: int) -> None:
     ("raw", "lpm", "path", "words"),
     [
         ({"features": {"layers": [3, 12]}}, {}, "features.layers", "0 to 11"),
+        ({"features": {"hidden": 12}}, {}, "features.hidden", "0 to 11"),
         ({"features": {"importance": "class_token"}}, {"has_class_token": False}, "features.importance", "class token"),
         ({"features": {"ratio": 0.0005}}, {}, "features.ratio", "1025"),
         ({"train": {"side_reduction": 7}}, {}, "train.side_reduction", "12 heads"),

@@ -19,9 +19,15 @@ from stages.store.writer import claim_shard, into_shards, write_shard
 
 
 def serves(spec: FeatureSpec, other: FeatureSpec) -> bool:
-    """Whether a store of `other` holds the features of `spec`: the same but for more layers, or pooled outputs."""
+    """Return whether a store of `other` holds the features of `spec`.
+
+    It may have more layers, and pooled outputs or hidden tokens that `spec` does without.
+    """
     enough = set(spec.layers) <= set(other.layers) and spec.pooled <= other.pooled and spec != other
-    return enough and other.model_copy(update={"layers": spec.layers, "pooled": spec.pooled}) == spec
+    if not enough or spec.hidden not in (None, other.hidden):
+        return False
+    fewer = {"layers": spec.layers, "pooled": spec.pooled, "hidden": spec.hidden}
+    return other.model_copy(update=fewer) == spec
 
 
 def donors(cache_root: Path, spec: FeatureSpec) -> list[Store]:
