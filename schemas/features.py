@@ -8,7 +8,16 @@ from pydantic import model_validator
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureCodec, FeatureDtype, FeatureResize, FixedView, Importance, Precision
+from schemas.settings import (
+    FeatureCodec,
+    FeatureDtype,
+    FeatureResize,
+    FixedView,
+    Importance,
+    Normalisation,
+    Precision,
+    ResizeFilter,
+)
 from schemas.views import IDENTITY, ViewRow
 
 FEATURE_VERSION = 2
@@ -26,6 +35,8 @@ LATER_FIELDS: dict[str, Any] = {
     "pooled": True,
     "precision": "float32",
     "resize": "squash",
+    "filter": None,
+    "normalisation": "lpm",
     "hidden": None,
 }
 """Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
@@ -54,7 +65,7 @@ class LpmInfo(Contract):
     """Per channel (RGB), of pixels in [0, 1]."""
     std: tuple[float, float, float]
     """Per channel (RGB), of pixels in [0, 1]."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    interpolation: ResizeFilter
     """Filter of the resize to the input."""
 
     @property
@@ -99,6 +110,10 @@ class FeatureSpec(Contract):
     """Side of the stored small image, in pixels."""
     resize: FeatureResize = "squash"
     """How an image becomes square, for the LPM and for the side network."""
+    filter: ResizeFilter | None = None
+    """Filter of the resize, where it is not `lpm.interpolation`."""
+    normalisation: Normalisation = "lpm"
+    """Source of `lpm.mean` and `lpm.std`: the LPM's training, or the training images of a study."""
     hidden: int | None = None
     """Block whose input tokens, all N, are cached too; None: no block's."""
 
@@ -107,6 +122,17 @@ class FeatureSpec(Contract):
         """Sha256 (hex) of the canonical JSON of all fields; the store is named by its first 16 characters."""
         fields = self.model_dump(mode="json")
         return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
+
+    @property
+    def resize_filter(self) -> ResizeFilter:
+        """Filter of the resize."""
+        return self.filter or self.lpm.interpolation
+
+    def normalised(self, lpm: LpmInfo) -> LpmInfo:
+        """Return `lpm` with the mean and standard deviation of these features, if those are of a data set."""
+        if self.normalisation == "lpm":
+            return lpm
+        return lpm.model_copy(update={"mean": self.lpm.mean, "std": self.lpm.std})
 
     def differing(self, found: FeatureSpec) -> dict[str, tuple[Any, Any]]:
         """Dotted fields in which `found` differs from this, expected first."""
@@ -130,6 +156,25 @@ class FeatureSpec(Contract):
     def bytes_by_dtype(self) -> dict[str, int]:
         """`bytes_per_image` of the same features in every dtype."""
         return {name: self.model_copy(update={"dtype": name}).bytes_per_image for name in get_args(FeatureDtype)}
+
+
+class ChannelStatistics(Contract):
+    """Mean and standard deviation per channel of training images at the LPM's input size (`normalisation: dataset`)."""
+
+    images_sha256: str
+    """Digest of the sorted ids of the images."""
+    images: int
+    """Image contents, each counted once."""
+    image_size: int
+    """Side of the square input, in pixels; padding does not count."""
+    resize: FeatureResize
+    """How an image becomes square."""
+    filter: ResizeFilter
+    """Filter of the resize."""
+    mean: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1], rounded to 4 decimals."""
+    std: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1], rounded to 4 decimals."""
 
 
 def _encoded_bytes(dtype: FeatureDtype, tokens: int, width: int) -> int:
@@ -240,10 +285,10 @@ class ExtractionReceipt(Contract):
 class ExtractionPlan(Contract):
     """What an extraction would do; nothing is computed to say it."""
 
-    fingerprint: str
-    """Of the features."""
-    store: str
-    """Folder of the store."""
+    fingerprint: str | None
+    """Of the features; None: not known before the mean and deviation of the training images are computed."""
+    store: str | None
+    """Folder of the store; None as for `fingerprint`."""
     images: int
     """Image contents of the manifest."""
     rows: int

@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.settings import FeatureSettings, Layers, Precision, Seed, Settings, TrainSettings
+from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, Seed, Settings, TrainSettings
 
 
 class ResolvedFeatures(FeatureSettings):
     """What is computed and kept per image."""
 
+    filter: ResizeFilter
+    """Filter of the resize."""
     layers: Layers
     """Tapped blocks of the LPM, from 0, ascending."""
     precision: Precision

@@ -22,6 +22,8 @@ Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
 FeatureResize = Literal["squash", "letterbox"]
+ResizeFilter = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+Normalisation = Literal["lpm", "dataset"]
 Precision = Literal["float32", "bfloat16", "float16"]
 FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -162,7 +164,13 @@ class FeatureSettings(Section):
     """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
     resize: FeatureResize = "squash"
     """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
-    LPM's mean colour); the side image the same."""
+    mean colour of `normalisation`); the side image the same."""
+    filter: Literal["auto"] | ResizeFilter = "auto"
+    """Filter of the resize: bilinear, bicubic, lanczos or nearest; auto: the LPM's own. The side image the same."""
+    normalisation: Normalisation = "lpm"
+    """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those it was trained with)
+    or dataset (those of the training images, computed at the start of an extraction). With dataset, other training
+    images mean other features."""
     layers: Literal["auto"] | Layers = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"

@@ -159,7 +159,7 @@ def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: D
 def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.device) -> LoadedLpm:
     """The LPM on its device, refused unless it gives the features that the bundle was trained on."""
     source = lpm or LpmSettings(name=spec.lpm.name)
-    info = describe_lpm(source.name, spec.lpm.image_size, root)
+    info = spec.normalised(describe_lpm(source.name, spec.lpm.image_size, root))
     if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
         raise CacheMismatchError(
             f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",

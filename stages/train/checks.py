@@ -10,7 +10,7 @@ import torch
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
-from schemas.resolve import feature_spec
+from schemas.resolve import expected_spec
 from schemas.resolved import ResolvedSettings
 from schemas.settings import Method
 from schemas.views import manifest_rows
@@ -27,7 +27,9 @@ UNREAD: dict[Method, tuple[str, ...]] = {
 }
 """Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
 
-SIDE_IMAGE_FIELDS = frozenset({"feature_version", "resize", "lpm.mean", "lpm.std", "lpm.interpolation"})
+SIDE_IMAGE_FIELDS = frozenset(
+    {"feature_version", "resize", "filter", "normalisation", "lpm.mean", "lpm.std", "lpm.interpolation"}
+)
 """Fields of the features that determine the stored small images and their normalisation."""
 
 FREE = frozenset(
@@ -74,8 +76,7 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
             "They were extracted with features.pooled: false.",
             "Set features.pooled: true in params.yaml, then run `fpt extract`.",
         )
-    # Stage two needs no weights file: their digest is the one field that the settings cannot say.
-    expected = feature_spec(settings, lpm, found.weights_sha256)
+    expected = expected_spec(settings, lpm, found)
     # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
     expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
     differing = expected.differing(found)

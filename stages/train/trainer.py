@@ -182,8 +182,8 @@ def train_together(
         probed = fit_probe(network, rows, manifest, labels, settings, fits)
         recipe = Recipe(
             settings=settings.train,
-            mean=lpm.mean,
-            std=lpm.std,
+            mean=receipt.spec.lpm.mean,
+            std=receipt.spec.lpm.std,
             class_weights=class_weights(settings, labels["train"], manifest.classes, device),
             device=device,
             workers=settings.compute.loader_workers,
