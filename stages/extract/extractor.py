@@ -36,12 +36,12 @@ Execute = Callable[
 """Runs tasks, in any order, and yields each when its shard has its receipt; like `stages.extract.shard_task.inline`."""
 
 Step = Literal["statistics", "check"]
-"""What comes before the first feature: mean and deviation of the training images, and the check of the store."""
+"""Steps before the first feature: mean and deviation of the training images, and the check of the store."""
 
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """What to extract, and where to."""
+    """Images, settings and folders of one extraction."""
 
     settings: ResolvedSettings
     """Resolved."""
@@ -82,7 +82,7 @@ class ExtractProgress:
     repaired: int
     """Shards that were removed because their files did not fit their receipts."""
     reused: int = 0
-    """Of the cached, copied from a store of more layers."""
+    """Rows of `cached` that were copied from a store of more layers."""
 
 
 def extract(
@@ -94,7 +94,7 @@ def extract(
     """Compute the features that the store lacks and write the extraction receipt.
 
     Args:
-        job: What to extract, and where to.
+        job: Images, settings and folders.
         progress: Called at the start and after every batch.
         preparing: Called with (step, done, total) before that: images of the statistics, shards of the check.
         execute: Runs the tasks: in this process, or on a cluster.
@@ -176,7 +176,7 @@ class _Extraction:
 
     def _compute(self, missing: Sequence[str], execute: Execute) -> None:
         job, rows = self._job, self._rows
-        # Of several files with one content, the first of the manifest.
+        # If several files have one content, the first of the manifest.
         paths = {row.id: str(job.images / row.path) for row in reversed(job.manifest.rows)}
         images = [(rows[name].image, paths[rows[name].image], rows[name].view) for name in missing]
         tasks = plan_tasks(self._store, images)

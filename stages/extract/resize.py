@@ -16,7 +16,7 @@ FILTERS = {
 }
 
 _SAMPLE = 32
-"""Side of a grid of sampled pixels: it tells most colour photographs from grey images before all pixels are read."""
+"""Side of a grid of sampled pixels, which identifies most colour photographs before all pixels are compared."""
 
 
 def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
