@@ -1,4 +1,4 @@
-"""Resolved settings: plain values only. What a stage accepts; `schemas.resolve` makes them of what the user wrote."""
+"""Resolved settings: plain values only, which stages accept; `schemas.resolve` makes them from `Settings`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, S
 
 
 class ResolvedFeatures(FeatureSettings):
-    """What is computed and kept per image."""
+    """Features that are computed and stored per image."""
 
     filter: ResizeFilter
     """Filter of the resize."""

@@ -25,8 +25,9 @@ from stages.files import sha256_file
 from stages.lpm.loading import describe_lpm
 from stages.lpm.weights import locate_weights
 from stages.prepare.folds import all_to_train
+from stages.store.array_layouts import array_layouts
 from stages.store.index import RowIndex, misfits, refresh_index
-from stages.store.layout import Store, array_layouts, open_store_layout, store_path
+from stages.store.layout import Store, open_store_layout, store_path
 from stages.store.manage.reuse import reusable_rows
 from stages.store.writer import into_shards
 

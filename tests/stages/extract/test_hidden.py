@@ -21,7 +21,8 @@ from stages.extract.extractor import ExtractProgress
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.plan import plan_extraction
 from stages.lpm.loading import LoadedLpm, describe_lpm, load_lpm
-from stages.store.layout import array_layouts, impossible, open_store_layout
+from stages.store.array_layouts import array_layouts
+from stages.store.layout import impossible, open_store_layout
 from stages.store.manage.reuse import serves
 from stages.store.manage.transfer import pull, push
 from stages.store.manage.verify import verify_store
