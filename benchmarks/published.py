@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from schemas.results import SideNetworkSpec
+from schemas.specs import SideNetworkSpec
 from schemas.settings import AugmentSettings
-from stages.methods.cached_tokens import Cached
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork
 
 
@@ -243,7 +243,7 @@ def require_same_function(spec: SideNetworkSpec, kept: int) -> None:
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     image = torch.randn(2, 3, spec.image_size, spec.image_size, generator=generator)
     left = PublishedNetwork.like(ours).eval()(image, keys.transpose(0, 1), values.transpose(0, 1))
-    right = ours(image, Cached(keys, values))
+    right = ours(image, CachedTokens(keys, values))
     error = float((left - right).abs().max() / right.abs().max())
     if error > 1e-4:
         raise RuntimeError(f"what is compared is not the same function: logits differ by a share of {error:.1e}")

@@ -37,7 +37,7 @@ from stages.device import keep_freed_memory
 from stages.methods.fpt import PromptedSideNetwork
 from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
-from stages.threads import ONE, Lanes, open_lanes
+from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.checkpoints import Fit
 from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
@@ -65,10 +65,10 @@ def run_of(model: PromptedSideNetwork, lr: float = 5e-4) -> Run:
     return Run(Fit(model, make_optimizer(model, recipe.settings)), recipe, Path(), lambda _: None)
 
 
-def epoch(runs: list[Run], data: FeatureDataset, lanes: Lanes = ONE) -> None:
+def epoch(runs: list[Run], data: FeatureDataset, threads: Threads = CALLING_THREAD) -> None:
     """One epoch of all runs on one stream."""
     for batch in batches(data, EpochSampler(len(data), BATCH, 0)):
-        training_step(runs, batch, lanes=lanes)
+        training_step(runs, batch, threads=threads)
 
 
 def main() -> None:
@@ -84,12 +84,12 @@ def main() -> None:
     keep_freed_memory()
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as name,
-        open_lanes(len(RATES), torch.device("cpu")) as lanes,
+        open_threads(len(RATES), torch.device("cpu")) as threads,
     ):
-        measure(Path(name), arguments, lanes)
+        measure(Path(name), arguments, threads)
 
 
-def measure(folder: Path, arguments: argparse.Namespace, lanes: Lanes) -> None:
+def measure(folder: Path, arguments: argparse.Namespace, threads: Threads) -> None:
     """Time everything in turns."""
     _, receipt = fill(folder / "store", make_spec(arguments.dtype), arguments.rows)
     ids = [image_id(number) for number in range(arguments.rows)]
@@ -106,7 +106,7 @@ def measure(folder: Path, arguments: argparse.Namespace, lanes: Lanes) -> None:
         "fpt+, from the disk": lambda: epoch([single], disk),
         "fpt+, held in memory": lambda: epoch([single], held),
         "eight one after the other": lambda: [epoch([run], held) for run in alone],
-        "eight in one pass": lambda: epoch(many, held, lanes),
+        "eight in one pass": lambda: epoch(many, held, threads),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for attempt in range(arguments.repeats + 1):

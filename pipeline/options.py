@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias, get_args
+from typing import Annotated, TypeAlias
 
 import typer
 
 from pipeline.params import PARAMS
-from schemas.settings import FittedMethod, Method
+from schemas.methods import METHODS
 
 Params: TypeAlias = Annotated[Path, typer.Option("--params", metavar="FILE", help="Settings of the study.")]
 Assignments: TypeAlias = Annotated[
@@ -17,9 +17,9 @@ Assignments: TypeAlias = Annotated[
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-METHODS = ", ".join(get_args(Method))
+METHOD_NAMES = ", ".join(METHODS)
 """Every method, for help texts."""
-TRAINED_METHODS = ", ".join(name for name in get_args(Method) if name not in get_args(FittedMethod))
+TRAINED_METHODS = ", ".join(row.name for row in METHODS.values() if not row.closed_form)
 """Methods with a training step."""
 
 PARAMS_FILE = Path(PARAMS)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.console import say
 from pipeline.params import load_settings
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
 from schemas.settings import OUTPUTS, Precision, Settings
+
+if TYPE_CHECKING:
+    from schemas.manifest import Manifest
+    from stages.train.inputs import StudyFiles
 
 CACHE_VARIABLE = "FPT_CACHE_DIR"
 
@@ -69,6 +74,22 @@ class Study:
     def remote(self) -> str | None:
         """`store.remote`; a relative folder starts at the study's."""
         return remote_store(self.settings, self.root)
+
+    def files(self, manifest: Manifest) -> StudyFiles:
+        """What training and evaluation read; without a receipt where nothing was extracted."""
+        from stages.store.extraction_receipt import read_extraction_receipt
+        from stages.train.inputs import StudyFiles
+
+        return StudyFiles(
+            manifest=manifest,
+            lpm=self.lpm,
+            receipt=read_extraction_receipt(self.receipt) if self.receipt.exists() else None,
+            cache_root=self.cache,
+            root=self.root,
+            data=self.settings.data,
+            weights=self.settings.lpm,
+            remote=self.remote,
+        )
 
     @property
     def checkpoints(self) -> Path:

@@ -67,11 +67,16 @@ class Combination:
     @property
     def assignments(self) -> list[str]:
         """As `--set` overrides."""
-        return [f"{key if key == METHOD_AXIS else f'train.{key}'}={value}" for key, value in self.values.items()]
+        return [f"{_setting(key)}={value}" for key, value in self.values.items()]
 
     def only(self, keys: frozenset[str]) -> Combination:
         """Without the axes that do not matter."""
         return Combination({key: value for key, value in self.values.items() if key in keys})
+
+
+def _setting(axis: str) -> str:
+    """Return the dotted setting of an axis: `method`, `methods.finetune.blocks`, or a setting of `train`."""
+    return axis if axis == METHOD_AXIS or axis.startswith("methods.") else f"train.{axis}"
 
 
 def _name(values: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from schemas.text import counted
 if TYPE_CHECKING:
     from pipeline.project import Study
     from schemas.features import ExtractionReceipt
+    from stages.train.inputs import StudyFiles
 
 RUN_FILE = "run.json"
 
@@ -80,7 +81,7 @@ def plan_jobs(
     assignments: Sequence[str],
     combinations: Sequence[Combination],
     parts: Sequence[Part],
-    receipt: ExtractionReceipt,
+    files: StudyFiles,
     folder: Path,
 ) -> list[Job]:
     """Every combination on every part, refused as a whole where one of them cannot be trained.
@@ -90,16 +91,17 @@ def plan_jobs(
         CacheMismatchError: The features do not fit a run.
         CacheIncompleteError: Images or views have no features.
     """
-    from stages.train.trainer import run_key
+    from stages.train.inputs import inputs_key
+    from stages.train.job import run_key
 
     variants = _variants(study, params, assignments, combinations)
-    _check(study, receipt, [settings for _, settings in variants], parts)
+    _check(study, files, [settings for _, settings in variants], parts)
     jobs = []
     for part in parts:
         for combination, settings in variants:
             own = settings.model_copy(update={"data": settings.data.model_copy(update={"seed": part.seed})})
             place = folder / "runs" / part.name / combination.name
-            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, receipt)))
+            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, inputs_key(own, files))))
     return jobs
 
 
@@ -107,44 +109,48 @@ def _variants(
     study: Study, params: Path, assignments: Sequence[str], combinations: Sequence[Combination]
 ) -> list[tuple[Combination, ResolvedSettings]]:
     """Resolved settings of each combination; all have the order of images of the study."""
-    from pipeline.params import load_settings
+    from pipeline.params import override, read_params
+    from schemas.methods import FITTED_BY, METHODS
+    from schemas.parse import parse_settings
     from schemas.resolve import resolve
-    from stages.train.closed_form import FITTED, READ
 
     shared = [
         f"train.order_seed={study.settings.train.order_seed}",
         f"features.precision={study.settings.features.precision}",
     ]
-    found: list[tuple[Combination, ResolvedSettings]] = []
-    names: set[str] = set()
+    tree = override(read_params(params), assignments)
+    resolved: dict[str, tuple[Combination, ResolvedSettings]] = {}
     for asked in combinations:
         combination = asked
-        settings = load_settings(params, [*assignments, *combination.assignments, *shared])
-        if settings.method in FITTED:
+        settings = parse_settings(override(tree, [*combination.assignments, *shared]), source=params.name)
+        if METHODS[settings.method].closed_form:
             # The same fit for every seed and rate: once is enough.
-            combination = combination.only(READ | {METHOD_AXIS})
-            settings = load_settings(params, [*assignments, *combination.assignments, *shared])
-        if combination.name not in names:
-            names.add(combination.name)
-            found.append((combination, resolve(settings, study.lpm)))
-    return found
+            combination = combination.only(FITTED_BY | {METHOD_AXIS})
+            settings = parse_settings(override(tree, [*combination.assignments, *shared]), source=params.name)
+        if combination.name not in resolved:
+            resolved[combination.name] = (combination, resolve(settings, study.lpm))
+    return list(resolved.values())
 
 
-def _check(
-    study: Study, receipt: ExtractionReceipt, variants: Sequence[ResolvedSettings], parts: Sequence[Part]
-) -> None:
+def _check(study: Study, files: StudyFiles, variants: Sequence[ResolvedSettings], parts: Sequence[Part]) -> None:
+    """Refuse features that do not serve every variant that reads them."""
+    from schemas.methods import METHODS
     from stages.store.remote_rows import open_rows
     from stages.train.checks import check_features, check_rows, check_views
 
-    for settings in variants:
+    reading = [settings for settings in variants if "image" not in METHODS[settings.method].reads(settings)]
+    if not reading:
+        return
+    receipt = files.need_receipt()
+    for settings in reading:
         check_features(settings, study.lpm, receipt)
         check_views(settings, receipt)
     store = open_rows(study.cache, receipt, study.remote)
     try:
         for part in parts:
-            check_rows(variants[0], part.manifest, store)
+            check_rows(reading[0], part.manifest, store)
     except CacheIncompleteError as error:
-        if variants[0].features.views == ("identity",) and not variants[0].features.crops:
+        if reading[0].features.views == ("identity",) and not reading[0].features.crops:
             raise
         raise CacheIncompleteError(
             f"No features of every view: {counted(len(error.missing), 'image')}.",
@@ -156,17 +162,19 @@ def _check(
         store.close()
 
 
-def note_use(study: Study, receipt: ExtractionReceipt) -> None:
-    """Tell the store that this study relies on it."""
+def note_use(study: Study, receipt: ExtractionReceipt | None) -> None:
+    """Register the study as a user of its store."""
     from stages.store.manage.usage import register_use
 
+    if receipt is None:
+        return
     with suppress(StorageError):  # A store that cannot be written can be trained from all the same.
         register_use(study.cache, receipt.fingerprint, study.root, study.receipt, [int(n) for n in receipt.shards])
 
 
-def train_jobs(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> int:
-    """Train what has no note, all that can share a pass in one; says how many."""
-    note_use(study, receipt)
+def train_jobs(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> int:
+    """Train what has no note, all that can share a pass together; return how many were trained."""
+    note_use(study, files.receipt)
     waiting = [job for job in jobs if job.record is None]
     passes = list(_passes(waiting))
     for number, members in enumerate(passes, start=1):
@@ -174,7 +182,7 @@ def train_jobs(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) ->
             where = f"{members[0].part.name}, " if members[0].part.name else ""
             count = counted(len(members), "run")
             say(f"Pass {number} of {len(passes)}: {where}{members[0].settings.method}, {count}")
-        _train(study, receipt, members)
+        _train(study, files, members)
     return len(waiting)
 
 
@@ -189,16 +197,17 @@ def _passes(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     yield from groups.values()
 
 
-def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> None:
+def _train(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> None:
     from pipeline.epoch_log import EpochLogger
     from pipeline.params import write_settings
-    from stages.train.closed_form import FITTED
+    from schemas.methods import METHODS
+    from stages.train.job import Watch
     from stages.train.trainer import train_together
 
     with ExitStack() as stack:
         loggers = []
         for job in jobs:
-            epochs = 1 if job.settings.method in FITTED else job.settings.train.epochs
+            epochs = 1 if METHODS[job.settings.method].closed_form else job.settings.train.epochs
             loggers.append(stack.enter_context(EpochLogger(job.folder / "train", epochs, title=f"{job.name}  ")))
 
         def follow(position: int, log: EpochLog) -> None:
@@ -206,15 +215,10 @@ def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> Non
 
         results = train_together(
             [job.settings for job in jobs],
-            study.lpm,
-            jobs[0].part.manifest,
-            receipt,
-            study.cache,
+            replace(files, manifest=jobs[0].part.manifest),
             [job.folder / "model" for job in jobs],
             study.checkpoints,
-            follow,
-            remote=study.remote,
-            on_notice=say,
+            Watch(on_epoch=follow, on_notice=say),
         )
         for logger, result in zip(loggers, results, strict=True):
             logger.finish(result.best)
@@ -224,7 +228,7 @@ def _train(study: Study, receipt: ExtractionReceipt, jobs: Sequence[Job]) -> Non
         job.note(RunRecord(run=job.key, best_epoch=best.epoch, val_auc=best.val_auc, val_loss=best.val_loss))
 
 
-def judge_job(study: Study, receipt: ExtractionReceipt, job: Job, record: RunRecord) -> Metrics:
+def evaluate_job(files: StudyFiles, job: Job, record: RunRecord) -> Metrics:
     """Metrics on the test images of its part; computed once.
 
     Metrics of other rows (another evaluation may have been written over this one) are computed again: side by side with
@@ -243,13 +247,10 @@ def judge_job(study: Study, receipt: ExtractionReceipt, job: Job, record: RunRec
             if metrics.rows_sha256 == expected:
                 return metrics
     metrics = evaluate(
-        job.part.manifest,
-        receipt,
+        replace(files, manifest=job.part.manifest),
         job.folder / "model",
-        study.cache,
         output,
         device=set_up(job.settings.compute),
-        remote=study.remote,
     )
     job.note(record.model_copy(update={"judged": True}))
     return metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from schemas.base import Contract
-from schemas.settings import Method
+from schemas.methods import Method
 
 
 class StoreMemory(Contract):

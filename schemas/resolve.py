@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
+from schemas.methods import METHODS, MethodRow
 from schemas.resolved import ResolvedFeatures, ResolvedSettings, ResolvedTrain
-from schemas.results import AttentiveSpec, SideNetworkSpec
-from schemas.settings import Method, Precision, Settings
-
-WITHOUT_SIDE_NETWORK: frozenset[Method] = frozenset({"statistics", "linear", "knn", "attentive"})
-"""Methods that read no side image."""
+from schemas.settings import Precision, Settings
 
 ATTENTIVE_WEIGHT = 0.1
 """Share of attentive probes in the averaged log-probabilities, where there are any."""
@@ -22,36 +17,7 @@ SIDE_PATCH = 16
 """Side of the side network's patch, in pixels."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What "auto" means for a method."""
-
-    first_layer: float
-    """First tapped block as a share of the depth."""
-    side_image_size: int
-    """Input of the side network, in pixels."""
-    members: int = 1
-    """Side networks."""
-    attentive: int = 0
-    """Attentive probes."""
-    probe_weight: float = 0.0
-    """Of the linear probes."""
-    keep: Literal["best", "late", "last"] = "best"
-    """Which epoch."""
-
-
 ChoosePrecision = Callable[[ResolvedSettings], Precision]
-
-PRESETS: dict[Method, Preset] = {
-    "fpt": Preset(first_layer=0.0, side_image_size=224),
-    "fpt+": Preset(first_layer=0.5, side_image_size=128),
-    "fpt-x": Preset(first_layer=0.5, side_image_size=128, members=5, attentive=1, probe_weight=0.5, keep="late"),
-    "side": Preset(first_layer=0.5, side_image_size=128),
-    "statistics": Preset(first_layer=0.5, side_image_size=128),
-    "linear": Preset(first_layer=0.5, side_image_size=128),
-    "knn": Preset(first_layer=0.5, side_image_size=128),
-    "attentive": Preset(first_layer=0.5, side_image_size=128),
-}
 
 
 def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision | None = None) -> ResolvedSettings:
@@ -66,7 +32,8 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     Raises:
         SettingsError: Where a value does not fit the LPM; all problems at once.
     """
-    preset, features, train = PRESETS[settings.method], settings.features, settings.train
+    row, features, train = METHODS[settings.method], settings.features, settings.train
+    preset = row.preset
     problems: list[tuple[str, str]] = []
     layers = tuple(range(int(preset.first_layer * lpm.depth), lpm.depth))
     if features.layers != "auto":
@@ -80,12 +47,16 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     if int(features.ratio * lpm.tokens) < 1:
         problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
     width, rest = divmod(lpm.width, train.side_reduction)
-    if settings.method not in WITHOUT_SIDE_NETWORK and (rest or width % lpm.heads):
+    if row.has_side_network and (rest or width % lpm.heads):
         whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
         problems.append(("train.side_reduction", whole))
-    pool = _pool(settings, preset, problems)
-    if pool["probe_weight"] and not features.pooled:
-        problems.append(("features.pooled", "must be true: linear probes read the pooled outputs"))
+    pool = _pool(settings, row, problems)
+    methods = settings.methods
+    if row.resolve is not None:
+        methods, own = row.resolve(methods, lpm.depth, features.hidden)
+        problems += own
+    if not features.pooled and (pool["probe_weight"] or "pooled" in row.inputs):
+        problems.append(("features.pooled", f"must be true: {settings.method} reads the pooled outputs"))
     named = settings.data.classes or settings.data.label_columns
     if isinstance(train.class_weights, tuple) and named is not None:
         have, need = len(train.class_weights), len(named)
@@ -96,7 +67,12 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
     stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
     resolved = ResolvedSettings(
-        **{name: getattr(settings, name) for name in type(settings).model_fields if name not in ("features", "train")},
+        **{
+            name: getattr(settings, name)
+            for name in type(settings).model_fields
+            if name not in ("features", "train", "methods")
+        },
+        methods=methods,
         features=ResolvedFeatures(
             **{
                 **features.model_dump(),
@@ -123,18 +99,18 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     return resolved.model_copy(update={"features": chosen})
 
 
-def _pool(settings: Settings, preset: Preset, problems: list[tuple[str, str]]) -> dict[str, float]:
+def _pool(settings: Settings, row: MethodRow, problems: list[tuple[str, str]]) -> dict[str, float]:
     """What is averaged, and with which shares."""
-    if settings.method in WITHOUT_SIDE_NETWORK:
+    if not row.has_side_network:
         return {"members": 1, "attentive": 0, "attentive_weight": 0.0, "probe_weight": 0.0}
-    train = settings.train
+    train, preset = settings.train, row.preset
     members = preset.members if train.members == "auto" else train.members
     attentive = preset.attentive if train.attentive == "auto" else train.attentive
     share = ATTENTIVE_WEIGHT if attentive else 0.0
     attentive_weight = share if train.attentive_weight == "auto" else train.attentive_weight
     probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
-    if attentive and settings.method == "side":
-        problems.append(("train.attentive", "must be 0: side reads no cached tokens"))
+    if attentive and "tokens" not in row.inputs:
+        problems.append(("train.attentive", f"must be 0: {row.name} reads no cached tokens"))
     if bool(attentive) != bool(attentive_weight):
         problems.append(("train.attentive_weight", f"is {attentive_weight:g} with {attentive} attentive probes"))
     if attentive_weight + probe_weight >= 1.0:
@@ -189,55 +165,3 @@ def expected_spec(settings: ResolvedSettings, lpm: LpmInfo, extracted: FeatureSp
         # If the LPM is described differently now, that is the difference to report, not the filter.
         spec = spec.model_copy(update={"filter": extracted.filter})
     return spec
-
-
-def network_spec(settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec | AttentiveSpec:
-    """The network of resolved settings.
-
-    Raises:
-        SettingsError: If the method trains none: it is fitted to all rows at once.
-    """
-    features, train = settings.features, settings.train
-    if settings.method == "statistics" or settings.method == "linear" or settings.method == "knn":
-        raise SettingsError(
-            f"{settings.method} has no training step: there is nothing to estimate.",
-            [("method", "is fitted to all training images at once")],
-            "Choose a method that trains a network, such as --method attentive.",
-        )
-    if settings.method == "attentive":
-        return AttentiveSpec(
-            classes=classes,
-            layers=len(features.layers),
-            lpm_width=lpm.width,
-            heads=lpm.heads,
-            queries=train.prompts,
-            task=settings.data.task,
-        )
-    return SideNetworkSpec(
-        method=settings.method,
-        classes=classes,
-        layers=len(features.layers),
-        lpm_width=lpm.width,
-        heads=lpm.heads,
-        width=lpm.width // train.side_reduction,
-        image_size=train.side_image_size,
-        prompts=train.prompts,
-        dropout=train.dropout,
-        members=train.members,
-        attentive=train.attentive,
-        attentive_weight=train.attentive_weight,
-        probe_weight=train.probe_weight,
-        task=settings.data.task,
-    )
-
-
-def attentive_spec(spec: SideNetworkSpec) -> AttentiveSpec:
-    """The attentive probes that learn beside side networks of this spec."""
-    return AttentiveSpec(
-        classes=spec.classes,
-        layers=spec.layers,
-        lpm_width=spec.lpm_width,
-        heads=spec.heads,
-        queries=spec.prompts,
-        task=spec.task,
-    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from schemas.base import Contract
 from schemas.features import FeatureSpec
 from schemas.manifest import GroupUnit, Split
+from schemas.methods import AnySpec, Method
 from schemas.resolved import ResolvedTrain
-from schemas.settings import Method, SideMethod
 from schemas.tasks import Task
 
 BUNDLE_VERSION: Literal[2] = 2
@@ -18,128 +18,6 @@ BUNDLE_VERSION: Literal[2] = 2
 
 PROBABILITY = "p_"
 """Prefix of a probability column in tables of predictions; no other column starts with it."""
-
-
-class SideNetworkSpec(Contract):
-    """All that is needed to rebuild the fusion and the side network around its weights."""
-
-    method: SideMethod
-    """Which preset."""
-    classes: int
-    """Outputs."""
-    layers: int
-    """Blocks: one per tapped layer."""
-    lpm_width: int
-    """D."""
-    heads: int
-    """H, of the LPM and of the side network."""
-    width: int
-    """Width of the side network, D / reduction."""
-    image_size: int
-    """Input of the side network, in pixels."""
-    prompts: int
-    """Per layer."""
-    dropout: float
-    """Of the fused prompts."""
-    members: int = 1
-    """Side networks, each with its prompts, whose log-probabilities are averaged."""
-    attentive: int = 0
-    """Attentive probes that learn beside them, with as many queries as there are prompts."""
-    attentive_weight: float = 0.0
-    """Share of the attentive probes in the log-probabilities."""
-    probe_weight: float = 0.0
-    """Share of the linear probes in the log-probabilities; 0: there are none."""
-    task: Task = "multiclass"
-    """What the outputs mean."""
-
-    @property
-    def side_weight(self) -> float:
-        """Share of the side networks in the log-probabilities."""
-        return 1.0 - self.attentive_weight - self.probe_weight
-
-    @property
-    def sources(self) -> int:
-        """What linear probes are fitted to: the pooled outputs, and the statistics of keys and values of each layer."""
-        return 1 if self.method == "side" else 1 + 2 * self.layers
-
-
-class LinearSpec(Contract):
-    """All that is needed to rebuild a logistic regression around its weights."""
-
-    method: Literal["linear"] = "linear"
-    """The kind of model."""
-    classes: int
-    """Outputs."""
-    features: int
-    """Inputs: both pooled outputs, 2 D."""
-    c: float
-    """Inverse of the L2 penalty, of the lowest out-of-fold log-loss."""
-    task: Task = "multiclass"
-    """What the outputs mean."""
-
-
-class KnnSpec(Contract):
-    """All that is needed to rebuild a nearest-neighbour classifier around its rows."""
-
-    method: Literal["knn"] = "knn"
-    """The kind of model."""
-    classes: int
-    """Outputs."""
-    features: int
-    """Inputs: both pooled outputs, 2 D."""
-    rows: int
-    """Training rows that vote."""
-    neighbours: int
-    """k, of the lowest out-of-fold log-loss."""
-    task: Task = "multiclass"
-    """What the outputs mean."""
-
-
-class StatisticsSpec(Contract):
-    """All that is needed to rebuild linear probes of statistics around their weights."""
-
-    method: Literal["statistics"] = "statistics"
-    """The kind of model."""
-    classes: int
-    """Outputs."""
-    layers: tuple[int, ...]
-    """Tapped blocks of the features, from 0."""
-    features: int
-    """Inputs of each source, 2 D."""
-    shares: tuple[float, ...]
-    """Of each source in the average: the pooled outputs, then of each layer keys and values."""
-    task: Task = "multiclass"
-    """What the outputs mean."""
-
-    @property
-    def ranked(self) -> tuple[tuple[str, float], ...]:
-        """Sources by name, with their shares, the largest first."""
-        parts = (f"{part} of block {layer}" for layer in self.layers for part in ("keys", "values"))
-        named = zip(("pooled outputs", *parts), self.shares, strict=True)
-        return tuple(sorted(named, key=lambda pair: -pair[1]))
-
-
-class AttentiveSpec(Contract):
-    """All that is needed to rebuild an attentive probe around its weights."""
-
-    method: Literal["attentive"] = "attentive"
-    """The kind of model."""
-    classes: int
-    """Outputs."""
-    layers: int
-    """Tapped layers of the features; each has its own queries."""
-    lpm_width: int
-    """D."""
-    heads: int
-    """H, of the LPM."""
-    queries: int
-    """Per layer."""
-    task: Task = "multiclass"
-    """What the outputs mean."""
-
-
-ModelSpec = SideNetworkSpec | StatisticsSpec | LinearSpec | KnnSpec | AttentiveSpec
-"""Every kind of trained model; `method` tells them apart."""
 
 
 class BundleSpec(Contract):
@@ -153,7 +31,7 @@ class BundleSpec(Contract):
     """Layout."""
     classes: tuple[str, ...]
     """Label names in the order of the logits."""
-    network: Annotated[ModelSpec, Field(discriminator="method")]
+    network: AnySpec
     """What is built around the weights."""
     features: FeatureSpec
     """The features that it was trained on: prediction computes the same."""
@@ -176,11 +54,9 @@ class BundleSpec(Contract):
         return self.network.task
 
     @property
-    def learnt_from(self) -> tuple[Split, ...]:
-        """Splits whose images trained it: linear probes of statistics take those of validation, too."""
-        network = self.network
-        probes = network.probe_weight > 0 if isinstance(network, SideNetworkSpec) else network.method == "statistics"
-        return ("train", "val") if probes else ("train",)
+    def fitted_splits(self) -> tuple[Split, ...]:
+        """Splits whose images trained it."""
+        return self.network.fitted_splits
 
 
 class EpochLog(Contract):
@@ -289,7 +165,7 @@ class Metrics(Contract):
         return {name: value for name, value in values.items() if name not in foreign}
 
 
-class JudgedModel(Contract):
+class EvaluatedModel(Contract):
     """What a table of predictions says about the model that made them."""
 
     method: Method
@@ -317,7 +193,7 @@ class ComparedModel(Contract):
 
     name: str
     """Folder, as it was given."""
-    model: JudgedModel | None
+    model: EvaluatedModel | None
     """Null where the predictions do not say."""
     train_seconds: float | None
     """Time of its training; null where the folder of the training does not lie beside."""

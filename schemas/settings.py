@@ -13,11 +13,9 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
+from schemas.methods import METHODS_HELP, Method, MethodSettings
 from schemas.tasks import SEPARATOR, Task
 
-SideMethod = Literal["fpt", "fpt+", "fpt-x", "side"]
-FittedMethod = Literal["statistics", "linear", "knn"]
-Method = Literal[SideMethod, FittedMethod, "attentive"]
 Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
@@ -350,11 +348,7 @@ class TrainSettings(Section):
 class Settings(Section):
     """All settings of a study."""
 
-    method: Method = "fpt-x"
-    """Preset: fpt-x (side networks of fpt+, attentive and linear probes, averaged), the published fpt (MICCAI
-    2024) and fpt+ (TNNLS 2025), or a baseline on the same features: side (the side network of fpt+ without them),
-    statistics (logistic regressions on mean and deviation of the tokens, layer by layer), linear (logistic regression)
-    and knn on the pooled outputs, attentive (queries on the tokens)."""
+    method: Annotated[Method, Field(description=f"What is trained: {METHODS_HELP}.")] = "fpt-x"
     data: DataSettings = DataSettings()
     """Images, labels, splits."""
     lpm: LpmSettings = LpmSettings()
@@ -363,6 +357,8 @@ class Settings(Section):
     """What stage one keeps."""
     train: TrainSettings = TrainSettings()
     """Stage two."""
+    methods: MethodSettings = MethodSettings()
+    """What only one method has."""
     store: StoreSettings = StoreSettings()
     """The feature store."""
     compute: ComputeSettings = ComputeSettings()

@@ -18,14 +18,14 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-class Lanes:
+class Threads:
     """Threads, or the calling one alone."""
 
     def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
         self._pool, self.count = pool, count
 
     def map(self, work: Callable[[Sequence[Item]], Sequence[Found]], items: Sequence[Item]) -> list[Found]:
-        """Work on all items, some in each lane.
+        """Work on all items, some in each thread.
 
         Args:
             work: From some of the items to one result each.
@@ -35,34 +35,34 @@ class Lanes:
             The results, in the order of the items.
 
         Raises:
-            Exception: Of the first lane that failed.
+            Exception: Of the first thread that failed.
         """
         count = min(self.count, len(items))
         if self._pool is None or count == 1:
             return list(work(items))
-        parts = list(self._pool.map(work, [items[lane::count] for lane in range(count)]))
+        parts = list(self._pool.map(work, [items[thread::count] for thread in range(count)]))
         return [parts[position % count][position // count] for position in range(len(items))]
 
 
-ONE = Lanes()
+CALLING_THREAD = Threads()
 """The calling thread."""
 
 
 @contextmanager
-def open_lanes(members: int, device: torch.device) -> Iterator[Lanes]:
-    """As many lanes as there are torch threads and members, one on accelerators.
+def open_threads(members: int, device: torch.device) -> Iterator[Threads]:
+    """As many threads as there are torch threads and members, one on accelerators.
 
-    Inside, torch has an equal share of its threads in every lane, and in the calling thread.
+    Inside, torch has an equal share of its threads in every thread, and in the calling thread.
     """
     threads = torch.get_num_threads()
     count = min(threads, members) if device.type == "cpu" else 1
     if count == 1:
-        yield ONE
+        yield CALLING_THREAD
         return
-    # Before the lanes start: where torch keeps a number for each thread, a new one begins with what was set last.
+    # Before the threads start: where torch keeps a number for each thread, a new one begins with what was set last.
     torch.set_num_threads(threads // count)
     try:
-        with ThreadPoolExecutor(count, thread_name_prefix="lane") as pool:
-            yield Lanes(pool, count)
+        with ThreadPoolExecutor(count, thread_name_prefix="fit") as pool:
+            yield Threads(pool, count)
     finally:
         torch.set_num_threads(threads)

@@ -101,20 +101,16 @@ def _evaluate_split(
     from stages.device import set_up
     from stages.evaluate.evaluator import evaluate as run
     from stages.manifest import read_manifest
-    from stages.store.extraction_receipt import read_extraction_receipt
 
     study = open_study(params, assignments)
     bundle = study.outputs / "model" if model is None else model.absolute()
     folder = study.outputs / "evaluation" if output is None else output.absolute()
     metrics = run(
-        read_manifest(study.manifest),
-        read_extraction_receipt(study.receipt),
+        study.files(read_manifest(study.manifest)),
         bundle,
-        study.cache,
         folder,
         split.value,
         device=set_up(study.settings.compute),
-        remote=study.remote,
     )
     _keep_settings(bundle, study.settings, folder)
     return metrics, folder

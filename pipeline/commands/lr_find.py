@@ -11,6 +11,7 @@ from pipeline.console import say, score, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from pipeline.sweep_grid import Combination
 from schemas.errors import SettingsError, TrainingError
+from schemas.methods import METHODS
 from schemas.sweeps import RateFinding
 
 
@@ -36,19 +37,18 @@ def lr_find(
     from stages.evaluate.sweeps import find_rate
     from stages.files import atomic_write
     from stages.manifest import read_manifest
-    from stages.store.extraction_receipt import read_extraction_receipt
-    from stages.train.closed_form import FITTED
 
     if not 0 < low < high:
         raise SettingsError("Learning rates cannot be tried.", [("--from, --to", "must be 0 < from < to")])
     study = open_study(params, assignments or [])
-    if study.settings.method in FITTED:
+    if METHODS[study.settings.method].closed_form:
         raise SettingsError(
             f"{study.settings.method} has no learning rate.",
-            [("method", "is fitted to all training images at once")],
+            [("method", "is fitted to all training images in closed form")],
             "Choose a method that trains a network, such as --set method=fpt+.",
         )
-    manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
+    manifest = read_manifest(study.manifest)
+    files = study.files(manifest)
     folder = study.outputs / "lr-find" if output is None else output.absolute()
     # Two digits: the neighbours differ by far more, and the value can be typed.
     rates = dict.fromkeys(f"{low * (high / low) ** (step / (count - 1)):.2g}" for step in range(count))
@@ -57,8 +57,8 @@ def lr_find(
         Combination({"lr": rate, "seed": str(seed)}) for rate in rates for seed in range(first, first + seeds)
     ]
     part = Part("", manifest, study.settings.data.seed)
-    jobs = plan_jobs(study, params, assignments or [], combinations, [part], receipt, folder)
-    train_jobs(study, receipt, jobs)
+    jobs = plan_jobs(study, params, assignments or [], combinations, [part], files, folder)
+    train_jobs(study, files, jobs)
     losses: dict[float, list[float]] = {}
     aucs: dict[float, list[float | None]] = {}
     for job in jobs:

@@ -67,26 +67,26 @@ def sweep(
     Finished runs are kept: a sweep that was killed, or that gets another value, does only the rest.
     """
     from pipeline.project import open_study
-    from pipeline.sweep_jobs import judge_job, plan_jobs, train_jobs
+    from pipeline.sweep_jobs import evaluate_job, plan_jobs, train_jobs
     from stages.evaluate.summary import summarise
     from stages.evaluate.sweeps import metric_values
     from stages.files import atomic_write
     from stages.manifest import read_manifest
-    from stages.store.extraction_receipt import read_extraction_receipt
 
     combinations = _combinations(axes or [], random, random_seed, splits, folds)
     study = open_study(params, assignments or [])
-    manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
+    manifest = read_manifest(study.manifest)
+    files = study.files(manifest)
     folder = study.outputs / "sweep" if output is None else output.absolute()
     parts = _parts(study, manifest, splits, folds)
-    jobs = plan_jobs(study, params, assignments or [], combinations, parts, receipt, folder)
-    trained = train_jobs(study, receipt, jobs)
+    jobs = plan_jobs(study, params, assignments or [], combinations, parts, files, folder)
+    trained = train_jobs(study, files, jobs)
     runs: list[tuple[SweptRun, Path]] = []
     for job in jobs:
         record = job.record
         if record is None:
             raise TrainingError(f"{job.folder} was changed by another process.", repair="Run `fpt sweep` again.")
-        metrics = judge_job(study, receipt, job, record)
+        metrics = evaluate_job(files, job, record)
         runs.append((_swept(job, record, metric_values(metrics)), job.folder / "evaluation"))
     summary, comparisons = summarise(runs, folder / "averaged", folds is not None)
     atomic_write(folder / "summary.json", (summary.model_dump_json(indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""`fpt train`: stage two, a side network or a baseline on the cached features."""
+"""`fpt train`: stage two, any method of the registry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import say, say_next, score, show_json, size
-from pipeline.options import METHODS, PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
+from schemas.methods import METHODS
 from schemas.text import counted
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def train(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     method: Annotated[
-        str | None, typer.Option("--method", help=f"Preset or baseline: {METHODS}.", show_default=False)
+        str | None, typer.Option("--method", help=f"What is trained: {METHOD_NAMES}.", show_default=False)
     ] = None,
     output: Annotated[
         Path | None,
@@ -27,7 +28,9 @@ def train(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on the cached features. Opens no original image and no LPM; a killed run resumes after its last epoch.
+    """Train a method on the cached features, or an adaptation of the LPM on them or on the images.
+
+    A killed run resumes after its last epoch.
 
     On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
     """
@@ -38,25 +41,25 @@ def train(
     from stages.device import set_up
     from stages.manifest import read_manifest
     from stages.ranks import Ranks
-    from stages.store.extraction_receipt import read_extraction_receipt
-    from stages.train.closed_form import FITTED
+    from stages.train.job import Watch
     from stages.train.parallel import process_group
     from stages.train.trainer import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
-    manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
+    files = study.files(read_manifest(study.manifest))
     here = Ranks.of()
     if here.first:
-        note_use(study, receipt)
+        note_use(study, files.receipt)
     folder = study.outputs if output is None else output.absolute()
     model = folder / "model"
-    epochs = 1 if study.settings.method in FITTED else study.settings.train.epochs
+    epochs = 1 if METHODS[study.settings.method].closed_form else study.settings.train.epochs
     with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
-        result = run(
-            study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,
-            logger if ranks.first else None, on_memory=None if as_json else _say_memory, remote=study.remote,
-            ranks=ranks, on_notice=say,
-        )  # fmt: skip
+        watch = Watch(
+            on_epoch=(lambda _, log: logger(log)) if ranks.first else _ignore,
+            on_memory=_ignore if as_json else _say_memory,
+            on_notice=say,
+        )
+        result = run(study.settings, files, model, study.checkpoints, watch, ranks)
         if not ranks.first:
             return
         logger.finish(result.best)
@@ -72,8 +75,12 @@ def train(
     say_next(f"fpt evaluate{to}")
 
 
+def _ignore(*_: object) -> None:
+    pass
+
+
 def _say_memory(memory: StoreMemory) -> None:
-    need, budget = f"{counted(memory.rows, 'row')} of features: {size(memory.needed)}", size(memory.budget)
+    need, budget = f"{counted(memory.rows, 'row')} of inputs: {size(memory.needed)}", size(memory.budget)
     place, source = ("the disk", "") if memory.remote is None else ("the network", f" from {memory.remote}")
     if memory.held:
         say(f"{need}{source}, held in memory (store.memory_budget allows {budget}): {place} is read once.")

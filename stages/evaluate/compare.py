@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import EvaluationError
-from schemas.results import ComparedModel, Comparison, Difference, JudgedModel, Metrics
+from schemas.results import ComparedModel, Comparison, Difference, EvaluatedModel, Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws, weighted_auc
 from stages.evaluate.metrics import check_predictions
@@ -214,7 +214,7 @@ def _differences(
     return found
 
 
-def _train_seconds(place: Path, model: JudgedModel | None) -> float | None:
+def _train_seconds(place: Path, model: EvaluatedModel | None) -> float | None:
     """Time of the training, if its folder lies beside the evaluation and is of the judged model."""
     try:
         spec = read_spec(place.parent / "model")

@@ -9,7 +9,7 @@ import numpy as np
 
 from schemas.base import digest
 from schemas.errors import EvaluationError
-from schemas.results import JudgedModel, Metrics
+from schemas.results import EvaluatedModel, Metrics
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
 from stages.evaluate.scoring import score
 from stages.files import atomic_write
@@ -78,7 +78,7 @@ def _join(tables: Sequence[Predictions]) -> Predictions:
     return Predictions(first.classes, tuple(rows[place] for place in order), p, model, first.task, first.unit)
 
 
-def _model(tables: Sequence[Predictions], learnable: int) -> JudgedModel | None:
+def _model(tables: Sequence[Predictions], learnable: int) -> EvaluatedModel | None:
     """One description of several models; None where they are of several kinds, or unknown."""
     models = [table.model for table in tables]
     first = models[0]

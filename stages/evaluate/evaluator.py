@@ -1,4 +1,4 @@
-"""Evaluate a bundle on one split of the manifest, from cached features only."""
+"""Evaluate a bundle on one split of the manifest, from the inputs that its method reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from schemas.errors import BundleError, CacheMismatchError, EvaluationError
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest, ManifestRow, Split
-from schemas.results import BundleSpec, JudgedModel, Metrics
+from schemas.methods import model_inputs
+from schemas.results import BundleSpec, EvaluatedModel, Metrics
 from schemas.tasks import Task
 from stages import scores
 from stages.evaluate.curves import roc_curves, write_plots
@@ -20,38 +21,38 @@ from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score, split_warnings
 from stages.files import atomic_write
+from stages.methods.batch import IMAGE
+from stages.pixels import to_size
+from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import Bundle, load_bundle
-from stages.train.infer import store_logits
+from stages.train.infer import source_logits
+from stages.train.inputs import StudyFiles, image_rows
+
+THUMBNAIL = 144
+"""Side of a mistake in the report, in pixels, where no small image is stored."""
 
 
 def evaluate(
-    manifest: Manifest,
-    receipt: ExtractionReceipt,
+    files: StudyFiles,
     bundle_dir: Path,
-    cache_root: Path,
     output: Path,
     split: Split = "test",
     *,
     train_dir: Path | None = None,
     device: torch.device | str = "cpu",
-    remote: str | None = None,
 ) -> Metrics:
     """Evaluate a model and write `predictions.parquet`, `metrics.json`, `plots/` and `report.html`.
 
     Args:
-        manifest: From `prepare`.
-        receipt: From `extract`.
+        files: Manifest, LPM and features of the study.
         bundle_dir: From `train`.
-        cache_root: Folder of all stores.
         output: Folder of the four results.
         split: Which rows to evaluate.
-        train_dir: DVCLive's folder, for the training curves in the report; None: the folder `train` beside the
-            bundle's. Without it there are no curves.
-        device: Of the side network.
-        remote: `store.remote` of the settings, a relative folder taken from the study's: read where the cache root
-            lacks the store.
+        train_dir: DVCLive's folder, for the training curves in the report; None: the folder `train` next to the
+            bundle's. Without it the report has no curves.
+        device: Where the model computes.
 
     Raises:
         BundleError: The bundle is missing or damaged, or was trained for other classes.
@@ -59,15 +60,16 @@ def evaluate(
         CacheIncompleteError: The store lacks an image or a shard.
         CacheCorruptError: Bytes of the store changed.
         TransferError: The remote store cannot be reached.
+        WeightsError: The model needs the LPM, and its weights are missing or not those of training.
         EvaluationError: The split is empty, or the model's outputs are not finite.
         StorageError: The results cannot be written.
     """
-    bundle = load_bundle(bundle_dir, device)
-    check_fit(bundle.spec, manifest, receipt)
+    bundle, manifest = load_bundle(bundle_dir, device), files.manifest
+    check_fit(bundle.spec, manifest)
     rows = _rows(manifest, split)
-    store = open_rows(cache_root, receipt, remote)
+    source = _open_source(bundle, files)
     try:
-        found = _probabilities(bundle, store, rows)
+        found = _probabilities(bundle, source, rows)
         predictions = Predictions(
             manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
         )
@@ -77,13 +79,28 @@ def evaluate(
             predictions,
             manifest,
             bundle.spec,
-            thumbnails=_thumbnails(predictions, store),
+            thumbnails=_thumbnails(predictions, source),
             train_dir=bundle_dir.parent / "train" if train_dir is None else train_dir,
         )
     finally:
-        store.close()
+        if isinstance(source, StoreReader):
+            source.close()
     write_evaluation(predictions, metrics, report, output)
     return metrics
+
+
+def _open_source(bundle: Bundle, files: StudyFiles) -> RowSource:
+    """Open what the model reads: the store of its features, or the images of the study with the LPM at hand."""
+    spec = bundle.spec.features
+    if "image" not in model_inputs(bundle.spec.network):
+        receipt = files.need_receipt()
+        check_same_features(bundle.spec, receipt)
+        return open_rows(files.cache_root, receipt, files.remote)
+    # Imported late: models of cached features need no code of the LPM.
+    from stages.lpm.matching import load_matching
+
+    bundle.network.use_lpm(load_matching(spec, files.weights_source, files.root, bundle.device).model)
+    return image_rows(files, spec)
 
 
 def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, output: Path) -> None:
@@ -100,8 +117,8 @@ def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, ou
     atomic_write(output / "metrics.json", (metrics.model_dump_json(indent=1) + "\n").encode())
 
 
-def check_fit(spec: BundleSpec, manifest: Manifest, receipt: ExtractionReceipt) -> None:
-    """Refuse a bundle that was trained for another task, for other classes or on other features."""
+def check_fit(spec: BundleSpec, manifest: Manifest) -> None:
+    """Refuse a bundle that was trained for another task or for other classes."""
     if spec.task != manifest.task:
         raise BundleError(
             f"The model was trained for {spec.task}; the manifest is {manifest.task}.",
@@ -110,15 +127,20 @@ def check_fit(spec: BundleSpec, manifest: Manifest, receipt: ExtractionReceipt) 
         )
     if spec.classes != manifest.classes:
         raise BundleError(
-            f"The model knows the classes {', '.join(spec.classes)}; the manifest has {', '.join(manifest.classes)}.",
+            f"The model was trained for the classes {', '.join(spec.classes)}; "
+            f"the manifest has {', '.join(manifest.classes)}.",
             "The labels, or data.classes, changed after the model was trained.",
             "Run `fpt train` again.",
         )
+
+
+def check_same_features(spec: BundleSpec, receipt: ExtractionReceipt) -> None:
+    """Refuse a bundle that was trained on other features than those that are extracted."""
     if differing := spec.features.differing(receipt.spec):
         raise CacheMismatchError(
             "The model was trained on other features than those that are extracted.",
             differing,
-            "The features were extracted anew after the model was trained.",
+            "The features were extracted again after the model was trained, with other settings.",
             "Run `fpt train` again, or extract the features of the model: `fpt extract` with its settings.",
         )
 
@@ -134,9 +156,9 @@ def _rows(manifest: Manifest, split: Split) -> tuple[ManifestRow, ...]:
     return rows
 
 
-def evaluated_model(spec: BundleSpec) -> JudgedModel:
+def evaluated_model(spec: BundleSpec) -> EvaluatedModel:
     """What a table of predictions records about its model."""
-    return JudgedModel(
+    return EvaluatedModel(
         method=spec.network.method,
         lpm=spec.features.lpm.name,
         learnable=spec.learnable,
@@ -144,10 +166,10 @@ def evaluated_model(spec: BundleSpec) -> JudgedModel:
     )
 
 
-def _probabilities(bundle: Bundle, store: StoreReader, rows: tuple[ManifestRow, ...]) -> npt.NDArray[np.float32]:
+def _probabilities(bundle: Bundle, source: RowSource, rows: tuple[ManifestRow, ...]) -> npt.NDArray[np.float32]:
     """(n, C). A file under two names is computed once."""
     position = {image_id: number for number, image_id in enumerate(dict.fromkeys(row.id for row in rows))}
-    logits = store_logits(bundle, store, list(position))
+    logits = source_logits(bundle, source, list(position))
     return probabilities(logits, bundle.spec.task)[[position[row.id] for row in rows]]
 
 
@@ -157,9 +179,13 @@ def probabilities(logits: torch.Tensor, task: Task = "multiclass") -> npt.NDArra
     return p
 
 
-def _thumbnails(predictions: Predictions, store: StoreReader) -> dict[str, npt.NDArray[Any]]:
-    """The stored side images of the mistakes that the report shows, by image id."""
+def _thumbnails(predictions: Predictions, source: RowSource) -> dict[str, npt.NDArray[Any]]:
+    """Small images of the mistakes that the report shows, by image id."""
     ids = [predictions.rows[row].id for row in confident_mistakes(predictions)]
     if not ids:
         return {}
-    return dict(zip(ids, store.read(ids, ["side"])["side"], strict=True))
+    name = "side" if "side" in source.layouts else IMAGE
+    pixels = source.read_rows(source.locate(ids), ids, [name])[name]
+    if name == IMAGE:
+        pixels = to_size(torch.from_numpy(pixels), THUMBNAIL).numpy()
+    return dict(zip(ids, pixels, strict=True))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from schemas.errors import EvaluationError
 from schemas.manifest import GroupUnit, ManifestRow
-from schemas.results import PROBABILITY, JudgedModel
+from schemas.results import PROBABILITY, EvaluatedModel
 from schemas.tasks import Task
 from stages.parquet import read_table, write_table
 from stages.tasks import decide, label_array, texts
@@ -30,7 +30,7 @@ class Predictions:
     """n rows of the manifest."""
     probabilities: npt.NDArray[np.float32]
     """(n, C)."""
-    model: JudgedModel | None = None
+    model: EvaluatedModel | None = None
     """Who said it; None where the table does not say."""
     task: Task = "multiclass"
     """What the probabilities mean."""
@@ -84,7 +84,7 @@ def read_predictions(path: Path) -> Predictions:
         table = read_table(path)
         metadata = table.schema.metadata or {}
         classes = tuple(json.loads(metadata[b"classes"]))
-        model = JudgedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None
+        model = EvaluatedModel.model_validate_json(metadata[b"model"]) if b"model" in metadata else None
         names: Sequence[str] = ("id", "path", "label", "group", "split")
         rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
         task = _task(metadata.get(b"task", b"multiclass").decode())

@@ -16,13 +16,14 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.manifest import SPLITS, Manifest, Split
-from schemas.results import AttentiveSpec, BundleSpec, KnnSpec, LinearSpec, Metrics, StatisticsSpec
-from schemas.settings import Method
+from schemas.methods import METHODS, model_inputs
+from schemas.results import BundleSpec, Metrics
 from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.wording import metric_rows, mistake, number, quoted, sureness
+from stages.methods.base import method_of
 from stages.tasks import hits
 
 MISTAKES = 12
@@ -30,20 +31,6 @@ MISTAKES = 12
 
 ROC_CURVES = 8
 """One-vs-rest curves that one figure can still show."""
-
-LEAST_SHARE = 0.05
-"""Of a regression in the average, below which it is not listed."""
-
-METHODS: dict[Method, str] = {
-    "fpt": "FPT",
-    "fpt+": "FPT+",
-    "fpt-x": "FPT-X",
-    "side": "side network alone",
-    "statistics": "statistics of the tokens",
-    "linear": "linear probe",
-    "knn": "k nearest neighbours",
-    "attentive": "attentive probe",
-}
 
 
 def confident_mistakes(predictions: Predictions, limit: int = MISTAKES) -> list[int]:
@@ -84,7 +71,7 @@ def render_report(
     several = predictions.task == "multilabel"
     splits: tuple[Split, ...] = ("external",) if metrics.split == "external" else SPLITS
     return template.render(
-        title=f"{METHODS[spec.network.method]} on {spec.features.lpm.name}",
+        title=f"{METHODS[spec.network.method].title} on {spec.features.lpm.name}",
         evaluated=_evaluated(metrics),
         external=metrics.split == "external",
         metrics=metrics,
@@ -218,7 +205,7 @@ def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
 def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     features, lpm = spec.features, spec.features.lpm
     return (
-        ("Method", METHODS[spec.network.method]),
+        ("Method", METHODS[spec.network.method].title),
         ("LPM", f"{lpm.name}, frozen: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
         ("LPM weights, sha256", features.weights_sha256),
         ("Input of the LPM", f"{lpm.image_size} x {lpm.image_size} pixels, {lpm.tokens:,} tokens"),
@@ -245,40 +232,22 @@ def _loss(spec: BundleSpec) -> str:
 def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     """What only this kind of model has."""
     network, train, augment = spec.network, spec.train, spec.train.augment
-    auc = f"validation AUC {number(spec.val_auc)}"
-    if isinstance(network, LinearSpec):
-        return (("C of the logistic regression", f"{network.c:g}, {auc}"),)
-    if isinstance(network, StatisticsSpec):
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in network.ranked if share >= LEAST_SHARE)
-        return (("Shares of the regressions", f"{shares}, {auc}"),)
-    if isinstance(network, KnnSpec):
-        return (("Neighbours", f"{network.neighbours} of {network.rows:,} rows, {auc}"),)
+    details = method_of(network.method).describe(network)
+    if METHODS[network.method].closed_form:
+        return (*details, ("Validation AUC", number(spec.val_auc)))
     loop = (
         ("Optimiser", f"AdamW, learning rate {train.lr:g} to zero by a cosine, weight decay {train.weight_decay:g}"),
         (
             "Training",
             f"{train.epochs} epochs, batches of {train.batch_size}, gradient norm at most {train.clip_norm:g}",
         ),
-        ("Kept epoch", f"{spec.best_epoch}, {auc}"),
+        ("Kept epoch", f"{spec.best_epoch}, validation AUC {number(spec.val_auc)}"),
         ("Loss", _loss(spec)),
         ("Sampling of the images", train.sampling),
         ("Seed", str(train.seed)),
     )
-    if isinstance(network, AttentiveSpec):
-        return (("Queries per block", str(network.queries)), *loop)
-    pool = (
-        f"{network.members} side networks ({network.side_weight:g}), "
-        f"{network.attentive} attentive probes ({network.attentive_weight:g}), linear probes ({network.probe_weight:g})"
-    )
-    return (
-        *((("Averaged", pool),) if network.members > 1 or network.attentive or network.probe_weight else ()),
-        ("Input of the side network", f"{network.image_size} x {network.image_size} pixels"),
-        ("Width of the side network", str(network.width)),
-        ("Prompts per block", f"{network.prompts}, dropout {network.dropout:g}"),
-        *loop,
-        (
-            "Augmentation",
-            f"flip {augment.flip:g}, brightness {augment.brightness:g}, contrast {augment.contrast:g}, "
-            f"crops of {augment.crop_scale[0]:g} to {augment.crop_scale[1]:g} of the area",
-        ),
-    )
+    if not model_inputs(network) & {"side", "image"}:
+        return (*details, *loop)
+    crops = f"crops of {augment.crop_scale[0]:g} to {augment.crop_scale[1]:g} of the area"
+    jitter = f"brightness {augment.brightness:g}, contrast {augment.contrast:g}"
+    return (*details, *loop, ("Augmentation", f"flip {augment.flip:g}, {jitter}, {crops}"))

@@ -49,7 +49,7 @@ def rows_sha256(rows: Sequence[ManifestRow]) -> str:
 
 def split_warnings(spec: BundleSpec, split: Split, manifest: Manifest) -> tuple[str, ...]:
     """Why metrics of a split are not a test result; empty for images that the training never read."""
-    if split in spec.learnt_from:
+    if split in spec.fitted_splits:
         return (TRAINED_ON,)
     changed = spec.fitted_sha256 is not None and spec.fitted_sha256 != fitted_sha256(manifest)
     return (CHANGED,) * changed + (CHOSEN_ON,) * (split == "val")

@@ -1,1 +1,1 @@
-"""What can be trained on the frozen LPM: one file per method."""
+"""What can be trained on the frozen LPM: a registry row of `schemas.methods` and one module per method."""

@@ -1,32 +1,38 @@
-"""Attentive probe: learnable queries pool the cached tokens, a linear head reads what they found.
+"""Attentive probe: learnable queries pool the cached tokens, a linear head classifies the result.
 
 Efficient Probing (arXiv 2506.10178) drops the projections of multi-head cross-attention: the tokens themselves are the
-keys, and each of M learnable queries has its own softmax over them. Here the LPM has projected already: what is cached
-are the keys and values of each head, so the queries of a layer attend to those, head by head:
+keys, and each of M learnable queries has its own softmax over them. Here the LPM has projected already: the cache holds
+keys and values of each head, so the queries of a layer attend to those, head by head:
 
     y[l, m, h] = sum_j softmax_j(q[l, m, h] . k[l, h, j] / sqrt(d)) v[l, h, j]
     logits     = W normalise(y) + b
 
-A head of values with twice the size of another says nothing more: each y[l, m] (width D) is normalised to mean 0 and
+The scale of the values of a head carries no information: each y[l, m] (width D) is normalised to mean 0 and
 deviation 1 before the linear head.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from schemas.results import AttentiveSpec
-from stages.methods.cached_tokens import Cached
-from stages.methods.joint_attention import SingleExpert, member_logits
+from schemas.features import LpmInfo
+from schemas.resolved import ResolvedSettings
+from schemas.specs import AttentiveSpec, MethodSpec
+from stages.methods.base import Details, GradientMethod, Network
+from stages.methods.joint_attention import TokenNetwork
 
 QUERY_STD = 0.02
 """Of the queries at the start: attention begins nearly uniform, and different from query to query."""
 
 
-class AttentiveProbe(SingleExpert):
-    """Logits from cached keys and values alone."""
+class AttentiveProbe(TokenNetwork):
+    """A classifier of cached keys and values only."""
+
+    spec: AttentiveSpec
 
     def __init__(self, spec: AttentiveSpec) -> None:
         super().__init__()
@@ -34,7 +40,7 @@ class AttentiveProbe(SingleExpert):
         self.queries = nn.Parameter(torch.empty(spec.layers, spec.queries, spec.lpm_width))
         self.head = nn.Linear(spec.layers * spec.queries * spec.lpm_width, spec.classes)
         nn.init.normal_(self.queries, std=QUERY_STD)
-        # A head that says nothing yet, as logistic regression starts: its many inputs would add up to noise.
+        # Zero, as logistic regression starts: the many inputs of a random head would add up to noise.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -44,37 +50,47 @@ class AttentiveProbe(SingleExpert):
         return self.spec.layers
 
     def begin(self, _image: torch.Tensor | None) -> list[torch.Tensor]:
-        """What was found so far: nothing."""
+        """Return the contexts so far: none."""
         return []
 
-    def asks(self, layer: int) -> torch.Tensor:
-        """(P, D)."""
+    def layer_queries(self, layer: int) -> torch.Tensor:
+        """Return the queries (P, D) of a layer."""
         return self.queries[layer]
 
     def advance(
         self, _layer: int, state: list[torch.Tensor], mixed: torch.Tensor | None, _checkpointing: bool = False
     ) -> list[torch.Tensor]:
-        """What was found so far, and what this layer answered: there is nothing between to compute again."""
+        """Return the contexts so far and that of this layer; there is nothing in between to compute again."""
         return state if mixed is None else [*state, mixed]
 
     def finish(self, state: list[torch.Tensor]) -> torch.Tensor:
-        """Logits (B, classes) of what all layers answered, each (B, P, D)."""
+        """Return logits (B, classes) from the contexts (B, P, D) of all layers."""
         pooled = F.layer_norm(torch.stack(state, dim=1), (self.spec.lpm_width,))
         logits: torch.Tensor = self.head(pooled.flatten(1))
         return logits
 
-    def reseed(self, *_entropy: int) -> None:
-        """Nothing here draws while it is trained."""
 
-    def forward(
-        self, _image: torch.Tensor | None, cached: Cached | None, _pooled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Run one batch.
+class AttentiveMethod(GradientMethod):
+    """The attentive probe as a method."""
 
-        Args:
-            cached: Keys and values of all tapped layers, in the type of the store.
+    def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> AttentiveSpec:
+        """Return the spec of resolved settings."""
+        return AttentiveSpec(
+            classes=classes,
+            layers=len(settings.features.layers),
+            lpm_width=lpm.width,
+            heads=lpm.heads,
+            queries=settings.train.prompts,
+            task=settings.data.task,
+        )
 
-        Returns:
-            Logits (B, classes).
-        """
-        return self.join(member_logits(self.members, None, cached))
+    def build(self, spec: MethodSpec) -> Network:
+        """Build the probe of a spec."""
+        return AttentiveProbe(cast("AttentiveSpec", spec))
+
+    def describe(self, spec: MethodSpec) -> Details:
+        """Return the number of queries."""
+        return (("Queries per block", str(cast("AttentiveSpec", spec).queries)),)
+
+
+METHOD = AttentiveMethod()

@@ -1,4 +1,4 @@
-"""Cached tokens of a batch in the type of the store, and attention to them without widening all of them.
+"""CachedTokens tokens of a batch in the type of the store, and attention to them without widening all of them.
 
 Of quantised tokens k = s c + o (`stages.store.quantise`) only the codes c are widened, a few images at a time:
 
@@ -28,7 +28,7 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Cached:
+class CachedTokens:
     """Keys and values as they are stored: floats, or codes with what dequantises them (`stages.store.quantise`).
 
     Of a whole batch there is a layer axis L; `layer` takes one and leaves it out.
@@ -44,29 +44,29 @@ class Cached:
     """(B, L, 2, H, d) float16, None for floats; keys, then values."""
 
     @staticmethod
-    def of(arrays: Mapping[str, NDArray[Any]]) -> Cached | None:
+    def of(arrays: Mapping[str, NDArray[Any]]) -> CachedTokens | None:
         """Views of arrays of the store, by name; None where there are no keys."""
         if "keys" not in arrays:
             return None
         names = ("keys", "values", "scale", "offset")
-        return Cached(**{name: torch.from_numpy(arrays[name]) for name in names if name in arrays})
+        return CachedTokens(**{name: torch.from_numpy(arrays[name]) for name in names if name in arrays})
 
     def tensors(self) -> list[torch.Tensor]:
         """Those that there are."""
         return [part for part in (self.keys, self.values, self.scale, self.offset) if part is not None]
 
-    def layer(self, position: int) -> Cached:
+    def layer(self, position: int) -> CachedTokens:
         """One layer, without its axis."""
-        return Cached(*(None if part is None else part[:, position] for part in self._fields()))  # type: ignore[arg-type]
+        return CachedTokens(*(None if part is None else part[:, position] for part in self._fields()))  # type: ignore[arg-type]
 
-    def rows(self, some: slice) -> Cached:
+    def rows(self, some: slice) -> CachedTokens:
         """Some images, without a copy."""
-        return Cached(*(None if part is None else part[some] for part in self._fields()))  # type: ignore[arg-type]
+        return CachedTokens(*(None if part is None else part[some] for part in self._fields()))  # type: ignore[arg-type]
 
-    def to(self, device: torch.device) -> Cached:
+    def to(self, device: torch.device) -> CachedTokens:
         """Copy to a device."""
         parts = (None if part is None else part.to(device, non_blocking=True) for part in self._fields())
-        return Cached(*parts)  # type: ignore[arg-type]
+        return CachedTokens(*parts)  # type: ignore[arg-type]
 
     def chunks(self, query: torch.Tensor) -> Iterator[tuple[slice, Tokens]]:
         """One layer, a few images at a time and which, for queries like this one (..., d)."""

@@ -1,8 +1,8 @@
-"""How sure experts may be: one number each, found on the validation images, before they are averaged.
+"""Temperature scaling of experts on the validation images, before they are averaged.
 
-Trained to the end on some hundred images, an expert that remembers all of them says everything with certainty, and an
-average of log-probabilities would be that expert's alone. Dividing the logits by a temperature (Guo et al. 2017,
-arXiv 1706.04599) leaves its ranking of the classes and takes its certainty to what it is worth.
+Trained to the end on a few hundred images, an expert that has memorised all of them is overconfident, and would
+dominate an average of log-probabilities. Dividing its logits by a temperature (Guo et al. 2017, arXiv 1706.04599)
+keeps its ranking of the classes and calibrates its confidence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ LIMIT = 5.0
 STEP = 0.05
 
 
-def sharpness(
+def inverse_temperatures(
     terms: torch.Tensor, labels: torch.Tensor, task: Task = "multiclass", class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The factor, 1 / temperature, that makes each expert's log-probabilities fit the labels best.
+    """Return the factor, 1 / temperature, that makes the log-probabilities of each expert fit the labels best.
 
     Minimises n * log-loss + (log factor)^2 / (2 PRIOR^2), which has one minimum but for the prior; a grid finds it.
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from schemas.errors import TrainingError
+from stages.methods.batch import Batch, required
+from stages.methods.cached_tokens import CHUNK, CachedTokens
 from stages.tasks import positives
 
 FOLDS = 5
@@ -19,7 +22,7 @@ Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class FittedRows:
+class FitRows:
     """What fits read of one split."""
 
     x: npt.NDArray[np.float32]
@@ -31,15 +34,15 @@ class FittedRows:
     classes: int
     """C, at least 2."""
 
-    def joined(self, others: FittedRows) -> FittedRows:
+    def joined(self, others: FitRows) -> FitRows:
         """These, then the others."""
         x, y = np.concatenate([self.x, others.x]), np.concatenate([self.y, others.y])
-        return FittedRows(x, y, [*self.groups, *others.groups], self.classes)
+        return FitRows(x, y, [*self.groups, *others.groups], self.classes)
 
-    def at(self, chosen: npt.NDArray[np.bool_]) -> FittedRows:
+    def at(self, chosen: npt.NDArray[np.bool_]) -> FitRows:
         """The rows where `chosen` (n,) is true."""
         groups = [group for group, take in zip(self.groups, chosen.tolist(), strict=True) if take]
-        return FittedRows(self.x[chosen], self.y[chosen], groups, self.classes)
+        return FitRows(self.x[chosen], self.y[chosen], groups, self.classes)
 
     def folds(self) -> list[npt.NDArray[np.bool_]]:
         """(n,) held-out rows of each of up to five folds, complete patients, stratified by class.
@@ -49,7 +52,35 @@ class FittedRows:
         return list(_folds(self.y, self.groups, self.classes))
 
 
-def held_out(train: FittedRows, val: FittedRows) -> list[tuple[FittedRows, FittedRows]]:
+def describe_rows(batch: Batch) -> torch.Tensor:
+    """Return the vectors that closed forms are fitted to.
+
+    Args:
+        batch: With the pooled outputs, and with the cached tokens of L layers or without them.
+
+    Returns:
+        (B, S, 2 D) float32 with S = 1 + 2 L: the pooled outputs, then per layer the mean and standard deviation of the
+        keys over the tokens, and those of the values. S = 1 without cached tokens.
+    """
+    sources = [required(batch.pooled, "pooled").float().flatten(1)]
+    if batch.tokens is not None:
+        for layer in range(batch.tokens.keys.shape[1]):
+            sources += _moments(batch.tokens.layer(layer))
+    return torch.stack(sources, dim=1)
+
+
+def _moments(cached: CachedTokens) -> list[torch.Tensor]:
+    """Of keys and of values of one layer: mean and standard deviation over the tokens, (B, 2 D)."""
+    parts: list[list[torch.Tensor]] = [[], []]
+    for start in range(0, len(cached.keys), CHUNK):
+        for found, (mean, deviation) in zip(
+            parts, cached.rows(slice(start, start + CHUNK)).token_moments(), strict=True
+        ):
+            found.append(torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1))
+    return [torch.cat(found) for found in parts]
+
+
+def held_out(train: FitRows, val: FitRows) -> list[tuple[FitRows, FitRows]]:
     """Pairs of rows to fit to and rows to evaluate on: the folds of `train`; without folds, `train` and `val`."""
     return [(train.at(~fold), train.at(fold)) for fold in train.folds()] or [(train, val)]
 
@@ -74,7 +105,7 @@ def _folds(y: Labels, groups: Sequence[str], classes: int) -> Iterator[npt.NDArr
             yield fold
 
 
-def check_rows_to_fit(train: FittedRows, val: FittedRows) -> None:
+def check_rows_to_fit(train: FitRows, val: FitRows) -> None:
     """Refuse rows that nothing can be fitted to.
 
     Raises:

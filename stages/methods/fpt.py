@@ -1,48 +1,40 @@
-"""Fusion and side network together: what stage two trains.
+"""FPT and FPT+ (arXiv 2403.07576, 2408.02426): a side network whose prompts read the cached tokens of the LPM.
 
-FPT and FPT+ (arXiv 2403.07576, 2408.02426) are one `PromptedSideNetwork`. FPT-X is an `Ensemble`:
-
-    log p = (1 - a - w) s_1 mean_m log softmax(side network m)
-          + a s_2 mean_n log softmax(attentive probe n) + w s_3 log p(linear probes)   up to a constant
-
-a logarithmic opinion pool of experts, the factors s from `stages.methods.calibration`, the linear probes from
-`stages.methods.statistics`. An untrained side network says nothing, so that it starts as the linear probes; each member
-sees the same batches but has its own initialisation and dropout.
+`stages.methods.reference` has the same forward pass in a few plain lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from schemas.resolve import attentive_spec
-from schemas.results import SideNetworkSpec
-from stages.methods.attentive import AttentiveProbe
-from stages.methods.cached_tokens import Cached
-from stages.methods.calibration import sharpness
+from schemas.features import LpmInfo
+from schemas.resolved import ResolvedSettings
+from schemas.specs import MethodSpec, SideNetworkSpec
+from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.fusion import Fusion
-from stages.methods.joint_attention import SingleExpert, member_logits
-from stages.methods.probes import required
+from stages.methods.joint_attention import TokenNetwork
 from stages.methods.side_network import SideNetwork
-from stages.methods.statistics import EvidenceProbe, describe
-from stages.scores import log_pool_terms
 
 
-class PromptedSideNetwork(SingleExpert):
-    """Logits from a small image and the cached keys and values of the LPM.
+class PromptedSideNetwork(TokenNetwork):
+    """A side network with prompts that gather context from the cached keys and values of the LPM.
 
-    With method "side" there are no prompts and the cached features are not used: the same side network alone.
+    With method "side" it has no prompts and reads only the small image.
     """
+
+    spec: SideNetworkSpec
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
         self.spec = spec
         self.side = SideNetwork(spec)
-        self.fusion = None if spec.method == "side" else Fusion(spec)
+        self.fusion = Fusion(spec) if spec.reads_tokens else None
 
     @property
     def depth(self) -> int:
@@ -50,21 +42,21 @@ class PromptedSideNetwork(SingleExpert):
         return self.spec.layers
 
     def begin(self, image: torch.Tensor | None) -> torch.Tensor:
-        """Tokens (B, N, width) of (B, 3, S, S) normalised pixels."""
+        """Return tokens (B, N, width) of normalised pixels (B, 3, s, s)."""
         if image is None:
-            raise ValueError("side networks need the small image")
+            raise ValueError("this model needs the input side")
         return self.side.embed(image)
 
-    def asks(self, layer: int) -> torch.Tensor | None:
-        """Queries of the prompts of a layer, (P, D); None without prompts."""
+    def layer_queries(self, layer: int) -> torch.Tensor | None:
+        """Return the queries (P, D) of the prompts of a layer; None without prompts."""
         return None if self.fusion is None else self.fusion.queries(layer)
 
     def advance(
         self, layer: int, state: torch.Tensor, mixed: torch.Tensor | None, checkpointing: bool = False
     ) -> torch.Tensor:
-        """Tokens after a block, with the prompts made of the answer (B, P, D) of the cached tokens.
+        """Return the tokens after a block, with prompts made of the context (B, P, D) of their queries.
 
-        What the prompts gathered from the cached tokens is kept even with checkpointing: those are not read again.
+        The context is kept even with checkpointing: the cached tokens are read only once.
         """
         gathered, kept = None, None
         if self.fusion is not None and mixed is not None:
@@ -80,129 +72,83 @@ class PromptedSideNetwork(SingleExpert):
     def _block(
         self, layer: int, tokens: torch.Tensor, gathered: torch.Tensor | None, kept: torch.Tensor | None
     ) -> torch.Tensor:
-        """Tokens (B, N, width) through one side block: draws nothing, so that it can be computed a second time."""
+        """Pass tokens (B, N, width) through a side block. Nothing is random: it can be computed a second time."""
         prompts = None
         if self.fusion is not None and gathered is not None:
             prompts = self.fusion.prompts_from(layer, gathered, kept)
         return self.side.block(layer, tokens, prompts)
 
     def finish(self, state: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) from the tokens after the last block."""
+        """Return logits (B, classes) from the tokens after the last block."""
         return self.side.classify(state)
 
-    def forward(
-        self, image: torch.Tensor, cached: Cached | None = None, _pooled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Run one batch.
-
-        Args:
-            image: (B, 3, S, S), normalised.
-            cached: Keys and values in the type of the store; may be None for method "side".
-
-        Returns:
-            Logits (B, classes).
-        """
-        return self.join(member_logits(self.members, image, cached))
-
     def reseed(self, *entropy: int) -> None:
-        """Draw dropout from here on as these numbers determine, whatever else draws."""
+        """Draw dropout from here on as these numbers determine, whatever else draws random numbers."""
         if self.fusion is not None:
             seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
             self.fusion.dropout.generator = torch.Generator(self.fusion.prompts.device).manual_seed(seed)
 
+    def compiled_blocks(self) -> Iterator[nn.Module]:
+        """Yield the side blocks.
 
-class Ensemble(nn.Module):
-    """Side networks and attentive probes that read the cached tokens together, and linear probes."""
-
-    shares: torch.Tensor
-    sharpness: torch.Tensor
-
-    def __init__(self, spec: SideNetworkSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
-        self.attentive = nn.ModuleList(AttentiveProbe(attentive_spec(spec)) for _ in range(spec.attentive))
-        self.probe: EvidenceProbe | None = None
-        if spec.probe_weight:
-            self.probe = EvidenceProbe(spec.sources, 2 * spec.lpm_width, spec.classes, spec.task)
-        shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
-        self.register_buffer("shares", torch.tensor([share for share in shares if share]), persistent=False)
-        self.register_buffer("sharpness", torch.ones(len(self.shares)))
-
-    @property
-    def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
-        """The side networks, each with its prompts, then the attentive probes."""
-        return (*self.networks, *self.attentive)
-
-    @property
-    def kinds(self) -> int:
-        """Experts: side networks, attentive probes, linear probe, as far as there are any."""
-        return len(self.shares)
-
-    def forward(
-        self, image: torch.Tensor, cached: Cached | None = None, pooled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Run one batch.
-
-        Args:
-            image: (B, 3, S, S), normalised.
-            cached: Keys and values in the type of the store; may be None without prompts.
-            pooled: (B, 2, D); may be None without linear probes.
-
-        Returns:
-            Log-probabilities up to a constant of each image, (B, classes).
+        Only they are worth it: attention to the cached tokens has a backward pass of its own, which would break the
+        graph, and is a few matrix products that leave nothing to fuse.
         """
-        probed = None if self.probe is None else self.probe(describe(required(pooled), cached))
-        return self.join(member_logits(self.members, image, cached), probed)
+        yield from self.side.blocks
 
-    def join(self, logits: torch.Tensor, probed: torch.Tensor | None = None) -> torch.Tensor:
-        """(M, B, classes) of `member_logits`, (B, classes) of the linear probes -> (B, classes), the opinion pool."""
-        return self._pool(self.experts(logits, probed))
-
-    def experts(self, logits: torch.Tensor, probed: torch.Tensor | None = None) -> torch.Tensor:
-        """What the pool averages: as for `join` -> (B, experts, classes)."""
-        said = log_pool_terms(logits, self.spec.task)
-        terms = [part.mean(dim=0) for part in (said[: self.spec.members], said[self.spec.members :]) if len(part)]
-        if self.probe is not None:
-            if probed is None:
-                raise ValueError("what the linear probes say is missing")
-            terms.append(log_pool_terms(probed, self.spec.task))
-        return torch.stack(terms, dim=1)
-
-    def settle(
-        self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Take the certainty of each expert from validation images.
-
-        Args:
-            experts: (n, experts, classes), on the CPU.
-            labels: (n,).
-            class_weights: Of the loss.
-
-        Returns:
-            The opinion pool (n, classes).
-        """
-        self.sharpness.copy_(sharpness(experts, labels, self.spec.task, class_weights))
-        return self._pool(experts)
-
-    def _pool(self, experts: torch.Tensor) -> torch.Tensor:
-        weights = (self.shares * self.sharpness).to(experts.device)
-        return (experts * weights[:, None]).sum(dim=1)
-
-    def reseed(self, *entropy: int) -> None:
-        """Draw dropout from here on as these numbers determine, each member in its own way."""
-        for position, member in enumerate(self.members):
-            member.reseed(*entropy, position)
+    def set_micro_batch(self, rows: slice | None, batch_rows: int, again: bool) -> None:
+        """Draw the dropout of the complete batch, and use that of some rows."""
+        if self.fusion is not None:
+            self.fusion.dropout.draw_part(rows, batch_rows, again=again)
 
 
-def build_network(spec: SideNetworkSpec) -> PromptedSideNetwork | Ensemble:
-    """What the spec describes, with random weights."""
-    several = spec.members > 1 or spec.attentive or spec.probe_weight
-    return Ensemble(spec) if several else PromptedSideNetwork(spec)
+class FptMethod(GradientMethod):
+    """FPT, FPT+, FPT-X and the side network only: presets of one family."""
+
+    def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
+        """Return the spec of resolved settings."""
+        train = settings.train
+        return SideNetworkSpec.model_validate(
+            {
+                "method": settings.method,
+                "classes": classes,
+                "layers": len(settings.features.layers),
+                "lpm_width": lpm.width,
+                "heads": lpm.heads,
+                "width": lpm.width // train.side_reduction,
+                "image_size": train.side_image_size,
+                "prompts": train.prompts,
+                "dropout": train.dropout,
+                "members": train.members,
+                "attentive": train.attentive,
+                "attentive_weight": train.attentive_weight,
+                "probe_weight": train.probe_weight,
+                "task": settings.data.task,
+            }
+        )
+
+    def build(self, spec: MethodSpec) -> Network:
+        """Build the network of a spec: one side network, or an ensemble."""
+        from stages.methods.fpt_x import Ensemble
+
+        spec = cast("SideNetworkSpec", spec)
+        several = spec.members > 1 or spec.attentive or spec.probe_weight
+        return Ensemble(spec) if several else PromptedSideNetwork(spec)
+
+    def describe(self, spec: MethodSpec) -> Details:
+        """Return the ensemble and the shape of the side network."""
+        spec = cast("SideNetworkSpec", spec)
+        ensemble = (
+            f"{spec.members} side networks ({spec.side_weight:g}), {spec.attentive} attentive probes "
+            f"({spec.attentive_weight:g}), linear probes ({spec.probe_weight:g})"
+        )
+        several = spec.members > 1 or spec.attentive or spec.probe_weight
+        return (
+            *((("Averaged", ensemble),) if several else ()),
+            ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
+            ("Width of the side network", str(spec.width)),
+            ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),
+        )
 
 
-def learnable_parameters(network: nn.Module) -> int:
-    """Number of parameters that training changes, the coefficients of linear probes included."""
-    learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    probe = getattr(network, "probe", None)
-    return learned if probe is None else learned + probe.weight.numel() + probe.bias.numel()
+METHOD = FptMethod()

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from schemas.results import SideNetworkSpec
-from stages.methods.cached_tokens import Cached
+from schemas.specs import SideNetworkSpec
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.kernels import linear
 
 
-def context(query: torch.Tensor, cached: Cached, keep: bool = False) -> torch.Tensor:
+def context(query: torch.Tensor, cached: CachedTokens, keep: bool = False) -> torch.Tensor:
     """Cross-attention of prompts to cached tokens.
 
     Args:
@@ -61,13 +61,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, keep: bool, *cached: Any) -> torch.Tensor:
-        """(H, P, d) and keys, values, scale, offset of `Cached` -> (B, P, H, d)."""
+        """(H, P, d) and keys, values, scale, offset of `CachedTokens` -> (B, P, H, d)."""
         heads, count, head_dim = query.shape
         mixed = query.new_empty(len(cached[0]), count, heads, head_dim)
         kept = []
         # Everything has the type of the query already; the backward pass runs without autocast as well.
         with torch.autocast(query.device.type, enabled=False):
-            for part, tokens in Cached(*cached).chunks(query):
+            for part, tokens in CachedTokens(*cached).chunks(query):
                 weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
                 mixed[part].copy_(tokens.mix(weights).transpose(1, 2))
                 kept += [weights] if keep else []
@@ -83,7 +83,7 @@ class _Attend(torch.autograd.Function):
         """
         query, keys, values, scale, offset, *kept = ctx.saved_tensors
         total = torch.zeros_like(query)
-        for number, (part, tokens) in enumerate(Cached(keys, values, scale, offset).chunks(query)):
+        for number, (part, tokens) in enumerate(CachedTokens(keys, values, scale, offset).chunks(query)):
             inner = tokens.unmix(grads[0][part].transpose(1, 2))
             wide = tokens.wide_keys()
             weights = kept[number] if kept else torch.softmax(tokens.scores(query, wide), dim=-1)

@@ -1,17 +1,140 @@
-"""Logistic regressions that share the strength of their penalty: one of all classes, or one of each label."""
+"""Logistic regression on standardised rows whose penalty is chosen on held-out rows.
+
+One regression of all classes, or one per label with a common penalty.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from stages.tasks import LEAST
 
+STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
+"""Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
+ITERATIONS = 2000
+"""Of the solver per candidate; each starts where the stronger penalty before it ended."""
+TOLERANCE = 1e-7
+"""Largest gradient at which the solver stops; at its own default weak penalties end far from the optimum."""
+ROUGH = 1e-4
+"""The same on a fold, which only judges."""
+PATIENCE = 4
+"""Candidates without a lower held-out loss after which the weaker penalties are not tried."""
+LEARNT = 0.99
+"""Patience starts once the held-out loss is below this share of that of the strongest penalty, which predicts little
+but class frequencies: on few rows the loss can rise by chance before it falls."""
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+
+
+class LinearFit(NamedTuple):
+    """Logits of x (n, F): ((x - mean) / scale) @ weight.T + bias."""
+
+    weight: torch.Tensor
+    """(classes, F) float32."""
+    bias: torch.Tensor
+    """(classes,) float32."""
+    mean: torch.Tensor
+    """(F,) float32, of the training rows."""
+    scale: torch.Tensor
+    """(F,) float32, standard deviation of the training rows; 1 where they do not vary."""
+    c: float
+    """Inverse of the penalty that was chosen."""
+    loss: float
+    """Log-loss of the rows that it did not see."""
+    held: torch.Tensor
+    """(n + m, classes) float32: logits of its n rows, then of m others, by regressions that did not see them; NaN where
+    there is none."""
+
+
+def fit_regression(
+    x: npt.NDArray[Any],
+    y: Labels,
+    x_held: npt.NDArray[Any],
+    y_held: Labels,
+    weights: Floats,
+    folds: Sequence[npt.NDArray[np.bool_]] = (),
+) -> LinearFit:
+    """Logistic regression on standardised rows, with the C of the lowest log-loss on rows that it did not see.
+
+    Args:
+        x: (n, F), checked.
+        y: (n,), or of several labels (n, C).
+        x_held: (m, F), m = 0 where there are folds alone: judges the regression of all rows.
+        y_held: (m,) or (m, C).
+        weights: (C,) weight of each class in the losses.
+        folds: (n,) each: rows that judge a regression of the others, too.
+    """
+    mean, scale = spread(x.astype(np.float64))
+    x, x_held = (x - mean) / scale, (x_held - mean) / scale
+    axes = _axes(x)
+    x, x_held = x @ axes, x_held @ axes
+    rows, labels, everything = np.concatenate([x, x_held]), np.concatenate([y, y_held]), np.arange(len(y))
+    # Of each that judges a penalty: rows to fit to, rows to judge by, the solver's tolerance.
+    judges = [(everything, len(y) + np.arange(len(y_held)), TOLERANCE)] if len(y_held) else []
+    judges += [(everything[~fold], everything[fold], ROUGH) for fold in folds]
+    models = [_regression(y, weights, tolerance) for _, _, tolerance in judges]
+    best, since, strongest = (np.inf, 0.0), 0, np.inf
+    fits: list[tuple[Floats, Floats]] = []
+    for c in STRENGTHS:
+        total = 0.0
+        for model, (seen, judged, _) in zip(models, judges, strict=True):
+            model.fit(rows[seen], labels[seen], c)
+            total += len(judged) * model.loss(rows[judged], labels[judged])
+        loss = total / sum(len(judged) for _, judged, _ in judges)
+        strongest = loss if c == STRENGTHS[0] else strongest
+        since += 1
+        if loss < best[0]:
+            best, since = (loss, c), 0
+            fits = [model.coefficients() for model in models]
+        elif since >= PATIENCE and best[0] < LEARNT * strongest:
+            break
+    loss, c = best
+    held = np.full((len(rows), len(weights)), np.nan)
+    for (weight, bias), (_, judged, _) in zip(fits, judges, strict=True):
+        held[judged] = rows[judged] @ weight.T + bias
+    if not len(y_held):
+        # No judge has seen all rows.
+        whole = _regression(y, weights, TOLERANCE)
+        whole.fit(x, y, c)
+        fits = [whole.coefficients()]
+    weight, bias = fits[0]
+    found = [torch.from_numpy(part.astype(np.float32)) for part in (weight @ axes.T, bias, mean, scale, held)]
+    return LinearFit(found[0], found[1], found[2], found[3], c, loss, found[4])
+
+
+def _axes(x: Floats) -> Floats:
+    """(F, r) orthonormal, r <= n: of fewer rows than features, what the penalised optimum is made of; else all."""
+    rows, features = x.shape
+    if rows >= features:
+        return np.eye(features)
+    _, sizes, right = np.linalg.svd(x, full_matrices=False)
+    axes: Floats = right[sizes > 1e-7 * sizes[0]].T
+    return axes
+
+
+def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVsRest:
+    from sklearn.linear_model import LogisticRegression
+
+    models = [
+        # Each fit starts where the last one ended.
+        LogisticRegression(warm_start=True, max_iter=ITERATIONS, tol=tolerance)
+        for _ in range(1 if y.ndim == 1 else len(weights))
+    ]
+    return Softmax(models[0], weights) if y.ndim == 1 else OneVsRest(models, weights)
+
+
+def spread(x: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation (F,) of rows (n, F); the deviation 1 where they do not vary."""
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    # What varies by rounding alone is constant: divided by its deviation it would be noise of size 1.
+    scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
+    return mean, scale
 
 
 def log_loss(log_probabilities: Floats, labels: Labels, class_weights: Floats) -> float:

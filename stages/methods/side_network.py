@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from schemas.resolve import SIDE_PATCH
-from schemas.results import SideNetworkSpec
+from schemas.specs import SideNetworkSpec
 from stages.methods.kernels import linear, self_attention
 
 NORM_EPS = 1e-12

@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from schemas.errors import BundleError, CacheMismatchError, EvaluationError, ImageError, WeightsError
-from schemas.features import FEATURE_VERSION, FeatureSpec
+from schemas.errors import BundleError, EvaluationError, ImageError
+from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
-from stages.extract.features import FeatureBatch, Pixels, compute_features, to_pixels
+from stages.extract.features import Pixels, compute_features, to_pixels
 from stages.images import decoded_image
-from stages.lpm.loading import LoadedLpm, describe_lpm, load_lpm
+from stages.lpm.loading import LoadedLpm
+from stages.lpm.matching import load_matching
+from stages.methods.batch import IMAGE
 from stages.progress import Progress
 from stages.scores import probabilities
 from stages.tasks import decide, texts
@@ -32,7 +34,7 @@ class Classifier:
     bundle: Bundle
     """On `device`."""
     lpm: LoadedLpm | None
-    """On `device`; None where the model reads nothing but the side image."""
+    """On `device`; None where the model reads images and no features."""
     data: DataSettings
     """Limits of an image's size."""
     device: torch.device
@@ -67,11 +69,13 @@ class Classifier:
         pixels = [one for one in read if isinstance(one, Pixels)]
         found: Iterator[npt.NDArray[np.float32]] = iter(())
         if pixels:
-            features = (
-                _side_images(pixels) if self.lpm is None else compute_features(self.lpm, spec, pixels, self.device)
+            arrays = (
+                _pixel_arrays(pixels)
+                if self.lpm is None
+                else compute_features(self.lpm, spec, pixels, self.device).arrays
             )
             # In single precision like the probabilities of an evaluation.
-            p = probabilities(feature_logits(self.bundle, features.arrays), self.bundle.spec.task).float().numpy()
+            p = probabilities(feature_logits(self.bundle, arrays), self.bundle.spec.task).float().numpy()
             if not np.isfinite(p).all():
                 raise EvaluationError(
                     "The outputs of the model are not finite.",
@@ -145,40 +149,23 @@ def check_task(spec: BundleSpec, data: DataSettings | None) -> None:
 
 
 def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: DataSettings) -> Classifier:
-    """Load the LPM that a bundle needs; none where it reads nothing but the side image.
+    """Load the LPM that a bundle needs; none where it reads only the side image.
 
     Raises:
         CacheMismatchError: The LPM has another shape or preprocessing than in training.
         WeightsError: The weights are missing, or are not those that the bundle was trained with.
     """
-    spec = bundle.spec
-    model = None if spec.network.method == "side" else _load(spec.features, lpm, root, bundle.device)
-    return Classifier(bundle, model, data, bundle.device)
+    inputs, spec = model_inputs(bundle.spec.network), bundle.spec.features
+    if inputs == {"side"}:
+        return Classifier(bundle, None, data, bundle.device)
+    loaded = load_matching(spec, lpm, root, bundle.device)
+    if "image" in inputs:
+        bundle.network.use_lpm(loaded.model)
+        return Classifier(bundle, None, data, bundle.device)
+    return Classifier(bundle, loaded, data, bundle.device)
 
 
-def _load(spec: FeatureSpec, lpm: LpmSettings | None, root: Path, device: torch.device) -> LoadedLpm:
-    """The LPM on its device, refused unless it gives the features that the bundle was trained on."""
-    source = lpm or LpmSettings(name=spec.lpm.name)
-    info = spec.normalised(describe_lpm(source.name, spec.lpm.image_size, root))
-    if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
-        raise CacheMismatchError(
-            f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",
-            differing,
-            "lpm.name is another model, or this version of timm describes it differently.",
-            f"Set lpm.name to {'the local-dir: of that model' if 'local-dir:' in spec.lpm.name else spec.lpm.name}.",
-        )
-    loaded = load_lpm(source, spec.lpm.image_size, root)
-    if loaded.weights_sha256 != spec.weights_sha256:
-        raise WeightsError(
-            f"The weights of {spec.lpm.name} have the sha256 {loaded.weights_sha256}, "
-            f"the model was trained with {spec.weights_sha256}.",
-            f"lpm.weights ({source.weights}) is another file than in training.",
-            "Set lpm.weights to the file that `fpt extract` used.",
-        )
-    loaded.model.to(device)
-    return loaded
-
-
-def _side_images(pixels: Sequence[Pixels]) -> FeatureBatch:
-    """A batch for a network that reads nothing but the side image."""
-    return FeatureBatch({"side": np.stack([image.side for image in pixels])})
+def _pixel_arrays(pixels: Sequence[Pixels]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Arrays for a model that reads no features."""
+    large = np.stack([image.lpm for image in pixels]).transpose(0, 3, 1, 2)
+    return {"side": np.stack([image.side for image in pixels]), IMAGE: np.ascontiguousarray(large)}

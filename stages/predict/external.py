@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from schemas.errors import DataError, ImageError, UnreadableImagesError
 from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, ManifestRow
+from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Metrics
 from schemas.settings import DataSettings, LpmSettings
 from schemas.tasks import names_in, written
@@ -40,7 +41,7 @@ from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle, load_bundle
-from stages.train.infer import store_logits
+from stages.train.infer import source_logits
 
 Shares = dict[str, npt.NDArray[np.float32]]
 """Image id -> (C,) probabilities."""
@@ -207,11 +208,12 @@ def _probabilities(
 ) -> tuple[Shares, int]:
     """Probabilities of each image content, and how many came from cached features."""
     found: Shares = {}
-    with _local_store(cache_root, bundle.spec.features) as store:
+    cached = "image" not in model_inputs(bundle.spec.network)
+    with _local_store(cache_root, bundle.spec.features) if cached else nullcontext() as store:
         ids = list(paths)
         there = [] if store is None else [ids[at] for at in np.flatnonzero(store.find(ids) >= 0).tolist()]
         if store is not None and there:
-            found = dict(zip(there, probabilities(store_logits(bundle, store, there), bundle.spec.task), strict=True))
+            found = dict(zip(there, probabilities(source_logits(bundle, store, there), bundle.spec.task), strict=True))
     missing = [image_id for image_id in paths if image_id not in found]
     if missing:
         classifier = load_classifier(bundle, lpm, root, data)
@@ -245,8 +247,8 @@ def _overlap(rows: Sequence[ManifestRow], spec: BundleSpec, study: Manifest | No
         return []
     split_of = {row.id: row.split for row in study.rows}
     counts = Counter(split_of[row.id] for row in rows if row.id in split_of)
-    trained = sum(counts[split] for split in spec.learnt_from)
-    others = {split: counts[split] for split in SPLITS if counts[split] and split not in spec.learnt_from}
+    trained = sum(counts[split] for split in spec.fitted_splits)
+    others = {split: counts[split] for split in SPLITS if counts[split] and split not in spec.fitted_splits}
     total = counted(len(rows), "image")
     found = []
     if trained:

@@ -15,7 +15,6 @@ from schemas.cost import StoreMemory
 from schemas.machine import StoreSettings
 from stages.shared import SharedArrays
 from stages.store.layout import ArrayLayout
-from stages.store.reader import StoreReader
 
 AUTO_SHARE = 0.5
 """Share of the memory that is free now which "auto" may take; training itself needs little."""
@@ -23,8 +22,12 @@ FILL_ROWS = 64
 """Rows read at a time while the memory is filled."""
 
 
-class Rows(Protocol):
-    """Where a data set reads: a store, or a part of one in memory."""
+class RowSource(Protocol):
+    """Where a data set reads: a store, rows in memory, or images."""
+
+    @property
+    def url(self) -> str | None:
+        """Where it is read over a network; None: on this machine."""
 
     @property
     def layouts(self) -> dict[str, ArrayLayout]:
@@ -46,7 +49,7 @@ class Rows(Protocol):
 class MemoryRows:
     """Some rows of a store, in memory that a loader's workers share."""
 
-    def __init__(self, store: StoreReader, ids: Sequence[str], names: Sequence[str]) -> None:
+    def __init__(self, store: RowSource, ids: Sequence[str], names: Sequence[str]) -> None:
         """Read them, in the order in which they lie on the disk.
 
         Args:
@@ -60,6 +63,7 @@ class MemoryRows:
         """
         rows = store.locate(ids)
         order = np.argsort(rows)
+        self.url = store.url
         self._layouts = {name: store.layouts[name] for name in names}
         self._position = {ids[at]: position for position, at in enumerate(order.tolist())}
         self._shared = SharedArrays(
@@ -96,7 +100,7 @@ class MemoryRows:
 
 
 def decide(
-    store: StoreReader, ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
+    store: RowSource, ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
 ) -> StoreMemory:
     """Whether the rows of a study fit into the memory that they may take; each process of a machine holds its own."""
     row = sum(

@@ -15,9 +15,10 @@ from safetensors.torch import save as save_tensors
 
 from schemas.base import digest
 from schemas.errors import BundleError
-from schemas.results import AttentiveSpec, BundleSpec, SideNetworkSpec, StatisticsSpec
+from schemas.methods import model_inputs
+from schemas.results import BundleSpec
 from stages.files import atomic_write, read_regular
-from stages.train.models import Model, build_model
+from stages.methods.base import Model, build_model
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
 RESTORE = "Restore the file (git, DVC or a backup), or run `fpt train` again."
@@ -86,15 +87,9 @@ def _decode_spec(data: bytes, path: Path) -> BundleSpec:
 def _consistent(spec: BundleSpec) -> bool:
     """Whether the network has the classes, and reads the features, that the spec names."""
     network, features = spec.network, spec.features
-    if network.classes != len(spec.classes):
+    if network.classes != len(spec.classes) or ("pooled" in model_inputs(network) and not features.pooled):
         return False
-    if isinstance(network, SideNetworkSpec | AttentiveSpec):
-        depth = network.layers if network.method == "side" else len(features.layers)
-        shape = (depth, features.lpm.width, features.lpm.heads)
-        return (network.layers, network.lpm_width, network.heads) == shape
-    if isinstance(network, StatisticsSpec) and network.layers != features.layers:
-        return False
-    return features.pooled and network.features == 2 * features.lpm.width
+    return network.matches(features)
 
 
 def read_spec(folder: Path) -> BundleSpec:

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from schemas.base import canonical_json
 from schemas.results import EpochLog
 from stages.files import atomic_write, read_regular
-from stages.train.models import Network
+from stages.methods.base import Network
 
 HEAD = b"fpt checkpoint 1 "
 """First bytes; the number changes with the layout, so that a file of another version is not parsed."""

@@ -10,22 +10,20 @@ import torch
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
+from schemas.methods import METHODS
 from schemas.resolve import expected_spec
 from schemas.resolved import ResolvedSettings
-from schemas.settings import Method
+from schemas.specs import Inputs
 from schemas.views import manifest_rows
 from stages.store.reader import StoreReader
 from stages.store.shards import REPAIR
-from stages.train.closed_form import FITTED
 from stages.train.targets import Target, balanced_weights, class_counts
 
-UNREAD: dict[Method, tuple[str, ...]] = {
-    "linear": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
-    "knn": ("layers", "kept", "importance", "dtype", "codec", "bitround", "pooled", "side_image_size"),
-    "attentive": ("layers", "pooled", "side_image_size"),
-    "statistics": ("layers", "pooled", "side_image_size"),
-}
-"""Fields of the features that may differ from the settings: the method does not read them, or takes what there is."""
+TOKEN_FIELDS = frozenset({"kept", "importance"})
+"""Fields of the features that determine only which tokens are cached."""
+
+ENCODING_FIELDS = frozenset({"dtype", "codec", "bitround"})
+"""Fields that determine how cached and hidden tokens are stored."""
 
 SIDE_IMAGE_FIELDS = frozenset(
     {"feature_version", "resize", "filter", "normalisation", "lpm.mean", "lpm.std", "lpm.interpolation"}
@@ -54,35 +52,44 @@ def check_shared(variants: Sequence[ResolvedSettings]) -> None:
 
 
 def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:
-    """Dotted name -> value of what runs that share their batches have in common."""
+    """Return what runs that share their batches have in common, by dotted name."""
+    own = getattr(settings.methods, settings.method, None)
+    sections = {name: getattr(settings, name) for name in ("features", "lpm", "data", "train")}
+    if own is not None:
+        sections[f"methods.{settings.method}"] = own
     return {
         "method": settings.method,
         **{
             f"{section}.{name}": value
-            for section in ("features", "lpm", "data", "train")
-            for name, value in getattr(settings, section).model_dump(mode="json").items()
+            for section, values in sections.items()
+            for name, value in values.model_dump(mode="json").items()
             if section != "train" or name not in FREE
         },
     }
 
 
 def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
-    """Refuse features that were computed under other settings than these; the differing fields are named."""
-    found = receipt.spec
-    if settings.method in FITTED and not found.pooled:
+    """Refuse features that were computed under other settings than these; the differing fields are named.
+
+    Only fields that decide what the method reads count: "auto" depends on the method, and features that were extracted
+    for another method serve one that does not read what differs.
+    """
+    extracted, row = receipt.spec, METHODS[settings.method]
+    inputs = row.reads(settings)
+    if "pooled" in inputs and not extracted.pooled:
         raise CacheMismatchError(
             f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
             {"pooled": (True, False)},
             "They were extracted with features.pooled: false.",
             "Set features.pooled: true in params.yaml, then run `fpt extract`.",
         )
-    expected = expected_spec(settings, lpm, found)
-    # What "auto" means depends on the method: features of another one serve a baseline that does not read what differs.
-    expected = expected.model_copy(update={name: getattr(found, name) for name in UNREAD.get(settings.method, ())})
-    differing = expected.differing(found)
-    size = settings.train.side_image_size
-    if settings.method == "side" and size <= found.side_image_size:
-        # The other arrays are irrelevant: only what determines the pixels of the small images must agree.
+    expected = expected_spec(settings, lpm, extracted)
+    ignored = _ignored_fields(inputs, row.any_layers)
+    differing = {
+        name: values for name, values in expected.differing(extracted).items() if name.partition(".")[0] not in ignored
+    }
+    if inputs == {"side"} and settings.train.side_image_size <= extracted.side_image_size:
+        # Only what determines the pixels of the small images must agree.
         differing = {name: values for name, values in differing.items() if name in SIDE_IMAGE_FIELDS}
     if differing:
         raise CacheMismatchError(
@@ -91,6 +98,23 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
             "The settings changed after the features were extracted.",
             "Run `fpt extract` with these settings, or revert the change.",
         )
+
+
+def _ignored_fields(inputs: Inputs, any_layers: bool) -> frozenset[str]:
+    """Fields of the features that do not decide what is read; pooled outputs do no harm where they are not read."""
+    ignored = {"pooled"}
+    tokens = bool(inputs & {"tokens", "statistics"})
+    if not tokens or any_layers:
+        ignored.add("layers")
+    if not tokens:
+        ignored |= TOKEN_FIELDS
+    if not tokens and "hidden" not in inputs:
+        ignored |= ENCODING_FIELDS
+    if "hidden" not in inputs:
+        ignored.add("hidden")
+    if "side" not in inputs:
+        ignored.add("side_image_size")
+    return frozenset(ignored)
 
 
 def check_views(settings: ResolvedSettings, receipt: ExtractionReceipt) -> None:

@@ -1,90 +1,89 @@
-"""Models without epochs: fitted to all training rows at once, judged like any other."""
+"""Methods without epochs: one read of the rows, one fit to all of them."""
 
 from __future__ import annotations
 
 import time
-from typing import get_args
 
 import torch
 
-from schemas.resolved import ResolvedSettings
-from schemas.results import EpochLog, KnnSpec, LinearSpec, StatisticsSpec
-from schemas.settings import FittedMethod, Method
-from stages.methods.fit_rows import FittedRows
-from stages.methods.probes import KnnProbe, LinearModel, fit_knn, fit_linear_probe, linear_model
-from stages.methods.statistics import StatisticsModel, fit_evidence, statistics_model
-from stages.threads import ONE, Lanes
-from stages.train.loop import judge_logits
+from schemas.manifest import Split
+from schemas.methods import METHODS
+from schemas.results import EpochLog, TrainResult
+from schemas.views import train_views
+from stages.methods.base import FitInputs, RowModel, closed_form_method
+from stages.threads import open_threads
+from stages.train.job import Job, rows_to_fit, save_model
+from stages.train.loop import score_logits
 
-FITTED: frozenset[Method] = frozenset(get_args(FittedMethod))
-"""Methods without epochs, as a set. All read the pooled outputs."""
-
-Fitted = StatisticsModel | LinearModel | KnnProbe
-"""Their models."""
-
-READ = frozenset({"class_weights"})
-"""Fields of `train` that decide them: another seed or learning rate fits the same model again."""
+MOST_THREADS = 64
+"""Threads that fits share, if there are as many cores."""
 
 
-def fit_rows(
-    settings: ResolvedSettings,
-    layers: tuple[int, ...],
-    train: FittedRows,
-    val: FittedRows,
-    class_weights: torch.Tensor | None,
-    lanes: Lanes = ONE,
-) -> tuple[Fitted, EpochLog]:
-    """Fit on the CPU: C or k of the lowest out-of-fold log-loss, by patient, of the training rows.
+def fit_job(job: Job) -> list[TrainResult]:
+    """Fit every variant on the CPU, and write its bundle."""
+    # To train on, every view of an image is a row.
+    ids: dict[Split, list[list[str]]] = {
+        "train": [[row.id for row in views] for views in train_views(job.manifest, job.first.features)],
+        "val": [[row.id] for row in job.manifest.of("val")],
+    }
+    results = []
+    with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
+        inputs = METHODS[job.first.method].inputs
+        train, val = rows_to_fit(job, job.opened.source, ids, inputs)
+        for position, settings in enumerate(job.variants):
+            weights = job.class_weights(settings, torch.device("cpu"))
+            fit_inputs = FitInputs(
+                train=train,
+                val=val,
+                task=job.manifest.task,
+                layers=job.opened.features.layers,
+                class_weights=None if weights is None else weights.tolist(),
+                threads=threads,
+            )
+            model, log = fit_rows(settings.method, fit_inputs)
+            job.watch.on_epoch(position, log)
+            results.append(
+                TrainResult(
+                    best=log,
+                    epochs=(log,),
+                    resumed_from=0,
+                    learnable=save_model(job, position, model, log),
+                    chosen=dict(closed_form_method(settings.method).chosen(model.spec)),
+                )
+            )
+    return results
 
-    Only statistics fits to the validation rows, too; the others are only evaluated on them.
+
+def fit_rows(method: str, inputs: FitInputs) -> tuple[RowModel, EpochLog]:
+    """Fit a closed form, and score it.
 
     Args:
-        settings: Of a method of `FITTED`.
-        layers: Tapped blocks of the features.
-        train: To fit to.
-        val: To evaluate on.
-        class_weights: (C,) weights of the losses, or None.
-        lanes: Threads that regressions are shared out to.
+        method: Name of a method that is fitted in closed form.
+        inputs: Rows, task and class weights.
 
     Returns:
-        The model, and its judgement in the form of one epoch. (Each training row of a k-NN finds itself; validation
-        rows are judged by models that did not see them.)
+        The model, and its scores in the form of one epoch. Validation rows are scored by models that were not fitted to
+        them.
 
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    start, task = time.perf_counter(), settings.data.task
-    weights = None if class_weights is None else class_weights.tolist()
-    probe: Fitted
-    said: torch.Tensor | None = None
-    if settings.method == "statistics":
-        found, said = fit_evidence(train, val, weights, lanes)
-        probe = statistics_model(found, layers, task)
-    elif settings.method == "linear":
-        probe = linear_model(fit_linear_probe(train, val, weights), task)
-    else:
-        probe = fit_knn(train, val, weights, task)
+    start = time.perf_counter()
+    model, val_logits = closed_form_method(method).fit(inputs)
+    weights = None if inputs.class_weights is None else torch.tensor(inputs.class_weights, dtype=torch.float32)
     with torch.inference_mode():
-        said = probe.judge(torch.from_numpy(val.x)) if said is None else said
-        own, held = (
-            judge_logits(logits, rows.y.tolist(), class_weights, task)
-            for logits, rows in ((probe.judge(torch.from_numpy(train.x)), train), (said, val))
-        )
+        if val_logits is None:
+            val_logits = model.row_logits(torch.from_numpy(inputs.val.x))
+        train_logits = model.row_logits(torch.from_numpy(inputs.train.x))
+        train_loss, _, _ = score_logits(train_logits, inputs.train.y.tolist(), weights, inputs.task)
+        val_loss, val_auc, val_accuracy = score_logits(val_logits, inputs.val.y.tolist(), weights, inputs.task)
     log = EpochLog(
         epoch=1,
-        train_loss=own[0],
-        val_loss=held[0],
-        val_auc=held[1],
-        val_accuracy=held[2],
+        train_loss=train_loss,
+        val_loss=val_loss,
+        val_auc=val_auc,
+        val_accuracy=val_accuracy,
         lr=None,
         seconds=round(time.perf_counter() - start, 3),
     )
-    return probe, log
-
-
-def chosen(spec: StatisticsSpec | LinearSpec | KnnSpec) -> dict[str, float]:
-    """The hyperparameter that was chosen; of statistics the largest share, and whose it is."""
-    if isinstance(spec, StatisticsSpec):
-        name, share = spec.ranked[0]
-        return {f"share of {name}": round(share, 2)}
-    return {"C": spec.c} if isinstance(spec, LinearSpec) else {"k": spec.neighbours}
+    return model, log

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from schemas.errors import PlatformError
-from stages.methods.side_network import Block
+from stages.methods.base import Network
 
 
-def compile_blocks(networks: Sequence[nn.Module], device: torch.device) -> None:
-    """Compile the blocks of side networks, in place; names and weights of the networks stay as they are.
+def compile_blocks(networks: Sequence[Network], device: torch.device) -> None:
+    """Compile the blocks of networks, in place; names and weights of the networks stay as they are.
 
-    Blocks alone: attention to the cached tokens has a backward pass of its own, which would break the graph, and is a
-    few matrix products that leave nothing to fuse. Blocks of one shape share one compiled function, whatever their
-    number: two are compiled, since the last computes the class token alone. That takes half a minute or so, once a
-    training. Shapes are fixed: dynamic ones are slower, and `eager_unless` runs the last smaller batch as it stands.
+    Blocks of one shape share one compiled function, whatever their number; of side networks two are compiled, since the
+    last computes only the class token. That takes about half a minute per training. Shapes are fixed: dynamic ones are
+    slower, and `eager_unless` runs the last smaller batch as it stands.
 
     Raises:
         PlatformError: If nothing can be compiled here.
@@ -32,9 +30,8 @@ def compile_blocks(networks: Sequence[nn.Module], device: torch.device) -> None:
             "Install one (such as g++), or set train.compile to false.",
         ) from error
     for network in networks:
-        for module in network.modules():
-            if isinstance(module, Block):
-                module.compile(dynamic=False)
+        for block in network.compiled_blocks():
+            block.compile(dynamic=False)
 
 
 def eager_unless(compiled: bool) -> AbstractContextManager[object]:

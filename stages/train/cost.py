@@ -18,20 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from schemas.cost import CostReport
-from schemas.errors import PlatformError
+from schemas.errors import PlatformError, SettingsError
 from schemas.features import FeatureSpec, LpmInfo
-from schemas.resolve import feature_spec, network_spec
-from schemas.resolved import ResolvedSettings
-from schemas.results import ModelSpec, SideNetworkSpec
+from schemas.methods import METHODS
+from schemas.resolve import feature_spec
+from schemas.resolved import ResolvedSettings, ResolvedTrain
 from schemas.settings import TrainSettings
-from stages.lpm.catalogue import build_on_meta
-from stages.methods.cached_tokens import Cached
-from stages.methods.fpt import learnable_parameters
-from stages.store.layout import CACHED, array_layouts
+from schemas.specs import Inputs
+from stages.methods.base import Network, gradient_method, learnable_parameters
+from stages.methods.batch import Batch, array_names
+from stages.methods.cached_tokens import CachedTokens
+from stages.store.layout import array_layouts
+from stages.store.quantise import HIDDEN_ARRAYS
 from stages.train.checkpoints import Fit
-from stages.train.data import READS, Batch
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
-from stages.train.models import Network, build_learner
 
 
 def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
@@ -47,13 +47,24 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         PlatformError: If this build of torch cannot track tensor memory.
         SettingsError: If the method trains no network: linear and knn.
     """
+    row = METHODS[settings.method]
+    if row.closed_form:
+        raise SettingsError(
+            f"{settings.method} has no training step: there is nothing to estimate.",
+            [("method", "is fitted to all training images in closed form")],
+            "Choose a method that is trained by gradient, such as --method attentive.",
+        )
     features = feature_spec(settings, lpm, weights_sha256="0" * 64)
-    spec = network_spec(settings, lpm, classes)
+    method = gradient_method(settings.method)
+    spec = method.spec(settings, lpm, classes)
     with torch.device("meta"):
-        network = build_learner(spec)
+        network = method.build(spec)
+    # Imported late: training on cached features needs no code of the LPM.
+    from stages.lpm.catalogue import build_on_meta
+
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
-    mib, batch_mib = _side_step_mib(network, spec, features, settings.train)
+    mib, batch_mib = _step_mib(network, features, row.reads(settings), settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
     share = learnable / lpm_parameters
     return CostReport(
@@ -88,40 +99,45 @@ def _mib(tensors: Iterable[torch.Tensor]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
-def _side_step_mib(
-    network: Network, spec: ModelSpec, features: FeatureSpec, train: TrainSettings
-) -> tuple[float, float]:
-    """A step of stage two: the batch as the store gives it, the network, its gradients and optimiser states.
+def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: ResolvedTrain) -> tuple[float, float]:
+    """Tensor memory of a training step: the batch as it is read, the network, its gradients and optimiser states.
 
     Returns:
-        All of it, and the batch alone.
+        All of it, and only the batch.
     """
-    reads, batch_mib = READS[spec.method], 0.0
-    mean, std = features.lpm.mean, features.lpm.std
-    recipe = Recipe(train, mean, std, class_weights=None, device=torch.device("cpu"), workers=0)
+    batch_mib = 0.0
+    recipe = Recipe(train, features, class_weights=None, device=torch.device("cpu"), workers=0)
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
-        labels = torch.zeros(train.batch_size, dtype=torch.int64)
-        images, cached, tensors = None, None, [labels]
-        if isinstance(spec, SideNetworkSpec):
-            images = torch.empty(train.batch_size, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
-            tensors.append(images)
-        stored = {name: layout for name, layout in array_layouts(features).items() if name in CACHED and name in reads}
-        if stored:
-            cached = Cached(
-                **{
-                    name: torch.empty((train.batch_size, *layout.shape), dtype=getattr(torch, layout.dtype))
-                    for name, layout in stored.items()
-                }
-            )
-            tensors += cached.tensors()
         nonlocal batch_mib
-        batch_mib = _mib(tensors)
-        batch, optimizer = Batch(images, cached, labels), make_optimizer(network, train)
+        batch = _blank_batch(network, features, inputs, train.batch_size)
+        batch_mib = _mib(batch.tensors())
+        optimizer = make_optimizer(network, train)
         run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
-        return optimizer, tensors, lambda: training_step([run], batch)
+        return optimizer, list(batch.tensors()), lambda: training_step([run], batch)
 
     return _peak_mib(network, make_step), batch_mib
+
+
+def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:
+    """A batch of the shapes and types that a row source gives, without content."""
+    # Linear probes of an ensemble are fitted before the first step, which reads no pooled outputs.
+    names = array_names(inputs - {"pooled", "side", "image"})
+    arrays = {
+        name: torch.empty((rows, *layout.shape), dtype=getattr(torch, layout.dtype))
+        for name, layout in array_layouts(features).items()
+        if name in names
+    }
+    tokens = {name: arrays[name] for name in ("keys", "values", "scale", "offset") if name in arrays}
+    hidden = {name: arrays[name] for name in HIDDEN_ARRAYS if name in arrays}
+    side, size = network.spec.side_size, features.lpm.image_size
+    return Batch(
+        torch.zeros(rows, dtype=torch.int64),
+        torch.empty(rows, 3, side, side, dtype=torch.uint8) if side else None,
+        CachedTokens(**tokens) if tokens else None,
+        hidden=hidden or None,
+        image=torch.empty(rows, 3, size, size, dtype=torch.uint8) if "image" in inputs else None,
+    )
 
 
 def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> float:
@@ -162,7 +178,7 @@ def _peak_mib(
         network.train().to_empty(device="cpu")
         optimizer, inputs, step = make_step()
         # AdamW makes its states in its first step; a step in the middle of training is what is asked for.
-        for parameter in network.parameters():
+        for parameter in (value for value in network.parameters() if value.requires_grad):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,86 +1,47 @@
-"""Batches of cached features, side images and labels, read from the store."""
+"""Batches of what a method reads, from a row source: a store, memory, or images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from schemas.settings import AugmentSettings, Method
-from stages.methods.cached_tokens import Cached
-from stages.pixels import augmentation, to_size
+from schemas.settings import AugmentSettings
+from schemas.specs import Inputs
+from stages.methods.batch import IMAGE, Batch, array_names
+from stages.pixels import Transform, augmentation, to_size
 from stages.ranks import ALONE, Ranks
 from stages.shared import SharedArrays
-from stages.store.layout import CACHED
-from stages.store.memory_rows import Rows
+from stages.store.memory_rows import RowSource
 from stages.train.targets import Target
 
-READS: dict[Method, tuple[str, ...]] = {
-    "fpt": (*CACHED, "side"),
-    "fpt+": (*CACHED, "side"),
-    "fpt-x": (*CACHED, "side"),
-    "side": ("side",),
-    "statistics": (*CACHED, "pooled"),
-    "linear": ("pooled",),
-    "knn": ("pooled",),
-    "attentive": CACHED,
-}
-"""Arrays of the store that a method reads."""
+PIXELS = ("side", IMAGE)
+"""Arrays of pixels."""
+
+IN_BATCH = "batch:"
+"""Prefix of the pixels at their size in a batch, in memory that workers share."""
 
 PREFETCH = 2
 """Batches that a worker prepares ahead."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's input."""
+class Reading:
+    """What a data set reads per image, and how."""
 
-    image: torch.Tensor | None
-    """(B, 3, S, S) uint8, at the side network's size; None where the method reads none."""
-    cached: Cached | None
-    """Keys and values of all tapped layers; None where the method reads none."""
-    labels: torch.Tensor
-    """(B,) int64; with several labels an image (B, C)."""
-    pooled: torch.Tensor | None = None
-    """(B, 2, D) float32, class token and mean of the patches; None where the method reads none."""
-
-    @staticmethod
-    def of(arrays: Mapping[str, NDArray[Any]], image: torch.Tensor | None, labels: torch.Tensor) -> Batch:
-        """Views of arrays of the store, by name, and an image of the side network's size."""
-        pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None
-        return Batch(image, Cached.of(arrays), labels, pooled)
-
-    def rows(self, some: slice) -> Batch:
-        """Some images, without a copy."""
-        cached = None if self.cached is None else self.cached.rows(some)
-        image, pooled = (None if part is None else part[some] for part in (self.image, self.pooled))
-        return Batch(image, cached, self.labels[some], pooled)
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device."""
-        cached = None if self.cached is None else self.cached.to(device)
-        image, labels, pooled = (
-            None if part is None else part.to(device, non_blocking=True)
-            for part in (self.image, self.labels, self.pooled)
-        )
-        return Batch(image, cached, cast("torch.Tensor", labels), pooled)
-
-
-def array_names(stored: Iterable[str], method: Method, probe: bool = False) -> tuple[str, ...]:
-    """Of the arrays of a store, those that a method reads.
-
-    Args:
-        stored: Names of all.
-        method: What is trained.
-        probe: Whether a linear probe joins it.
-    """
-    wanted = {*READS[method], *(("pooled",) if probe else ())}
-    return tuple(name for name in stored if name in wanted)
+    inputs: Inputs
+    """Of the method."""
+    side_size: int = 0
+    """Input of the side network, in pixels; 0 where it reads no small image."""
+    augment: AugmentSettings | None = None
+    """None: un-augmented images."""
+    seed: int = 0
+    """Seed of the augmentation and of the views."""
 
 
 @dataclass(frozen=True)
@@ -102,43 +63,43 @@ class FeatureDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        store: Rows,
+        source: RowSource,
         ids: Sequence[str],
         labels: Sequence[Target],
-        size: int,
-        augment: AugmentSettings | None = None,
-        seed: int = 0,
-        method: Method = "fpt+",
-        probe: bool = False,
+        reading: Reading,
         views: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """Hold the rows.
+        """Locate the rows.
 
         Args:
-            store: Where they are.
+            source: Where they are.
             ids: Image id of each position.
-            labels: Class index of each position; with several labels an image, zeros and ones.
-            size: Input of the side network, in pixels.
-            augment: None: the un-augmented image.
-            seed: Of the augmentation and of the views.
-            method: What is trained, which decides what is read (`READS`).
-            probe: Whether a linear probe joins it, which reads the pooled outputs.
+            labels: Class index of each position; with several labels per image, zeros and ones.
+            reading: What is read.
             views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
                 one geometry. None: the images themselves.
 
         Raises:
             CacheIncompleteError: If an image has no row.
         """
-        self._store, self._labels, self._size, self._seed = store, tuple(labels), size, seed
+        self._source, self._labels, self._reading = source, tuple(labels), reading
         choices = [(row,) for row in ids] if views is None else views
         self._ids = tuple(row for rows in choices for row in rows)
         self._first = np.cumsum([0, *map(len, choices)])
-        self._names = array_names(store.layouts, method, probe)
-        self._augment = None if augment is None else augmentation(augment, size)
-        self._rows = store.locate(self._ids)
+        names = array_names(reading.inputs)
+        self._names = tuple(name for name in source.layouts if name in names)
+        self._sizes = {name: self._size(name) for name in PIXELS if name in self._names}
+        self._augment = {
+            name: augmentation(reading.augment, size) for name, size in self._sizes.items() if reading.augment
+        }
+        self._rows = source.locate(self._ids)
         self._buffers: dict[str, NDArray[Any]] = {}
         self._slots: tuple[SharedArrays, ...] = ()
         self._read = 0
+
+    def _size(self, name: str) -> int:
+        """Side of the pixels of an array in a batch."""
+        return self._reading.side_size if name == "side" else int(self._source.layouts[name].shape[-1])
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -166,10 +127,10 @@ class FeatureDataset(Dataset[Batch]):
             batch_size: Largest number of rows in a batch.
         """
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-        if "side" in self._names:
-            shapes["image"] = ((batch_size, 3, self._size, self._size), "uint8")
+        for name, size in self._sizes.items():
+            shapes[IN_BATCH + name] = ((batch_size, 3, size, size), "uint8")
         for name in self._names:
-            layout = self._store.layouts[name]
+            layout = self._source.layouts[name]
             shapes[name] = ((batch_size, *layout.shape), layout.dtype)
         self._slots = tuple(SharedArrays(shapes) for _ in range(workers * (PREFETCH + 1)))
         return self._slots
@@ -177,7 +138,7 @@ class FeatureDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Batch:
         """Read a batch. Its keys and values are valid until the next batch is read."""
         if not indices:
-            return Batch(None, None, torch.empty(0, dtype=torch.int64))
+            return Batch(torch.empty(0, dtype=torch.int64))
         if self._buffers and len(next(iter(self._buffers.values()))) < len(indices):
             self._buffers = {}
         batch, rows = self._fill(indices, self._buffers)
@@ -192,8 +153,9 @@ class FeatureDataset(Dataset[Batch]):
             return Ticket(slot, [])
         shared = self._slots[slot].arrays
         batch, _ = self._fill(indices, shared)
-        if batch.image is not None:
-            shared["image"][: len(indices)] = batch.image.numpy()
+        for name, pixels in (("side", batch.side), (IMAGE, batch.image)):
+            if isinstance(pixels, torch.Tensor):
+                shared[IN_BATCH + name][: len(indices)] = pixels.numpy()
         return Ticket(slot, batch.labels.tolist())
 
     def _fill(
@@ -201,15 +163,18 @@ class FeatureDataset(Dataset[Batch]):
     ) -> tuple[Batch, dict[str, NDArray[Any]]]:
         drawn = [self._drawn(epoch, position) for epoch, position in indices]
         ids = [self._ids[row] for row in drawn]
-        rows = self._store.read_rows(self._rows[drawn], ids, self._names, out or None)
-        image = self._image(torch.from_numpy(rows["side"]), indices) if "side" in rows else None
-        return Batch.of(rows, image, torch.tensor([self._labels[position] for _, position in indices])), rows
+        rows = self._source.read_rows(self._rows[drawn], ids, self._names, out or None)
+        pixels = {name: self._pixels(name, torch.from_numpy(rows[name]), indices) for name in self._sizes}
+        labels = torch.tensor([self._labels[position] for _, position in indices])
+        return Batch.of(rows, labels, pixels.get("side"), pixels.get(IMAGE)), rows
 
-    def _image(self, side: torch.Tensor, indices: Sequence[tuple[int, int]]) -> torch.Tensor:
-        if self._augment is None:
-            return to_size(side, self._size)
+    def _pixels(self, name: str, stored: torch.Tensor, indices: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Images at their size in a batch, augmented or not."""
+        augment = self._augment.get(name)
+        if augment is None:
+            return to_size(stored, self._sizes[name])
         with torch.random.fork_rng(devices=[]):
-            return torch.stack([self._augmented(side[row], *index) for row, index in enumerate(indices)])
+            return torch.stack([self._augmented(augment, stored[row], *index) for row, index in enumerate(indices)])
 
     def _drawn(self, epoch: int, position: int) -> int:
         """Which of the rows this position has in this epoch."""
@@ -220,15 +185,13 @@ class FeatureDataset(Dataset[Batch]):
 
     def _random(self, epoch: int, position: int) -> tuple[int, int]:
         """32 bits for the augmentation, and 32 for the view."""
-        augment, view = np.random.SeedSequence((self._seed, epoch, position)).generate_state(2).tolist()
+        augment, view = np.random.SeedSequence((self._reading.seed, epoch, position)).generate_state(2).tolist()
         return augment, view
 
-    def _augmented(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        if self._augment is None:
-            raise ValueError("this data set does not augment")
-        # Of the CPU alone: on a GPU nothing is drawn here, and `manual_seed` would seed it, too.
+    def _augmented(self, augment: Transform, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
+        # Only the CPU generator: on a GPU nothing is drawn here, and `manual_seed` would seed it, too.
         torch.default_generator.manual_seed(self._random(epoch, position)[0])
-        return self._augment(image)
+        return augment(image)
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -261,8 +224,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Of a batch the rows of this process."""
         return batch[self._ranks.rows(len(batch))]
 
-    def whole(self, number: int) -> int:
-        """Rows of a batch, counted from 0, of all processes together."""
+    def batch_rows(self, number: int) -> int:
+        """Return the rows of a batch, counted from 0, of all processes together."""
         return min(self.batch_size, self._length - number * self.batch_size)
 
 
@@ -322,8 +285,8 @@ class BatchLoader:
     def _open(self, ticket: Ticket) -> Batch:
         arrays, count = self._slots[ticket.slot].arrays, len(ticket.labels)
         rows = {name: array[:count] for name, array in arrays.items()}
-        image = torch.from_numpy(rows["image"]) if "image" in rows else None
-        return Batch.of(rows, image, torch.tensor(ticket.labels))
+        pixels = {name: torch.from_numpy(rows[IN_BATCH + name]) for name in PIXELS if IN_BATCH + name in rows}
+        return Batch.of(rows, torch.tensor(ticket.labels), pixels.get("side"), pixels.get(IMAGE))
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:

@@ -19,22 +19,22 @@ import torch
 from torch import nn
 
 from schemas.errors import TrainingError
+from schemas.features import FeatureSpec
 from schemas.results import EpochLog
 from schemas.settings import TrainSettings
 from schemas.tasks import Task
 from stages.device import in_precision
 from stages.losses import Reduction, plain_loss, training_loss
-from stages.methods.joint_attention import Member
+from stages.methods.base import Network
+from stages.methods.batch import Batch
 from stages.ranks import ALONE, Ranks
 from stages.scores import macro_auc, probabilities
 from stages.tasks import decide, hits
-from stages.threads import ONE, Lanes, open_lanes
+from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.checkpoints import Fit, save_checkpoint
 from stages.train.compiling import eager_unless
-from stages.train.data import Batch, BatchLoader, EpochSampler, FeatureDataset, batches
-from stages.train.infer import training_logits
-from stages.train.micro_batches import join_parts, split_batch
-from stages.train.models import Network
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, batches
+from stages.train.micro_batches import join_gradients, split_batch
 from stages.train.parallel import gather_rows
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
@@ -46,10 +46,8 @@ class Recipe:
 
     settings: TrainSettings
     """Resolved."""
-    mean: Sequence[float]
-    """Of the side image, per channel."""
-    std: Sequence[float]
-    """Of the side image, per channel."""
+    features: FeatureSpec
+    """Preprocessing of the images, and type of the hidden tokens."""
     class_weights: torch.Tensor | None
     """(C,), or None."""
     device: torch.device
@@ -57,14 +55,15 @@ class Recipe:
     workers: int
     """Of the data loader."""
     task: Task = "multiclass"
-    """What the network learns to say."""
+    """What the labels mean."""
     ranks: Ranks = ALONE
     """Place of this process among those that train together."""
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW over all learnable parameters."""
-    return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    """Make AdamW over all learnable parameters."""
+    learnable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(learnable, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Run:
     """Written after every epoch."""
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
-    probed: torch.Tensor | None = None
+    probe_logits: torch.Tensor | None = None
     """Out-of-fold logits (n, C) of the linear probes on the validation images, or None without probes."""
     key: str = ""
     """What is trained; a checkpoint of another key is not resumed."""
@@ -91,35 +90,36 @@ class Run:
 
 
 def training_step(
-    runs: Sequence[Run], batch: Batch, whole: int | None = None, lanes: Lanes = ONE
+    runs: Sequence[Run], batch: Batch, batch_rows: int | None = None, threads: Threads = CALLING_THREAD
 ) -> list[torch.Tensor]:
     """Forward, backward, clip, update, of every run by itself on the same batch.
 
     Args:
         runs: With recipes that share what must be shared.
-        batch: On any device; where it comes in parts, they are copied to the networks' device one by one.
-        whole: Rows of the batch of all processes together; None: there is one process.
-        lanes: Threads that the members are shared out to.
+        batch: As it was read, on any device; micro-batches are copied to the networks' device one by one.
+        batch_rows: Rows of the batch of all processes together; None: this process is the only one.
+        threads: Threads that the members are distributed to.
 
     Returns:
-        Of each run the loss of the batch before the update, a scalar; the mean over its members.
+        The loss of the batch before the update per run, a scalar; the mean over its members.
     """
     shared, networks = runs[0].recipe, [run.network for run in runs]
     count, settings = len(batch.labels), shared.settings
-    parts = split_batch(count, whole or count, settings.batch_size, settings.accumulate, shared.ranks)
-    entire = len(parts) == shared.ranks.count == 1
+    micro_batches = split_batch(count, batch_rows or count, settings.batch_size, settings.accumulate, shared.ranks)
+    single = len(micro_batches) == shared.ranks.count == 1
     for run in runs:
         run.state.optimizer.zero_grad(set_to_none=True)
     totals = [torch.zeros((), device=shared.device) for _ in runs]
-    for part in parts:
-        part.prepare(networks)
-        with eager_unless(part.usual) if settings.compile else nullcontext():
-            losses = _add_gradients(runs, batch.rows(part.rows).to(shared.device), "mean" if entire else "sum", lanes)
+    for micro_batch in micro_batches:
+        micro_batch.prepare(networks)
+        rows = batch.rows(micro_batch.rows).to(shared.device)
+        with eager_unless(micro_batch.usual) if settings.compile else nullcontext():
+            losses = _add_gradients(runs, rows, "mean" if single else "sum", threads)
         for total, loss in zip(totals, losses, strict=True):
             total += loss
-    if not entire:
-        join_parts(runs, totals, batch.labels, shared.ranks)
-    lanes.map(_update, runs)
+    if not single:
+        join_gradients(runs, totals, batch.labels, shared.ranks)
+    threads.map(_update, runs)
     return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
 
 
@@ -132,14 +132,14 @@ def _update(runs: Sequence[Run]) -> list[None]:
     return [None] * len(runs)
 
 
-def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, lanes: Lanes) -> list[torch.Tensor]:
-    """Forward and backward; gives the loss of each run, summed over its members: each learns as it would alone."""
+def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, threads: Threads) -> list[torch.Tensor]:
+    """Forward and backward; return the loss per run, summed over its members: each learns as it would alone."""
     shared = runs[0].recipe
 
-    def learn(some: Sequence[tuple[Run, Member]]) -> list[torch.Tensor]:
+    def learn(some: Sequence[tuple[Run, nn.Module]]) -> list[torch.Tensor]:
         with in_precision(shared.settings.precision, shared.device):
-            logits = training_logits(
-                [member for _, member in some], batch, shared.mean, shared.std, shared.settings.checkpointing
+            logits = member_logits(
+                runs[0].network, [member for _, member in some], batch, shared, shared.settings.checkpointing
             )
         losses = [
             _member_loss(own.float(), batch.labels, run.recipe, reduction)
@@ -149,12 +149,19 @@ def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, lane
         return [loss.detach() for loss in losses]
 
     pairs = [(run, member) for run in runs for member in run.network.members]
-    found = iter(lanes.map(learn, pairs))
+    found = iter(threads.map(learn, pairs))
     return [torch.stack([next(found) for _ in run.network.members]).sum() for run in runs]
 
 
 def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
     return training_loss(logits, labels, recipe.settings, recipe.task, recipe.class_weights, reduction)
+
+
+def member_logits(
+    network: Network, members: Sequence[nn.Module], batch: Batch, shared: Recipe, checkpointing: bool = False
+) -> torch.Tensor:
+    """Compute logits (M, B, classes) of members of networks like this one, from a batch as it was read."""
+    return network.member_logits(members, batch.prepared(shared.features, lazy=checkpointing), checkpointing)
 
 
 def fit(
@@ -176,7 +183,7 @@ def fit(
     train_batches = batches(train, sampler, shared.workers)
     val_batches = batches(val, val_sampler, shared.workers)
     members = sum(len(run.network.members) for run in runs)
-    with open_lanes(1 if settings.compile else members, shared.device) as lanes:
+    with open_threads(1 if settings.compile else members, shared.device) as threads:
         for epoch in range(1, shared.settings.epochs + 1):
             # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
             behind = [run for run in runs if len(run.state.epochs) < epoch]
@@ -186,10 +193,10 @@ def fit(
             sampler.epoch = epoch
             for run in behind:
                 run.network.reseed(run.recipe.settings.seed, epoch)
-            train_losses = _train_epoch(behind, train_batches, sampler, epoch, lanes)
-            judged = _validate(behind, val_batches, val_sampler, val_labels, lanes)
+            train_losses = _train_epoch(behind, train_batches, sampler, epoch, threads)
+            validated = _validate(behind, val_batches, val_sampler, val_labels, threads)
             seconds = round(time.perf_counter() - start, 3)
-            for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, judged, strict=True):
+            for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, validated, strict=True):
                 log = EpochLog(
                     epoch=epoch,
                     train_loss=train_loss,
@@ -206,18 +213,18 @@ def fit(
 
 
 def keep_epoch(run: Run, log: EpochLog) -> None:
-    """Add an epoch to those of a run, and keep its weights if `train.keep` wants them."""
+    """Add an epoch to those of a run, and keep its weights where `train.keep` selects them."""
     state, settings = run.state, run.recipe.settings
-    # Half trained, a network can be lucky on few validation images; once it is settled, earlier luck does not count.
-    settled = settings.keep == "late" and state.best <= settings.epochs // 2 < log.epoch
-    if settings.keep == "last" or state.best == 0 or settled or _merit(log) > _merit(state.epochs[state.best - 1]):
+    # In early epochs a network can be lucky on few validation images; an epoch of the second half replaces those.
+    second_half = settings.keep == "late" and state.best <= settings.epochs // 2 < log.epoch
+    if settings.keep == "last" or state.best == 0 or second_half or _merit(log) > _merit(state.epochs[state.best - 1]):
         state.best = log.epoch
         state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
     state.epochs.append(log)
 
 
 def _train_epoch(
-    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int, lanes: Lanes
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int, threads: Threads
 ) -> list[float]:
     device, steps, seen = runs[0].recipe.device, len(loader), 0
     totals = [torch.zeros((), device=device) for _ in runs]
@@ -229,10 +236,10 @@ def _train_epoch(
             progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
             for group in run.state.optimizer.param_groups:
                 group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-        whole = sampler.whole(step)
-        for total, loss in zip(totals, training_step(runs, batch, whole, lanes), strict=True):
-            total += loss * whole
-        seen += whole
+        batch_rows = sampler.batch_rows(step)
+        for total, loss in zip(totals, training_step(runs, batch, batch_rows, threads), strict=True):
+            total += loss * batch_rows
+        seen += batch_rows
     means = [float(total) / seen for total in totals]
     for run, mean in zip(runs, means, strict=True):
         if not math.isfinite(mean):
@@ -246,9 +253,9 @@ def _train_epoch(
 
 @torch.inference_mode()
 def _validate(
-    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[Target], lanes: Lanes
+    runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, labels: Sequence[Target], threads: Threads
 ) -> list[tuple[float, float | None, float]]:
-    """Loss, AUC and accuracy of the validation images, of each run, which settle how sure its experts may be.
+    """Return loss, AUC and accuracy on the validation images per run, and calibrate its experts on them.
 
     In float32, whatever training computes in.
     """
@@ -263,29 +270,31 @@ def _validate(
             continue
         moved = batch.to(shared.device)
         with eager_unless(not shared.settings.compile):
-            logits = iter(lanes.map(partial(_look, moved, shared), members))
+            logits = iter(threads.map(partial(_eval_logits, runs[0].network, moved, shared), members))
         for part, run in zip(parts, runs, strict=True):
             own = torch.stack([next(logits) for _ in run.network.members]).float().cpu()
-            part.append(run.network.experts(own, None if run.probed is None else run.probed[rows]))
-    target, judged = torch.tensor(labels), []
+            part.append(run.network.experts(own, None if run.probe_logits is None else run.probe_logits[rows]))
+    target, scores = torch.tensor(labels), []
     for part, run in zip(parts, runs, strict=True):
         network, weights = run.network, run.recipe.class_weights
         own = torch.cat(part) if part else torch.empty(0, network.kinds, network.spec.classes)
         experts = gather_rows(own, [place for rows in places for place in rows], len(labels), shared.ranks)
-        judged.append(judge_logits(network.settle(experts, target, weights), labels, weights, run.recipe.task))
-    return judged
+        scores.append(score_logits(network.calibrate(experts, target, weights), labels, weights, run.recipe.task))
+    return scores
 
 
 @torch.inference_mode()
-def _look(batch: Batch, shared: Recipe, members: Sequence[Member]) -> Sequence[torch.Tensor]:
-    """Logits (B, classes) of each; decorated for itself, since each thread has a mode of its own."""
-    return training_logits(members, batch, shared.mean, shared.std).unbind(0)
+def _eval_logits(
+    network: Network, batch: Batch, shared: Recipe, members: Sequence[nn.Module]
+) -> Sequence[torch.Tensor]:
+    """Compute logits (B, classes) of each member; with a decorator, since inference mode is set per thread."""
+    return member_logits(network, members, batch, shared).unbind(0)
 
 
-def judge_logits(
+def score_logits(
     logits: torch.Tensor, labels: Sequence[Target], class_weights: torch.Tensor | None, task: Task = "multiclass"
 ) -> tuple[float, float | None, float]:
-    """Log-loss, AUC and accuracy of logits (n, C) on the CPU."""
+    """Return log-loss, AUC and accuracy of logits (n, C) on the CPU."""
     target, p = torch.tensor(labels), probabilities(logits, task).numpy()
     weight = None if class_weights is None else class_weights.cpu()
     loss = float(plain_loss(logits, target, task, weight))

@@ -54,7 +54,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[Ranks]:
     distributed.destroy_process_group()
 
 
-def add_up(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
+def sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
     """Replace tensors of one type and device by their sums over all processes, in one message.
 
     Raises:
@@ -69,21 +69,21 @@ def add_up(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def gather_rows(own: torch.Tensor, positions: Sequence[int], count: int, ranks: Ranks) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, positions: Sequence[int], count: int, ranks: Ranks) -> torch.Tensor:
     """Rows of all processes in one tensor, (count, ...).
 
     Args:
-        own: Rows of this process, (len(positions), ...); all processes have the same further axes.
+        rows: Rows of this process, (len(positions), ...); all processes have the same further axes.
         positions: Where they belong.
         count: Rows of all processes together.
         ranks: Place of this process.
     """
     if ranks.count == 1:
-        return own
-    rows = own.new_zeros(count, *own.shape[1:])
-    rows[torch.tensor(positions, dtype=torch.int64, device=own.device)] = own
-    add_up([rows], ranks)
-    return rows
+        return rows
+    gathered = rows.new_zeros(count, *rows.shape[1:])
+    gathered[torch.tensor(positions, dtype=torch.int64, device=rows.device)] = rows
+    sum_over_ranks([gathered], ranks)
+    return gathered
 
 
 def begin_alike(networks: Sequence[nn.Module], states: Sequence[tuple[str, int]], ranks: Ranks) -> None:

@@ -61,7 +61,7 @@ def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> N
         assert all(line.endswith(",") for line in lines[1:]), "no errors"
 
 
-def test_images_that_a_model_has_learnt_from_are_named_as_such(study: Path, fpt: Fpt) -> None:
+def test_images_that_a_model_has_fitted_splits_are_named_as_such(study: Path, fpt: Fpt) -> None:
     for method, split, seen in (
         ("linear", "train", "the model was trained on these images"),
         ("linear", "val", "validation images choose the epoch and the settings of a model"),

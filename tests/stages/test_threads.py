@@ -13,7 +13,7 @@ import torch
 from study import Study, make_study
 
 from schemas.results import TrainResult
-from stages.threads import ONE, open_lanes
+from stages.threads import CALLING_THREAD, open_threads
 from stages.train.bundle import load_bundle
 from stages.train.trainer import train
 
@@ -37,9 +37,9 @@ def seen(items: Sequence[int], together: threading.Barrier | None = None) -> lis
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize(("members", "shares"), [(2, [2] * 2), (3, [1] * 3), (4, [1] * 4), (9, [1] * 4)])
 def test_every_lane_has_its_share_of_the_threads(members: int, shares: list[int]) -> None:
-    with open_lanes(members, CPU) as lanes:
+    with open_threads(members, CPU) as threads:
         # All parts at once, as with work that takes its time.
-        found = lanes.map(partial(seen, together=threading.Barrier(len(shares))), range(7))
+        found = threads.map(partial(seen, together=threading.Barrier(len(shares))), range(7))
         assert [item for item, _, _ in found] == list(range(7))
     counts = {name: count for _, name, count in found}
     assert list(counts.values()) == shares
@@ -49,9 +49,9 @@ def test_every_lane_has_its_share_of_the_threads(members: int, shares: list[int]
 @pytest.mark.usefixtures("four_threads")
 def test_one_member_or_an_accelerator_has_one_lane() -> None:
     for members, device in ((1, CPU), (8, torch.device("cuda"))):
-        with open_lanes(members, device) as lanes:
-            assert lanes is ONE
-            assert [name for _, name, _ in lanes.map(seen, range(3))] == [threading.current_thread().name] * 3
+        with open_threads(members, device) as threads:
+            assert threads is CALLING_THREAD
+            assert [name for _, name, _ in threads.map(seen, range(3))] == [threading.current_thread().name] * 3
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -61,8 +61,8 @@ def test_what_fails_in_a_lane_is_raised() -> None:
             raise ValueError("two")
         return list(items)
 
-    with open_lanes(3, CPU) as lanes, pytest.raises(ValueError, match="two"):
-        lanes.map(fail, range(5))
+    with open_threads(3, CPU) as threads, pytest.raises(ValueError, match="two"):
+        threads.map(fail, range(5))
 
 
 def run(study: Study, output: str, **keys: Any) -> TrainResult:

@@ -9,7 +9,7 @@ import pytest
 
 from schemas.errors import EvaluationError
 from schemas.manifest import ManifestRow
-from schemas.results import JudgedModel
+from schemas.results import EvaluatedModel
 from schemas.sweeps import SweptRun
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import pool
@@ -95,7 +95,7 @@ def table(folder: Path, fold: int, seed: int, method: str = "fpt+", rows: int = 
         for n in range(rows)
     )
     p = rng.uniform(0.05, 0.6, rows) + 0.3 * (np.arange(rows) % 2)
-    model = JudgedModel(method=method, lpm="vit", learnable=10, weights_sha256=f"{fold}{seed}{method}")
+    model = EvaluatedModel(method=method, lpm="vit", learnable=10, weights_sha256=f"{fold}{seed}{method}")
     write_predictions(
         Predictions(("a", "b"), made, np.stack([1 - p, p], axis=1).astype(np.float32), model),
         folder / "predictions.parquet",

@@ -16,7 +16,7 @@ from study import Study, make_images, make_study
 
 from pipeline.params import dump_settings
 from schemas.errors import CacheMismatchError, DataError, UnreadableImagesError
-from schemas.features import ChannelStatistics
+from schemas.features import ChannelStatistics, ExtractionReceipt
 from schemas.manifest import Manifest
 from schemas.resolve import resolve
 from stages.evaluate.evaluator import evaluate
@@ -33,6 +33,7 @@ from stages.predict import predict
 from stages.store.layout import open_store_layout
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
+from stages.train.inputs import StudyFiles
 from stages.train.trainer import train
 
 
@@ -187,11 +188,19 @@ def test_an_image_that_changed_since_prepare_stops_it(tmp_path: Path) -> None:
         training_statistics(spec, study.manifest, study.settings.data, study.root, study.cache)
 
 
+def files_of(study: Study, receipt: ExtractionReceipt | None) -> StudyFiles:
+    """What training and evaluation read."""
+    return StudyFiles(
+        study.manifest, study.lpm, receipt, study.cache, study.root, study.settings.data, study.settings.lpm
+    )
+
+
 def trained(study: Study, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Train on the extracted features; probabilities of the test images through the store."""
     receipt = study.extract()
-    train(study.settings, study.lpm, study.manifest, receipt, study.cache, folder / "model", folder / "checkpoints")
-    evaluate(study.manifest, receipt, folder / "model", study.cache, folder / "evaluation", "test")
+    files = files_of(study, receipt)
+    train(study.settings, files, folder / "model", folder / "checkpoints")
+    evaluate(files, folder / "model", folder / "evaluation", "test")
     found = read_predictions(folder / "evaluation/predictions.parquet")
     return {row.path: p for row, p in zip(found.rows, found.probabilities, strict=True)}
 
@@ -212,6 +221,26 @@ def test_a_study_trains_and_predicts_with_them(tmp_path: Path, features: dict[st
         np.testing.assert_allclose(list(row.probabilities.values()), p, atol=1e-3)
 
 
+@pytest.mark.parametrize("source", ["hidden", "image"])
+def test_fine_tuning_reads_images_that_are_normalised_by_them(tmp_path: Path, source: str) -> None:
+    hidden = {"hidden": 4} if source == "hidden" else {}
+    study = colour_study(tmp_path, method="finetune", features={"filter": "bilinear", **hidden})
+    receipt = study.extract() if hidden else None
+    folder = tmp_path / "out"
+    files = files_of(study, receipt)
+    train(study.settings, files, folder / "model", folder / "checkpoints")
+    spec = load_bundle(folder / "model", torch.device("cpu")).spec.features
+    expected = study.extract().spec
+    assert (spec.lpm, spec.normalisation, spec.filter) == (expected.lpm, "dataset", "bilinear")
+    evaluate(files, folder / "model", folder / "evaluation", "test")
+    found = read_predictions(folder / "evaluation/predictions.parquet")
+    paths = [study.root / "images" / row.path for row in found.rows]
+    rows = predict(folder / "model", paths, study.settings.lpm, study.root, "cpu")
+    for row, p in zip(rows, found.probabilities, strict=True):
+        assert row.probabilities is not None
+        np.testing.assert_allclose(list(row.probabilities.values()), p, atol=1e-3)
+
+
 def test_the_side_image_is_normalised_by_them_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = colour_study(tmp_path)
     receipt = study.extract()
@@ -221,9 +250,9 @@ def test_the_side_image_is_normalised_by_them_in_training(tmp_path: Path, monkey
         used.append((tuple(mean), tuple(std)))
         return (pixels.float() / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
-    monkeypatch.setattr("stages.train.infer.normalise", noted)
+    monkeypatch.setattr("stages.methods.batch.normalise", noted)
     folder = tmp_path / "out"
-    train(study.settings, study.lpm, study.manifest, receipt, study.cache, folder / "model", folder / "checkpoints")
+    train(study.settings, files_of(study, receipt), folder / "model", folder / "checkpoints")
     assert set(used) == {(receipt.spec.lpm.mean, receipt.spec.lpm.std)}
 
 
@@ -234,11 +263,11 @@ def test_settings_and_features_of_another_normalisation_do_not_meet(tmp_path: Pa
     for method in ("fpt+", "side"):
         other = study.changed(features={"normalisation": "lpm"}).model_copy(update={"method": method})
         with pytest.raises(CacheMismatchError) as caught:
-            train(other, study.lpm, study.manifest, receipt, study.cache, folder / "model", folder / "checkpoints")
+            train(other, files_of(study, receipt), folder / "model", folder / "checkpoints")
         assert set(caught.value.differing) == {"normalisation", "lpm.mean", "lpm.std"}
         filtered = study.changed(features={"filter": "lanczos"}).model_copy(update={"method": method})
         with pytest.raises(CacheMismatchError) as caught:
-            train(filtered, study.lpm, study.manifest, receipt, study.cache, folder / "model", folder / "checkpoints")
+            train(filtered, files_of(study, receipt), folder / "model", folder / "checkpoints")
         assert set(caught.value.differing) == {"filter"}
 
 

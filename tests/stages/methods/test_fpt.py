@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from schemas.features import FeatureSpec, LpmInfo
-from schemas.results import SideNetworkSpec
-from stages.methods.cached_tokens import Cached
+from schemas.specs import SideNetworkSpec
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork, learnable_parameters
 from stages.methods.fusion import context
 from stages.store.quantise import dequantise, encode
@@ -153,7 +153,7 @@ def test_logits_are_those_of_the_equations(method: str) -> None:
     batch = inputs()
     expected = transcribe(network, *batch)
     with torch.no_grad():
-        found = network(batch[0], Cached(*batch[1:]))
+        found = network(batch[0], CachedTokens(*batch[1:]))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_dropout_falls_on_the_fused_prompts_and_nowhere_else(method: str) -> Non
     # What the global generator draws must not matter.
     torch.manual_seed(11)
     with torch.no_grad():
-        found = network(batch[0], Cached(*batch[1:]))
+        found = network(batch[0], CachedTokens(*batch[1:]))
     torch.testing.assert_close(found.double(), transcribe(network, *batch, mask=mask.double()), rtol=1e-5, atol=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_learnable_parameters_of_vit_base_are_the_published_ones(
 @pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
 def test_gradient_reaches_every_parameter(method: str) -> None:
     network = build(method).train()
-    torch.nn.functional.cross_entropy(network(inputs()[0], Cached(*inputs()[1:])), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])).backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
 
@@ -207,7 +207,7 @@ def test_a_fresh_network_learns_from_its_first_step(method: str) -> None:
     """Prompts start near zero: the projections around them must pass a gradient all the same."""
     torch.manual_seed(0)
     network = PromptedSideNetwork(tiny(method)).train()
-    torch.nn.functional.cross_entropy(network(inputs()[0], Cached(*inputs()[1:])), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])).backward()
     for name in ("fusion.prompts", "fusion.out.weight", "side.patch_embed.weight"):
         assert network.get_parameter(name).grad.abs().sum() > 0, name
 
@@ -217,9 +217,9 @@ def test_features_change_the_logits_unless_the_method_ignores_them(method: str) 
     network = build(method).eval()
     image, keys, values = inputs()
     with torch.no_grad():
-        base = network(image, Cached(keys, values))
-        moved_keys = network(image, Cached(keys.flip(0), values))
-        moved_values = network(image, Cached(keys, values + 1.0))
+        base = network(image, CachedTokens(keys, values))
+        moved_keys = network(image, CachedTokens(keys.flip(0), values))
+        moved_values = network(image, CachedTokens(keys, values + 1.0))
     changes = [(moved - base).abs().max() for moved in (moved_keys, moved_values)]
     assert all(change == 0 for change in changes) if method == "side" else all(change > 1e-3 for change in changes)
 
@@ -230,9 +230,9 @@ def test_half_precision_features_give_the_same_logits_within_rounding(method: st
     image, keys, values = inputs()
     halves = keys.half(), values.half()
     with torch.no_grad():
-        stored = network(image, Cached(*halves))
-        exact = network(image, Cached(*(half.float() for half in halves)))
-        single = network(image, Cached(keys, values))
+        stored = network(image, CachedTokens(*halves))
+        exact = network(image, CachedTokens(*(half.float() for half in halves)))
+        single = network(image, CachedTokens(keys, values))
     torch.testing.assert_close(stored, exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stored, single, rtol=2e-2, atol=2e-2)
 
@@ -251,10 +251,10 @@ def test_context_and_its_gradient(batch: int) -> None:
     _, keys, values = (part.double() for part in inputs(batch))
     keys, values = keys[:, 0], values[:, 0]
     query = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(context(query, Cached(keys, values)), plain_context(query, keys, values))
-    assert torch.autograd.gradcheck(lambda q: context(q, Cached(keys, values)), (query,))
+    torch.testing.assert_close(context(query, CachedTokens(keys, values)), plain_context(query, keys, values))
+    assert torch.autograd.gradcheck(lambda q: context(q, CachedTokens(keys, values)), (query,))
     upstream = torch.randn(batch, 5, 32, dtype=torch.float64)
-    (mine,) = torch.autograd.grad(context(query, Cached(keys, values)), query, upstream)
+    (mine,) = torch.autograd.grad(context(query, CachedTokens(keys, values)), query, upstream)
     (plain,) = torch.autograd.grad(plain_context(query, keys, values), query, upstream)
     torch.testing.assert_close(mine, plain)
 
@@ -262,13 +262,13 @@ def test_context_and_its_gradient(batch: int) -> None:
 def test_context_of_halves_has_the_gradient_of_the_widened() -> None:
     _, keys, values = (part[:, 0].half() if part.dim() == 5 else part for part in inputs(3))
     query = torch.randn(5, 32, requires_grad=True)
-    (halves,) = torch.autograd.grad(context(query, Cached(keys, values)).square().sum(), query)
-    (wide,) = torch.autograd.grad(context(query, Cached(keys.float(), values.float())).square().sum(), query)
+    (halves,) = torch.autograd.grad(context(query, CachedTokens(keys, values)).square().sum(), query)
+    (wide,) = torch.autograd.grad(context(query, CachedTokens(keys.float(), values.float())).square().sum(), query)
     assert halves.dtype == torch.float32
     assert torch.equal(halves, wide)
 
 
-def quantised(dtype: str, batch: int, head_dim: int = 16) -> tuple[Cached, torch.Tensor, torch.Tensor]:
+def quantised(dtype: str, batch: int, head_dim: int = 16) -> tuple[CachedTokens, torch.Tensor, torch.Tensor]:
     """One layer as codes, and its dequantised keys and values in double precision."""
     lpm = LpmInfo(
         name="tiny", depth=1, width=2 * head_dim, heads=2, patch=16, prefix_tokens=1, has_class_token=True,
@@ -281,7 +281,7 @@ def quantised(dtype: str, batch: int, head_dim: int = 16) -> tuple[Cached, torch
     shape = (batch, 1, 2, KEPT, head_dim)
     keys, values = (torch.randn(shape, generator=generator) + 3 * torch.randn(head_dim) for _ in range(2))
     arrays = {name: array.numpy() for name, array in encode(keys, values, spec).items()}
-    cached = Cached.of(arrays)
+    cached = CachedTokens.of(arrays)
     assert cached is not None
     wide = [torch.from_numpy(array[:, 0]).double() for array in dequantise(arrays, spec)]
     return cached.layer(0), wide[0], wide[1]

@@ -12,18 +12,19 @@ from study import Study, make_study
 from schemas.errors import SettingsError
 from schemas.parse import parse_settings
 from schemas.resolve import attentive_spec, network_spec, resolve
-from schemas.results import EpochLog, SideNetworkSpec, TrainResult
+from schemas.results import EpochLog, TrainResult
+from schemas.specs import SideNetworkSpec
 from stages.evaluate.evaluator import evaluate
 from stages.extract.features import compute_features, to_pixels
 from stages.groups import cluster_of
 from stages.images import read_image
 from stages.lpm.loading import load_lpm
 from stages.methods.attentive import AttentiveProbe
-from stages.methods.cached_tokens import Cached
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.calibration import sharpness
 from stages.methods.fpt import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
 from stages.methods.joint_attention import member_logits
-from stages.methods.statistics import EvidenceFit, EvidenceProbe, describe, fit_evidence
+from stages.methods.statistics import StatisticsFit, StatisticsProbe, describe, fit_statistics
 from stages.store.reader import open_store
 from stages.train import trainer as training
 from stages.train.bundle import load_bundle
@@ -46,7 +47,7 @@ def tiny(
 
 def batch(seed: int, size: int = 5) -> Batch:
     g = torch.Generator().manual_seed(seed)
-    cached = Cached(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
+    cached = CachedTokens(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
     images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
     return Batch(images, cached, torch.arange(size) % 3, torch.randn(size, 2, 32, generator=g))
 
@@ -56,14 +57,14 @@ def recipe(**keys: Any) -> Recipe:
     return Recipe(settings, (0.5,) * 3, (0.5,) * 3, None, torch.device("cpu"), 0)
 
 
-def fill(probe: EvidenceProbe) -> None:
+def fill(probe: StatisticsProbe) -> None:
     for name in ("weight", "bias", "mean"):
         getattr(probe, name).normal_()
     probe.scale.uniform_(0.5, 2.0)
     probe.share.copy_(torch.rand(7).softmax(0))
 
 
-def said_by(probe: EvidenceProbe, sources: torch.Tensor) -> torch.Tensor:
+def said_by(probe: StatisticsProbe, sources: torch.Tensor) -> torch.Tensor:
     """(B, C), source by source."""
     total = torch.zeros(len(sources), 3)
     for source, share in enumerate(probe.share):
@@ -320,15 +321,15 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
     fits = []
 
-    def counted(*given: Any, **named: Any) -> tuple[EvidenceFit, torch.Tensor]:
+    def counted(*given: Any, **named: Any) -> tuple[StatisticsFit, torch.Tensor]:
         units = cluster_of(study.manifest)
         for rows, split in zip(given[:2], training.SPLITS, strict=True):
             assert rows.groups == [units[row.path] for row in study.manifest.of(split)]
-        found = fit_evidence(*given, **named)
+        found = fit_statistics(*given, **named)
         fits.append(found[0])
         return found
 
-    monkeypatch.setattr(training, "fit_evidence", counted)
+    monkeypatch.setattr(training, "fit_statistics", counted)
     weighted = {"class_weights": (1.0, 2.0, 3.0)}
     variants = [study.changed(train={"order_seed": 0, **keys}) for keys in ({}, {"lr": 1e-3}, weighted)]
     outputs = [tmp_path / str(number) for number in range(3)]

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
 from stages.methods import probes
-from stages.methods.fit_rows import FittedRows
+from stages.methods.fit_rows import FitRows
 from stages.methods.probes import KnnProbe, LinearFit, fit_knn, fit_linear_probe
 from stages.methods.regression import log_loss
 
@@ -24,10 +24,10 @@ def blobs(n: int, classes: int, features: int = 12, distance: float = 3.0, seed:
     return x * np.logspace(-3, 3, features) + 5.0, y
 
 
-def rows(x: Any, y: Any, classes: int, groups: Any = None) -> FittedRows:
+def rows(x: Any, y: Any, classes: int, groups: Any = None) -> FitRows:
     """Rows of a patient each, unless groups are named."""
     names = [str(group) for group in (range(len(y)) if groups is None else groups)]
-    return FittedRows(np.asarray(x, np.float32)[:, None], np.asarray(y, np.int64), names, classes)
+    return FitRows(np.asarray(x, np.float32)[:, None], np.asarray(y, np.int64), names, classes)
 
 
 def logits(fit: LinearFit, x: Any) -> torch.Tensor:

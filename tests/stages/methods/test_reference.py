@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from schemas.results import SideNetworkSpec
-from stages.methods.cached_tokens import Cached
+from schemas.specs import SideNetworkSpec
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.reference import reference_forward
 
@@ -48,7 +48,7 @@ def test_reference_equals_the_fast_path_in_output_and_gradient(method: str) -> N
         (logits * weights).sum().backward()
         return [logits.detach(), *(parameter.grad for parameter in network.parameters() if parameter.grad is not None)]
 
-    fast = logits_and_gradients(network(image, Cached(keys, values)))
+    fast = logits_and_gradients(network(image, CachedTokens(keys, values)))
     plain = logits_and_gradients(reference_forward(network, image, keys, values))
     assert len(fast) == len(plain) == 1 + len(list(network.parameters()))
     for one, other in zip(fast, plain, strict=True):

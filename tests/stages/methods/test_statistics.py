@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
 from stages.methods import probes
-from stages.methods.cached_tokens import Cached
-from stages.methods.fit_rows import FittedRows
-from stages.methods.statistics import EvidenceFit, EvidenceProbe, describe, fit_evidence
+from stages.methods.cached_tokens import CachedTokens
+from stages.methods.fit_rows import FitRows
+from stages.methods.statistics import StatisticsFit, StatisticsProbe, describe, fit_statistics
 from stages.store.quantise import dequantise, encode
 
 SHAPE = (2, 2, 9, 6)
@@ -29,7 +29,7 @@ def test_sources_are_the_moments_of_what_is_stored(dtype: str) -> None:
     of = spec(dtype)
     arrays = numpy(encode(keys, values, of))
     pooled = torch.randn(6, 2, of.lpm.width, generator=g)
-    found = describe(pooled, Cached.of(arrays))
+    found = describe(pooled, CachedTokens.of(arrays))
     layers, width = SHAPE[0], of.lpm.width
     assert found.shape == (6, 1 + 2 * layers, 2 * width)
     assert torch.equal(found[:, 0], pooled.flatten(1))
@@ -63,16 +63,16 @@ def alone(n: int) -> list[str]:
 
 def fit_to(
     train: tuple[Any, Any], val: tuple[Any, Any], groups: list[str] | None = None, classes: int = 3, weights: Any = None
-) -> tuple[EvidenceFit, torch.Tensor]:
+) -> tuple[StatisticsFit, torch.Tensor]:
     """Fit to rows and labels; no two are of one patient unless it is said."""
     known = alone(len(train[1])) if groups is None else groups
     others = [f"val {number}" for number in range(len(val[1]))]
-    return fit_evidence(FittedRows(*train, known, classes), FittedRows(*val, others, classes), weights)
+    return fit_statistics(FitRows(*train, known, classes), FitRows(*val, others, classes), weights)
 
 
-def probe_of(fit: EvidenceFit) -> EvidenceProbe:
+def probe_of(fit: StatisticsFit) -> StatisticsProbe:
     sources, classes, width = fit.weight.shape
-    probe = EvidenceProbe(sources, width, classes)
+    probe = StatisticsProbe(sources, width, classes)
     fit.copy_to(probe)
     return probe
 
@@ -126,7 +126,7 @@ def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds
     x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])
     groups = [*alone(60), *(f"val {number}" for number in range(20))]
     expected = np.zeros((80, 3))
-    for fold in FittedRows(x, y, groups, 3).folds():
+    for fold in FitRows(x, y, groups, 3).folds():
         for source, share in enumerate(fit.share.tolist()):
             z = (x[:, source] - x[:, source].mean(0)) / x[:, source].std(0)
             model = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit(z[~fold], y[~fold])
@@ -137,7 +137,7 @@ def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds
 def test_patients_are_held_out_whole() -> None:
     y = np.arange(60) % 3
     groups = [str(number // 4) for number in range(60)]
-    folds = FittedRows(np.zeros((60, 1, 1), np.float32), y, groups, 3).folds()
+    folds = FitRows(np.zeros((60, 1, 1), np.float32), y, groups, 3).folds()
     assert len(folds) == 5
     assert (np.sum(folds, axis=0) == 1).all()
     for fold in folds:
@@ -148,7 +148,7 @@ def test_patients_are_held_out_whole() -> None:
 def test_a_class_of_one_patient_leaves_the_validation_images_to_judge() -> None:
     (x, y), (x_val, y_val) = made(90, 0), made(30, 1)
     groups = ["one" if label == 0 else str(number) for number, label in enumerate(y)]
-    assert FittedRows(x, y, groups, 3).folds() == []
+    assert FitRows(x, y, groups, 3).folds() == []
     # A class whose only patient is in training is in no fold; its regressions see the training images alone.
     others = y_val > 0
     fit, said = fit_to((x, y), (x_val[others], y_val[others]), groups)
@@ -165,7 +165,7 @@ def test_of_several_labels_each_has_its_regression() -> None:
     x_val[:, 0, :2] += 3 * y_val
     fit, _ = fit_to((x, y), (x_val, y_val), classes=2)
     assert fit.share[0] > 0.9
-    probe = EvidenceProbe(2, 6, 2, "multilabel")
+    probe = StatisticsProbe(2, 6, 2, "multilabel")
     fit.copy_to(probe)
     assert ((probe(torch.from_numpy(x_val)).numpy() > 0) == y_val).mean() > 0.75
 

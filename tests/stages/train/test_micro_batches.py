@@ -12,9 +12,10 @@ from safetensors.torch import load
 from study import Study, make_study
 
 from schemas.parse import parse_settings
-from schemas.results import SideNetworkSpec, TrainResult
+from schemas.results import TrainResult
+from schemas.specs import SideNetworkSpec
 from schemas.settings import TrainSettings
-from stages.methods.cached_tokens import Cached
+from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import build_network
 from stages.methods.fusion import context
 from stages.methods.side_network import Block
@@ -34,7 +35,7 @@ ALL = {"fpt": 1, "fpt+": 1, "fpt-x": 2, "side": 1}
 
 def batch(size: int = 8, seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
-    cached = Cached(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
+    cached = CachedTokens(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
     images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
     return Batch(images, cached, torch.randint(0, 3, (size,), generator=g))
 
@@ -188,7 +189,7 @@ def test_attention_to_codes_takes_part_in_bfloat16() -> None:
     g = torch.Generator().manual_seed(0)
     codes = [torch.randint(-127, 128, (5, 2, 7, 16), generator=g).to(torch.int8) for _ in range(2)]
     scale = torch.randint(100, 110, (5, 2, 2, 7), generator=g).to(torch.uint8)
-    cached = Cached(*codes, scale, torch.zeros(5, 2, 2, 16, dtype=torch.float16))
+    cached = CachedTokens(*codes, scale, torch.zeros(5, 2, 2, 16, dtype=torch.float16))
     query = 0.01 * torch.randn(4, 32, generator=g)
     expected = context(query, cached)
     with torch.autocast("cpu", dtype=torch.bfloat16):

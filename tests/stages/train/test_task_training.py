@@ -23,7 +23,7 @@ from stages.evaluate.ensemble import judge_together
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.methods.fpt import Ensemble
-from stages.methods.statistics import fit_evidence
+from stages.methods.statistics import fit_statistics
 from stages.predict import predict
 from stages.scores import probabilities
 from stages.store.reader import open_store
@@ -128,12 +128,12 @@ def test_the_bundle_gives_the_validation_loss_of_training(
     held: list[torch.Tensor] = []
 
     def kept(*given: Any) -> Any:
-        found = fit_evidence(*given)
+        found = fit_statistics(*given)
         held.append(found[1])
         return found
 
     for module in (closed_form, training):
-        monkeypatch.setattr(module, "fit_evidence", kept)
+        monkeypatch.setattr(module, "fit_statistics", kept)
     weights = {"class_weights": "balanced"}
     study = task_study(tmp_path, task, method, train={"epochs": 3, "label_smoothing": 0.1, **weights})
     receipt = study.extract()
@@ -165,7 +165,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(
 
 
 def test_labels_are_pooled_by_their_odds() -> None:
-    from schemas.results import SideNetworkSpec
+    from schemas.specs import SideNetworkSpec
 
     spec = SideNetworkSpec(
         method="fpt-x", classes=2, layers=1, lpm_width=8, heads=2, width=4, image_size=16, prompts=1, dropout=0.0,

@@ -1,0 +1,293 @@
+"""The methods that can be trained on the frozen LPM: one registry row each, and their settings.
+
+To add a method: a row here (with a spec in `schemas.specs` where it saves more than others do), a module of
+`stages.methods`, and a test (docs/methods.md). Help texts, validation, cost, sweeps, the report and the tables of the
+documentation read the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
+from pydantic_core import PydanticCustomError
+
+from schemas.base import Section
+from schemas.specs import (
+    AttentiveSpec,
+    FinetuneSpec,
+    Inputs,
+    KnnSpec,
+    LinearSpec,
+    MethodSpec,
+    SideNetworkSpec,
+    StatisticsSpec,
+)
+
+if TYPE_CHECKING:
+    from schemas.resolved import ResolvedSettings
+
+
+Problems = list[tuple[str, str]]
+"""(dotted path of a setting, what is wrong)."""
+
+
+class FinetuneSettings(Section):
+    """Settings of finetune."""
+
+    blocks: Literal["all"] | Annotated[int, Field(ge=1, le=1000)] = 2
+    """Last blocks of the LPM that are trained with the final norm; all: the complete LPM, embeddings included."""
+    source: Literal["auto", "hidden", "image"] = "auto"
+    """What training reads: hidden (cached tokens, un-augmented; the blocks below never run) or image (augmented pixels
+    through the LPM); auto: hidden where `features.hidden` is at or below the first trained block, else image."""
+
+    def first_block(self, depth: int) -> int:
+        """First trained block of an LPM of this depth."""
+        return 0 if self.blocks == "all" else max(0, depth - self.blocks)
+
+
+class MethodSettings(Section):
+    """Settings that only one method has."""
+
+    finetune: FinetuneSettings = FinetuneSettings()
+    """Fine-tuning of the LPM."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What "auto" means in the settings of a method."""
+
+    first_layer: float = 0.5
+    """First tapped block as a share of the depth."""
+    side_image_size: int = 128
+    """Input of the side network, in pixels."""
+    members: int = 1
+    """Side networks."""
+    attentive: int = 0
+    """Attentive probes."""
+    probe_weight: float = 0.0
+    """Ensemble weight of the linear probes."""
+    keep: Literal["best", "late", "last"] = "best"
+    """Epoch whose weights are kept."""
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One row of the registry."""
+
+    name: str
+    """As in `method`."""
+    title: str
+    """For reports and tables."""
+    help: str
+    """One line."""
+    paper: str
+    """Source; empty for ours."""
+    module: str
+    """Module of `stages.methods` whose `METHOD` builds or fits it."""
+    spec: type[MethodSpec]
+    """What its bundles hold."""
+    inputs: Inputs
+    """What it reads, apart from what its settings add."""
+    trained_by: Literal["gradient", "closed form"]
+    """gradient: epochs over batches; closed form: one fit to all training rows."""
+    preset: Preset = field(default=Preset())
+    """Values of "auto"."""
+    any_layers: bool = False
+    """Whether it takes the tapped layers that were extracted, whatever the settings name."""
+    resolve: Callable[[MethodSettings, int, int | None], tuple[MethodSettings, Problems]] | None = None
+    """Replaces "auto" in its own settings, from them, the depth of the LPM and `features.hidden`."""
+    added_inputs: Callable[[ResolvedSettings], Inputs] | None = None
+    """What it reads apart from `inputs` under given settings; None: nothing."""
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether it has neither epochs, nor a learning rate, nor a seed."""
+        return self.trained_by == "closed form"
+
+    @property
+    def has_side_network(self) -> bool:
+        """Whether it trains side networks, which the settings of `train` describe."""
+        return "side" in self.inputs
+
+    def reads(self, settings: ResolvedSettings) -> Inputs:
+        """Return what it reads under these settings."""
+        return self.inputs | (self.added_inputs(settings) if self.added_inputs is not None else frozenset())
+
+
+FITTED_BY: frozenset[str] = frozenset({"class_weights"})
+"""Fields of `train` that a closed form depends on: another seed or learning rate gives the same model."""
+
+
+def _side_inputs(settings: ResolvedSettings) -> Inputs:
+    return frozenset({"pooled"} if settings.train.probe_weight else ())
+
+
+def _resolve_finetune(methods: MethodSettings, depth: int, hidden: int | None) -> tuple[MethodSettings, Problems]:
+    finetune, problems = methods.finetune, []
+    if isinstance(finetune.blocks, int) and finetune.blocks > depth:
+        problems.append(("methods.finetune.blocks", f"must be at most {depth}, the depth of the LPM, or all"))
+    first = finetune.first_block(depth)
+    cached = hidden is not None and hidden <= first and finetune.blocks != "all"
+    if finetune.source == "hidden" and not cached:
+        reason = (
+            "cannot be hidden: with blocks: all the embeddings are trained, which hidden tokens are computed with"
+            if finetune.blocks == "all"
+            else f"needs features.hidden: {first}, or lower"
+        )
+        problems.append(("methods.finetune.source", reason))
+    source = finetune.source if finetune.source != "auto" else "hidden" if cached else "image"
+    return methods.model_copy(update={"finetune": finetune.model_copy(update={"source": source})}), problems
+
+
+def _finetune_inputs(settings: ResolvedSettings) -> Inputs:
+    # "auto" became hidden or image when the settings were resolved.
+    return frozenset({"hidden"} if settings.methods.finetune.source == "hidden" else {"image"})
+
+
+_FPT, _FPT_PLUS = "arXiv 2403.07576 (MICCAI 2024)", "arXiv 2408.02426 (TNNLS 2025)"
+_ROWS = (
+    MethodRow(
+        name="fpt",
+        title="FPT",
+        help="side network of the MICCAI paper: all blocks, side image 224",
+        paper=_FPT,
+        module="fpt",
+        spec=SideNetworkSpec,
+        inputs=frozenset({"tokens", "side"}),
+        trained_by="gradient",
+        preset=Preset(first_layer=0.0, side_image_size=224),
+        added_inputs=_side_inputs,
+    ),
+    MethodRow(
+        name="fpt+",
+        title="FPT+",
+        help="side network of the TNNLS paper: upper half of the blocks, side image 128",
+        paper=_FPT_PLUS,
+        module="fpt",
+        spec=SideNetworkSpec,
+        inputs=frozenset({"tokens", "side"}),
+        trained_by="gradient",
+        added_inputs=_side_inputs,
+    ),
+    MethodRow(
+        name="fpt-x",
+        title="FPT-X",
+        help="side networks of fpt+, attentive and linear probes, averaged",
+        paper="",
+        module="fpt",
+        spec=SideNetworkSpec,
+        inputs=frozenset({"tokens", "side"}),
+        trained_by="gradient",
+        preset=Preset(members=5, attentive=1, probe_weight=0.5, keep="late"),
+        added_inputs=_side_inputs,
+    ),
+    MethodRow(
+        name="side",
+        title="side network only",
+        help="side network of fpt+ without the cached features",
+        paper=_FPT_PLUS,
+        module="fpt",
+        spec=SideNetworkSpec,
+        inputs=frozenset({"side"}),
+        trained_by="gradient",
+        added_inputs=_side_inputs,
+    ),
+    MethodRow(
+        name="statistics",
+        title="statistics probe",
+        help="logistic regressions on mean and deviation of the tokens, layer by layer, averaged",
+        paper="",
+        module="statistics",
+        spec=StatisticsSpec,
+        inputs=frozenset({"statistics", "pooled"}),
+        trained_by="closed form",
+        any_layers=True,
+    ),
+    MethodRow(
+        name="linear",
+        title="linear probe",
+        help="logistic regression on the pooled outputs",
+        paper="",
+        module="linear",
+        spec=LinearSpec,
+        inputs=frozenset({"pooled"}),
+        trained_by="closed form",
+    ),
+    MethodRow(
+        name="knn",
+        title="k nearest neighbours",
+        help="votes of the nearest training images by the pooled outputs",
+        paper="arXiv 1805.01978",
+        module="knn",
+        spec=KnnSpec,
+        inputs=frozenset({"pooled"}),
+        trained_by="closed form",
+    ),
+    MethodRow(
+        name="attentive",
+        title="attentive probe",
+        help="learnable queries on the cached tokens",
+        paper="arXiv 2506.10178",
+        module="attentive",
+        spec=AttentiveSpec,
+        inputs=frozenset({"tokens"}),
+        trained_by="gradient",
+        any_layers=True,
+    ),
+    MethodRow(
+        name="finetune",
+        title="fine-tuning",
+        help="the last blocks of the LPM, or all of it, with a linear head; from hidden tokens or images",
+        paper="",
+        module="finetune",
+        spec=FinetuneSpec,
+        inputs=frozenset(),
+        trained_by="gradient",
+        resolve=_resolve_finetune,
+        added_inputs=_finetune_inputs,
+    ),
+)
+
+METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+"""Name -> row, in the order of help texts."""
+
+
+def _known(name: str) -> str:
+    if name not in METHODS:
+        *others, last = map(repr, METHODS)
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": _listed(others, last)})
+    return name
+
+
+def _listed(others: list[str], last: str) -> str:
+    return f"{', '.join(others)} or {last}"
+
+
+Method = Annotated[str, AfterValidator(_known)]
+"""Name of a method."""
+
+
+def _to_spec(value: Any) -> Any:
+    """Parse a spec with the class of its method."""
+    if not isinstance(value, dict):
+        return value
+    row = METHODS.get(str(value.get("method")))
+    if row is None:
+        raise ValueError(f"method {value.get('method')!r} is not known to this version")
+    return row.spec.model_validate(value)
+
+
+AnySpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(_to_spec)]
+"""The spec of any method; `method` selects the class."""
+
+
+def model_inputs(spec: MethodSpec) -> Inputs:
+    """Return what a trained model of this spec reads."""
+    return METHODS[spec.method].inputs | spec.added_inputs
+
+
+METHODS_HELP = "; ".join(f"{row.name} ({row.help})" for row in METHODS.values())
+"""Every method with its line."""

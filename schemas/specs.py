@@ -1,0 +1,224 @@
+"""Specs of trained models: what a bundle saves to rebuild a model around its weights, and what models read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from schemas.base import Contract
+from schemas.manifest import Split
+from schemas.tasks import Task
+
+if TYPE_CHECKING:
+    from schemas.features import FeatureSpec
+
+Input = Literal["tokens", "statistics", "pooled", "hidden", "side", "image"]
+"""What a method reads per image: tokens (cached keys and values), statistics (mean and deviation of the cached tokens),
+pooled (pooled outputs of the LPM), hidden (tokens that enter a block), side (small image), image (pixels of the LPM,
+which then runs in the training loop)."""
+
+Inputs = frozenset[Input]
+
+
+class MethodSpec(Contract):
+    """What is needed to rebuild a model around its weights; each method adds its own fields."""
+
+    method: str
+    """Name in the registry."""
+    classes: int
+    """Outputs."""
+    task: Task = "multiclass"
+    """What the outputs mean."""
+
+    @property
+    def added_inputs(self) -> Inputs:
+        """What the model reads apart from the inputs of its method."""
+        return frozenset()
+
+    @property
+    def side_size(self) -> int:
+        """Side of the small image that the model reads, in pixels; 0: it reads none."""
+        return 0
+
+    @property
+    def fitted_splits(self) -> tuple[Split, ...]:
+        """Splits whose images the weights were fitted to."""
+        return ("train",)
+
+    def matches(self, features: FeatureSpec) -> bool:  # noqa: ARG002
+        """Whether the shape of the model is that of features of this spec."""
+        return True
+
+
+class SideNetworkSpec(MethodSpec):
+    """Fusion and side networks, and the probes averaged with them."""
+
+    method: Literal["fpt", "fpt+", "fpt-x", "side"]
+    """Which preset."""
+    layers: int
+    """Blocks: one per tapped layer."""
+    lpm_width: int
+    """D."""
+    heads: int
+    """H, of the LPM and of the side network."""
+    width: int
+    """Width of the side network, D / reduction."""
+    image_size: int
+    """Input of the side network, in pixels."""
+    prompts: int
+    """Per layer."""
+    dropout: float
+    """Of the fused prompts."""
+    members: int = 1
+    """Side networks, each with its prompts, whose log-probabilities are averaged."""
+    attentive: int = 0
+    """Attentive probes that are trained with them, with as many queries as there are prompts."""
+    attentive_weight: float = 0.0
+    """Ensemble weight of the attentive probes."""
+    probe_weight: float = 0.0
+    """Ensemble weight of the linear probes; 0: no probes."""
+
+    @property
+    def added_inputs(self) -> Inputs:
+        """The pooled outputs, where linear probes are averaged with side networks."""
+        return frozenset({"pooled"} if self.probe_weight else ())
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether prompts attend to cached tokens."""
+        return self.method != "side"
+
+    @property
+    def side_size(self) -> int:
+        """Input of the side network, in pixels."""
+        return self.image_size
+
+    @property
+    def side_weight(self) -> float:
+        """Ensemble weight of the side networks."""
+        return 1.0 - self.attentive_weight - self.probe_weight
+
+    @property
+    def sources(self) -> int:
+        """What linear probes are fitted to: the pooled outputs, and the statistics of keys and values of each layer."""
+        return 1 + 2 * self.layers if self.reads_tokens else 1
+
+    @property
+    def fitted_splits(self) -> tuple[Split, ...]:
+        """Splits whose images the weights were fitted to; linear probes are fitted to those of validation, too."""
+        return ("train", "val") if self.probe_weight > 0 else ("train",)
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        depth = len(features.layers) if self.reads_tokens else self.layers
+        return (self.layers, self.lpm_width, self.heads) == (depth, features.lpm.width, features.lpm.heads)
+
+
+class PooledSpec(MethodSpec):
+    """A model of the pooled outputs."""
+
+    features: int
+    """Inputs: both pooled outputs, 2 D."""
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        return self.features == 2 * features.lpm.width
+
+
+class LinearSpec(PooledSpec):
+    """Logistic regression on the pooled outputs."""
+
+    method: Literal["linear"] = "linear"
+    """The kind of model."""
+    c: float
+    """Inverse of the L2 penalty, of the lowest out-of-fold log-loss."""
+
+
+class KnnSpec(PooledSpec):
+    """Nearest-neighbour classifier on the pooled outputs."""
+
+    method: Literal["knn"] = "knn"
+    """The kind of model."""
+    rows: int
+    """Training rows that vote."""
+    neighbours: int
+    """k, of the lowest out-of-fold log-loss."""
+
+
+class StatisticsSpec(MethodSpec):
+    """Linear probes of the token statistics."""
+
+    method: Literal["statistics"] = "statistics"
+    """The kind of model."""
+    layers: tuple[int, ...]
+    """Tapped blocks of the features, from 0."""
+    features: int
+    """Inputs of each source, 2 D."""
+    shares: tuple[float, ...]
+    """Ensemble weight of each source: the pooled outputs, then the keys and values of each layer."""
+
+    @property
+    def ranked(self) -> tuple[tuple[str, float], ...]:
+        """Sources by name with their ensemble weights, the largest first."""
+        arrays = (f"{array} of block {layer}" for layer in self.layers for array in ("keys", "values"))
+        named = zip(("pooled outputs", *arrays), self.shares, strict=True)
+        return tuple(sorted(named, key=lambda pair: -pair[1]))
+
+    @property
+    def fitted_splits(self) -> tuple[Split, ...]:
+        """Splits whose images the weights were fitted to."""
+        return ("train", "val")
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        return self.layers == features.layers and self.features == 2 * features.lpm.width
+
+
+class AttentiveSpec(MethodSpec):
+    """Attentive probe of the cached tokens."""
+
+    method: Literal["attentive"] = "attentive"
+    """The kind of model."""
+    layers: int
+    """Tapped layers of the features; each has its own queries."""
+    lpm_width: int
+    """D."""
+    heads: int
+    """H, of the LPM."""
+    queries: int
+    """Per layer."""
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        return (self.layers, self.lpm_width, self.heads) == (
+            len(features.layers),
+            features.lpm.width,
+            features.lpm.heads,
+        )
+
+
+class FinetuneSpec(MethodSpec):
+    """Trained blocks of the LPM with a linear head."""
+
+    method: Literal["finetune"] = "finetune"
+    """The kind of model."""
+    lpm: str
+    """Name of the LPM."""
+    image_size: int
+    """Input of the LPM, in pixels."""
+    depth: int
+    """Blocks of the LPM."""
+    first_block: int
+    """First trained block; the ones below are those of the LPM."""
+    everything: bool
+    """Whether the embeddings are trained, too."""
+    hidden: int | None
+    """Block whose cached input tokens the model reads; null: it reads images."""
+
+    @property
+    def added_inputs(self) -> Inputs:
+        """Hidden tokens, or images."""
+        return frozenset({"image"} if self.hidden is None else {"hidden"})
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        return self.lpm == features.lpm.name and (self.hidden is None or self.hidden == features.hidden)

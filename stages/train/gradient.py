@@ -1,0 +1,150 @@
+"""Methods with epochs: networks of several variants on one stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from schemas.manifest import Split
+from schemas.resolved import ResolvedSettings
+from schemas.results import TrainResult
+from schemas.views import train_views
+from stages.methods.base import FitInputs, Network, gradient_method
+from stages.methods.batch import array_names
+from stages.methods.statistics import StatisticsFit, fit_statistics
+from stages.store.memory_rows import MemoryRows, RowSource, decide
+from stages.threads import open_threads
+from stages.train.checkpoints import Fit, load_checkpoint
+from stages.train.closed_form import MOST_THREADS
+from stages.train.compiling import compile_blocks
+from stages.train.data import FeatureDataset, Reading
+from stages.train.job import SPLITS, Job, rows_to_fit, run_key, save_model, taps_of
+from stages.train.loop import Recipe, Run, fit, make_optimizer
+from stages.train.parallel import begin_alike
+
+Fits = dict[str | tuple[float, ...], tuple[StatisticsFit, torch.Tensor]]
+"""Linear probes by `train.class_weights`, with their out-of-fold logits on the validation images."""
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A run before its first new epoch."""
+
+    run: Run
+    resumed: int
+    """Epochs that a checkpoint had already."""
+
+
+def train_job(job: Job) -> list[TrainResult]:
+    """Train the networks of all variants, and write their bundles."""
+    source = _source(job)
+    data = {split: _dataset(job, source, split) for split in SPLITS}
+    fits: Fits = {}
+    started = [_start(job, position, source, fits) for position in range(len(job.variants))]
+    runs = [one.run for one in started]
+    begin_alike([run.network for run in runs], [(one.run.key, one.resumed) for one in started], job.ranks)
+    fit(runs, data["train"], data["val"], job.labels["val"], job.first.train.order_seed)
+    results = []
+    for position, (run, resumed) in enumerate((one.run, one.resumed) for one in started):
+        best = run.state.epochs[run.state.best - 1]
+        run.network.load_state_dict(run.state.best_state)
+        learnable = save_model(job, position, run.network, best)
+        if job.ranks.first:
+            run.checkpoint.unlink(missing_ok=True)
+        epochs = tuple(run.state.epochs)
+        results.append(TrainResult(best=best, epochs=epochs, resumed_from=resumed, learnable=learnable))
+    return results
+
+
+def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
+    """Build the network of a variant, or take it from its checkpoint."""
+    settings = job.variants[position]
+    network = _network(job, settings)
+    probe_logits = fit_probe(job, network, source, settings, fits)
+    recipe = Recipe(
+        settings=settings.train,
+        features=job.opened.features,
+        class_weights=job.class_weights(settings, job.device),
+        device=job.device,
+        workers=settings.compute.loader_workers,
+        task=job.manifest.task,
+        ranks=job.ranks,
+    )
+    state = Fit(network.to(job.device), make_optimizer(network, settings.train))
+    key = run_key(settings, job.manifest, job.opened.key)
+    checkpoint = job.checkpoints / f"{key[:16]}.ckpt"
+    problem = load_checkpoint(state, checkpoint, key)
+    if problem is not None and job.ranks.first:
+        job.watch.on_notice(f"The checkpoint {checkpoint} {problem}: training starts from the first epoch.")
+    if settings.train.compile:
+        compile_blocks([network], job.device)
+    for log in state.epochs:
+        job.watch.on_epoch(position, log)
+    on_epoch = partial(job.watch.on_epoch, position)
+    return _Started(Run(state, recipe, checkpoint, on_epoch, probe_logits, key), len(state.epochs))
+
+
+def _network(job: Job, settings: ResolvedSettings) -> Network:
+    """Build a network with the initial weights that its seed determines."""
+    method = gradient_method(settings.method)
+    spec = method.spec(taps_of(settings, job.opened), job.files.lpm, len(job.manifest.classes))
+    torch.manual_seed(settings.train.seed)
+    network = method.build(spec)
+    if job.opened.model is not None:
+        network.start_from(job.opened.model)
+    return network
+
+
+def fit_probe(
+    job: Job, network: Network, source: RowSource, settings: ResolvedSettings, fits: Fits
+) -> torch.Tensor | None:
+    """Fit the linear probes of an ensemble, if it has any, and return their out-of-fold logits on validation images.
+
+    Runs of one pass have the same images and differ only in the class weights: equal ones share a fit, in `fits`.
+    """
+    if network.probe is None:
+        return None
+    chosen = settings.train.class_weights
+    if chosen not in fits:
+        fits[chosen] = _fit_statistics(job, source, settings)
+    probe_fit, probe_logits = fits[chosen]
+    probe_fit.copy_to(network.probe)
+    return probe_logits
+
+
+def _fit_statistics(job: Job, source: RowSource, settings: ResolvedSettings) -> tuple[StatisticsFit, torch.Tensor]:
+    weights = job.class_weights(settings, torch.device("cpu"))
+    originals = {split: [[row.id] for row in job.manifest.of(split)] for split in SPLITS}
+    with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
+        train, val = rows_to_fit(job, source, originals, job.inputs - {"side"})
+        class_weights = None if weights is None else weights.tolist()
+        return fit_statistics(FitInputs(train=train, val=val, class_weights=class_weights, threads=threads))
+
+
+def _source(job: Job) -> RowSource:
+    """Return the row source, or in memory what training reads of it."""
+    ids = tuple(dict.fromkeys([row for views in _views(job) for row in views] + [r.id for r in job.manifest.of("val")]))
+    source = job.opened.source
+    names = [name for name in source.layouts if name in array_names(job.inputs)]
+    memory = decide(source, ids, names, job.first.store, job.ranks.local_count)
+    job.watch.on_memory(memory)
+    return MemoryRows(source, ids, names) if memory.held else source
+
+
+def _views(job: Job) -> Sequence[Sequence[str]]:
+    """Rows of each training image; where images are read they are augmented, and have no views."""
+    if "image" in job.inputs:
+        return [[row.id] for row in job.manifest.of("train")]
+    return [[row.id for row in rows] for rows in train_views(job.manifest, job.first.features)]
+
+
+def _dataset(job: Job, source: RowSource, split: Split) -> FeatureDataset:
+    train = job.first.train
+    training = split == "train"
+    # Hidden tokens and cached tokens are those of the un-augmented image; what is augmented are pixels.
+    reading = Reading(job.inputs, train.side_image_size, train.augment if training else None, train.order_seed)
+    ids = [row.id for row in job.manifest.of(split)]
+    return FeatureDataset(source, ids, job.labels[split], reading, _views(job) if training else None)

@@ -1,0 +1,181 @@
+"""What training and evaluation read: rows of the feature store, or images through the LPM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from schemas.errors import CacheIncompleteError, CacheMismatchError
+from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
+from schemas.manifest import Manifest
+from schemas.methods import METHODS
+from schemas.resolve import feature_spec
+from schemas.resolved import ResolvedSettings
+from schemas.settings import DataSettings, LpmSettings
+from schemas.specs import Inputs
+from stages.files import sha256_file
+from stages.store.memory_rows import RowSource
+from stages.store.reader import StoreReader
+from stages.store.remote_rows import open_rows
+
+if TYPE_CHECKING:
+    from stages.lpm.loading import LoadedLpm
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """Where a study has what training and evaluation read."""
+
+    manifest: Manifest
+    """From `prepare`."""
+    lpm: LpmInfo
+    """Shape of the LPM that the settings name."""
+    receipt: ExtractionReceipt | None
+    """From `extract`; None: nothing was extracted, which only methods that read images accept."""
+    cache_root: Path
+    """Folder of all stores."""
+    root: Path = Path()
+    """Folder of the study, where relative paths of images and weights start."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Folder and limits of the images, for methods that read them."""
+    weights: LpmSettings | None = None
+    """Name and weights of the LPM, for methods that adapt it; None: the hub."""
+    remote: str | None = None
+    """`store.remote` of the settings, a relative folder taken from the study's: read where the cache root lacks the
+    store."""
+
+    @property
+    def weights_source(self) -> LpmSettings:
+        """Name and weights of the LPM."""
+        return self.weights or LpmSettings(name=self.lpm.name)
+
+    def need_receipt(self) -> ExtractionReceipt:
+        """Return the receipt.
+
+        Raises:
+            CacheIncompleteError: If nothing was extracted.
+        """
+        if self.receipt is None:
+            raise CacheIncompleteError(
+                "There is no extraction receipt, and this method reads cached features.",
+                repair="Run `fpt extract` first.",
+            )
+        return self.receipt
+
+
+@dataclass(frozen=True)
+class OpenInputs:
+    """An open row source, and what it was computed with."""
+
+    source: RowSource
+    """Where rows are read."""
+    features: FeatureSpec
+    """Preprocessing, and what determines the cached features where those are read."""
+    key: dict[str, Any]
+    """What tells one content of the source from another, for checkpoints."""
+    lpm: LoadedLpm | None = None
+    """With its weights, where an adaptation of it is trained."""
+
+    @property
+    def store(self) -> StoreReader | None:
+        """The feature store; None where images are read."""
+        return self.source if isinstance(self.source, StoreReader) else None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The frozen LPM; None where it is not needed."""
+        return None if self.lpm is None else self.lpm.model
+
+    def close(self) -> None:
+        """Close the store."""
+        if self.store is not None:
+            self.store.close()
+
+
+def adapts_lpm(inputs: Inputs) -> bool:
+    """Whether a method with these inputs trains weights of the LPM."""
+    return bool(inputs & {"hidden", "image"})
+
+
+def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -> OpenInputs:
+    """Open what a method reads under these settings.
+
+    Raises:
+        CacheIncompleteError: If the store lacks shards.
+        CacheMismatchError: If the LPM's weights are not those of the features.
+        WeightsError: If the method needs the LPM's weights and they cannot be loaded.
+    """
+    if "image" in inputs:
+        lpm = load_weights(files)
+        spec = _image_spec(settings, files, lpm.weights_sha256)
+        return OpenInputs(image_rows(files, spec), spec, _image_key(spec), lpm)
+    receipt = files.need_receipt()
+    loaded = load_weights(files) if adapts_lpm(inputs) else None
+    if loaded is not None and loaded.weights_sha256 != receipt.spec.weights_sha256:
+        raise CacheMismatchError(
+            "The features were extracted with other weights of the LPM than lpm.weights names.",
+            {"weights_sha256": (loaded.weights_sha256, receipt.spec.weights_sha256)},
+            "lpm.weights changed after the features were extracted.",
+            "Run `fpt extract` with these settings, or revert the change.",
+        )
+    store = open_rows(files.cache_root, receipt, files.remote)
+    return OpenInputs(store, receipt.spec, _store_key(receipt), loaded)
+
+
+def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
+    """Return `OpenInputs.key` of what a method reads under these settings, without opening it.
+
+    Raises:
+        CacheMismatchError: If the method reads cached features and nothing was extracted.
+        WeightsError: If the method reads images and the LPM's weights cannot be found.
+    """
+    if "image" not in METHODS[settings.method].reads(settings):
+        return _store_key(files.need_receipt())
+    from stages.lpm.weights import locate_weights
+
+    digest = sha256_file(locate_weights(files.weights_source, files.root))
+    return _image_key(_image_spec(settings, files, digest))
+
+
+def _store_key(receipt: ExtractionReceipt) -> dict[str, Any]:
+    return {"features": receipt.fingerprint, "shards": receipt.shards}
+
+
+def _image_spec(settings: ResolvedSettings, files: StudyFiles, weights_sha256: str) -> FeatureSpec:
+    """Return the preprocessing of images that pass through the LPM in training."""
+    spec = feature_spec(settings, files.lpm, weights_sha256)
+    if spec.normalisation == "lpm":
+        return spec
+    from stages.extract.normalisation import training_statistics
+    from stages.extract.plan import with_channels
+
+    return with_channels(spec, training_statistics(spec, files.manifest, files.data, files.root, files.cache_root))
+
+
+def _image_key(spec: FeatureSpec) -> dict[str, Any]:
+    chosen_filter = {} if spec.filter is None else {"filter": spec.filter}
+    lpm = spec.lpm.model_dump(mode="json")
+    return {"lpm": lpm, "weights": spec.weights_sha256, "resize": spec.resize, **chosen_filter}
+
+
+def image_rows(files: StudyFiles, spec: FeatureSpec) -> RowSource:
+    """Return the images of a study as a row source.
+
+    Raises:
+        DataError: If the folder of the images is missing.
+    """
+    # Imported late: training on cached features needs neither Pillow nor the code of the LPM.
+    from stages.extract.image_rows import ImageRows
+    from stages.prepare.scan import images_folder
+
+    return ImageRows(files.manifest, images_folder(files.data, files.root), files.data, spec)
+
+
+def load_weights(files: StudyFiles) -> LoadedLpm:
+    """Load the frozen LPM of a study on the CPU."""
+    from stages.lpm.loading import load_lpm
+
+    return load_lpm(files.weights_source, files.lpm.image_size, files.root)

@@ -1,0 +1,178 @@
+"""One training job: variants of settings on one stream of inputs, and what every kind of training does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from schemas.base import digest
+from schemas.cost import StoreMemory
+from schemas.manifest import Manifest, Split
+from schemas.methods import METHODS
+from schemas.resolved import ResolvedSettings
+from schemas.results import BundleSpec, EpochLog
+from schemas.specs import Inputs
+from stages.groups import cluster_of
+from stages.manifest import fitted_sha256
+from stages.methods.base import Model, learnable_parameters
+from stages.methods.batch import Batch, array_names
+from stages.methods.fit_rows import FitRows, describe_rows
+from stages.ranks import ALONE, Ranks
+from stages.store.memory_rows import RowSource
+from stages.train.bundle import save_bundle, serialise
+from stages.train.checks import class_weights
+from stages.train.inputs import OpenInputs, StudyFiles
+from stages.train.targets import Target
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+"""What training reads."""
+
+RECIPE = 3
+"""Recipe version. Bump it when the same settings would train a different model: older checkpoints are ignored."""
+
+DESCRIBED = 16
+"""Rows that are read at a time to be described."""
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Callbacks of a training."""
+
+    on_epoch: Callable[[int, EpochLog], None] = _ignore
+    """Called after each epoch with the position of the variant; on resume also for the epochs done before."""
+    on_memory: Callable[[StoreMemory], None] = _ignore
+    """Called before the first epoch, with whether the inputs are held in memory."""
+    on_notice: Callable[[str], None] = _ignore
+    """Called with a line for the user where a checkpoint exists but cannot be resumed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Variants that are trained together."""
+
+    variants: Sequence[ResolvedSettings]
+    """Settings that differ only in fields of `train` that each run can have to itself."""
+    outputs: Sequence[Path]
+    """Folder of the bundle of each."""
+    checkpoints: Path
+    """Folder of the checkpoints of unfinished runs."""
+    files: StudyFiles
+    """Manifest, LPM and features of the study."""
+    inputs: Inputs
+    """What any of the variants reads, which is read for all."""
+    opened: OpenInputs
+    """Row source of the inputs."""
+    labels: Mapping[Split, Sequence[Target]]
+    """Labels of each split."""
+    device: torch.device
+    """Where networks are trained."""
+    watch: Watch = Watch()
+    """Callbacks."""
+    ranks: Ranks = ALONE
+    """Place of this process among those that train together. The first one writes."""
+
+    @property
+    def first(self) -> ResolvedSettings:
+        """Settings of the first variant: what all share is read there."""
+        return self.variants[0]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the study."""
+        return self.files.manifest
+
+    def class_weights(self, settings: ResolvedSettings, device: torch.device) -> torch.Tensor | None:
+        """Return the class weights of the loss of a variant."""
+        return class_weights(settings, self.labels["train"], self.manifest.classes, device)
+
+
+def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[str, object]) -> str:
+    """Return the name of a checkpoint: two runs share it only if they would give the same model.
+
+    Args:
+        settings: Of the run.
+        manifest: From `prepare`.
+        inputs_key: `stages.train.inputs.inputs_key`: which rows are read.
+    """
+    own = getattr(settings.methods, settings.method, None)
+    return digest(
+        {
+            "recipe": RECIPE,
+            "method": settings.method,
+            "train": settings.train.model_dump(mode="json"),
+            "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
+            "manifest": manifest.model_dump(mode="json"),
+            **({} if own is None else {"methods": own.model_dump(mode="json")}),
+            **inputs_key,
+        }
+    )
+
+
+def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
+    """Return the settings with the tapped layers that were extracted, where the method takes any."""
+    if not METHODS[settings.method].any_layers:
+        return settings
+    features = settings.features.model_copy(update={"layers": opened.features.layers})
+    return settings.model_copy(update={"features": features})
+
+
+def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
+    """Write the bundle of a variant, in the first process; return how many parameters were trained."""
+    if not job.ranks.first:
+        return learnable_parameters(model)
+    weights, weights_sha256 = serialise(model)
+    bundle = BundleSpec(
+        classes=job.manifest.classes,
+        network=model.spec,
+        features=job.opened.features,
+        train=job.variants[position].train,
+        best_epoch=best.epoch,
+        val_auc=best.val_auc,
+        learnable=learnable_parameters(model),
+        weights_sha256=weights_sha256,
+        fitted_sha256=fitted_sha256(job.manifest),
+    )
+    save_bundle(job.outputs[position], bundle, weights)
+    return bundle.learnable
+
+
+def rows_to_fit(
+    job: Job, source: RowSource, ids: Mapping[Split, Sequence[Sequence[str]]], inputs: Inputs
+) -> Iterator[FitRows]:
+    """Yield what closed forms are fitted to, per split.
+
+    Args:
+        job: With the labels.
+        source: Where the rows are.
+        ids: Split -> rows of each image: one, or one per view.
+        inputs: What is read.
+    """
+    clusters = cluster_of(job.manifest)
+    names = array_names(inputs) & set(source.layouts)
+    for split in SPLITS:
+        counts = [len(views) for views in ids[split]]
+        yield FitRows(
+            _described(source, [row_id for views in ids[split] for row_id in views], sorted(names)),
+            np.repeat(np.asarray(job.labels[split], np.int64), counts, axis=0),
+            np.repeat([clusters[row.path] for row in job.manifest.of(split)], counts).tolist(),
+            len(job.manifest.classes),
+        )
+
+
+def _described(source: RowSource, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
+    """(n, S, 2 D) of `describe_rows`."""
+    described = []
+    for start in range(0, len(ids), DESCRIBED):
+        some = ids[start : start + DESCRIBED]
+        arrays = source.read_rows(source.locate(some), some, names)
+        described.append(describe_rows(Batch.of(arrays, torch.zeros(len(some)))).numpy())
+    return np.concatenate(described)
