@@ -29,7 +29,7 @@ from schemas.features import ExtractionReceipt, FeatureSpec
 from schemas.manifest import Manifest
 from schemas.settings import FeatureDtype, Settings
 from stages.evaluate.evaluator import probabilities
-from stages.extract.extractor import extract
+from stages.extract.extractor import ExtractionJob, extract
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.scores import macro_auc
@@ -70,7 +70,7 @@ def measure(study: Study, work: Path, dtypes: list[str], seeds: int) -> dict[str
     """Encode, train and read every form."""
     manifest = find_manifest(study, work)
     say(f"{study.lpm.name}, {study.settings.method}: float32 features of {len(manifest.ids())} images")
-    exact = extract(study.settings, study.root, study.cache, manifest, work / "float32", tell_images)
+    exact = extract(ExtractionJob(study.settings, study.root, study.cache, manifest, work / "float32"), tell_images)
     forms: dict[str, dict[str, Any]] = {}
     stores: dict[str, tuple[Path, ExtractionReceipt]] = {}
     for dtype in dtypes:

@@ -31,7 +31,7 @@ from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.settings import Settings
-from stages.extract.extractor import Execute, extract
+from stages.extract.extractor import Execute, ExtractionJob, extract
 from stages.extract.shard_task import inline
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
@@ -67,7 +67,7 @@ def seconds(settings: Settings, root: Path, manifest: Manifest, execute: Execute
     cache = root / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     start = time.perf_counter()
-    extract(settings, root, cache, manifest, root / "outputs/features", execute=execute)
+    extract(ExtractionJob(settings, root, cache, manifest, root / "outputs/features"), execute=execute)
     return time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""A study: where its files lie, its resolved settings, and the cache that all its copies share."""
+"""A study: its folders, its resolved settings, and the cache that all its copies share."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Study:
 
     @property
     def manifest_folder(self) -> Path:
-        """Where `fpt prepare` writes the manifest."""
+        """Folder in which `fpt prepare` writes the manifest."""
         return self.outputs / "manifest"
 
     @property
     def splits(self) -> Path:
-        """Folder of what earlier draws of the splits decided; shared with temporary copies."""
+        """Folder of the split of every image that was drawn before; shared with temporary copies."""
         return original_study(self.root) / ".fpt" / "splits"
 
     @cached_property
     def manifest(self) -> Path:
-        """The manifest's file, or its last copy where it is missing.
+        """The manifest's file, or its last copy if the file is missing.
 
         DVC deletes the outputs of a stage before it runs the stage again: a run that failed leaves no manifest.
         """
@@ -62,7 +62,7 @@ class Study:
         copy = manifest_copy(self.splits, self.settings.data)
         if written.exists() or not copy.exists():
             return written
-        say(f"There is no manifest at {written}: taking the copy of the last `fpt prepare` with these split settings.")
+        say(f"The manifest {written} is missing: taking the copy of the last `fpt prepare` with these split settings.")
         return copy
 
     @property
@@ -105,7 +105,7 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         assignments: `key.path=value` overrides.
 
     Raises:
-        ProjectError: There is no such file.
+        ProjectError: The file does not exist.
         SettingsError: With every problem at once.
         UnsupportedModelError: The LPM is unknown or cannot be tapped.
     """
@@ -114,7 +114,7 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
     cache = cache_root(root)
 
     def choose(partly: ResolvedSettings, lpm: LpmInfo) -> Precision:
-        # Imported late: it loads torch, which most commands that only read settings do not need.
+        # Imported late, because it loads torch, which most commands that only read settings do not need.
         from stages.extract.precision import choose_precision
 
         return choose_precision(partly, lpm, cache)
@@ -126,41 +126,41 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
 def resolve_aloud(
     settings: Settings, root: Path, choose_precision: Callable[[ResolvedSettings, LpmInfo], Precision] | None = None
 ) -> tuple[ResolvedSettings, LpmInfo]:
-    """Resolve, and print a line where the image size had to move to the LPM's patch grid."""
+    """Resolve settings, and print a line if the image size moves to the LPM's patch grid."""
     from schemas.resolve import resolve
     from stages.lpm.loading import describe_lpm
 
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
-    asked = settings.features.image_size
-    if lpm.image_size != asked:
-        say(f"Image size {asked} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
+    requested = settings.features.image_size
+    if lpm.image_size != requested:
+        say(f"Image size {requested} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
     if choose_precision is None:
         return resolve(settings, lpm), lpm
     return resolve(settings, lpm, lambda partly: choose_precision(partly, lpm)), lpm
 
 
 def cache_root(root: Path) -> Path:
-    """Folder of the feature stores of the study in `root`.
+    """Return the folder of the feature stores of the study in `root`.
 
-    `FPT_CACHE_DIR` where it is set, else `.fpt/cache` of the study. An experiment that DVC runs in a temporary copy
-    of the repository uses the cache of the original study: features are paid for once.
+    `FPT_CACHE_DIR` if it is set, else `.fpt/cache` of the study. An experiment that DVC runs in a temporary copy of the
+    repository uses the cache of the original study: features are computed once.
     """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser().absolute()
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser().absolute()
     return original_study(root) / ".fpt" / "cache"
 
 
 def remote_store(settings: Settings, root: Path) -> str | None:
-    """`store.remote` of the study in `root`; a relative folder starts at the study's."""
-    named = settings.store.remote
-    if named is None or "://" in named or "::" in named:
-        return named
-    return str(original_study(root) / Path(named).expanduser())
+    """Return `store.remote` of the study in `root`; a relative folder starts at the study's."""
+    remote = settings.store.remote
+    if remote is None or "://" in remote or "::" in remote:
+        return remote
+    return str(original_study(root) / Path(remote).expanduser())
 
 
 def original_study(root: Path) -> Path:
-    """The study that `root` is a temporary copy of; `root` itself where it is none.
+    """Return the study that `root` is a temporary copy of; `root` itself if it is not a copy.
 
     DVC puts such copies of a repository below `<repository>/.dvc/tmp/exps/`, in one more folder or two, by the kind
     of queue. The innermost folder with a `.dvc` is the copy's repository root.
@@ -176,11 +176,11 @@ def original_study(root: Path) -> Path:
 
 
 def remind_to_watch(study: Study, key: str, value: str) -> None:
-    """Say so where DVC does not watch a file that the settings name: its changes would go unnoticed.
+    """Print a line if DVC does not watch a file of the settings, whose changes would go unnoticed.
 
     Args:
         study: The study.
-        key: Of the setting, such as `data.labels`.
+        key: Name of the setting, such as `data.labels`.
         value: Path of the file.
     """
     path = study.root / "dvc.yaml"
@@ -192,5 +192,5 @@ def remind_to_watch(study: Study, key: str, value: str) -> None:
 
 
 def extraction_log(root: Path) -> Path:
-    """What the extractions of the study in `root` noted while they ran; shared with temporary copies."""
+    """Return the log file of the extractions of the study in `root`; shared with temporary copies."""
     return original_study(root) / ".fpt" / "logs" / "extract.log"

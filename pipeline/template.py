@@ -1,4 +1,4 @@
-"""The two files of a study, `params.yaml` and `dvc.yaml`: one template for the demo and for `fpt init`."""
+"""Generate `params.yaml` and `dvc.yaml` of a study, for the demo and for `fpt init`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = """\
     outs:
       - outputs/manifest
   extract:
-    # The features lie in the cache, out of DVC's sight; the receipt says which of them the later stages rely on.
+    # DVC does not track the features in the cache; it tracks the receipt, which lists those that later stages read.
     desc: Run the LPM once over every image that the cache does not hold yet.
     cmd: fpt extract
     deps:
@@ -53,7 +53,7 @@ STAGES = """\
       - outputs/train/plots/metrics:
           x: step
   evaluate:
-    desc: Judge the model on the test split.
+    desc: Evaluate the model on the test split.
     cmd: fpt evaluate
     deps:
       - outputs/manifest/manifest.parquet
@@ -110,7 +110,7 @@ BASELINE = """\
 """
 
 HEAD = """\
-# The pipeline of this study: `dvc repro` runs what is out of date, `dvc dag` draws it.
+# The pipeline of this study: `dvc repro` runs the stages that are out of date, `dvc dag` draws them.
 # Try settings with `dvc exp run -S train.lr=0.001` and compare them:
 # dvc exp show --drop '.*' --keep 'Experiment|^method$|^train\\.(lr|epochs)$|^val\\.(loss|auc)$|^auc$|^accuracy$'
 """
@@ -119,10 +119,10 @@ HEAD = """\
 DEMO_HEAD = """\
 The demo: `make demo` in a copy of the repository, `fpt demo run` anywhere else.
 200 images that the demo draws itself, 518 x 518 pixels. Their class is the direction of a faint fine grating, gone at
-128 pixels. DINOv2 ViT-S/14 reads them once; FPT-X then trains on what it kept.
+128 pixels. DINOv2 ViT-S/14 reads them once; FPT-X then trains on the cached features.
 Time: some minutes on two cores, most of it in `extract`. Disk: about 1 GiB with the weights.
-Expect a test AUC of at least 0.90 with the cached features, and under 0.65 for the same side network alone.
-Every key is listed; what `fpt init` writes for your own images looks the same."""
+Expect a test AUC of at least 0.90 with the cached features, and under 0.65 for the side network without them.
+Every key is listed; `fpt init` writes the same file for your own images."""
 
 DEMO = {
     "data": {"images": "data/demo"},
@@ -136,36 +136,36 @@ DEMO = {
 
 
 def four_stages(*, labels: bool, weights: bool) -> str:
-    """Prepare, extract, train and evaluate, in the YAML of `dvc.yaml`.
+    """Return the stages prepare, extract, train and evaluate as the YAML of `dvc.yaml`.
 
     Args:
         labels: Whether `data.labels` names a CSV that DVC should watch.
         weights: Whether `lpm.weights` names a local file that DVC should watch.
     """
-    # A dependency that is null or "hub" would be taken for a file of that name.
+    # DVC would take a dependency that is null or "hub" for the name of a file.
     return STAGES.format(labels=_dependency("data.labels", labels), weights=_dependency("lpm.weights", weights))
 
 
 def _dependency(key: str, watched: bool) -> str:
     entry = f"- ${{{key}}}"
-    return f"      {entry}\n" if watched else f"      # {entry}  # take out the first # once it names a file\n"
+    return f"      {entry}\n" if watched else f"      # {entry}  # remove the first # once it names a file\n"
 
 
 def dvc_yaml(*, labels: bool, weights: bool) -> str:
-    """`dvc.yaml` of a study."""
+    """Return `dvc.yaml` of a study."""
     return f"{HEAD}stages:\n{four_stages(labels=labels, weights=weights)}"
 
 
 def demo_dvc_yaml() -> str:
-    """`dvc.yaml` of the demo study: the data first, and a baseline beside the four stages."""
+    """Return `dvc.yaml` of the demo study: its data, the four stages, and a baseline."""
     return f"{HEAD}stages:\n{DEMO_DATA}{four_stages(labels=False, weights=True)}{BASELINE}"
 
 
 def params_yaml(settings: Settings, head: str = "") -> str:
-    """`params.yaml` with every key, its value, and its meaning from the schema.
+    """Return `params.yaml` with every key, its value, and its description from the schema.
 
     Args:
-        settings: The values.
+        settings: Values of the keys.
         head: First lines, without `#`.
     """
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
@@ -176,10 +176,10 @@ def _section(model: Contract, indent: str) -> list[str]:
     lines: list[str] = []
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        meaning = _meaning(field.description or "", field.annotation)
+        comment = _comment(field.description or "", field.annotation)
         if not indent and isinstance(value, Contract) and lines:
             lines.append("")
-        lines += [f"{indent}# {line}" for line in textwrap.wrap(meaning, WIDTH - len(indent) - 2)]
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, WIDTH - len(indent) - 2)]
         if isinstance(value, Contract):
             lines += [f"{indent}{name}:", *_section(value, indent + "  ")]
         else:
@@ -187,7 +187,7 @@ def _section(model: Contract, indent: str) -> list[str]:
     return lines
 
 
-def _meaning(description: str, annotation: Any) -> str:
+def _comment(description: str, annotation: Any) -> str:
     choices = [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
     if all(choice in description for choice in choices):
         return description

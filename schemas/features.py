@@ -1,4 +1,4 @@
-"""What determines a feature, its fingerprint, and what the store writes about itself."""
+"""Feature specs and their fingerprints, and the receipts of a store."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from pydantic import model_validator
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
-from schemas.settings import FeatureCodec, FeatureDtype, FeatureResize, FixedView, Importance, Precision
+from schemas.settings import (
+    FeatureCodec,
+    FeatureDtype,
+    FeatureResize,
+    FixedView,
+    Importance,
+    Normalisation,
+    Precision,
+    ResizeFilter,
+)
 from schemas.views import IDENTITY, ViewRow
 
 FEATURE_VERSION = 2
-"""Raised by hand when the definition of a feature changes; part of every fingerprint."""
+"""Bump it when the definition of a feature changes; it enters every fingerprint."""
 
 STORE_VERSION = 1
-"""Raised by hand when the layout of the store changes; part of every fingerprint."""
+"""Bump it when the layout of the store changes; it enters every fingerprint."""
 
 CRC_BYTES = 4
 """Length of a CRC32C."""
@@ -26,13 +35,15 @@ LATER_FIELDS: dict[str, Any] = {
     "pooled": True,
     "precision": "float32",
     "resize": "squash",
+    "filter": None,
+    "normalisation": "lpm",
     "hidden": None,
 }
-"""Fields that came after the first stores, with what those stores had: in a fingerprint only where they differ."""
+"""Fields added after the first stores, with the values of those stores: in a fingerprint only if they differ."""
 
 
 class LpmInfo(Contract):
-    """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate need of it."""
+    """Shape and preprocessing of an LPM at one input size: all that stage two and the cost estimate depend on."""
 
     name: str
     """timm name with tag, `hf-hub:organisation/name`, or `local-dir:architecture@content`; never a path."""
@@ -54,7 +65,7 @@ class LpmInfo(Contract):
     """Per channel (RGB), of pixels in [0, 1]."""
     std: tuple[float, float, float]
     """Per channel (RGB), of pixels in [0, 1]."""
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    interpolation: ResizeFilter
     """Filter of the resize to the input."""
 
     @property
@@ -90,15 +101,19 @@ class FeatureSpec(Contract):
     codec: FeatureCodec = "none"
     """Compression of the chunks."""
     bitround: int | None = None
-    """Mantissa bits that keys and values keep; None: all."""
+    """Mantissa bits of floats in the store; None: all."""
     pooled: bool = True
-    """Whether the pooled outputs of the LPM are kept."""
+    """Whether the pooled outputs of the LPM are stored."""
     precision: Precision = "float32"
     """Type in which the LPM computes."""
     side_image_size: int
     """Side of the stored small image, in pixels."""
     resize: FeatureResize = "squash"
-    """How an image becomes square, for the LPM and for the side network."""
+    """Rule that makes an image square, for the LPM and for the side network."""
+    filter: ResizeFilter | None = None
+    """Filter of the resize, where it is not `lpm.interpolation`."""
+    normalisation: Normalisation = "lpm"
+    """Source of `lpm.mean` and `lpm.std`: the LPM's training, or the training images of a study."""
     hidden: int | None = None
     """Block whose input tokens, all N, are cached too; None: no block's."""
 
@@ -108,9 +123,20 @@ class FeatureSpec(Contract):
         fields = self.model_dump(mode="json")
         return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
 
-    def differing(self, found: FeatureSpec) -> dict[str, tuple[Any, Any]]:
-        """Dotted fields in which `found` differs from this, expected first."""
-        mine, theirs = _flat(self.model_dump(mode="json")), _flat(found.model_dump(mode="json"))
+    @property
+    def resize_filter(self) -> ResizeFilter:
+        """Filter of the resize."""
+        return self.filter or self.lpm.interpolation
+
+    def normalised(self, lpm: LpmInfo) -> LpmInfo:
+        """Return `lpm` with the mean and standard deviation of these features, if those are of a data set."""
+        if self.normalisation == "lpm":
+            return lpm
+        return lpm.model_copy(update={"mean": self.lpm.mean, "std": self.lpm.std})
+
+    def differing(self, other: FeatureSpec) -> dict[str, tuple[Any, Any]]:
+        """Return the dotted fields in which `other` differs from this spec, as (this, other)."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
         return {
             name: (mine.get(name), theirs.get(name))
             for name in sorted(mine.keys() | theirs.keys())
@@ -130,6 +156,25 @@ class FeatureSpec(Contract):
     def bytes_by_dtype(self) -> dict[str, int]:
         """`bytes_per_image` of the same features in every dtype."""
         return {name: self.model_copy(update={"dtype": name}).bytes_per_image for name in get_args(FeatureDtype)}
+
+
+class ChannelStatistics(Contract):
+    """Mean and standard deviation per channel of training images at the LPM's input size (`normalisation: dataset`)."""
+
+    images_sha256: str
+    """Digest of the sorted ids of the images."""
+    images: int
+    """Image contents, each counted once."""
+    image_size: int
+    """Side of the square input, in pixels; padding does not count."""
+    resize: FeatureResize
+    """Rule that makes an image square."""
+    filter: ResizeFilter
+    """Filter of the resize."""
+    mean: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1], rounded to 4 decimals."""
+    std: tuple[float, float, float]
+    """Per channel (RGB), of pixels in [0, 1], rounded to 4 decimals."""
 
 
 def _encoded_bytes(dtype: FeatureDtype, tokens: int, width: int) -> int:
@@ -156,18 +201,18 @@ class FileDigest(Contract):
     bytes: int
     """Length."""
     sha256: str
-    """Of the content."""
+    """Sha256 of the content."""
 
 
 class ShardReceipt(Contract):
-    """Proof that a shard is whole. Written last, by atomic rename: no receipt, no shard."""
+    """Proof that a shard is complete. Written last, by atomic rename: no receipt, no shard."""
 
     shard: int
     """Number; its rows are [shard * shard_size, ...)."""
     fingerprint: str
-    """Of the store that it belongs to."""
+    """Fingerprint of its store."""
     rows: tuple[ImageId, ...]
-    """Names of the rows in their order; may be fewer than shard_size. The image id, but for other views of an image."""
+    """Row ids in their order; may be fewer than shard_size. The row id of the image itself is its image id."""
     files: dict[str, FileDigest]
     """Array name -> digest of this shard's file."""
     seconds: float
@@ -201,7 +246,7 @@ class ShardReceipt(Contract):
         return self
 
     def checksums(self, array: str) -> bytes | None:
-        """CRC32C of each row of an array, big-endian, 4 bytes per row; None where the receipt has none."""
+        """Return the CRC32C of each row of an array, big-endian, 4 bytes per row; None without checksums."""
         return None if self.crc32c is None else bytes.fromhex(self.crc32c[array])
 
     @property
@@ -217,12 +262,12 @@ class ShardReceipt(Contract):
 
 
 class ExtractionReceipt(Contract):
-    """What DVC tracks instead of the heavy store: which features a study may rely on."""
+    """The features of a study: a small file that DVC tracks instead of the store."""
 
     fingerprint: str
-    """Names the store."""
+    """Fingerprint of the store."""
     spec: FeatureSpec
-    """What determines the features."""
+    """Definition of the features."""
     images: int
     """Image contents of the manifest, each counted once."""
     manifest_sha256: str
@@ -230,41 +275,41 @@ class ExtractionReceipt(Contract):
     shards: dict[str, str]
     """Shard number -> digest of its receipt's files, for the shards that hold the manifest's rows."""
     views: tuple[FixedView, ...] = (IDENTITY,)
-    """Views of the training images that are there."""
+    """Extracted views of the training images."""
     crops: int = 0
-    """Random crops of each training image that are there."""
+    """Extracted random crops of each training image."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Share of the area that the crops keep, (lowest, highest)."""
 
 
 class ExtractionPlan(Contract):
-    """What an extraction would do; nothing is computed to say it."""
+    """Prediction of an extraction, before anything is computed."""
 
-    fingerprint: str
-    """Of the features."""
-    store: str
-    """Folder of the store."""
+    fingerprint: str | None
+    """Fingerprint of the features; None before the mean and deviation of the training images are computed."""
+    store: str | None
+    """Folder of the store; None as for `fingerprint`."""
     images: int
     """Image contents of the manifest."""
     rows: int
     """Rows of the store that they need: each image, and the other views of training images."""
     cached: int
-    """Of the rows, in the cache already."""
+    """Rows that are in the cache already."""
     reused: int = 0
-    """Of the cached, in a store of more layers, from which they are copied."""
+    """Rows of `cached` that are copied from a store of more layers."""
     to_compute: int
-    """The rest."""
+    """Rows that are not cached."""
     bytes_per_image: int
-    """One row."""
+    """Size of one row."""
     cache_bytes_by_dtype: dict[str, int]
-    """One row, were it stored in another dtype."""
+    """Size of one row in each dtype."""
     bytes: int
-    """What the rows that will be computed or copied take."""
+    """Size of the rows that will be computed or copied."""
     files: int
     """Files that will be written."""
     free_bytes: int
-    """Free on the disk of the cache root."""
+    """Free space on the disk of the cache root."""
     seconds: float
-    """Estimate for the rest."""
+    """Estimated time for `to_compute`."""
     estimate: Literal["receipts", "probe"]
-    """From the times of earlier shards, or from a short measured matrix product and the LPM's operations."""
+    """Basis of `seconds`: times of earlier shards, or a short measured matrix product and the LPM's operations."""

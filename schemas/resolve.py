@@ -77,6 +77,7 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
             **{
                 **features.model_dump(),
                 "image_size": lpm.image_size,
+                "filter": lpm.interpolation if features.filter == "auto" else features.filter,
                 "layers": layers,
                 "side_image_size": stored,
                 "precision": "float32" if features.precision == "auto" else features.precision,
@@ -146,5 +147,21 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
         bitround=features.bitround,
         side_image_size=features.side_image_size,
         resize=features.resize,
+        filter=None if features.filter == lpm.interpolation else features.filter,
+        normalisation=features.normalisation,
         hidden=features.hidden,
     )
+
+
+def expected_spec(settings: ResolvedSettings, lpm: LpmInfo, extracted: FeatureSpec) -> FeatureSpec:
+    """Return the spec of resolved settings, with what they leave open taken from an extraction.
+
+    These are the digest of the weights file and, with `features.normalisation: dataset`, mean and standard deviation.
+    """
+    features = settings.features
+    shape = extracted.normalised(lpm) if features.normalisation == "dataset" else lpm
+    spec = feature_spec(settings, shape, extracted.weights_sha256)
+    if features.filter == extracted.resize_filter:
+        # If the LPM is described differently now, that is the difference to report, not the filter.
+        spec = spec.model_copy(update={"filter": extracted.filter})
+    return spec

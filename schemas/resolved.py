@@ -1,4 +1,4 @@
-"""Resolved settings: plain values only. What a stage accepts; `schemas.resolve` makes them of what the user wrote."""
+"""Resolved settings: plain values only, which stages accept; `schemas.resolve` makes them from `Settings`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.settings import FeatureSettings, Layers, Precision, Seed, Settings, TrainSettings
+from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, Seed, Settings, TrainSettings
 
 
 class ResolvedFeatures(FeatureSettings):
-    """What is computed and kept per image."""
+    """Features that are computed and stored per image."""
 
+    filter: ResizeFilter
+    """Filter of the resize."""
     layers: Layers
     """Tapped blocks of the LPM, from 0, ascending."""
     precision: Precision

@@ -20,6 +20,8 @@ Importance = Literal["global", "class_token"]
 FeatureDtype = Literal["float32", "float16", "int8", "int4"]
 FeatureCodec = Literal["none", "zstd", "blosc"]
 FeatureResize = Literal["squash", "letterbox"]
+ResizeFilter = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+Normalisation = Literal["lpm", "dataset"]
 Precision = Literal["float32", "bfloat16", "float16"]
 FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -151,7 +153,7 @@ class LpmSettings(Section):
 
 
 class FeatureSettings(Section):
-    """What is computed and kept per image.
+    """Features that are computed and stored per image.
 
     Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
     """
@@ -159,36 +161,42 @@ class FeatureSettings(Section):
     image_size: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
     resize: FeatureResize = "squash"
-    """How an image becomes square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with the
-    LPM's mean colour); the side image the same."""
+    """Rule that makes an image square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with
+    the mean colour of `normalisation`); the side image the same."""
+    filter: Literal["auto"] | ResizeFilter = "auto"
+    """Filter of the resize: bilinear, bicubic, lanczos or nearest; auto: the LPM's own. The side image the same."""
+    normalisation: Normalisation = "lpm"
+    """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those it was trained with)
+    or dataset (those of the training images, computed at the start of an extraction). With dataset, other training
+    images mean other features."""
     layers: Literal["auto"] | Layers = "auto"
     """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
     """Token importance: attention received from all queries, or from the class token."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Share of the tokens that is kept per head."""
+    """Share of the tokens that is cached per head."""
     dtype: FeatureDtype = "int8"
     """Type of the cached keys, values and hidden tokens: float32, float16, int8 (a quarter of float32) or int4 (an
     eighth, coarse)."""
     pooled: bool = True
-    """Also keep the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward pass
-    ends with the last tapped keys and values."""
+    """Also cache the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward
+    pass ends with the last tapped keys and values."""
     precision: Literal["auto"] | Precision = "auto"
-    """Type in which the LPM computes; auto: the fastest where the store is begun, by a short measurement."""
+    """Type in which the LPM computes; auto: the fastest on the machine that starts the store, measured briefly."""
     hidden: Annotated[int, Field(ge=0, le=999)] | None = None
     """Also cache all tokens that enter this block of the LPM, from 0: methods that train only the blocks from it on
     start there; null: none."""
     codec: FeatureCodec = "none"
     """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
     bitround: Annotated[int, Field(ge=1, le=23)] | None = None
-    """Mantissa bits that floats keep, so that a codec finds more to compress; null: all. Only for float dtypes."""
+    """Mantissa bits of floats, so that a codec compresses better; null: all. Only for float dtypes."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Images per shard: what one task computes, and what a crash costs."""
+    """Images per shard: one task computes one shard, and a crash loses one."""
     views: Annotated[tuple[FixedView, ...], Field(max_length=6)] = ("identity",)
     """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
-    rot180, rot270. Each more is one more row to compute and to keep."""
+    rot180, rot270. Each is one more row to compute and to store."""
     crops: Annotated[int, Field(ge=0, le=256)] = 0
     """Random crops of each training image, as further views."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)

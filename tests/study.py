@@ -17,7 +17,7 @@ from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.settings import Settings
-from stages.extract.extractor import extract
+from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.prepare import prepare
@@ -70,7 +70,9 @@ class Study:
         return self.manifest
 
     def extract(self, **keywords: Any) -> ExtractionReceipt:
-        return extract(self.settings, self.root, self.cache, self.manifest, self.features, **keywords)
+        options = {name: keywords.pop(name) for name in ("all_views", "check") if name in keywords}
+        job = ExtractionJob(self.settings, self.root, self.cache, self.manifest, self.features, **options)
+        return extract(job, **keywords)
 
 
 def make_study(root: Path, per_class: int = 8, method: str = "fpt+", **sections: dict[str, Any]) -> Study:

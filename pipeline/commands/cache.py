@@ -267,7 +267,7 @@ def _offered(
 ) -> list[RemoteStore]:
     from pipeline.project import open_study
     from schemas.errors import CacheIncompleteError
-    from schemas.resolve import feature_spec
+    from schemas.resolve import expected_spec
     from stages.store.manage.reuse import serves
     from stages.store.remote import remote_stores
 
@@ -278,8 +278,8 @@ def _offered(
         fitting = [store for store in stores if store.spec.fingerprint.startswith(asked)]
     elif params.is_file():
         study = open_study(params, assignments)
-        # The weights file need not be here: its digest is the one field that the settings cannot say.
-        pairs = [(s, feature_spec(study.settings, study.lpm, s.spec.weights_sha256)) for s in stores]
+        # The weights file need not be here: its digest is taken from the store.
+        pairs = [(s, expected_spec(study.settings, study.lpm, s.spec)) for s in stores]
         fitting = [store for store, spec in pairs if spec == store.spec]
         fitting = fitting or [store for store, spec in pairs if serves(spec, store.spec)]
     else:

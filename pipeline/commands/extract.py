@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,8 +15,10 @@ from schemas.errors import InterruptedRunError
 from schemas.text import counted
 
 if TYPE_CHECKING:
-    from schemas.features import ExtractionPlan
-    from stages.extract.extractor import ExtractProgress
+    from pipeline.progress import ImageBar
+    from pipeline.project import Study
+    from schemas.features import ExtractionPlan, ExtractionReceipt
+    from stages.extract.extractor import Execute, ExtractionJob, ExtractProgress, Step
 
 
 def extract(
@@ -36,64 +39,121 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
-    from pipeline.interrupt import stop_gently
-    from pipeline.params import write_settings
-    from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
-    from stages.extract.extractor import Execute
-    from stages.extract.extractor import extract as run
+    from stages.extract.extractor import ExtractionJob
     from stages.extract.plan import plan_extraction
-    from stages.extract.shard_task import inline
     from stages.manifest import read_manifest
-    from stages.prepare.folds import all_to_train
 
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
-    manifest = read_manifest(study.manifest)
-    if all_views:
-        manifest = all_to_train(manifest)
+    settings, manifest = study.settings, read_manifest(study.manifest)
     if plan:
-        found = plan_extraction(study.settings, study.root, study.cache, manifest)
-        _show_plan(found, study.settings.features.dtype, as_json)
+        planned = plan_extraction(settings, study.root, study.cache, manifest, all_views)
+        _show_plan(planned, settings.features.dtype, as_json)
         return
-    if study.settings.lpm.weights != "hub":
-        remind_to_watch(study, "lpm.weights", study.settings.lpm.weights)
-    output, start = study.receipt.parent, time.monotonic()
-    seen: list[ExtractProgress] = []
-    with ExitStack() as bars:
-        checking = bars.enter_context(ImageBar("Checking the store", "shard")) if check else None
-        features: list[ImageBar] = []
+    if settings.lpm.weights != "hub":
+        remind_to_watch(study, "lpm.weights", settings.lpm.weights)
+    job = ExtractionJob(settings, study.root, study.cache, manifest, study.receipt.parent, all_views, check)
+    _extract(study, job, as_json)
 
-        def follow(progress: ExtractProgress) -> None:
-            if not features:
-                bars.close()  # the check is over: a terminal shows one bar at a time
-                if progress.repaired:
-                    say(f"{progress.repaired} damaged shards were removed; their images are computed again.")
-                features.append(bars.enter_context(ImageBar(f"Features of {study.lpm.name}")))
-            seen[:] = [progress]
-            features[0](progress.done, progress.total)
 
-        execute: Execute = stop_gently(inline)
-        if study.settings.cluster.kind != "inline":
-            from pipeline.cluster.executor import on_cluster
+def _cluster_assignments(cluster: str | None) -> list[str]:
+    """Return the --set overrides that --cluster stands for."""
+    if cluster is None:
+        return []
+    return ["cluster.kind=scheduler", f"cluster.address={cluster}"] if "://" in cluster else [f"cluster.kind={cluster}"]
 
-            execute = stop_gently(on_cluster)
+
+def _extract(study: Study, job: ExtractionJob, as_json: bool) -> None:
+    """Extract with progress bars, and print the result.
+
+    Raises:
+        InterruptedRunError: After Ctrl-C or SIGTERM, with the number of rows in the store.
+    """
+    from pipeline.params import write_settings
+    from stages.extract.extractor import extract as run
+
+    start = time.monotonic()
+    with _Bars(study.lpm.name) as bars:
         try:
-            receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute, checking)
+            receipt = run(job, bars.extracting, bars.preparing, _execution(study))
         except InterruptedRunError:
-            done, total = seen[-1].done, seen[-1].total
-            raise InterruptedRunError(f"{done} of {total} rows are in the store.") from None
-    write_settings(study.settings, output)
-    cached = seen[-1].cached
-    rows = seen[-1].total
-    computed, seconds = rows - cached, time.monotonic() - start
-    store = str(study.cache / receipt.fingerprint[:16])
+            raise InterruptedRunError(f"{bars.last.done} of {bars.last.total} rows are in the store.") from None
+    write_settings(study.settings, job.output)
+    _show_result(receipt, bars.last, time.monotonic() - start, str(study.cache / receipt.fingerprint[:16]), as_json)
+
+
+def _execution(study: Study) -> Execute:
+    """Return what computes the shards: this process, or a cluster."""
+    from pipeline.interrupt import stop_gently
+    from stages.extract.shard_task import inline
+
+    if study.settings.cluster.kind == "inline":
+        return stop_gently(inline)
+    from pipeline.cluster.executor import on_cluster
+
+    return stop_gently(on_cluster)
+
+
+class _Bars:
+    """Progress bars of an extraction, one at a time as a terminal needs it."""
+
+    def __init__(self, lpm: str) -> None:
+        self._lpm = lpm
+        self._open = ExitStack()
+        self._bar: ImageBar | None = None
+        self._step: str | None = None
+        self._last: ExtractProgress | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @property
+    def last(self) -> ExtractProgress:
+        """The last state of the extraction; it reports one before it computes anything."""
+        if self._last is None:
+            raise ValueError("the extraction reported no state")
+        return self._last
+
+    def preparing(self, step: Step, done: int, total: int) -> None:
+        """Show a step before the extraction itself."""
+        texts = {"statistics": ("Mean and deviation of the training images", "image")}
+        text, unit = texts.get(step, ("Checking the store", "shard"))
+        self._show(step, text, unit)(done, total)
+
+    def extracting(self, progress: ExtractProgress) -> None:
+        """Show the extraction itself."""
+        if self._step != "features" and progress.repaired:
+            self._open.close()
+            say(f"{progress.repaired} damaged shards were removed; their images are computed again.")
+        self._last = progress
+        self._show("features", f"Features of {self._lpm}", "image")(progress.done, progress.total)
+
+    def _show(self, step: str, text: str, unit: str) -> ImageBar:
+        from pipeline.progress import ImageBar
+
+        if self._bar is None or self._step != step:
+            self._open.close()
+            self._step, self._bar = step, self._open.enter_context(ImageBar(text, unit))
+        return self._bar
+
+
+def _show_result(
+    receipt: ExtractionReceipt, progress: ExtractProgress, seconds: float, store: str, as_json: bool
+) -> None:
+    rows, cached = progress.total, progress.cached
+    computed = rows - cached
     if as_json:
         show_json(
             {
                 "images": receipt.images,
                 "rows": rows,
                 "cached": cached,
-                "reused": seen[-1].reused,
+                "reused": progress.reused,
                 "computed": computed,
                 "seconds": round(seconds, 1),
                 "fingerprint": receipt.fingerprint,
@@ -102,19 +162,13 @@ def extract(
         )
         return
     spent = f" in {duration(seconds)}" if computed else ""
-    copied = f" ({seen[-1].reused} copied from another store)" if seen[-1].reused else ""
+    copied = f" ({progress.reused} copied from another store)" if progress.reused else ""
     views = f" ({counted(rows, 'row')} with their views)" if rows > receipt.images else ""
     outcome = f"{cached} were in the cache{copied}, computed {computed}{spent}"
-    kind = f" The LPM computes in {receipt.spec.precision}." if receipt.spec.precision != "float32" else ""
+    precision = receipt.spec.precision
+    kind = f" The LPM computes in {precision}." if precision != "float32" else ""
     say(f"{counted(receipt.images, 'image')}{views}: {outcome}.{kind} Store: {store}")
     say_next("fpt train")
-
-
-def _cluster_assignments(cluster: str | None) -> list[str]:
-    """What --cluster means as --set overrides."""
-    if cluster is None:
-        return []
-    return ["cluster.kind=scheduler", f"cluster.address={cluster}"] if "://" in cluster else [f"cluster.kind={cluster}"]
 
 
 def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
@@ -129,11 +183,11 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
             ("Images", f"{plan.images}" + (f" ({counted(plan.rows, 'row')} with their views)" if views else "")),
             ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
-            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'a row' if views else 'an image'})"),
+            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'per row' if views else 'per image'})"),
             ("Files", f"{plan.files}"),
             ("Free disk", size(plan.free_bytes)),
             ("Time", f"{duration(plan.seconds)} ({basis})" if plan.to_compute else "none"),
-            ("Store", plan.store),
+            ("Store", plan.store or "named once the mean and deviation of the training images are computed"),
         ],
     )
     show_sizes(plan.cache_bytes_by_dtype, dtype)

@@ -96,7 +96,9 @@ def check_store(
     finally:
         reader.close()
     detail = f"{found.fingerprint[:16]}: {counted(found.images, 'image')} in {counted(len(found.shards), 'shard')}"
-    differing = {} if settings is None or root is None else requested_spec(settings, root).differing(found.spec)
+    differing = (
+        {} if settings is None or root is None else requested_spec(settings, root, found.spec.lpm).differing(found.spec)
+    )
     if differing:
         detail += f", of other settings than now: {', '.join(differing)}"
         return Finding(name="store", status="warn", detail=detail, repair=repair)

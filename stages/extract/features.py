@@ -1,4 +1,4 @@
-"""One batch of images to features: the same code for the store and for prediction."""
+"""Compute the features of one batch of images, for the store and for prediction alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stages.store.quantise import encode, encode_hidden
 
 @dataclass(frozen=True)
 class Pixels:
-    """One decoded image at the two sizes that the method needs."""
+    """One decoded image at its two sizes."""
 
     lpm: NDArray[np.uint8]
     """(S, S, 3), input of the LPM."""
@@ -36,10 +36,9 @@ class FeatureBatch:
     """Rows of the store, on the CPU."""
 
     arrays: dict[str, NDArray[Any]]
-    """Array name -> (B, ...), as `array_layouts` of the spec has it; without keys: for the side network alone.
+    """Array name -> (B, ...), as in `array_layouts` of the spec; only `side` for a network that reads nothing else.
 
-    `pooled` holds the class token (or the mean, where there is none) and the mean of the patches, after the final norm;
-    it is there where the spec wants it.
+    `pooled` holds the class token (the mean, for models without one) and the mean of the patches, after the final norm.
     """
 
     def __len__(self) -> int:
@@ -50,7 +49,7 @@ class FeatureBatch:
 
 
 def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
-    """An RGB image as the LPM's square input and as the stored side image, by the spec's resize rule."""
+    """Resize an RGB image to the LPM's square input and to the stored side image, by the spec's resize rule."""
     large, small = to_squares(image, spec)
     return Pixels(large, np.ascontiguousarray(small.transpose(2, 0, 1)))
 
@@ -59,13 +58,13 @@ def to_pixels(image: Image.Image, spec: FeatureSpec) -> Pixels:
 def compute_features(
     lpm: LoadedLpm, spec: FeatureSpec, images: Sequence[Pixels], device: torch.device | str = "cpu"
 ) -> FeatureBatch:
-    """Run the LPM once and keep what the spec says.
+    """Run the LPM once and encode the features of the spec.
 
     Args:
-        lpm: With the model already on `device`.
-        spec: What to keep.
+        lpm: Its model is on `device`.
+        spec: Gives the arrays and their types.
         images: From `to_pixels`.
-        device: Where the model is.
+        device: Device of the model.
 
     Raises:
         DataError: If a feature is not finite in the store's type, or too large for it.
@@ -73,29 +72,29 @@ def compute_features(
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
     pixels = normalise(stacked, spec.lpm.mean, spec.lpm.std)
 
-    def keep(layer: Tapped) -> dict[str, torch.Tensor]:
-        # Encoded at once: in a small type the kept tokens of all layers weigh little beside one layer's activations.
+    def record(layer: Tapped) -> dict[str, torch.Tensor]:
+        # Encoded at once: in a small type the tokens of all layers take little memory next to one layer's activations.
         with torch.autocast(pixels.device.type, enabled=False):
             return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
 
-    def keep_hidden(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def record_hidden(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.autocast(pixels.device.type, enabled=False):
             return encode_hidden(tokens, spec)
 
-    with Taps(lpm.model, spec, keep, keep_hidden) as taps, in_precision(spec.precision, pixels.device):
+    with Taps(lpm.model, spec, record, record_hidden) as taps, in_precision(spec.precision, pixels.device):
         tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
         layers, hidden = taps.take(), taps.take_hidden() or {}
-    found = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
-    found |= {name: array.cpu().numpy() for name, array in hidden.items()}
-    found["indices"] = found["indices"].astype(np.uint16)
-    found["side"] = np.stack([image.side for image in images])
+    arrays = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
+    arrays |= {name: array.cpu().numpy() for name, array in hidden.items()}
+    arrays["indices"] = arrays["indices"].astype(np.uint16)
+    arrays["side"] = np.stack([image.side for image in images])
     if tokens is not None:
-        found["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
-    return FeatureBatch(found)
+        arrays["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
+    return FeatureBatch(arrays)
 
 
 def pooled_outputs(tokens: torch.Tensor, spec: FeatureSpec) -> torch.Tensor:
-    """(B, N, D) after the final norm -> (B, 2, D): class token, mean of the patches.
+    """Pool tokens after the final norm: (B, N, D) -> (B, 2, D), class token and mean of the patches.
 
     Raises:
         DataError: If they are not finite.

@@ -3,10 +3,10 @@
     global       s[h, j] = mean over all queries i of softmax_j(q_i . k_j / sqrt(d))
     class_token  s[h, j] = softmax_j(q_cls . k_j / sqrt(d))
 
-Kept, per head: the T tokens of highest s, in descending order. The class token may be among them.
+Per head, the T tokens of highest s are selected, in descending order. The class token may be among them.
 
-The matrix of all queries and keys never exists. Fused attention hands out the log-sum-exp of each query beside its
-result; with it the softmax of some queries at a time is one matrix product and one exponential, no second
+The matrix of all queries and keys never exists. Fused attention returns the log-sum-exp of each query with its result;
+with it the softmax of some queries at a time is one matrix product and one exponential, without a second
 normalisation:
 
     softmax_j(q_i . k_j) = exp(q_i . k_j - lse_i)
@@ -26,22 +26,22 @@ QUERY_CHUNK = 256
 """Queries per step: bounds the workspace to (heads, 256, N) instead of (B, H, N, N)."""
 
 CPU_HEADS = 4
-"""Heads per step on a CPU: the scores stay in its caches between the product and the exponential. The same for any
-number of threads, so that it changes no bit."""
+"""Heads per step on a CPU: the scores stay in its caches between the product and the exponential. It does not depend on
+the number of threads, so that results do not either."""
 
 LSE_ALIGNMENT = 32
-"""CUDA's memory-efficient attention pads the log-sum-exp to a multiple of this; more than that is not expected."""
+"""CUDA's memory-efficient attention pads the log-sum-exp to a multiple of this."""
 
 
 def attend(tokens: Projected, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Fused attention, and the log-sum-exp of its scores where this device's kernel gives it.
+    """Compute fused attention, and the log-sum-exp of its scores if the kernel of this device returns it.
 
     Args:
-        tokens: Of one block.
+        tokens: Queries, keys and values of one block.
         scale: Multiplies q . k.
 
     Returns:
-        softmax(q k^T scale + bias) v, (B, H, N, d), and (B, H, N) float32 or more; None: not to be had here.
+        softmax(q k^T scale + bias) v, (B, H, N, d), and the log-sum-exp, (B, H, N) in float32 or wider, or None.
     """
     query, key, value, bias = tokens.query, tokens.key, tokens.value, tokens.bias
     ops: Any = torch.ops.aten
@@ -49,7 +49,7 @@ def attend(tokens: Projected, scale: float) -> tuple[torch.Tensor, torch.Tensor 
         mask = None if bias is None else bias.expand(*query.shape[:-1], key.shape[-2]).to(query.dtype)
         mixed, lse = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
         return mixed, lse
-    # The CUDA kernel wants heads of a multiple of 8 channels, and a bias in aligned rows: others go the plain way.
+    # The CUDA kernel needs a multiple of 8 channels per head, and a bias in aligned rows.
     if query.device.type == "cuda" and bias is None and query.shape[-1] % 8 == 0:
         mixed, lse, *_ = ops._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
         count = query.shape[-2]
@@ -60,13 +60,13 @@ def attend(tokens: Projected, scale: float) -> tuple[torch.Tensor, torch.Tensor 
 def token_importance(
     tokens: Projected, scale: float, rule: Importance, lse: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention that each token receives.
+    """Compute the attention that each token receives.
 
     Args:
-        tokens: Of one block; token 0 is the class token for "class_token".
+        tokens: Queries, keys and values of one block; token 0 is the class token for "class_token".
         scale: Multiplies q . k.
         rule: "global" or "class_token".
-        lse: (B, H, N) from `attend`; None: it is computed.
+        lse: (B, H, N) from `attend`; None: the softmax is computed in full.
 
     Returns:
         (B, H, N), each row summing to 1; at least float32.
@@ -85,18 +85,18 @@ def token_importance(
 
 
 def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float, lse: torch.Tensor) -> torch.Tensor:
-    """(BH, Q, d), (BH, N, d), (BH, Q) -> (BH, N): sums over the queries of exp(q . k scale - lse)."""
+    """(BH, Q, d), (BH, N, d), (BH, Q) -> (BH, 1, N): sums over the queries of exp(q . k scale - lse)."""
     received = torch.zeros(len(key), 1, key.shape[1], dtype=query.dtype, device=query.device)
-    together = CPU_HEADS if query.device.type == "cpu" else len(query)
-    workspace = query.new_empty(min(together, len(query)), min(QUERY_CHUNK, query.shape[1]), key.shape[1])
-    for start in range(0, len(query), together):
-        heads = slice(start, start + together)
-        # The log-sum-exp rides along as one more channel: the subtraction costs no pass of its own.
-        asked = torch.cat([query[heads] * scale, -lse[heads].unsqueeze(-1).to(query.dtype)], dim=-1)
-        given = torch.cat([key[heads], torch.ones_like(key[heads, :, :1])], dim=-1).transpose(1, 2)
-        for part in torch.split(asked, QUERY_CHUNK, dim=1):
-            space = workspace[: len(part)]
-            shares = torch.bmm(part, given, out=space) if part.shape[1] == space.shape[1] else part @ given
+    step = CPU_HEADS if query.device.type == "cpu" else len(query)
+    workspace = query.new_empty(min(step, len(query)), min(QUERY_CHUNK, query.shape[1]), key.shape[1])
+    for start in range(0, len(query), step):
+        heads = slice(start, start + step)
+        # The log-sum-exp is one more channel: the subtraction needs no pass over the scores.
+        queries = torch.cat([query[heads] * scale, -lse[heads].unsqueeze(-1).to(query.dtype)], dim=-1)
+        keys = torch.cat([key[heads], torch.ones_like(key[heads, :, :1])], dim=-1).transpose(1, 2)
+        for chunk in torch.split(queries, QUERY_CHUNK, dim=1):
+            space = workspace[: len(chunk)]
+            shares = torch.bmm(chunk, keys, out=space) if chunk.shape[1] == space.shape[1] else chunk @ keys
             received[heads] += shares.exp_().sum(dim=1, keepdim=True)
     return received
 
@@ -104,37 +104,37 @@ def _by_log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float, lse: t
 def _by_softmax(
     query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None, kind: torch.dtype
 ) -> torch.Tensor:
-    """The same without the log-sum-exp, and for scores of lower precision."""
+    """Compute the same as (BH, N) without the log-sum-exp, also for scores of lower precision."""
     received = torch.zeros(len(key), key.shape[1], dtype=kind, device=key.device)
-    together = CPU_HEADS if key.device.type == "cpu" else len(key)
-    for first in range(0, len(key), together):
-        heads = slice(first, first + together)
-        given = key[heads].transpose(1, 2)
+    step = CPU_HEADS if key.device.type == "cpu" else len(key)
+    for first in range(0, len(key), step):
+        heads = slice(first, first + step)
+        keys = key[heads].transpose(1, 2)
         for start in range(0, query.shape[1], QUERY_CHUNK):
-            scores = (query[heads, start : start + QUERY_CHUNK] * scale @ given).to(kind)
+            scores = (query[heads, start : start + QUERY_CHUNK] * scale @ keys).to(kind)
             if bias is not None:
-                # One by one: flattened, a bias that all images share would be copied for each of them.
-                for own, row in zip(scores, range(first, first + len(scores)), strict=True):
-                    own += bias[row // bias.shape[1], row % bias.shape[1], start : start + scores.shape[1]]
+                # Head by head: flattened, a bias that all images share would be copied for each of them.
+                for head_scores, row in zip(scores, range(first, first + len(scores)), strict=True):
+                    head_scores += bias[row // bias.shape[1], row % bias.shape[1], start : start + scores.shape[1]]
             received[heads] += torch.softmax(scores, dim=-1).sum(dim=1)
     return received
 
 
 def select_tokens(importance: torch.Tensor, kept: int) -> torch.Tensor:
-    """Indices of the most important tokens per head.
+    """Select the most important tokens per head.
 
     Args:
         importance: (B, H, N).
         kept: T, at most N.
 
     Returns:
-        (B, H, T) int64, importance descending; equal importance in order of the tokens, so that every
-        device and thread count selects the same.
+        (B, H, T) int64, importance descending; equal importance in order of the tokens, so that the selection does not
+        depend on the device or the number of threads.
     """
     order = torch.sort(importance, dim=-1, descending=True, stable=True).indices
     return order[..., :kept]
 
 
 def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, d) and (B, H, T) -> (B, H, T, d)."""
+    """Select tokens by index: (B, H, N, d) and (B, H, T) -> (B, H, T, d)."""
     return tokens.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))

@@ -1,4 +1,4 @@
-"""In which type the LPM computes where the settings say "auto"."""
+"""Resolve `features.precision: auto`, the type in which the LPM computes."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ TRIED: dict[str, tuple[Precision, ...]] = {
 
 
 def choose_precision(settings: ResolvedSettings, lpm: LpmInfo, cache_root: Path) -> Precision:
-    """What "auto" means for resolved settings: what the store was begun in, else the fastest here."""
-    # The digest of the weights is not known yet, and plays no part here.
+    """Return what "auto" means for resolved settings: the precision of an existing store, else the fastest here."""
+    # The digest of the weights is not known yet, and irrelevant here.
     stored = stored_precision(cache_root, feature_spec(settings, lpm, ""))
     return stored or fastest_precision(lpm, pick_device(settings.compute.device))
 
 
-def stored_precision(cache_root: Path, wanted: FeatureSpec) -> Precision | None:
-    """That of the store which holds these features, whatever its weights; of several the one with most shards.
+def stored_precision(cache_root: Path, spec: FeatureSpec) -> Precision | None:
+    """Return the precision of the store of `spec`, whatever its weights; the store with most shards decides.
 
-    What was begun in one type goes on in it, on every machine.
+    A store keeps the precision it was started with, on every machine.
     """
-    found: dict[Precision, int] = {}
+    ignored = {"precision", "weights_sha256"}
+    if spec.normalisation == "dataset":
+        # The training images determine them, and may not be measured yet.
+        ignored |= {"lpm.mean", "lpm.std"}
+    shards: dict[Precision, int] = {}
     for store in (found_store.store for found_store in find_stores(cache_root)):
-        if store is None:
-            continue
-        if not wanted.differing(store.spec).keys() - {"precision", "weights_sha256"}:
-            found[store.spec.precision] = max(found.get(store.spec.precision, 0), len(store.finished_shards()))
-    return max(found.items(), key=itemgetter(1))[0] if found else None
+        if store is not None and not spec.differing(store.spec).keys() - ignored:
+            precision = store.spec.precision
+            shards[precision] = max(shards.get(precision, 0), len(store.finished_shards()))
+    return max(shards.items(), key=itemgetter(1))[0] if shards else None
 
 
 def fastest_precision(lpm: LpmInfo, device: torch.device) -> Precision:
@@ -67,7 +70,7 @@ def measure_precisions(lpm: LpmInfo, device: torch.device) -> dict[Precision, fl
     wide = torch.randn(4 * lpm.width, lpm.width, device=device)
     times: dict[Precision, list[float]] = {name: [] for name in TRIED[device.type]}
     for attempt in range(ROUNDS + 1):
-        for name, found in times.items():
+        for name, seconds in times.items():
             _wait(device)
             start = time.perf_counter()
             with in_precision(name, device):
@@ -75,9 +78,9 @@ def measure_precisions(lpm: LpmInfo, device: torch.device) -> dict[Precision, fl
                 heads = hidden.view(1, lpm.tokens, lpm.heads, -1).transpose(1, 2)
                 F.scaled_dot_product_attention(heads, heads, heads)
             _wait(device)
-            if attempt:  # the first round pays for what is set up once
-                found.append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+            if attempt:  # the first round includes one-time set-up costs
+                seconds.append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def _wait(device: torch.device) -> None:

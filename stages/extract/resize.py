@@ -1,4 +1,4 @@
-"""The geometry of stage one: an image of any shape to the square that the LPM sees, and to the small one beside it."""
+"""The geometry of stage one: an image of any shape to the LPM's square input, and to the small side image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FILTERS = {
 }
 
 _SAMPLE = 32
-"""Side of a grid of pixels that is looked at first: most photographs are told from radiographs by these."""
+"""Side of a grid of sampled pixels, which identifies most colour photographs before all pixels are compared."""
 
 
 def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """An RGB image at the size of the LPM and at that of the side image, both by `spec.resize`.
+    """Resize an RGB image to the size of the LPM and to that of the side image, both by `spec.resize`.
 
     - squash: both sides are scaled to the square; the aspect ratio is lost, no pixel is.
-    - letterbox: the aspect ratio is kept, the image is centred, and the rest is the model's mean colour.
+    - letterbox: the aspect ratio stays, the image is centred, and the rest is filled with `spec.lpm.mean`.
 
     Returns:
         (S, S, 3) and (s, s, 3), uint8.
@@ -32,16 +32,33 @@ def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8]
     return _square(source, spec.lpm.image_size, spec), _square(source, spec.side_image_size, spec)
 
 
+def without_padding(image: Image.Image, spec: FeatureSpec) -> NDArray[np.uint8]:
+    """Resize an RGB image as for the LPM, but leave out the padding of a letterbox.
+
+    Returns:
+        (h, w), if the three channels are identical, else (h, w, 3); uint8, h and w at most `spec.lpm.image_size`.
+    """
+    return _resized(_one_channel(image) or image, spec.lpm.image_size, spec)
+
+
 def inner_box(width: int, height: int, side: int) -> tuple[int, int, int, int]:
-    """Where a letterboxed image lies in its square: left, top, width and height, in pixels of the square."""
+    """Return the place of a letterboxed image in its square: left, top, width and height, in pixels of the square."""
     longest = max(width, height)
     inner = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
     return (side - inner[0]) // 2, (side - inner[1]) // 2, *inner
 
 
+def _box(image: Image.Image, side: int, spec: FeatureSpec) -> tuple[int, int, int, int]:
+    return inner_box(*image.size, side) if spec.resize == "letterbox" else (0, 0, side, side)
+
+
+def _resized(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint8]:
+    return np.asarray(image.resize(_box(image, side, spec)[2:], FILTERS[spec.resize_filter]))
+
+
 def _square(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint8]:
-    left, top, width, height = inner_box(*image.size, side) if spec.resize == "letterbox" else (0, 0, side, side)
-    resized = np.asarray(image.resize((width, height), FILTERS[spec.lpm.interpolation]))
+    left, top, width, height = _box(image, side, spec)
+    resized = _resized(image, side, spec)
     if resized.ndim == 2:
         resized = np.repeat(resized[..., None], 3, axis=-1)
     if (width, height) == (side, side):
@@ -53,7 +70,7 @@ def _square(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint
 
 
 def _one_channel(image: Image.Image) -> Image.Image | None:
-    """The grey image that an RGB image is at heart, resized in a third of the time to the same pixels; else None."""
+    """Return one channel if all three are identical (3x faster to resize, same result), else None."""
     sample = np.asarray(image.resize((_SAMPLE, _SAMPLE), Image.Resampling.NEAREST))
     if (sample != sample[..., :1]).any():
         return None

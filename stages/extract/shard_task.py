@@ -1,8 +1,8 @@
-"""The unit of work of stage one: some images become one whole shard.
+"""The unit of work of stage one: some images become one complete shard.
 
-Decoding runs ahead in threads and writing behind in one, so that the LPM waits for neither. The same object serves a
-single process, which hands it all tasks, and a worker of a cluster, which hands it one task after another from two
-threads: while one holds the LPM, the other decodes or writes.
+Threads decode ahead, another one writes finished shards, so that the LPM waits for neither. The same object serves a
+single process, which passes all tasks at once, and a worker of a cluster, which passes one task after another from two
+threads: while one uses the LPM, the other decodes or writes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from stages.store.layout import Store
 from stages.store.writer import claim_shard, write_shard
 
 CPU_BATCH, ACCELERATOR_BATCH = 4, 32
-"""What `compute.extract_batch_size: auto` means."""
+"""Values of `compute.extract_batch_size: auto`."""
 
 
 def batch_size(compute: ComputeSettings, device: torch.device) -> int:
-    """Images per forward pass of the LPM."""
+    """Return the number of images per forward pass of the LPM."""
     if compute.extract_batch_size != "auto":
         return compute.extract_batch_size
     return CPU_BATCH if device.type == "cpu" else ACCELERATOR_BATCH
@@ -50,7 +50,7 @@ class ShardTask:
     """Images that become one shard."""
 
     number: int
-    """Of the shard, if nobody else took it meanwhile; else the next free one is used."""
+    """Number of the shard, unless another writer claims it first; then the next free number is used."""
     images: tuple[tuple[str, str, str], ...]
     """(image id, path, view) of each row, at most as many as a shard has; an image is decoded once for views of it
     that are neighbours."""
@@ -58,17 +58,17 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """What became of a task."""
+    """Result of a task."""
 
     rows: int
     """Rows that were written."""
     failures: tuple[tuple[str, str], ...]
-    """(path, reason) of each image that cannot be used; it has no row."""
+    """(path, reason) of each image that cannot be used, and has no row."""
 
 
 @dataclass
 class _Computed:
-    """Rows of a task that wait to be written."""
+    """Rows of a task, to be written."""
 
     number: int
     rows: list[ViewRow]
@@ -78,7 +78,7 @@ class _Computed:
 
 
 class Extractor:
-    """The LPM on its device, and where its features go. May be used from several threads."""
+    """The LPM on its device, and the store of its features. May be used from several threads."""
 
     def __init__(self, settings: ResolvedSettings, root: Path, store: Store) -> None:
         """Load the LPM.
@@ -86,7 +86,7 @@ class Extractor:
         Args:
             settings: Resolved.
             root: Folder of `params.yaml`.
-            store: That of the settings.
+            store: Store of these settings.
 
         Raises:
             WeightsError: If the weights are missing or belong to another model.
@@ -96,27 +96,27 @@ class Extractor:
         self._lpm.model.to(self._device)
         self._store, self._data = store, settings.data
         self._batch = batch_size(settings.compute, self._device)
-        # On the CPU decoders compete with the LPM for the cores; beside an accelerator they are what it waits for.
+        # On the CPU decoders compete with the LPM for the cores; an accelerator waits for them.
         self._decoders = min(16, max(2, torch.get_num_threads())) if self._device.type != "cpu" else 2
         self._forwarding = threading.Lock()
 
     @property
     def batch_size(self) -> int:
-        """Images per forward pass; less than was asked for once that did not fit the memory."""
+        """Images per forward pass; reduced from the setting once a batch did not fit the memory."""
         return self._batch
 
     def run(
-        self, tasks: Iterable[ShardTask], tell: Callable[[int], None], stop: Callable[[], bool] = lambda: False
+        self, tasks: Iterable[ShardTask], on_rows: Callable[[int], None], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[ShardDone]:
-        """Do tasks in their order; each is yielded when its shard has its receipt.
+        """Run tasks in their order; yield each when its shard has its receipt.
 
         Args:
-            tasks: What to compute.
-            tell: Called after each forward pass with the number of its images, each view counted.
-            stop: Once it is true, the rows computed so far become a smaller shard, and no further task is begun.
+            tasks: Rows to compute.
+            on_rows: Called after each forward pass with the number of its rows.
+            stop: Once it returns true, the rows computed so far become a smaller shard, and no further task starts.
 
         Raises:
-            StorageError: If the disk is full or cannot be written; the shard at hand is removed.
+            StorageError: If the disk is full or cannot be written; the unfinished shard is removed.
             DeviceMemoryError: If not even one image fits the memory.
         """
         tasks = list(tasks)
@@ -129,8 +129,8 @@ class Extractor:
                     if stop():
                         break
                     with self._forwarding:
-                        computed = self._compute(task, decoded, tell, stop)
-                    # One shard at a time waits for the disk: memory stays bounded by two.
+                        computed = self._compute(task, decoded, on_rows, stop)
+                    # At most one shard waits for the disk: memory is bounded by two.
                     if pending is not None:
                         yield pending.result()
                     pending = writer.submit(self._write, computed)
@@ -142,7 +142,7 @@ class Extractor:
     def _decode(
         self, images: Sequence[tuple[str, str, str]], pool: ThreadPoolExecutor
     ) -> Generator[Pixels | tuple[str, str], None, None]:
-        """Pixels of each row in order, or (path, reason)."""
+        """Yield the pixels of each row in order, or (path, reason)."""
         queue: deque[tuple[str, int, Future[list[Pixels]]]] = deque()
         groups = itertools.groupby(images, lambda image: image[:2])
         waiting = ((*image, [view for *_, view in rows]) for image, rows in groups)
@@ -177,49 +177,50 @@ class Extractor:
         self,
         task: ShardTask,
         decoded: Iterator[Pixels | tuple[str, str]],
-        tell: Callable[[int], None],
+        on_rows: Callable[[int], None],
         stop: Callable[[], bool],
     ) -> _Computed:
+        """Compute the rows of a task from decoded images."""
         start = time.perf_counter()
-        done = _Computed(task.number, [], {}, 0.0, [])
+        computed = _Computed(task.number, [], {}, 0.0, [])
         batches: list[FeatureBatch] = []
         pixels: list[Pixels] = []
         for position, (image_id, _, view) in enumerate(task.images):
             if stop():
-                # Decoded, but without features.
-                del done.rows[len(done.rows) - len(pixels) :]
+                # Drop rows that are decoded, but have no features.
+                del computed.rows[len(computed.rows) - len(pixels) :]
                 break
-            found = next(decoded)
-            if isinstance(found, Pixels):
-                done.rows.append(ViewRow(image_id, view))
-                pixels.append(found)
+            result = next(decoded)
+            if isinstance(result, Pixels):
+                computed.rows.append(ViewRow(image_id, view))
+                pixels.append(result)
             else:
-                done.failures.append(found)
+                computed.failures.append(result)
             if pixels and (len(pixels) >= self._batch or position + 1 == len(task.images)):
                 batches += self._forward(pixels)
-                tell(len(pixels))
+                on_rows(len(pixels))
                 pixels = []
         if batches:
-            done.arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0].arrays}
-        done.seconds = time.perf_counter() - start
-        return done
+            computed.arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0].arrays}
+        computed.seconds = time.perf_counter() - start
+        return computed
 
     def _forward(self, pixels: Sequence[Pixels]) -> list[FeatureBatch]:
-        """Features in as many forward passes as the memory needs."""
+        """Compute features, in several forward passes if the batch does not fit the memory."""
         try:
             return [compute_features(self._lpm, self._store.spec, pixels, self._device)]
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
             message = str(error)
-        # Out of the handler: its traceback would keep the failed pass alive.
+        # Outside the handler, whose traceback would keep the tensors of the failed pass alive.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(pixels) == 1:
             raise DeviceMemoryError(
                 f"One image of {self._store.spec.lpm.image_size} pixels does not fit the memory of {self._device}: "
                 f"{message.splitlines()[0]}",
-                "Another program holds the memory, or the LPM is too large for this device.",
+                "Another program uses the memory, or the LPM is too large for this device.",
                 "Free the memory, lower features.image_size, or set compute.device to cpu.",
             )
         half = len(pixels) // 2
@@ -236,7 +237,7 @@ class Extractor:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # torch has a type of its own for accelerators, but none for the CPU's allocator.
+    # torch has an exception for accelerators, but not for the CPU's allocator.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -245,8 +246,8 @@ def inline(
     root: Path,
     store: Store,
     tasks: Sequence[ShardTask],
-    tell: Callable[[int], None],
+    on_rows: Callable[[int], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardDone]:
-    """Do all tasks in this process; see `Extractor.run`."""
-    return Extractor(settings, root, store).run(tasks, tell, stop)
+    """Run all tasks in this process; see `Extractor.run`."""
+    return Extractor(settings, root, store).run(tasks, on_rows, stop)

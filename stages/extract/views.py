@@ -1,4 +1,4 @@
-"""The geometry of views: from a decoded image to what the LPM and the side network both see of it."""
+"""The geometry of views: flips, turns and crops of a decoded image, the same for the LPM and the side network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TRANSPOSE = {
 
 
 def apply_view(image: Image.Image, view: str) -> Image.Image:
-    """Flip, turn or crop a decoded image, before it is resized: LPM and side network see the same geometry.
+    """Flip, turn or crop a decoded image, before it is resized.
 
     Args:
         image: As it was decoded.
-        view: As `ViewRow.view` has it.
+        view: As in `ViewRow.view`.
 
     Raises:
-        ValueError: If there is no such view.
+        ValueError: If `view` is not the name of a view.
     """
     if view == IDENTITY:
         return image
@@ -33,11 +33,11 @@ def apply_view(image: Image.Image, view: str) -> Image.Image:
     try:
         return image.transpose(_TRANSPOSE[view])
     except KeyError:
-        raise ValueError(f"{view} is no view of an image") from None
+        raise ValueError(f"{view} is not a view of an image") from None
 
 
 def crop_box(view: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in whole pixels, at least one each way, of a crop of an image of (width, height)."""
+    """Return (left, top, right, bottom) of a crop of an image of (width, height), in pixels; at least one each way."""
     top, left, height, width = map(float, view.removeprefix(CROP).split(","))
     x, y = min(round(left * size[0]), size[0] - 1), min(round(top * size[1]), size[1] - 1)
     right, bottom = round((left + width) * size[0]), round((top + height) * size[1])

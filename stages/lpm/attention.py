@@ -1,11 +1,11 @@
-"""timm's attention modules: what a block's attention sees, and what it does with the mixed values.
+"""timm's attention modules: queries, keys and values of a block, and its output from the mixed values.
 
 Every supported module computes
 
     finish( softmax( query key^T * scale + bias ) value )
 
-with query and key after q/k normalisation and rotary rotation. This file alone knows how each of timm's classes gets
-there (timm 1.0.12 to 1.0.31); taps, importance and speed build on the four functions below.
+with query and key after q/k normalisation and rotary rotation. Only this file depends on how each of timm's classes
+computes them (timm 1.0.12 to 1.0.31); taps and importance build on the four functions below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from schemas.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Projected:
-    """Tokens as one attention sees them."""
+    """Tokens projected to the queries, keys and values of one attention."""
 
     query: torch.Tensor
     """(B, H, N, d), after q/k normalisation and rotation, not multiplied by the scale."""
@@ -35,63 +35,63 @@ class Projected:
     bias: torch.Tensor | None = None
     """Added to the scaled scores before the softmax, broadcastable to (B, H, N, N): relative positions, mask."""
     gate: torch.Tensor | None = None
-    """(B, N, H d), for `finish`: factor of the mixed values, from the same tokens; None: there is no gate."""
+    """(B, N, H d), for `finish`: factor of the mixed values, from the same tokens; None: the attention has no gate."""
 
 
 Options = dict[str, Any]
 """Arguments of a module's `forward` after the tokens, by name."""
 Kind = Callable[[Any, torch.Tensor, Options], Projected]
-"""How one class of attention projects."""
+"""Projection of one class of attention."""
 
 
 def obstacle(attention: nn.Module) -> str | None:
-    """Why tokens cannot be taken from this attention; None if they can."""
+    """Return why tokens cannot be taken from this attention, or None if they can."""
     kind = type(attention)
     if kind in _kinds():
         return None
     if kind.__name__ == "DiffAttention":
-        return "Its attention is the difference of two softmax maps: no one map says how much a token is attended to."
+        return "Its attention is the difference of two softmax maps: no single map gives the importance of a token."
     return f"Its attention ({kind.__name__}) is not one that keys and values can be taken from."
 
 
 def project(attention: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Projected:
-    """Queries, keys, values and bias of one attention.
+    """Compute queries, keys, values and bias of one attention.
 
     Args:
         attention: Without `obstacle`.
         tokens: (B, N, D), input of the module.
-        args: What the module's own `forward` was called with after the tokens.
-        kwargs: The same, by name.
+        args: Further arguments of the module's `forward`, by position.
+        kwargs: Further arguments of the module's `forward`, by name.
 
     Raises:
-        UnsupportedModelError: Attention was asked to be causal.
+        UnsupportedModelError: If the attention is causal.
     """
-    # Of the class: a caller may have put its own `forward` on the module.
+    # The signature of the class, because callers replace `forward` of the module itself.
     bound = inspect.signature(type(attention).forward).bind(attention, tokens, *args, **kwargs)
     options = {name: value for name, value in list(bound.arguments.items())[2:] if value is not None}
     if options.get("is_causal"):
-        raise UnsupportedModelError("Causal attention has no token that all queries see.")
+        raise UnsupportedModelError("In causal attention no token is seen by all queries.")
     return _kinds()[type(attention)](attention, tokens, options)
 
 
 def scale_of(attention: Any) -> float:
-    """Factor of the scores before the softmax."""
+    """Return the factor of the scores before the softmax."""
     return float(attention.scale)
 
 
 def finish(attention: Any, mixed: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """What the module does after softmax(...) value.
+    """Compute the module's output from softmax(...) value.
 
     Args:
         attention: Without `obstacle`.
         mixed: (B, H, N, d).
-        gate: Of `project`.
+        gate: From `project`.
 
     Returns:
         (B, N, D).
 
     Raises:
-        ValueError: The attention has a gate, and none is given.
+        ValueError: If the attention has a gate, but `gate` is None.
     """
     tokens = mixed.transpose(1, 2).flatten(2)
     if isinstance(norm := getattr(attention, "norm", None), nn.Module):
@@ -100,24 +100,24 @@ def finish(attention: Any, mixed: torch.Tensor, gate: torch.Tensor | None = None
         tokens = tokens * gate
     elif getattr(attention, "gate", None) is not None:
         raise ValueError("this attention is gated: pass the gate of project()")
-    done: torch.Tensor = attention.proj_drop(attention.proj(tokens))
-    return done
+    output: torch.Tensor = attention.proj_drop(attention.proj(tokens))
+    return output
 
 
 def _kinds() -> dict[type[nn.Module], Kind]:
     from timm import layers
     from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 
-    # Where a class is defined has moved between versions; older ones lack AttentionRope.
-    known: list[tuple[Any, str, Kind]] = [
+    # Classes moved between modules from version to version; older versions lack AttentionRope.
+    supported: list[tuple[Any, str, Kind]] = [
         (vision_transformer, "Attention", _plain),
         (beit, "Attention", _biased),
         (vision_transformer_relpos, "RelPosAttention", _relative),
         (eva, "EvaAttention", _rotated),
         (layers, "AttentionRope", _rotated),
     ]
-    # Exactly these classes: subclasses and look-alikes change what attention is.
-    return {getattr(module, name): kind for module, name, kind in known if hasattr(module, name)}
+    # Exactly these classes: subclasses and look-alikes compute something else.
+    return {getattr(module, name): kind for module, name, kind in supported if hasattr(module, name)}
 
 
 def _plain(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
@@ -126,11 +126,11 @@ def _plain(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
 
 
 def _biased(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
-    """BEiT: a table of relative positions in the block, or one that all blocks share."""
+    """Project as BEiT: relative positions from a table of the block, or from one that all blocks share."""
     bias: torch.Tensor | None = options.get("shared_rel_pos_bias")
     if attention.relative_position_bias_table is not None:
-        own: torch.Tensor = attention._get_rel_pos_bias()
-        bias = own if bias is None else own + bias
+        of_block: torch.Tensor = attention._get_rel_pos_bias()
+        bias = of_block if bias is None else of_block + bias
     return Projected(*_heads(attention, _fused(attention, tokens)), _batched(bias))
 
 
@@ -141,35 +141,36 @@ def _relative(attention: Any, tokens: torch.Tensor, options: Options) -> Project
 
 
 def _rotated(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
-    """EVA-02, DINOv3 and their kin: patches are rotated by their position, prefix tokens are not."""
+    """Project as EVA-02 and DINOv3: patches are rotated by their position, prefix tokens are not."""
     if attention.qkv is not None:
         query, key, value = _heads(attention, _fused(attention, tokens))
     else:
         dim = attention.q_proj.out_features // attention.num_heads
         query, key, value = (
-            part(tokens).unflatten(-1, (-1, dim)).transpose(1, 2)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            projection(tokens).unflatten(-1, (-1, dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
     query, key = _normed(attention, query, key)
     if (rope := options.get("rope")) is not None:
-        query, key = (_rotate(attention, part, rope).type_as(value) for part in (query, key))
+        query, key = (_rotate(attention, tensor, rope).type_as(value) for tensor in (query, key))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return Projected(query, key, value, _mask(options, query), _gate(attention, tokens))
 
 
-def _rotate(attention: Any, part: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+def _rotate(attention: Any, tensor: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotate the patches of (B, H, N, d) queries or keys."""
     from timm import layers
 
     timm: Any = layers
     prefix = attention.num_prefix_tokens
-    layout = {"half": True} if getattr(attention, "rotate_half", False) else {}  # older versions know one layout
-    rotated = timm.apply_rot_embed_cat(part[:, :, prefix:], rope, **layout)
-    return torch.cat([part[:, :, :prefix], rotated], dim=2)
+    layout = {"half": True} if getattr(attention, "rotate_half", False) else {}  # older versions have one layout
+    rotated = timm.apply_rot_embed_cat(tensor[:, :, prefix:], rope, **layout)
+    return torch.cat([tensor[:, :, :prefix], rotated], dim=2)
 
 
 def _fused(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """One projection to queries, keys and values, where keys have no learnt bias."""
+    """Project to queries, keys and values at once; keys may have no learned bias."""
     if getattr(attention, "q_bias", None) is None:
         projected: torch.Tensor = attention.qkv(tokens)
         return projected
@@ -182,8 +183,8 @@ def _fused(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
 def _heads(attention: Any, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 H d) -> three of (B, H, N, d)."""
     batch, count, _ = projected.shape
-    apart = projected.reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return apart[0], apart[1], apart[2]
+    stacked = projected.reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return stacked[0], stacked[1], stacked[2]
 
 
 def _normed(attention: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Which models can be an LPM: names of timm's list, repositories of the hub, folders; and what timm knows of them."""
+"""Models that can be an LPM: names from timm's list, repositories of the hub, and folders."""
 
 from __future__ import annotations
 
@@ -45,40 +45,40 @@ _BLOCKS = {
     "ParallelScalingBlock": "Attention and MLP of its blocks share one projection.",
     "DiffParallelScalingBlock": "Attention and MLP of its blocks share one projection.",
 }
-_OWN_SIZE = ("img_size", "num_classes", "pretrained", "pretrained_cfg")
+_SET_BY_STUDY = ("img_size", "num_classes", "pretrained", "pretrained_cfg")
 """Arguments of a configuration that a study sets itself."""
 
 
 @dataclass(frozen=True)
-class FoundModel:
-    """What a name stands for."""
+class ModelEntry:
+    """An architecture and the source of its weights."""
 
     name: str
-    """For results and fingerprints: with tag, never a path."""
+    """Name in results and fingerprints: with tag, never a path."""
     architecture: str
-    """What timm builds; with the tag, where the name is of timm's list."""
+    """Argument of `timm.create_model`; with the tag, if the name is from timm's list."""
     cfg: Any
     """timm's `PretrainedCfg`: preprocessing, source of the weights, name of the classifier."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the architecture, from a `config.json`."""
     folder: Path | None = None
-    """Where the weights are, for `local-dir:`."""
+    """Folder of the weights, for `local-dir:`."""
     is_repository: bool = False
     """Whether the name is `hf-hub:`."""
 
     def build(self, num_classes: int = 0, **options: Any) -> nn.Module:
-        """timm's model; options are timm's and come before those of the configuration.
+        """Build timm's model; `options` are timm's and override those of the configuration.
 
         Raises:
-            UnsupportedModelError: The architecture does not take the arguments of the configuration.
+            UnsupportedModelError: The architecture does not accept the arguments of the configuration.
         """
         import timm
 
-        known: dict[str, Any] = {**self.args, **options}
+        arguments: dict[str, Any] = {**self.args, **options}
         if self.folder is not None or self.is_repository:
-            known["pretrained_cfg"] = self.cfg.to_dict()
+            arguments["pretrained_cfg"] = self.cfg.to_dict()
         try:
-            model: nn.Module = timm.create_model(self.architecture, num_classes=num_classes, **known)
+            model: nn.Module = timm.create_model(self.architecture, num_classes=num_classes, **arguments)
         except (TypeError, AssertionError) as error:
             if not self.args:
                 raise
@@ -90,7 +90,7 @@ class FoundModel:
         return model
 
     def build_on_meta(self, num_classes: int = 0, **options: Any) -> nn.Module:
-        """The model without weights and, where timm allows it, without memory."""
+        """Build the model without weights and, if timm allows it, without memory."""
         try:
             with torch.device("meta"), _NoInitialisation():
                 return self.build(num_classes, pretrained=False, **options)
@@ -99,7 +99,7 @@ class FoundModel:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leave out the steps of a random initialisation for which torch imports its compiler on the meta device."""
+    """Skip the steps of a random initialisation for which torch imports its compiler on the meta device."""
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
@@ -111,39 +111,39 @@ class _NoInitialisation(TorchFunctionMode):
 _STEPS = (torch.Tensor.erfinv_, torch.Tensor.clamp_, torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
-def find_model(name: str, root: Path | None = None) -> FoundModel:
-    """What `lpm.name` stands for.
+def find_model(name: str, root: Path | None = None) -> ModelEntry:
+    """Return the architecture and the source of the weights that `lpm.name` stands for.
 
     Args:
-        name: Of timm's list, with or without the tag of its weights; `hf-hub:organisation/name` (`@revision`); or
-            `local-dir:folder`. The last two need a `config.json` in timm's format.
+        name: A name from timm's list, with or without the tag of its weights; `hf-hub:organisation/name` (also with
+            `@revision`); or `local-dir:folder`. The last two need a `config.json` in timm's format.
         root: Folder that a relative folder starts at; None: the working directory.
 
     Raises:
-        UnsupportedModelError: There is no such model, with the nearest names; or no usable `config.json`.
+        UnsupportedModelError: No such model exists (the nearest names are listed), or no usable `config.json`.
         WeightsError: The `config.json` of the repository cannot be fetched.
         StorageError: The hub's cache cannot be written.
     """
     with compiler_left_out():
-        import timm  # noqa: F401  (in whatever part it is used below)
+        import timm  # noqa: F401  (any part of it that is used below)
     source, colon, place = name.partition(":")
     if colon and source in ("hf-hub", "hf_hub"):
         path = fetch(place, ["config.json"], f"The settings of {name}", f"set lpm.name to {EXAMPLES}")
         architecture, cfg, args = _read_config(path, name)
         cfg = dataclasses.replace(cfg, hf_hub_id=place)
-        return FoundModel(f"hf-hub:{place}", architecture, cfg, args, is_repository=True)
+        return ModelEntry(f"hf-hub:{place}", architecture, cfg, args, is_repository=True)
     if colon and source == "local-dir":
         folder = (root or Path()) / Path(place).expanduser()
         architecture, cfg, args = _read_config(folder / "config.json", name)
         content = digest({"architecture": architecture, "args": args})[:8]
-        return FoundModel(f"local-dir:{architecture}@{content}", architecture, cfg, args, folder=folder)
-    known = pretrained_cfg(name)
-    full = f"{known.architecture}.{known.tag}" if known.tag else known.architecture or name
-    return FoundModel(full, full, known)
+        return ModelEntry(f"local-dir:{architecture}@{content}", architecture, cfg, args, folder=folder)
+    cfg = pretrained_cfg(name)
+    full = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture or name
+    return ModelEntry(full, full, cfg)
 
 
 def _read_config(path: Path, name: str) -> tuple[str, Any, dict[str, Any]]:
-    """Architecture, `PretrainedCfg` and arguments of a `config.json` as timm writes it."""
+    """Read architecture, `PretrainedCfg` and arguments from a `config.json` as timm writes it."""
     from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
 
     repair = (
@@ -164,17 +164,17 @@ def _read_config(path: Path, name: str) -> tuple[str, Any, dict[str, Any]]:
             "It is the one of Hugging Face transformers." if is_transformers else f"architecture is {architecture!r}.",
             repair,
         )
-    given = content.get("pretrained_cfg", content)
+    values = content.get("pretrained_cfg", content)
     fields = {item.name for item in dataclasses.fields(PretrainedCfg)} - {"source", "file", "url", "state_dict"}
     default: Any = get_pretrained_cfg(architecture)
-    found = {"classifier": default.classifier, "first_conv": default.first_conv} if default is not None else {}
-    found |= {key: value for key, value in given.items() if key in fields} | {"architecture": architecture}
-    args = {key: value for key, value in content.get("model_args", {}).items() if key not in _OWN_SIZE}
-    return architecture, PretrainedCfg(**found), args
+    cfg = {"classifier": default.classifier, "first_conv": default.first_conv} if default is not None else {}
+    cfg |= {key: value for key, value in values.items() if key in fields} | {"architecture": architecture}
+    args = {key: value for key, value in content.get("model_args", {}).items() if key not in _SET_BY_STUDY}
+    return architecture, PretrainedCfg(**cfg), args
 
 
 def pretrained_cfg(name: str) -> Any:
-    """What timm keeps about a name of its list: preprocessing, source of the weights, name of the classifier.
+    """Return timm's entry of a name: preprocessing, source of the weights, name of the classifier.
 
     Args:
         name: timm model name, with or without the tag of its weights.
@@ -183,17 +183,17 @@ def pretrained_cfg(name: str) -> Any:
         timm's `PretrainedCfg`.
 
     Raises:
-        UnsupportedModelError: timm does not know the name, or not this tag of it; the nearest names are given.
+        UnsupportedModelError: timm has no such name, or not with this tag; the nearest names are listed.
     """
     with compiler_left_out():
         from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, list_models, split_model_name_tag
 
     try:
-        known = get_pretrained_cfg(name) if is_model(name) else None
-    except RuntimeError:  # timm's answer to a tag that it does not know
-        known = None
-    if known is not None:
-        return known
+        cfg = get_pretrained_cfg(name) if is_model(name) else None
+    except RuntimeError:  # raised for an unknown tag
+        cfg = None
+    if cfg is not None:
+        return cfg
     base, _ = split_model_name_tag(name)
     tagged = list_models(f"{base}.*", pretrained=True, include_tags=True) if is_model(base) else []
     if ":" in name or "/" in name:
@@ -211,24 +211,24 @@ def pretrained_cfg(name: str) -> Any:
         )
     near = [renamed] if renamed else _nearest(name, [*list_models(include_tags=True), *list_models()])
     raise UnsupportedModelError(
-        f"timm knows no model named {name!r}.",
+        f"timm has no model named {name!r}.",
         f"{'Its name is now' if renamed else 'The nearest names are'}: {', '.join(near)}." if near else "",
         f"Set lpm.name to a vision transformer of timm, such as {EXAMPLES}.",
     )
 
 
 def _nearest(name: str, names: list[str]) -> list[str]:
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return found or difflib.get_close_matches(name.partition(".")[0], names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return near or difflib.get_close_matches(name.partition(".")[0], names, n=3, cutoff=0.4)
 
 
 def build_on_meta(name: str, num_classes: int = 0, root: Path | None = None, **options: Any) -> nn.Module:
-    """The model of a name without weights and, where timm allows it, without memory; options are timm's."""
+    """Build the model of a name without weights and, if timm allows it, without memory; `options` are timm's."""
     return find_model(name, root).build_on_meta(num_classes, **options)
 
 
 def check_supported(model: Any, name: str) -> None:
-    """Refuse what keys and values of global attention cannot be taken from.
+    """Refuse models without keys and values of global attention.
 
     Raises:
         UnsupportedModelError: With the reason.

@@ -1,4 +1,4 @@
-"""Weights from a file into a timm model: all of them, from this file alone, or an error."""
+"""Load a timm model from one weights file: every parameter comes from the file, or loading fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from schemas.errors import FptError, WeightsError
-from stages.lpm.catalogue import FoundModel
+from stages.lpm.catalogue import ModelEntry
 from stages.lpm.key_map import is_foreign, to_timm
 
 Shapes = dict[str, tuple[int, ...]]
@@ -24,14 +24,14 @@ Shapes = dict[str, tuple[int, ...]]
 _OTHER_FILE = "Set lpm.weights to the file of this model, or to hub."
 
 
-def build_with_weights(found: FoundModel, image_size: int, path: Path) -> nn.Module:
-    """A timm vision transformer without classifier whose every parameter comes from the file.
+def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Module:
+    """Build a timm vision transformer without classifier whose every parameter comes from the file.
 
     Args:
-        found: Architecture and preprocessing.
+        entry: Architecture and preprocessing.
         image_size: Side of the input, in pixels; position embeddings and tables are resampled to it.
-        path: A safetensors file, a PyTorch file of tensors, or a JAX `.npz` file; under timm's names, or under those
-            that `stages.lpm.key_map` knows.
+        path: A safetensors file, a PyTorch file of tensors, or a JAX `.npz` file, with timm's names or with names that
+            `stages.lpm.key_map` translates.
 
     Raises:
         WeightsError: The file is unreadable, would run code, or does not match the model.
@@ -39,11 +39,11 @@ def build_with_weights(found: FoundModel, image_size: int, path: Path) -> nn.Mod
     shapes = read_shapes(path)
     written = _Written()
     try:
-        source, shapes, options = _source(found, path, shapes)
+        source, shapes, options = _source(entry, path, shapes)
         # timm loads strictly only where the classifier of the model and of the file have as many rows.
-        rows = 0 if path.suffix.lower() == ".npz" else _classifier_rows(found.cfg, shapes)
+        rows = 0 if path.suffix.lower() == ".npz" else _classifier_rows(entry.cfg, shapes)
         with written:
-            model: Any = found.build(
+            model: Any = entry.build(
                 rows,
                 pretrained=True,
                 pretrained_cfg_overlay={**source, "num_classes": rows},
@@ -53,34 +53,34 @@ def build_with_weights(found: FoundModel, image_size: int, path: Path) -> nn.Mod
     except (MemoryError, FptError):
         raise
     except Exception as error:  # timm and torch raise nearly every kind for a foreign file
-        raise _mismatch(found.name, path, shapes, error) from error
-    # timm keeps the source of the weights in the model: here that is a second copy of all of them.
+        raise _mismatch(entry.name, path, shapes, error) from error
+    # timm keeps the source of the weights in the model, here a second copy of all tensors.
     model.pretrained_cfg.pop("state_dict", None)
     patch = _patch_in_file(shapes)
-    if patch is not None and patch != model.patch_embed.patch_size[0] and not found.architecture.startswith("flexivit"):
-        # timm resamples patches of another size without a word.
-        raise _mismatch(found.name, path, shapes, ValueError(f"its patches are {patch} pixels wide"))
+    if patch is not None and patch != model.patch_embed.patch_size[0] and not entry.architecture.startswith("flexivit"):
+        # timm silently resamples patches of another size.
+        raise _mismatch(entry.name, path, shapes, ValueError(f"its patches are {patch} pixels wide"))
     random = [key for key, value in model.named_parameters() if id(value) not in written.ids]
     if path.suffix.lower() == ".npz" and _blocks_in_npz(shapes) != len(model.blocks):
         random.append(f"blocks: the file has {_blocks_in_npz(shapes)}, the model {len(model.blocks)}")
-    unused = _unused(found, shapes, model)
+    unused = _unused(entry, shapes, model)
     if random or unused:
-        raise _mismatch(found.name, path, shapes, missing=random, unused=unused)
+        raise _mismatch(entry.name, path, shapes, missing=random, unused=unused)
     model.reset_classifier(0)
     return model  # type: ignore[no-any-return]
 
 
-def _source(found: FoundModel, path: Path, shapes: Shapes) -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
-    """What timm shall load, the shapes of it, and what the model must be built with to have a place for it."""
+def _source(entry: ModelEntry, path: Path, shapes: Shapes) -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
+    """Return timm's source of the weights, the shapes in it, and the options that the model must be built with."""
     from timm.models.vision_transformer import VisionTransformer
 
-    plain = found.build_on_meta()
+    plain = entry.build_on_meta()
     expected, options = set(plain.state_dict()), dict[str, Any]()
     if isinstance(plain, VisionTransformer):
         if type(plain) is VisionTransformer:
-            options["weight_init"] = "skip"  # no need to draw what is overwritten: saves seconds
+            options["weight_init"] = "skip"  # saves the seconds of an initialisation that is overwritten
         if any(key.endswith(".ls1.gamma") for key in shapes) and "blocks.0.ls1.gamma" not in expected:
-            # Layer scale is a part of the architecture that names do not tell (UNI): it is there if the file has it.
+            # Layer scale is not part of the architecture's name (UNI): the file decides.
             options["init_values"] = 1e-5
     if path.suffix.lower() == ".npz":
         return {"file": str(path), "custom_load": True}, shapes, options
@@ -90,9 +90,9 @@ def _source(found: FoundModel, path: Path, shapes: Shapes) -> tuple[dict[str, An
     return {"state_dict": state}, {key: tuple(value.shape) for key, value in state.items()}, options
 
 
-def _unused(found: FoundModel, shapes: Shapes, model: nn.Module) -> list[str]:
-    """Tensors that timm drops without a word: it loads SigLIP without its attention pool leniently."""
-    if "siglip" not in found.architecture:
+def _unused(entry: ModelEntry, shapes: Shapes, model: nn.Module) -> list[str]:
+    """Return tensors that timm drops silently: it loads SigLIP without its attention pool leniently."""
+    if "siglip" not in entry.architecture:
         return []
     prefix = "visual.trunk." if any(key.startswith("visual.trunk.") for key in shapes) else ""
     names = {key.removeprefix(prefix) for key in shapes if key.startswith(prefix)}
@@ -100,9 +100,9 @@ def _unused(found: FoundModel, shapes: Shapes, model: nn.Module) -> list[str]:
 
 
 class _Written(TorchFunctionMode):
-    """Notes which tensors are overwritten by a tensor of their own shape: loading does that, initialisation never.
+    """Record which tensors are overwritten by a tensor of the same shape: loading does that, initialisation never.
 
-    timm logs a parameter that it leaves at its random initialisation and goes on. This is how it is noticed.
+    timm only logs a parameter that keeps its random initialisation; this detects it.
     """
 
     def __init__(self) -> None:
@@ -118,10 +118,10 @@ class _Written(TorchFunctionMode):
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Names and shapes of the tensors in a weights file; no tensor is read into memory where the format allows it.
+    """Return names and shapes of the tensors in a weights file, without reading tensors if the format allows it.
 
     Raises:
-        WeightsError: The file is not what its suffix says, is cut off, or holds objects that would run code.
+        WeightsError: The file does not fit its suffix, is cut off, or holds objects that would run code.
     """
     suffix = path.suffix.lower()
     try:
@@ -150,13 +150,13 @@ def _pickled_shapes(path: Path) -> Shapes:
         with torch.serialization.safe_globals([argparse.Namespace]):
             torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        # torch's own text advises to switch the protection off: it is not passed on.
-        if wanted is None:
+        imported = re.search(r"GLOBAL ([\w.]+)", str(error))
+        # torch's text, which advises to switch the protection off, is not passed on.
+        if imported is None:
             raise ValueError("not a PyTorch file of tensors") from error
         raise WeightsError(
-            f"{path} holds more than tensors: loading it would run code from the file ({wanted.group(1)}).",
-            "It was probably saved as a whole model, not as its state_dict.",
+            f"{path} holds more than tensors: loading it would run code from the file ({imported.group(1)}).",
+            "It was probably saved as a complete model, not as its state_dict.",
             "Save the state_dict of a model that you trust as .safetensors, and set lpm.weights to that file.",
         ) from error
     shapes = {key: tuple(value.shape) for key, value in _read_tensors(path, "meta").items()}
@@ -166,7 +166,7 @@ def _pickled_shapes(path: Path) -> Shapes:
 
 
 def _read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """All tensors of a file that holds nothing else; `state_dict`, `model` and EMA are unwrapped as timm does."""
+    """Read all tensors of a file that holds nothing else; `state_dict`, `model` and EMA are unwrapped as timm does."""
     from timm.models import load_state_dict
 
     with torch.serialization.safe_globals([argparse.Namespace]):  # older versions of timm do not allow it themselves
@@ -174,7 +174,7 @@ def _read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Also of one dictionary within the other: some checkpoints hold a teacher beside a student."""
+    """Yield the tensors of a dictionary and of those inside it: some checkpoints hold a teacher and a student."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             yield key, value
@@ -215,7 +215,7 @@ def _patch_in_file(shapes: Shapes) -> int | None:
 
 
 def _blocks_in_npz(shapes: Shapes) -> int:
-    numbered = {found.group(1) for key in shapes if (found := re.search(r"/encoderblock_(\d+)/", f"/{key}"))}
+    numbered = {match[1] for key in shapes if (match := re.search(r"/encoderblock_(\d+)/", f"/{key}"))}
     stacked = [shape[0] for key, shape in shapes.items() if key.endswith("encoderblock/LayerNorm_0/scale")]
     return stacked[0] if stacked else len(numbered)
 
@@ -240,12 +240,12 @@ def _mismatch(
 
 
 def _differences(error: Exception) -> list[str]:
-    """The differences that torch lists, some of each kind; the error itself where it lists none."""
+    """Return the differences that torch lists, some of each kind, or else the error itself."""
     text = str(error)
     lines = []
     for label, start in (("not in the file", "Missing key"), ("not in the model", "Unexpected key")):
-        for found in re.findall(rf"{start}\(s\) in state_dict: (.*)", text):
-            keys = re.findall(r'"([^"]+)"', found)
+        for listed in re.findall(rf"{start}\(s\) in state_dict: (.*)", text):
+            keys = re.findall(r'"([^"]+)"', listed)
             lines.append(f"  {label}: {_some(keys)}")
     pattern = r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)"
     sizes = [f"{key} is ({theirs}), not ({ours})" for key, theirs, ours in re.findall(pattern, text)]

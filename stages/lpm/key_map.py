@@ -1,13 +1,14 @@
-"""Names of the tensors in weights files -> timm's names.
+"""Translate the names of tensors in weights files to timm's names.
 
-A checkpoint is taken apart in three steps, each of which says what it leaves out:
+A checkpoint is translated in three steps:
 
 1. `PREFIXES`: the backbone within a training checkpoint or a larger model.
 2. `RULES`: one name for another, for the original DINO, DINOv2 and MAE code and for Hugging Face transformers.
-3. `_Fit`: tensors that one side keeps fused and the other apart (queries, keys and values; gated MLPs; registers).
+3. `_Fit`: tensors that are fused on one side and separate on the other (queries, keys and values; gated MLPs;
+   registers).
 
-Left out is only what `IGNORED` lists; every other tensor keeps a name, and a name that the model does not have is
-an error when the weights are loaded.
+Only tensors that `IGNORED` lists are left out; every other tensor keeps a name, and a name that the model does not
+have is an error when the weights are loaded.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ PREFIXES = (
     "vision_tower.vision_model.",
     "",
 )
-"""Where a backbone may be; of a teacher and a student the teacher is taken."""
+"""Prefixes of a backbone's names; the teacher comes before the student."""
 
 IGNORED = (
     r"mask_token",
     r"decoder(_\w+)?(\..*)?",  # MAE's decoder, with its position embedding
     r"(head|head_dist|classifier|cls_classifier|distillation_classifier|pooler)\..*",
-    r"(dino|ibot|teacher|student|optimizer)\w*\..*",  # heads, losses and the other network beside the teacher
+    r"(dino|ibot|teacher|student|optimizer)\w*\..*",  # heads, losses and the other network next to the teacher
     r"text_model\..*",
     r"(visual|text)_projection\.weight",
     r"logit_scale|logit_bias",
     r"(.*\.)?position_ids",
     r"(.*\.)?rope_embed(dings)?\.(periods|inv_freq)",  # fixed, computed from the size of the input
 )
-"""Tensors that stage one never reads (regular expressions of the whole name, below the prefix or beside it)."""
+"""Tensors that stage one never reads: regular expressions of the full name, with or without the prefix."""
 
 _STEM = (
     "patch_embed.proj.weight",
@@ -55,7 +56,7 @@ _STEM = (
     "embeddings.patch_embeddings.weight",
     "embeddings.patch_embedding.weight",
 )
-"""The projection of the patches: tells where the backbone is and, the last three, that it has transformers' names."""
+"""Names of the patch projection, which locate the backbone; all but the first are transformers' names."""
 
 _RULES_ORIGINAL = (
     (r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks: the inner number counts all blocks
@@ -91,7 +92,7 @@ _RULES_TRANSFORMERS = (
 
 
 def is_foreign(names: Collection[str], expected: Collection[str]) -> bool:
-    """Whether a file with these names must go through `to_timm`; what timm itself reads need not."""
+    """Return whether a file with these names must go through `to_timm`, because timm cannot read it by itself."""
     prefix, transformers = _layout(names)
     if prefix is None:
         return False
@@ -112,29 +113,29 @@ def to_timm(state: Mapping[str, torch.Tensor], expected: Collection[str]) -> Sta
         expected: Names of the model's tensors.
 
     Returns:
-        New names -> tensors; names that the model does not know are kept, so that loading refuses them.
+        New names -> tensors; names that the model lacks stay, so that loading refuses them.
 
     Raises:
         ValueError: Two tensors get one name, or parts of a fused tensor are missing.
     """
     prefix, transformers = _layout(state)
     rules = _RULES_TRANSFORMERS if transformers else _RULES_ORIGINAL
-    found: State = {}
+    renamed: State = {}
     for name, value in state.items():
         inner = name.removeprefix(prefix or "")
         if (prefix and not name.startswith(prefix)) and _ignored(name):
             continue
         for pattern, target in rules:
             inner = re.sub(pattern, target, inner)
-        if inner in found:
+        if inner in renamed:
             raise ValueError(f"two tensors are both {inner}: {name} is the second")
         if not _ignored(inner):
-            found[inner] = value
-    return _Fit(found, set(expected)).state
+            renamed[inner] = value
+    return _Fit(renamed, set(expected)).state
 
 
 def _layout(names: Collection[str]) -> tuple[str | None, bool]:
-    """The backbone's prefix (None: there is no ViT in the file) and whether the names are transformers'."""
+    """Return the backbone's prefix (None: the file has no ViT) and whether the names are transformers'."""
     for prefix in PREFIXES:
         for position, stem in enumerate(_STEM):
             if prefix + stem in names:
@@ -147,25 +148,25 @@ def _ignored(name: str) -> bool:
 
 
 class _Fit:
-    """Tensors under timm's names, cut and joined as this model has them."""
+    """Tensors with timm's names, split and fused as in this model."""
 
     def __init__(self, state: State, expected: set[str]) -> None:
         self.state, self._expected = state, expected
         self._tokens()
-        blocks = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+        blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
         for block in sorted(blocks):
             self._attention(f"blocks.{block}.attn.")
             self._gated_mlp(f"blocks.{block}.mlp.")
             for scale in (1, 2):
                 self._move(f"blocks.{block}.ls{scale}.gamma", f"blocks.{block}.gamma_{scale}")
         self._pool()
-        for part in ("weight", "bias"):
+        for kind in ("weight", "bias"):
             # Averaging models normalise after the average, others before; the parameters are the same.
-            self._move(f"norm.{part}", f"fc_norm.{part}")
-            self._move(f"fc_norm.{part}", f"norm.{part}")
+            self._move(f"norm.{kind}", f"fc_norm.{kind}")
+            self._move(f"fc_norm.{kind}", f"norm.{kind}")
 
     def _move(self, old: str, new: str) -> None:
-        """Only where the model has the new name and not the old one."""
+        """Rename a tensor if the model has the new name and not the old one."""
         if old in self.state and old not in self._expected and new in self._expected:
             self.state[new] = self.state.pop(old)
 
@@ -184,26 +185,26 @@ class _Fit:
             state["pos_embed"] = state["pos_embed"][:, 1:]
 
     def _attention(self, at: str) -> None:
-        parts = [f"{at}{part}" for part in "qkv"]
-        if f"{parts[0]}.weight" not in self.state:
+        projections = [f"{at}{letter}" for letter in "qkv"]
+        if f"{projections[0]}.weight" not in self.state:
             return
         if f"{at}q_proj.weight" in self._expected:
-            for part in parts:
+            for name in projections:
                 for kind in ("weight", "bias"):
-                    self._move(f"{part}.{kind}", f"{part}_proj.{kind}")
+                    self._move(f"{name}.{kind}", f"{name}_proj.{kind}")
             return
-        weights = [value for value in self._take(f"{part}.weight" for part in parts) if value is not None]
-        if len(weights) != len(parts):
+        weights = [value for value in self._take(f"{name}.weight" for name in projections) if value is not None]
+        if len(weights) != len(projections):
             raise ValueError(f"{at} lacks a projection of queries, keys or values")
         self.state[f"{at}qkv.weight"] = torch.cat(weights)
-        query, key, value = self._take(f"{part}.bias" for part in parts)
+        query, key, value = self._take(f"{name}.bias" for name in projections)
         if query is None or value is None:
             return
         if f"{at}qkv.bias" in self._expected:
             self.state[f"{at}qkv.bias"] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
         elif f"{at}q_bias" in self._expected or any(bool(bias.any()) for bias in (query, value)):
             self.state |= {f"{at}q_bias": query, f"{at}v_bias": value}
-            # A bias of keys that is not zero has no place in such a model, and must not vanish.
+            # Such a model has no bias of keys: one that is not zero keeps its name, so that loading refuses it.
             if key is not None and bool(key.any()):
                 self.state[f"{at}k_bias"] = key
 
@@ -220,7 +221,7 @@ class _Fit:
                 self.state[f"{at}fc1.{kind}"] = torch.cat([gate, up])
 
     def _pool(self) -> None:
-        """SigLIP's attention pool, which stage one does not run: used where the model has one."""
+        """Rename SigLIP's attention pool, or drop it if the model has none: stage one does not run it."""
         if "attn_pool.latent" not in self._expected:
             for name in [name for name in self.state if name.startswith("attn_pool.")]:
                 del self.state[name]

@@ -1,4 +1,4 @@
-"""The LPM: what a name means at an input size, and the frozen model with its weights."""
+"""The LPM: its shape and preprocessing at an input size, and the frozen model with its weights."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
 
 @dataclass(frozen=True)
 class LoadedLpm:
-    """A frozen model and what identifies its features."""
+    """A frozen model, with its shape and the digest of its weights."""
 
     model: nn.Module
     """In eval mode on the CPU, no parameter requires a gradient, no classifier."""
     info: LpmInfo
     """Its shape and preprocessing."""
     weights_sha256: str
-    """Of the weights file."""
+    """Sha256 of the weights file."""
 
 
 def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInfo:
-    """Shape and preprocessing of a model, without its weights.
+    """Return shape and preprocessing of a model, without its weights.
 
     Args:
-        name: timm model name, `hf-hub:organisation/name` or `local-dir:folder`. Without a tag, timm's default one is
-            meant and is part of the answer's name; of a folder the answer's name has the content, not the path.
-        image_size: Wished side of the input, in pixels; the answer has the nearest multiple of the patch, upward
-            where two are equally near.
+        name: timm model name, `hf-hub:organisation/name` or `local-dir:folder`. The name in the result has timm's
+            default tag if `name` has none, and the content of a folder instead of its path.
+        image_size: Side of the input, in pixels; the result has the nearest multiple of the patch, upward if two are
+            equally near.
         root: Folder that a relative folder in the name starts at; None: the working directory.
 
     Raises:
-        UnsupportedModelError: timm does not know the name, or the model has no global attention to tap.
+        UnsupportedModelError: timm has no such name, or the model has no global attention to tap.
         WeightsError: The `config.json` of a repository cannot be fetched.
     """
-    found = find_model(name, root)
-    model: Any = found.build_on_meta()
+    entry = find_model(name, root)
+    model: Any = entry.build_on_meta()
     check_supported(model, name)
     data = _preprocessing(model)
     if data["interpolation"] not in _INTERPOLATIONS:
-        raise UnsupportedModelError(f"{name} wants its input resized with {data['interpolation']!r}, which is unknown.")
+        raise UnsupportedModelError(f"{name} resizes its input with {data['interpolation']!r}, which is not supported.")
     patch = int(model.patch_embed.patch_size[0])
     return LpmInfo(
-        name=found.name,
+        name=entry.name,
         depth=len(model.blocks),
         width=model.embed_dim,
         heads=model.blocks[0].attn.num_heads,
@@ -75,7 +75,7 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 def nearest_multiple(size: int, patch: int) -> int:
-    """The multiple of `patch` nearest to `size`, at least one patch; of two equally near ones the larger."""
+    """Return the multiple of `patch` nearest to `size`, at least one patch; of two equally near ones the larger."""
     return max(1, (2 * size + patch) // (2 * patch)) * patch
 
 
@@ -83,13 +83,13 @@ def load_lpm(lpm: LpmSettings, image_size: int, root: Path) -> LoadedLpm:
     """Build the frozen model with its weights.
 
     Args:
-        lpm: Name and source of the weights. Preprocessing is that of the name, also with a local file.
+        lpm: Name and source of the weights; the preprocessing depends only on the name.
         image_size: Side of the input, in pixels; position embeddings are resampled to it.
         root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
 
     Raises:
-        UnsupportedModelError: As `describe_lpm`.
-        WeightsError: The weights cannot be found or read, run code, or are those of another model.
+        UnsupportedModelError: As for `describe_lpm`.
+        WeightsError: The weights cannot be found or read, run code, or belong to another model.
     """
     info = describe_lpm(lpm.name, image_size, root)
     path = locate_weights(lpm, root)

@@ -26,7 +26,7 @@ def load_matching(spec: FeatureSpec, source: LpmSettings | None, root: Path, dev
         WeightsError: The weights are missing, or are not those of the spec.
     """
     source = source or LpmSettings(name=spec.lpm.name)
-    info = describe_lpm(source.name, spec.lpm.image_size, root)
+    info = spec.normalised(describe_lpm(source.name, spec.lpm.image_size, root))
     if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
         raise CacheMismatchError(
             f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",

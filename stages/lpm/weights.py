@@ -1,4 +1,4 @@
-"""Where the LPM's weights are: a local file or folder, the hub's cache on this machine, or the hub."""
+"""Locate the LPM's weights: in a local file or folder, in the hub's cache on this machine, or on the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from schemas.errors import StorageError, WeightsError
 from schemas.settings import LpmSettings
 from stages.files import irregular, storage_errors
-from stages.lpm.catalogue import FoundModel, find_model
+from stages.lpm.catalogue import ModelEntry, find_model
 from stages.lpm.hub import answers, cached, fetch, refused
 from stages.lpm.hub import hub_reachable as hub_reachable
 
@@ -26,15 +26,15 @@ _NAMES = (
 
 
 def locate_weights(lpm: LpmSettings, root: Path) -> Path:
-    """Path of the weights file; what is neither given nor cached is fetched into the hub's own cache.
+    """Return the path of the weights file; one that is neither named nor cached is fetched into the hub's cache.
 
     Args:
         lpm: Name and source.
         root: Folder that a relative path starts at.
 
     Raises:
-        UnsupportedModelError: timm does not know the name.
-        WeightsError: There is no such file, the model has no published weights, or the hub cannot be reached
+        UnsupportedModelError: timm has no such name.
+        WeightsError: The file does not exist, the model has no published weights, or the hub cannot be reached
             (noticed within 5 seconds).
     """
     if lpm.weights != "hub":
@@ -42,23 +42,23 @@ def locate_weights(lpm: LpmSettings, root: Path) -> Path:
     model = find_model(lpm.name, root)
     if model.folder is not None:
         return _in_folder(model.folder)
-    what = f"The weights of {lpm.name}"
+    subject = f"The weights of {lpm.name}"
     if model.cfg.hf_hub_id:
-        return fetch(model.cfg.hf_hub_id, _hub_names(model), what, LOCAL)
+        return fetch(model.cfg.hf_hub_id, _hub_names(model), subject, LOCAL)
     if model.cfg.url:
-        return _from_url(what, model.cfg.url)
+        return _from_url(subject, model.cfg.url)
     raise WeightsError(
         f"timm has no pretrained weights for {lpm.name}.",
-        "Only the architecture is known under this name.",
+        "timm lists only the architecture under this name.",
         f"Set lpm.name to a model with weights, or {LOCAL}.",
     )
 
 
 def need_hub(lpm: LpmSettings, root: Path) -> bool:
-    """Whether `locate_weights` would have to fetch the weights from the hub: they are not on this machine.
+    """Return whether the weights are not on this machine, so that `locate_weights` would fetch them from the hub.
 
     Raises:
-        UnsupportedModelError: timm does not know the name.
+        UnsupportedModelError: timm has no such name.
     """
     if lpm.weights != "hub":
         return False
@@ -68,9 +68,9 @@ def need_hub(lpm: LpmSettings, root: Path) -> bool:
     return cached(model.cfg.hf_hub_id, _hub_names(model), lpm.name) is None
 
 
-def _hub_names(model: FoundModel) -> Sequence[str]:
+def _hub_names(model: ModelEntry) -> Sequence[str]:
     named = model.cfg.hf_hub_filename
-    # Of timm's own repositories it is known that they have these two names only.
+    # timm's own repositories only use these two names.
     return [named] if named else _NAMES if model.is_repository else (_NAMES[0], _NAMES[2])
 
 
@@ -78,16 +78,16 @@ def _local(lpm: LpmSettings, root: Path) -> Path:
     path = root / Path(lpm.weights).expanduser()
     if not path.is_file():
         # A pipe or device is never opened: a read could wait forever.
-        what = f"is {irregular(path)}" if path.exists() else "does not exist"
+        state = f"is {irregular(path)}" if path.exists() else "does not exist"
         raise WeightsError(
-            f"The weights file {path} {what}.",
+            f"The weights file {path} {state}.",
             f"lpm.weights is {lpm.weights!r}; relative paths start at {root}.",
             "Correct lpm.weights, or set it to hub.",
         )
     if path.suffix.lower() not in SUFFIXES:
         raise WeightsError(
             f"{path} is not a weights file that can be read.",
-            f"Its suffix is {path.suffix!r}; known are {', '.join(SUFFIXES)}.",
+            f"Its suffix is {path.suffix!r}; supported are {', '.join(SUFFIXES)}.",
             f"Convert it, or {LOCAL}.",
         )
     return path
@@ -100,15 +100,15 @@ def _in_folder(folder: Path) -> Path:
     others = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(others) == 1:
         return others[0]
-    found = f"several files of weights: {', '.join(path.name for path in others)}" if others else "no file of weights"
+    content = f"several files of weights: {', '.join(path.name for path in others)}" if others else "no file of weights"
     raise WeightsError(
-        f"{folder} holds {found}.",
-        f"Known names are {', '.join(_NAMES)}, or one file with a suffix of {', '.join(SUFFIXES)}.",
+        f"{folder} holds {content}.",
+        f"Expected is one of {', '.join(_NAMES)}, or one file with a suffix of {', '.join(SUFFIXES)}.",
         f"Name it {_NAMES[0]}, or {LOCAL}.",
     )
 
 
-def _from_url(what: str, url: str | tuple[str, str]) -> Path:
+def _from_url(subject: str, url: str | tuple[str, str]) -> Path:
     from timm.models._hub import check_cached_file, download_cached_file, get_cache_dir
 
     address = url if isinstance(url, str) else url[0]
@@ -116,7 +116,7 @@ def _from_url(what: str, url: str | tuple[str, str]) -> Path:
         host = "{0.scheme}://{0.netloc}".format(urlsplit(address))
         if not answers(host, 5):
             raise WeightsError(
-                f"{what} are not on this machine, and {host} cannot be reached.",
+                f"{subject} are not on this machine, and {host} cannot be reached.",
                 "No network, or a firewall.",
                 f"S{LOCAL[1:]}.",
             )
@@ -126,4 +126,4 @@ def _from_url(what: str, url: str | tuple[str, str]) -> Path:
     except StorageError:
         raise
     except (OSError, RuntimeError) as error:
-        raise refused(what, address, error, LOCAL) from error
+        raise refused(subject, address, error, LOCAL) from error

@@ -4,11 +4,12 @@
     int4    x = s * (code - 7.5) + offset     s per channel and head, code in 0..15, offset: centre of the channel
     s = 2 ** (scale / 8 - 24)
 
-`scale` is one byte, `offset` is float16; both are as stored when codes are taken, so that their rounding adds no error.
+`scale` is one byte, `offset` is float16; codes are computed from their stored values, so that their rounding adds no
+error. Hidden tokens are encoded as one head of width D.
 
-Int4 codes have their scale per channel: on keys and values of DINOv2 that errs by 4.2% and 6.6%, a scale per token by
-4.5% and 6.8%, with more side data. Its scale is the best of a few, because a wide range that clips nothing (4.7% and
-7.4%) is coarse for all but its extremes.
+Int4 codes have a scale per channel: on keys and values of DINOv2 the relative error is 4.2% and 6.6%, with a scale per
+token 4.5% and 6.8%, and more side data. The scale is the best of a few, because a range that clips nothing (4.7% and
+7.4%) is coarse except at its extremes.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ HIDDEN_ARRAYS = ("hidden", "hidden_scale", "hidden_offset")
 
 
 def encode(keys: torch.Tensor, values: torch.Tensor, spec: FeatureSpec) -> dict[str, torch.Tensor]:
-    """Arrays of the store from keys and values.
+    """Encode keys and values as arrays of the store.
 
     Args:
         keys: (B, L, H, T, d) floats, on any device.
         values: (B, L, H, T, d).
-        spec: Says the dtype.
+        spec: Gives the dtype.
 
     Returns:
         keys, values, and for int8 and int4 also scale and offset, (B, ...) as in `array_layouts`.
@@ -125,31 +126,31 @@ def _encoded(name: str, tokens: torch.Tensor, spec: FeatureSpec) -> _Encoded:
 
 
 def dequantise(arrays: dict[str, NDArray[Any]], spec: FeatureSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Keys and values in float32, (B, L, H, T, d) each; for looking at them, training does not widen them."""
-    found = []
-    for part, name in enumerate(("keys", "values")):
+    """Decode keys and values to float32, (B, L, H, T, d) each; for inspection, since training reads the codes."""
+    decoded = []
+    for position, name in enumerate(("keys", "values")):
         codes = arrays[name].astype(np.float32)
         if spec.dtype in FLOATS:
-            found.append(codes)
+            decoded.append(codes)
             continue
-        scale = np.exp2(arrays["scale"][:, :, part].astype(np.float32) / STEPS + LOWEST)
+        scale = np.exp2(arrays["scale"][:, :, position].astype(np.float32) / STEPS + LOWEST)
         if spec.dtype == "int4":
             halves = (arrays[name] & 15, arrays[name] >> 4)
             codes = np.concatenate(halves, axis=-1)[..., : spec.lpm.head_dim].astype(np.float32) - CENTRE
             codes *= scale[..., None, :]
         else:
             codes *= scale[..., None]
-        found.append(codes + arrays["offset"][:, :, part, :, None].astype(np.float32))
-    return found[0], found[1]
+        decoded.append(codes + arrays["offset"][:, :, position, :, None].astype(np.float32))
+    return decoded[0], decoded[1]
 
 
 def scale_of(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales from their codes."""
+    """Decode scales."""
     return torch.exp2(codes.to(dtype) / STEPS + LOWEST)
 
 
 def unpack(packed: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """Int4 codes 0..15 from their bytes: (..., ceil(d / 2)) uint8 -> (..., d) in `dtype`."""
+    """Unpack int4 codes 0..15 from their bytes: (..., ceil(d / 2)) uint8 -> (..., d) in `dtype`."""
     pairs = packed.shape[-1]
     wide = torch.empty((*packed.shape[:-1], 2 * pairs), dtype=dtype, device=packed.device)
     wide[..., :pairs] = packed & 15
@@ -158,30 +159,30 @@ def unpack(packed: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Ten
 
 
 def round_mantissa(x: torch.Tensor, keep: int | None) -> torch.Tensor:
-    """Floats with only `keep` bits of mantissa, rounded half to even; None: as they are."""
+    """Round floats to `keep` bits of mantissa, half to even; None: leave them as they are."""
     if keep is None:
         return x
     kind, bits = (torch.int16, 10) if x.dtype == torch.float16 else (torch.int32, 23)
     drop = bits - keep
     if drop <= 0:
         return x
-    # The sign is apart: adding to the integer of a negative number must round its magnitude, too, and it does.
-    whole = x.contiguous().view(kind)
+    # IEEE floats store sign and magnitude: adding to the bits of a negative number rounds its magnitude, too.
+    bits_of_x = x.contiguous().view(kind)
     half = (1 << (drop - 1)) - 1
-    rounded = whole + half + ((whole >> drop) & 1)
+    rounded = bits_of_x + half + ((bits_of_x >> drop) & 1)
     return (rounded & -(1 << drop)).view(x.dtype)
 
 
 def _scale_code(largest: torch.Tensor) -> torch.Tensor:
-    """Smallest code whose scale is at least `largest`, as a float."""
+    """Return the smallest code whose scale is at least `largest`, as a float."""
     return torch.ceil((torch.log2(largest) - LOWEST) * STEPS).clamp(0, 255)
 
 
-_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _to_int8(x: torch.Tensor) -> _Parts:
-    """(..., T, d) -> codes (..., T, d), scale codes (..., T), offset (..., d), largest scale asked for ()."""
+def _to_int8(x: torch.Tensor) -> _Quantised:
+    """Quantise (..., T, d) -> codes (..., T, d), scale codes (..., T), offset (..., d), largest scale needed ()."""
     offset = x.mean(dim=-2).half()
     y = x - offset.float().unsqueeze(-2)
     needed = y.abs().amax(dim=-1) / 127
@@ -190,8 +191,8 @@ def _to_int8(x: torch.Tensor) -> _Parts:
     return codes.to(torch.int8), scale.to(torch.uint8), offset, needed.amax()
 
 
-def _to_int4(x: torch.Tensor) -> _Parts:
-    """(..., T, d) -> packed codes (..., T, ceil(d / 2)), scale codes (..., d), offset (..., d), largest scale ()."""
+def _to_int4(x: torch.Tensor) -> _Quantised:
+    """Quantise (..., T, d) -> packed codes (..., T, ceil(d / 2)), scale codes (..., d), offset (..., d), largest ()."""
     low, high = torch.aminmax(x, dim=-2)
     offset = (low / 2 + high / 2).half()
     y = x - offset.float().unsqueeze(-2)

@@ -11,7 +11,7 @@ from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsErr
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
 from schemas.methods import METHODS
-from schemas.resolve import feature_spec
+from schemas.resolve import expected_spec
 from schemas.resolved import ResolvedSettings
 from schemas.specs import Inputs
 from schemas.views import manifest_rows
@@ -25,7 +25,9 @@ TOKEN_FIELDS = frozenset({"kept", "importance"})
 ENCODING_FIELDS = frozenset({"dtype", "codec", "bitround"})
 """Fields that determine how cached and hidden tokens are stored."""
 
-SIDE_IMAGE_FIELDS = frozenset({"feature_version", "resize", "lpm.mean", "lpm.std", "lpm.interpolation"})
+SIDE_IMAGE_FIELDS = frozenset(
+    {"feature_version", "resize", "filter", "normalisation", "lpm.mean", "lpm.std", "lpm.interpolation"}
+)
 """Fields of the features that determine the stored small images and their normalisation."""
 
 FREE = frozenset(
@@ -81,8 +83,7 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
             "They were extracted with features.pooled: false.",
             "Set features.pooled: true in params.yaml, then run `fpt extract`.",
         )
-    # Stage two needs no weights file: their digest is the one field that the settings do not determine.
-    expected = feature_spec(settings, lpm, extracted.weights_sha256)
+    expected = expected_spec(settings, lpm, extracted)
     ignored = _ignored_fields(inputs, row.any_layers)
     differing = {
         name: values for name, values in expected.differing(extracted).items() if name.partition(".")[0] not in ignored

@@ -110,7 +110,7 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
     """
     if "image" in inputs:
         lpm = load_weights(files)
-        spec = feature_spec(settings, files.lpm, lpm.weights_sha256)
+        spec = _image_spec(settings, files, lpm.weights_sha256)
         return OpenInputs(image_rows(files, spec), spec, _image_key(spec), lpm)
     receipt = files.need_receipt()
     loaded = load_weights(files) if adapts_lpm(inputs) else None
@@ -137,15 +137,28 @@ def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
     from stages.lpm.weights import locate_weights
 
     digest = sha256_file(locate_weights(files.weights_source, files.root))
-    return _image_key(feature_spec(settings, files.lpm, digest))
+    return _image_key(_image_spec(settings, files, digest))
 
 
 def _store_key(receipt: ExtractionReceipt) -> dict[str, Any]:
     return {"features": receipt.fingerprint, "shards": receipt.shards}
 
 
+def _image_spec(settings: ResolvedSettings, files: StudyFiles, weights_sha256: str) -> FeatureSpec:
+    """Return the preprocessing of images that pass through the LPM in training."""
+    spec = feature_spec(settings, files.lpm, weights_sha256)
+    if spec.normalisation == "lpm":
+        return spec
+    from stages.extract.normalisation import training_statistics
+    from stages.extract.plan import with_channels
+
+    return with_channels(spec, training_statistics(spec, files.manifest, files.data, files.root, files.cache_root))
+
+
 def _image_key(spec: FeatureSpec) -> dict[str, Any]:
-    return {"lpm": spec.lpm.model_dump(mode="json"), "weights": spec.weights_sha256, "resize": spec.resize}
+    chosen_filter = {} if spec.filter is None else {"filter": spec.filter}
+    lpm = spec.lpm.model_dump(mode="json")
+    return {"lpm": lpm, "weights": spec.weights_sha256, "resize": spec.resize, **chosen_filter}
 
 
 def image_rows(files: StudyFiles, spec: FeatureSpec) -> RowSource:

@@ -171,11 +171,10 @@ def test_two_extractions_of_overlapping_images_at_once(lent: Study, tmp_path: Pa
     receipts: dict[str, Any] = {}
 
     def run(study: Study) -> None:
-        from stages.extract.extractor import extract
+        from stages.extract.extractor import ExtractionJob, extract
 
-        receipts[study.root.name] = extract(
-            study.settings, study.root, tmp_path / "cache", study.manifest, study.features, execute=on_cluster
-        )
+        job = ExtractionJob(study.settings, study.root, tmp_path / "cache", study.manifest, study.features)
+        receipts[study.root.name] = extract(job, execute=on_cluster)
 
     threads = [threading.Thread(target=run, args=(study,)) for study in (lent, other)]
     for thread in threads:

@@ -48,6 +48,8 @@ SPEC: dict[str, Any] = {
     "pooled": True,
     "precision": "float32",
     "resize": "squash",
+    "filter": None,
+    "normalisation": "lpm",
     "hidden": None,
 }
 OTHER_SPEC: dict[str, Any] = {
@@ -64,6 +66,8 @@ OTHER_SPEC: dict[str, Any] = {
     "pooled": False,
     "precision": "bfloat16",
     "resize": "letterbox",
+    "filter": "lanczos",
+    "normalisation": "dataset",
     "hidden": 6,
 }
 

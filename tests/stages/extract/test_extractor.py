@@ -131,9 +131,9 @@ def test_damage_is_mended_by_the_next_extraction(study: Study, monkeypatch: pyte
     # A lost file shows in its length; a flipped bit only when every byte is compared.
     study.extract(progress=seen.append)
     assert (sum(sizes), seen[-1].repaired) == (4, 1)
-    checked: list[tuple[int, int]] = []
-    assert study.extract(check=True, checking=lambda *shards: checked.append(shards)) == expected
-    assert checked[-1] == (6, 6)
+    checked: list[tuple[str, int, int]] = []
+    assert study.extract(check=True, preparing=lambda *step: checked.append(step)) == expected
+    assert checked[-1] == ("check", 6, 6)
     assert sum(sizes) == 8
     shutil.rmtree(study.cache)
     assert study.extract() == expected

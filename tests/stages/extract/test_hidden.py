@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,23 @@ import torch
 from PIL import Image
 from study import Study, make_study
 
+from pipeline.cluster.executor import on_cluster
 from schemas.features import FeatureSpec
+from schemas.parse import parse_settings
 from schemas.resolve import feature_spec
 from stages.extract.extractor import ExtractProgress
 from stages.extract.features import compute_features, to_pixels
 from stages.extract.plan import plan_extraction
 from stages.lpm.loading import LoadedLpm, describe_lpm, load_lpm
-from stages.store.layout import array_layouts, impossible, open_store_layout
+from stages.store.array_layouts import array_layouts
+from stages.store.layout import impossible, open_store_layout
 from stages.store.manage.reuse import serves
+from stages.store.manage.transfer import pull, push
 from stages.store.manage.verify import verify_store
 from stages.store.quantise import HIDDEN_ARRAYS, decode_hidden, encode_hidden
 from stages.store.reader import open_store, read_receipt
+from stages.store.remote import open_remote, remote_stores
+from stages.store.remote_rows import open_rows
 
 # Class token; q/k norm and registers; rotary positions; relative positions.
 MODELS = ("test_vit", "test_vit3", "vit_tiny_rope", "beit_tiny")
@@ -229,6 +236,41 @@ def test_a_damaged_file_of_hidden_tokens_is_found(tmp_path: Path) -> None:
     study.extract(check=True, progress=seen.append)
     assert seen[-1].repaired == 1
     assert verify_store(store).damages == ()
+
+
+def test_hidden_tokens_travel_with_their_store(tmp_path: Path) -> None:
+    study = hidden_study(tmp_path, dtype="int8")
+    receipt = study.extract()
+    ids = study.manifest.ids()
+    with closing(open_store(study.cache, receipt)) as reader:
+        expected = reader.read(ids, HIDDEN_ARRAYS)
+    remote = open_remote(str(tmp_path / "remote"))
+    assert push(open_store_layout(study.cache, receipt.spec), remote).failures == ()
+    with closing(open_rows(tmp_path / "empty", receipt, str(tmp_path / "remote"))) as reader:
+        in_place = reader.read(ids, HIDDEN_ARRAYS)
+    (offered,) = remote_stores(remote)
+    assert pull(offered, tmp_path / "pulled").failures == ()
+    with closing(open_store(tmp_path / "pulled", receipt)) as reader:
+        pulled = reader.read(ids, HIDDEN_ARRAYS)
+    for name in HIDDEN_ARRAYS:
+        assert np.array_equal(in_place[name], expected[name]), name
+        assert np.array_equal(pulled[name], expected[name]), name
+
+
+@pytest.mark.timeout(300)
+def test_workers_of_a_cluster_write_the_same_rows(tmp_path: Path) -> None:
+    """Also with the statistics of the training images and another filter: workers take the spec of the store."""
+    features = {"dtype": "int8", "normalisation": "dataset", "filter": "bilinear"}
+    alone, shared = hidden_study(tmp_path / "a", **features), hidden_study(tmp_path / "b", **features)
+    expected = alone.extract()
+    cluster = parse_settings({"cluster": {"kind": "local", "workers": 2}}).cluster
+    shared.settings = shared.settings.model_copy(update={"cluster": cluster})
+    receipt = shared.extract(execute=on_cluster)
+    assert receipt.spec == expected.spec
+    ids, names = alone.manifest.ids(), [name for name in array_layouts(receipt.spec) if name != "pooled"]
+    left, right = open_store(alone.cache, expected).read(ids, names), open_store(shared.cache, receipt).read(ids, names)
+    for name in names:
+        assert np.array_equal(left[name], right[name]), name
 
 
 def test_a_spec_with_an_impossible_block_is_refused() -> None:

@@ -9,7 +9,7 @@ from stores import SPEC
 from study import Study
 
 from schemas.features import FeatureSpec
-from stages.extract.extractor import extract
+from stages.extract.extractor import ExtractionJob, extract
 from stages.extract.resize import inner_box, to_squares
 from stages.store.reader import open_store
 
@@ -95,7 +95,7 @@ def test_the_rule_is_part_of_the_fingerprint_but_not_the_old_one() -> None:
 def test_an_extraction_follows_the_setting(study: Study) -> None:
     squashed = study.extract()
     settings = study.changed(features={"resize": "letterbox"})
-    boxed = extract(settings, study.root, study.cache, study.manifest, study.features)
+    boxed = extract(ExtractionJob(settings, study.root, study.cache, study.manifest, study.features))
     assert boxed.fingerprint != squashed.fingerprint
     assert boxed.spec.resize == "letterbox"
     ids = study.manifest.ids()[:4]

@@ -22,7 +22,8 @@ from stages.extract.shard_task import ACCELERATOR_BATCH, CPU_BATCH, Extractor, b
 from stages.extract.taps import Taps
 from stages.images import read_image
 from stages.lpm.loading import load_lpm
-from stages.store.layout import Store, array_layouts, create_store, open_store_layout
+from stages.store.array_layouts import array_layouts
+from stages.store.layout import Store, create_store, open_store_layout
 from stages.store.reader import open_store
 
 TOO_MUCH = 2**60

@@ -73,7 +73,7 @@ def test_a_crop_is_that_part_of_the_image() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (200, 100, 3), np.uint8)
     found = np.asarray(apply_view(Image.fromarray(pixels), "crop:0.100000,0.050000,0.800000,0.900000"))
     assert np.array_equal(found, pixels[20:180, 5:95])
-    with pytest.raises(ValueError, match="no view"):
+    with pytest.raises(ValueError, match="not a view"):
         apply_view(Image.fromarray(pixels), "sideways")
 
 

@@ -247,7 +247,7 @@ def test_causal_attention_is_refused() -> None:
     attention: Any = timm.create_model("test_vit").blocks[0].attn
     if not takes(attention, "is_causal"):
         pytest.skip("this timm has no causal attention")
-    with pytest.raises(UnsupportedModelError, match="Causal"):
+    with pytest.raises(UnsupportedModelError, match="causal"):
         project(attention, torch.randn(1, 5, 64), is_causal=True)
 
 

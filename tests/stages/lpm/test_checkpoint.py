@@ -236,7 +236,7 @@ def test_npz_files_with_objects_are_refused_and_not_run(tmp_path: Path) -> None:
 
 def test_whole_models_are_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit"), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="saved as a whole model"):
+    with pytest.raises(WeightsError, match="saved as a complete model"):
         load("test_vit", tmp_path / "w.pth")
 
 

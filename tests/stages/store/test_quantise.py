@@ -17,7 +17,8 @@ from schemas.base import digest
 from schemas.errors import DataError
 from schemas.features import LATER_FIELDS, FeatureSpec
 from schemas.settings import FeatureSettings
-from stages.store.layout import array_layouts, create_store
+from stages.store.array_layouts import array_layouts
+from stages.store.layout import create_store
 from stages.store.quantise import dequantise, encode, round_mantissa
 from stages.store.writer import claim_shard, write_shard
 
