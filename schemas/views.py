@@ -15,7 +15,7 @@ CROP = "crop:"
 _MILLION = 1_000_000
 
 
-class WantsViews(Protocol):
+class ViewSettings(Protocol):
     """What says which views there are: the settings of the features, or an extraction receipt."""
 
     @property
@@ -40,8 +40,8 @@ class ViewRow(NamedTuple):
     """identity, hflip, vflip, rot90, rot180, rot270, or crop:top,left,height,width in shares of the image."""
 
     @property
-    def id(self) -> str:
-        """Names the row."""
+    def row_id(self) -> str:
+        """Name of this row in a store."""
         return row_id(self.image, self.view)
 
 
@@ -68,18 +68,18 @@ def crop_view(image_id: str, number: int, scale: tuple[float, float]) -> str:
     return CROP + ",".join(f"{value / _MILLION:.6f}" for value in (top, left, side, side))
 
 
-def views_of(image_id: str, wanted: WantsViews) -> tuple[str, ...]:
+def views_of(image_id: str, wanted: ViewSettings) -> tuple[str, ...]:
     """Every view of a training image, each once; the image itself first."""
     crops = (crop_view(image_id, number, wanted.crop_scale) for number in range(wanted.crops))
     return tuple(dict.fromkeys((IDENTITY, *wanted.views, *crops)))
 
 
-def train_views(manifest: Manifest, wanted: WantsViews) -> Iterator[tuple[ViewRow, ...]]:
+def train_views(manifest: Manifest, wanted: ViewSettings) -> Iterator[tuple[ViewRow, ...]]:
     """The rows of each training image of a manifest, the image itself first; in the order of the manifest."""
     return (tuple(ViewRow(row.id, view) for view in views_of(row.id, wanted)) for row in manifest.of("train"))
 
 
-def manifest_rows(manifest: Manifest, wanted: WantsViews) -> list[ViewRow]:
+def manifest_rows(manifest: Manifest, wanted: ViewSettings) -> list[ViewRow]:
     """Every row that a study needs, each once: all images themselves, then the other views of the training images.
 
     Views of one image are neighbours, so that it is decoded once for them.

@@ -84,7 +84,7 @@ def require_same_versions(client: Client) -> None:
         require_versions(expected, packages, place)
 
 
-def require_alike(client: Client, name: str) -> None:
+def require_usable_workers(client: Client, name: str) -> None:
     """Let each worker look for the client's files, and compare the devices.
 
     Args:

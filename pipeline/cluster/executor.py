@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from distributed import Client, Future
 
-from pipeline.cluster.check import fitting_workers, require_alike, require_same_versions, require_workers
+from pipeline.cluster.check import fitting_workers, require_same_versions, require_usable_workers, require_workers
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.start import connect
 from pipeline.cluster.worker import ShardPlugin, compute_shard, stop_file
@@ -66,7 +66,7 @@ def on_cluster(
         require_same_versions(client)
         workers = require_workers(client, settings.cluster)
         with _plugin(client, settings, root, store, workers) as name:
-            require_alike(client, name)
+            require_usable_workers(client, name)
             heartbeat = Heartbeat(extraction_log(root), len(tasks))
             run = _Run(client, settings.cluster, name, tell, heartbeat)
             try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from schemas.cache import Garbage, Transfer, UnreachableStudy, Verification
-    from stages.store.manage.inventory import FoundStore
+    from stages.store.manage.inventory import StoreFolder
     from stages.store.remote import Remote, RemoteStore
 
 cache = typer.Typer(help="The cache of features.", no_args_is_help=True)
@@ -95,7 +95,7 @@ def verify(
     paths = {} if manifest is None else {row.id: row.path for row in manifest.rows}
     wanted = {}
     if manifest is not None and mine is not None and mine.receipt is not None:
-        wanted = {row.id: row.image for row in manifest_rows(manifest, mine.receipt)}
+        wanted = {row.row_id: row.image for row in manifest_rows(manifest, mine.receipt)}
     results, unreadable = [], []
     if mine is not None and not fingerprints and not (root / mine.use.fingerprint[:16]).is_dir():
         unreadable.append(f"The store {mine.use.fingerprint[:16]} of this study is gone: run `fpt extract`.")
@@ -145,13 +145,13 @@ def gc(
     """Drop the stores and shards that no study refers to. Shows them; deletes with --yes."""
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
-    from stages.store.manage.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
+    from stages.store.manage.gc import Retention, drop_garbage, find_garbage, forgettable, unreachable_studies
     from stages.store.manage.usage import register_use, study_use
 
     study = params.absolute().parent
     root = cache_root(study)
     mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
-    keep = Keep(mine, not other_hosts, forgettable(root, forget or []))
+    keep = Retention(mine, not other_hosts, forgettable(root, forget or []))
     garbage = find_garbage(root, keep)
     if yes and mine is not None:
         # A study that was moved is noted under its old place.
@@ -245,7 +245,7 @@ def _time(moment: datetime | None) -> str:
     return "never noted" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
-def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
+def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[StoreFolder]:
     """The stores whose fingerprints begin as asked; all where nothing is asked."""
     from schemas.errors import CacheIncompleteError
     from stages.store.manage.inventory import find_stores

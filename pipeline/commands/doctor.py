@@ -76,10 +76,10 @@ def _packages() -> list[Finding]:
         check_package,
         check_python,
         installed,
-        wanted_ranges,
+        required_ranges,
     )
 
-    here, ranges = installed(), wanted_ranges()
+    here, ranges = installed(), required_ranges()
     return [
         run_check("Python", check_python),
         *(run_check(name, check_package, name, here, ranges) for name in SHOWN),

@@ -92,7 +92,7 @@ def check_store(
     found = read_extraction_receipt(receipt)
     reader = open_rows(cache_root, found, remote)
     try:
-        reader.require_whole()
+        reader.require_complete()
     finally:
         reader.close()
     detail = f"{found.fingerprint[:16]}: {counted(found.images, 'image')} in {counted(len(found.shards), 'shard')}"

@@ -87,7 +87,7 @@ def check_package(name: str, versions: Mapping[str, str], ranges: Mapping[str, S
     Args:
         name: Canonical name.
         versions: From `installed`.
-        ranges: From `wanted_ranges`.
+        ranges: From `required_ranges`.
     """
     here = versions.get(name)
     if here is None:
@@ -118,7 +118,7 @@ def check_other_packages(versions: Mapping[str, str], ranges: Mapping[str, Speci
     return Finding(name="other packages", status="ok", detail=f"{len(others)} in their ranges")
 
 
-def wanted_ranges() -> dict[str, SpecifierSet]:
+def required_ranges() -> dict[str, SpecifierSet]:
     """Canonical name -> versions that this package asks for; packages of extras are left out."""
     ranges = {}
     for line in metadata.requires("fpt") or []:

@@ -23,9 +23,9 @@ from stages.store.checksums import exchanged_shards
 from stages.store.extraction_receipt import write_extraction_receipt
 from stages.store.layout import Store, create_store
 from stages.store.manage.reuse import copy_rows
-from stages.store.manage.usage import at_work, register_use
+from stages.store.manage.usage import keep_from_gc, register_use
 from stages.store.manage.verify import damaged_shards
-from stages.store.writer import into_shards, remove_claimed_shards
+from stages.store.writer import remove_claimed_shards, split_into_shards
 
 Execute = Callable[
     [ResolvedSettings, Path, Store, Sequence[ShardTask], Callable[[int], None]],
@@ -81,7 +81,7 @@ def extract(
     """
     spec = requested_spec(settings, root)
     store = create_store(cache_root, spec, settings.features.shard_size)
-    with at_work(store.path):
+    with keep_from_gc(store.path):
         # Garbage collection may have taken an unused store between the two lines above; now it cannot.
         store = create_store(cache_root, spec, settings.features.shard_size)
         register_use(cache_root, spec.fingerprint, root, output / "receipt.json", None)
@@ -104,7 +104,7 @@ def _extract(
 ) -> ExtractionReceipt:
     spec = store.spec
     inventory = take_inventory(store)
-    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    rows = {row.row_id: row for row in manifest_rows(manifest, settings.features)}
     ids = tuple(rows)
     broken = _broken_shards(store, inventory, ids, check, checking)
     if broken:
@@ -186,10 +186,10 @@ def _fill(
 
 
 def plan_tasks(store: Store, images: Sequence[tuple[str, str, str]]) -> list[ShardTask]:
-    """(image id, path, view) of rows, a shard each time (`into_shards`), on the lowest numbers that are free."""
+    """(image id, path, view) of rows, a shard each time (`split_into_shards`), on the lowest numbers that are free."""
     finished = set(store.finished_shards())
     numbers = (number for number in itertools.count() if number not in finished)
-    return [ShardTask(next(numbers), tuple(shard)) for shard in into_shards(images, store.shard_size)]
+    return [ShardTask(next(numbers), tuple(shard)) for shard in split_into_shards(images, store.shard_size)]
 
 
 def _require_space(store: Store, needed: int) -> None:

@@ -21,10 +21,10 @@ from schemas.views import manifest_rows
 from stages.files import sha256_file
 from stages.lpm.loading import describe_lpm
 from stages.lpm.weights import locate_weights
-from stages.store.index import RowIndex, misfits, refresh_index
+from stages.store.index import RowIndex, mismatched_shards, refresh_index
 from stages.store.layout import Store, array_layouts, open_store_layout, store_path
 from stages.store.manage.reuse import reusable_rows
-from stages.store.writer import into_shards
+from stages.store.writer import split_into_shards
 
 PROBE_EFFICIENCY = 0.6
 """Share of a large matrix product's speed that a ViT's forward pass reaches."""
@@ -67,7 +67,7 @@ def requested_spec(settings: ResolvedSettings, root: Path) -> FeatureSpec:
 def take_inventory(store: Store) -> Inventory:
     """Read the receipts that are new since the last time, and compare all files with their lengths."""
     index, unusable = refresh_index(store)
-    broken = sorted({*unusable, *misfits(store, index)})
+    broken = sorted({*unusable, *mismatched_shards(store, index)})
     shards = index.shards[~np.isin(index.shards["number"], broken)]
     speeds = np.sort(shards["seconds"] / shards["rows"])
     return Inventory(index, tuple(broken), float(speeds[len(speeds) // 2]) if len(speeds) else None)
@@ -88,13 +88,13 @@ def plan_extraction(settings: ResolvedSettings, root: Path, cache_root: Path, ma
         inventory, shard_size = take_inventory(store), store.shard_size
     except FileNotFoundError:
         inventory, shard_size = Inventory(None, (), None), settings.features.shard_size
-    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    rows = {row.row_id: row for row in manifest_rows(manifest, settings.features)}
     absent = inventory.missing(tuple(rows))
     copied = reusable_rows(cache_root, spec, absent) if absent else set()
     reused = len(copied)
     missing, written = len(absent) - reused, len(absent)
     shards = sum(
-        len(into_shards([rows[row_id] for row_id in absent if (row_id in copied) == here], shard_size))
+        len(split_into_shards([rows[row_id] for row_id in absent if (row_id in copied) == here], shard_size))
         for here in (True, False)
     )
     known = inventory.seconds_per_image

@@ -37,7 +37,7 @@ REPAIR = "Run `fpt extract --check`: it removes damaged shards and computes thei
 class Source(Protocol):
     """Rows of one array."""
 
-    mapped: bool
+    direct: bool
     """Whether rows are read by `pread`."""
 
     def bind(self, shard: int, checksums: bytes) -> None:
@@ -50,10 +50,10 @@ class Source(Protocol):
         """Release every file handle."""
 
 
-class MappedArray:
+class DirectArray:
     """Raw little-endian inner chunks with CRC32C in shards on a local disk: what `layout` writes."""
 
-    mapped = True
+    direct = True
 
     def __init__(self, folder: Path, layout: ArrayLayout, shard_size: int, parts: int) -> None:
         """Open nothing yet.
@@ -160,7 +160,7 @@ class MappedArray:
 class ZarrArray:
     """Any other codec, chunking or place: slices of zarr-python, one row each."""
 
-    mapped = False
+    direct = False
 
     def __init__(
         self,
@@ -212,9 +212,9 @@ class ZarrArray:
             raise
         except Exception as error:  # zarr and its codecs raise many kinds
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
-                from stages.store.remote import unusable
+                from stages.store.remote import as_transfer_error
 
-                raise unusable(f"{self._group}/{self._name}", error) from error
+                raise as_transfer_error(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
                 f"The array {self._shown} cannot be read: {masked(str(error), secrets_in(self._group))}",
                 self._name,
@@ -322,13 +322,13 @@ def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) ->
             "The file was changed.",
             "Run `fpt cache verify --repair`: it writes the metadata again.",
         ) from None
-    parts = raw_parts(metadata, layout, shard_size)
+    parts = raw_chunks_per_row(metadata, layout, shard_size)
     if parts and sys.byteorder == "little" and hasattr(os, "preadv"):
-        return MappedArray(group / name, layout, shard_size, parts)
+        return DirectArray(group / name, layout, shard_size, parts)
     return ZarrArray(str(group), name, layout, shard_size)
 
 
-def raw_parts(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
+def raw_chunks_per_row(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
     """Inner chunks of a row where the metadata says that rows lie raw in shards; else 0."""
     number = np.dtype(layout.dtype)
     raw: dict[str, Any] = {"name": "bytes"}

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import CRC_BYTES, ShardReceipt
 from stages.files import atomic_write
-from stages.store.array_sources import MappedArray, Source, open_source, row_checksum
+from stages.store.array_sources import DirectArray, Source, open_source, row_checksum
 from stages.store.index import read_shard_receipt
 from stages.store.layout import Store
 
@@ -89,7 +89,7 @@ def _sources(store: Store) -> dict[str, Source]:
 
 def _checksums(source: Source, store: Store, name: str, shard: int, slots: Iterable[int]) -> bytes:
     slots = list(slots)
-    stored = source.stored_checksums(shard, slots) if isinstance(source, MappedArray) else None
+    stored = source.stored_checksums(shard, slots) if isinstance(source, DirectArray) else None
     if stored is not None:
         return stored
     layout = store.layouts[name]

@@ -298,7 +298,7 @@ def _list_receipts(store: Store) -> dict[int, tuple[int, int]]:
     return found
 
 
-def misfits(store: Store, index: RowIndex, numbers: Sequence[int] | None = None) -> list[int]:
+def mismatched_shards(store: Store, index: RowIndex, numbers: Sequence[int] | None = None) -> list[int]:
     """Shards of which the receipt or a file is missing or has another length than the index says.
 
     Args:

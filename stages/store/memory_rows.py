@@ -95,7 +95,7 @@ class MemoryRows:
         return found
 
 
-def decide(
+def plan_memory(
     store: StoreReader, ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
 ) -> StoreMemory:
     """Whether the rows of a study fit into the memory that they may take; each process of a machine holds its own."""

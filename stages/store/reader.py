@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt, ShardReceipt
-from stages.store.array_sources import MappedArray, Source, open_source
+from stages.store.array_sources import DirectArray, Source, open_source
 from stages.store.index import (
     ID_BYTES,
     RowIndex,
     load_index,
-    misfits,
+    mismatched_shards,
     read_shard_receipt,
     receipt_digest,
     refresh_index,
@@ -94,9 +94,9 @@ class StoreReader:
         return str(self.store.path)
 
     @property
-    def mapped(self) -> bool:
+    def direct(self) -> bool:
         """Whether every array is read by `pread`; else some go through zarr."""
-        return all(source.mapped for source in self._sources.values())
+        return all(source.direct for source in self._sources.values())
 
     @property
     def layouts(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class StoreReader:
             held = self._checked.get(shard) or self._check(shard)
             if held[slot * ID_BYTES : (slot + 1) * ID_BYTES] != bytes.fromhex(image_id):
                 raise self._other_row(row, image_id)
-        if not all(self._sources[name].mapped for name in names):
+        if not all(self._sources[name].direct for name in names):
             self._compare(places, ids)
         result = {}
         for name in names:
@@ -176,19 +176,19 @@ class StoreReader:
             self._fill(places, result)
         return result
 
-    def require_whole(self) -> None:
+    def require_complete(self) -> None:
         """Check that every shard of the extraction receipt is there with its receipt and its lengths; reads neither.
 
         Raises:
             CacheIncompleteError: If a receipt or a file is gone.
             CacheCorruptError: If one was changed.
         """
-        for number in misfits(self.store, self.index, [int(number) for number in self._expected]):
+        for number in mismatched_shards(self.store, self.index, [int(number) for number in self._expected]):
             self._check(number)
 
     def open_files(self) -> int:
         """How many file handles are held."""
-        return sum(source.open_files() for source in self._sources.values() if isinstance(source, MappedArray))
+        return sum(source.open_files() for source in self._sources.values() if isinstance(source, DirectArray))
 
     def close(self) -> None:
         """Release every file handle."""
@@ -263,7 +263,7 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
 def open_store(cache_root: Path, receipt: ExtractionReceipt) -> StoreReader:
     """Open the store behind an extraction receipt. Takes milliseconds, however many rows it has.
 
-    Shards are compared with the receipt when they are first read; `StoreReader.require_whole` looks at all of them.
+    Shards are compared with the receipt when they are first read; `StoreReader.require_complete` looks at all of them.
 
     Raises:
         CacheIncompleteError: If the store or a receipt is gone.

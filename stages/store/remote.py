@@ -98,7 +98,7 @@ class RemoteStore:
             if isinstance(content, FileNotFoundError):
                 continue
             if isinstance(content, Exception):
-                raise unusable(self.remote.address, content) from content
+                raise as_transfer_error(self.remote.address, content) from content
             try:
                 receipt = ShardReceipt.model_validate_json(content)
             except ValidationError:
@@ -145,7 +145,7 @@ def open_remote(url: str) -> Remote:
             repair="Give a directory or a URL that fsspec knows, and install the package that it names.",
         ) from None
     except Exception as error:  # some file systems connect at once, and each raises its own kinds
-        raise unusable(url, error) from error
+        raise as_transfer_error(url, error) from error
     return Remote(fs, str(root).rstrip("/"), url)
 
 
@@ -164,17 +164,17 @@ def remote_stores(remote: Remote) -> list[RemoteStore]:
             description = f"{folder}/features.zarr/zarr.json"
             if not remote.fs.isfile(description) or not is_small(remote, description):
                 continue
-            attributes = described(remote.fs.cat_file(description))
+            attributes = group_attributes(remote.fs.cat_file(description))
             try:
                 spec = FeatureSpec.model_validate(attributes.get("spec"))
             except ValidationError:
                 continue
             if folder.endswith(f"/{spec.fingerprint[:16]}"):
-                stores.append(_offered(remote, folder, spec, attributes))
+                stores.append(_described_store(remote, folder, spec, attributes))
     return stores
 
 
-def _offered(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping[str, Any]) -> RemoteStore:
+def _described_store(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping[str, Any]) -> RemoteStore:
     try:
         size = described_shard_size(attributes, spec, f"{remote.url}/{spec.fingerprint[:16]}")
     except (CacheCorruptError, CacheMismatchError) as problem:
@@ -182,7 +182,7 @@ def _offered(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping
     return RemoteStore(remote, folder, spec, size)
 
 
-def described(content: bytes) -> dict[str, Any]:
+def group_attributes(content: bytes) -> dict[str, Any]:
     """Return what a Zarr group says about itself in its zarr.json; nothing where that is none."""
     try:
         attributes = json.loads(content)["attributes"]
@@ -193,7 +193,7 @@ def described(content: bytes) -> dict[str, Any]:
 
 def is_small(remote: Remote, path: str) -> bool:
     """Whether a path is a regular file that is no longer than any JSON file of a store."""
-    length = length_of(remote, path)
+    length = remote_length(remote, path)
     return length is None or 0 <= length <= LARGEST_DESCRIPTION
 
 
@@ -219,7 +219,7 @@ def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
     return FileDigest(bytes=count, sha256=digest.hexdigest())
 
 
-def digest_of(remote: Remote, path: str) -> FileDigest | None:
+def remote_digest(remote: Remote, path: str) -> FileDigest | None:
     """Length and digest of a remote file as it is read back; None where there is none."""
     digest, count = hashlib.sha256(), 0
     try:
@@ -232,7 +232,7 @@ def digest_of(remote: Remote, path: str) -> FileDigest | None:
     return FileDigest(bytes=count, sha256=digest.hexdigest())
 
 
-def length_of(remote: Remote, path: str) -> int | None:
+def remote_length(remote: Remote, path: str) -> int | None:
     """Length of a remote file; None where there is none or the other side does not tell; -1: no regular file."""
     try:
         info: dict[str, Any] = remote.fs.info(path)
@@ -251,10 +251,10 @@ def transfer_errors(remote: Remote) -> Iterator[None]:
     except FptError:
         raise
     except Exception as error:  # each file system raises its own kinds
-        raise unusable(remote.address, error) from error
+        raise as_transfer_error(remote.address, error) from error
 
 
-def unusable(url: str, error: BaseException) -> TransferError:
+def as_transfer_error(url: str, error: BaseException) -> TransferError:
     """What to say where the library of the other side raised an error."""
     return TransferError(
         f"{masked(url)} cannot be used: {type(error).__name__}: {_without_secrets(str(error), url)}",

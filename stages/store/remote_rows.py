@@ -24,7 +24,15 @@ from stages.store.index import (
 )
 from stages.store.layout import Store, described_shard_size, store_path
 from stages.store.reader import StoreReader, open_store
-from stages.store.remote import Remote, RemoteStore, described, open_remote, store_file, transfer_errors, unusable
+from stages.store.remote import (
+    Remote,
+    RemoteStore,
+    as_transfer_error,
+    group_attributes,
+    open_remote,
+    store_file,
+    transfer_errors,
+)
 
 THREADS = 16
 """Lengths that are asked for at the same time."""
@@ -94,7 +102,7 @@ class RemoteRows(StoreReader):
         self._require([shard for shard in shards if shard not in self._checked])
         return super().read_rows(rows, ids, names, out)
 
-    def require_whole(self) -> None:
+    def require_complete(self) -> None:
         """Check that every file of the study's shards is there in its length.
 
         Raises:
@@ -216,7 +224,7 @@ def open_remote_rows(url: str, receipt: ExtractionReceipt) -> StoreReader:
             "The server knows no range requests.",
             "Copy the store with `fpt cache pull`, or use another server.",
         )
-    size = described_shard_size(described(content), receipt.spec, f"{remote.url}/{path[-16:]}")
+    size = described_shard_size(group_attributes(content), receipt.spec, f"{remote.url}/{path[-16:]}")
     store = remote.store(receipt.spec, size)
     return RemoteRows(store, receipt.shards, _receipts(store, receipt.shards))
 
@@ -236,7 +244,7 @@ def _receipts(store: RemoteStore, expected: Mapping[str, str]) -> list[ShardRece
             gone = f"The receipt {masked(place)} is gone."
             raise CacheIncompleteError(gone, (f"{number:06d}.json",), repair=REPAIR)
         if isinstance(content, Exception):
-            raise unusable(store.remote.address, content) from content
+            raise as_transfer_error(store.remote.address, content) from content
         receipt = parse_shard_receipt(content, layout, number, masked(place), REPAIR)
         if receipt_digest(receipt) != expected[str(number)]:
             raise CacheCorruptError(

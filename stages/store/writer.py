@@ -125,7 +125,7 @@ def write_shard(
     return receipt
 
 
-def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
+def split_into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
     """Rows in their order, a shard each time; no shard mixes images themselves with other views.
 
     So a study that gives up its views needs none of their shards any more, and evaluation reads none of them.

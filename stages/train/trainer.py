@@ -26,7 +26,7 @@ from stages.methods.fit_rows import FittedRows
 from stages.methods.fpt import Ensemble, learnable_parameters
 from stages.methods.statistics import EvidenceFit, describe, fit_evidence
 from stages.ranks import ALONE, Ranks
-from stages.store.memory_rows import MemoryRows, Rows, decide
+from stages.store.memory_rows import MemoryRows, Rows, plan_memory
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.threads import open_lanes
@@ -156,7 +156,7 @@ def train_together(
         check_features(settings, lpm, receipt)
     check_views(first, receipt)
     store = open_rows(cache_root, receipt, remote)
-    store.require_whole()
+    store.require_complete()
     check_rows(first, manifest, store)
     device = set_up(first.compute)
     labels = {split: targets(manifest, split) for split in SPLITS}
@@ -232,7 +232,7 @@ def _fit_closed_form(
     """Fit and save models without epochs: one read of the rows for all variants."""
     # To train on, every view of an image is a row.
     ids: dict[Split, list[list[str]]] = {
-        "train": [[row.id for row in views] for views in train_views(manifest, variants[0].features)],
+        "train": [[row.row_id for row in views] for views in train_views(manifest, variants[0].features)],
         "val": [[row.id] for row in manifest.of("val")],
     }
     results = []
@@ -364,10 +364,10 @@ def _rows(
     ranks: Ranks,
 ) -> Rows:
     """The store, or in memory what training reads of it."""
-    views = (row.id for rows in train_views(manifest, settings.features) for row in rows)
+    views = (row.row_id for rows in train_views(manifest, settings.features) for row in rows)
     ids = tuple(dict.fromkeys([*views, *(row.id for row in manifest.of("val"))]))
     names = array_names(store.layouts, settings.method, bool(settings.train.probe_weight))
-    memory = decide(store, ids, names, settings.store, ranks.local_count)
+    memory = plan_memory(store, ids, names, settings.store, ranks.local_count)
     if tell is not None:
         tell(memory)
     return MemoryRows(store, ids, names) if memory.held else store
@@ -385,5 +385,5 @@ def _dataset(
         augment=settings.train.augment if training else None,
         seed=settings.train.order_seed,
         method=settings.method,
-        views=[[row.id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
+        views=[[row.row_id for row in rows] for rows in train_views(manifest, settings.features)] if training else None,
     )

@@ -13,16 +13,16 @@ from schemas.cache import Garbage, UnreachableStudy
 from schemas.errors import ProjectError
 from stages.files import storage_errors
 from stages.store.layout import Store, store_lock
-from stages.store.manage.inventory import FoundStore, find_stores, folder_bytes
+from stages.store.manage.inventory import StoreFolder, find_stores, folder_bytes
 from stages.store.manage.usage import (
     USES,
     LiveUse,
     exchanged_uses,
-    is_at_work,
+    is_in_use,
     live_uses,
     noted_uses,
     read_use,
-    shard_is_held,
+    shard_is_being_written,
 )
 from stages.store.writer import remove_claimed_shards
 
@@ -30,7 +30,7 @@ _DROPPED = ".dropped-"
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """Whose features stay."""
 
     current: LiveUse | None = None
@@ -48,17 +48,17 @@ class Keep:
         return uses
 
 
-EVERYONE = Keep()
+KEEP_ALL = Retention()
 """Every study with a note."""
 
 
-def find_garbage(cache_root: Path, keep: Keep = EVERYONE) -> list[Garbage]:
+def find_garbage(cache_root: Path, keep: Retention = KEEP_ALL) -> list[Garbage]:
     """What can go; nothing is deleted. A store that a living process works in is left alone."""
     found = (_garbage(store, keep) for store in find_stores(cache_root))
     return [garbage for garbage in found if garbage is not None]
 
 
-def unreachable_studies(cache_root: Path, keep: Keep = EVERYONE) -> list[UnreachableStudy]:
+def unreachable_studies(cache_root: Path, keep: Retention = KEEP_ALL) -> list[UnreachableStudy]:
     """Studies that count as users because they cannot be looked at."""
     found: dict[tuple[str, str], list[LiveUse]] = {}
     for store in find_stores(cache_root):
@@ -96,7 +96,7 @@ def forgettable(cache_root: Path, studies: Iterable[Path]) -> frozenset[str]:
     return frozenset(asked)
 
 
-def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Keep = EVERYONE) -> int:
+def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Retention = KEEP_ALL) -> int:
     """Delete what was shown, as far as it still is garbage, and the notes of forgotten studies.
 
     Returns:
@@ -116,7 +116,7 @@ def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Keep = EVER
     return freed
 
 
-def _drop(path: Path, shown: Garbage, keep: Keep) -> int:
+def _drop(path: Path, shown: Garbage, keep: Retention) -> int:
     # Under this lock an extraction announces itself, before it looks what the store holds.
     with store_lock(path):
         found = next((found for found in find_stores(path.parent) if found.path == path), None)
@@ -134,7 +134,7 @@ def _drop(path: Path, shown: Garbage, keep: Keep) -> int:
     return freed
 
 
-def _drop_shards(found: FoundStore, shards: set[int], keep: Keep) -> int:
+def _drop_shards(found: StoreFolder, shards: set[int], keep: Retention) -> int:
     store = found.store
     if store is None:
         return 0
@@ -144,8 +144,8 @@ def _drop_shards(found: FoundStore, shards: set[int], keep: Keep) -> int:
     return before - sum(_shard_bytes(store, shard) for shard in shards)
 
 
-def _garbage(found: FoundStore, keep: Keep) -> Garbage | None:
-    if is_at_work(found.path):
+def _garbage(found: StoreFolder, keep: Retention) -> Garbage | None:
+    if is_in_use(found.path):
         return None
     uses = keep.uses(found.path)
     last_used = max((use.time for use in noted_uses(found.path)), default=None)
@@ -162,7 +162,7 @@ def _garbage(found: FoundStore, keep: Keep) -> Garbage | None:
     store = found.store
     if store is None:
         return None
-    free = [s for s in store.finished_shards() if s not in needed and not shard_is_held(store.path, s)]
+    free = [s for s in store.finished_shards() if s not in needed and not shard_is_being_written(store.path, s)]
     if not free:
         return None
     size = sum(_shard_bytes(store, shard) for shard in free)
@@ -174,7 +174,7 @@ def _shard_bytes(store: Store, shard: int) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _remove_notes(path: Path, keep: Keep, studies: Collection[str] | None = None) -> None:
+def _remove_notes(path: Path, keep: Retention, studies: Collection[str] | None = None) -> None:
     """Remove the notes of studies that do not refer to the store any more: of all, or of some."""
     alive = {(live.use.study, live.use.receipt) for live in keep.uses(path)}
     for file in (path / USES).glob("*.json"):

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
-class FoundStore:
+class StoreFolder:
     """A store folder of a cache root."""
 
     path: Path
@@ -30,20 +30,20 @@ class FoundStore:
     """Why it cannot be read."""
 
 
-def find_stores(cache_root: Path) -> list[FoundStore]:
+def find_stores(cache_root: Path) -> list[StoreFolder]:
     """Every store of a cache root, by name; one that cannot be read comes with the reason."""
     found = []
     for path in sorted(cache_root.glob("*")):
         if not _NAME.fullmatch(path.name) or not path.is_dir():
             continue
         try:
-            found.append(FoundStore(path, open_found(path)))
+            found.append(StoreFolder(path, open_store_folder(path)))
         except (CacheCorruptError, CacheMismatchError) as problem:
-            found.append(FoundStore(path, None, problem))
+            found.append(StoreFolder(path, None, problem))
     return found
 
 
-def open_found(path: Path) -> Store:
+def open_store_folder(path: Path) -> Store:
     """Open a store of which only the folder is known.
 
     Raises:

@@ -15,7 +15,7 @@ from stages.store.index import receipt_digest
 from stages.store.layout import Store, array_layouts
 from stages.store.manage.inventory import find_stores, sound_receipts
 from stages.store.reader import StoreReader, open_store
-from stages.store.writer import claim_shard, into_shards, write_shard
+from stages.store.writer import claim_shard, split_into_shards, write_shard
 
 
 def serves(spec: FeatureSpec, other: FeatureSpec) -> bool:
@@ -56,7 +56,7 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], tell: Call
     copied: set[str] = set()
     for donor in donors(cache_root, store.spec):
         receipts = sound_receipts(donor)
-        held = {row.id: row for receipt in receipts.values() for row in receipt.origins}
+        held = {row.row_id: row for receipt in receipts.values() for row in receipt.origins}
         wanted = [held[row_id] for row_id in missing if row_id in held and row_id not in copied]
         if not wanted:
             continue
@@ -73,8 +73,8 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], tell: Call
         reader = open_store(donor.path.parent, extraction)
         start = 0
         try:
-            for part in into_shards(wanted, store.shard_size):
-                sound, rows = _read(reader, donor.spec, store.spec, [row.id for row in part])
+            for part in split_into_shards(wanted, store.shard_size):
+                sound, rows = _read(reader, donor.spec, store.spec, [row.row_id for row in part])
                 if sound:
                     origins = [held[row_id] for row_id in sound]
                     with claim_shard(store, start) as shard:

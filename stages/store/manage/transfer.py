@@ -25,15 +25,15 @@ from stages.store.checksums import exchanged_shards, stored_checksums
 from stages.store.layout import Store, create_store, described_shard_size, grow_store
 from stages.store.manage.inventory import sound_receipts
 from stages.store.manage.push_lock import only_push
-from stages.store.manage.usage import at_work
+from stages.store.manage.usage import keep_from_gc
 from stages.store.manage.verify import THREADS, stored_rows
 from stages.store.remote import (
     Remote,
     RemoteStore,
     copy,
-    described,
-    digest_of,
-    length_of,
+    group_attributes,
+    remote_digest,
+    remote_length,
     store_file,
     transfer_errors,
 )
@@ -84,7 +84,7 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
         return count.result(source.spec.fingerprint)
     store = create_store(cache_root, source.spec, source.shard_size)
     _same_shards(source.shard_size, store.shard_size, store.path)
-    with at_work(store.path):
+    with keep_from_gc(store.path):
         store = create_store(cache_root, source.spec, source.shard_size)
         sound = sound_receipts(store)
         for shard in exchanged_shards(store, sound):
@@ -130,7 +130,7 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
     with transfer_errors(remote), only_push(target):
         group = target.place("features.zarr/zarr.json")
         if remote.fs.isfile(group):
-            found = described_shard_size(described(remote.fs.cat_file(group)), store.spec, remote.url)
+            found = described_shard_size(group_attributes(remote.fs.cat_file(group)), store.spec, remote.url)
             _same_shards(store.shard_size, found, remote.url)
         theirs = _whole(target, target.receipts())
         there = {row for receipt in theirs.values() for row in receipt.rows}
@@ -161,7 +161,7 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
                 return "", 0
         got = FileDigest(bytes=0, sha256="")
         remote, place = source.remote, source.place(store_file(store, name, receipt.shard))
-        if length_of(remote, place) not in (None, expected.bytes):
+        if remote_length(remote, place) not in (None, expected.bytes):
             return f"shard {receipt.shard}: its file of {name} is damaged there: it has another length", 0
         with storage_errors(path):
             path.unlink(missing_ok=True)
@@ -212,13 +212,13 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
     def send(name: str) -> tuple[str, int]:
         expected, path = receipt.files[name], store.shard_file(name, receipt.shard)
         place = target.place(store_file(store, name, number))
-        if length_of(remote, place) == expected.bytes and digest_of(remote, place) == expected:
+        if remote_length(remote, place) == expected.bytes and remote_digest(remote, place) == expected:
             return "", 0
         with os.fdopen(open_regular(path), "rb") as source, remote.fs.open(place, "wb") as goal:
             sent = copy(source, goal, expected.bytes)
         if sent != expected:
             return f"shard {receipt.shard}: its file of {name} is damaged here; see `fpt cache verify`", sent.bytes
-        if digest_of(remote, place) != expected:
+        if remote_digest(remote, place) != expected:
             return f"shard {receipt.shard}: its file of {name} arrived damaged", sent.bytes
         return "", sent.bytes
 
@@ -247,7 +247,7 @@ def _whole(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, 
 
     def whole(receipt: ShardReceipt) -> bool:
         return all(
-            length_of(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
+            remote_length(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
             for name, file in receipt.files.items()
         )
 

@@ -200,12 +200,12 @@ def read_use(path: Path) -> StoreUse | None:
 
 
 @contextmanager
-def at_work(store: Path) -> Iterator[None]:
+def keep_from_gc(store: Path) -> Iterator[None]:
     """Keep garbage collection away from a store while this process fills it."""
     lock = FileLock(store / "locks" / f"at-work-{uuid4().hex}.lock")
     with storage_errors(store), store_lock(store):
         for left in (store / "locks").glob("at-work-*.lock"):
-            if not is_held(left):
+            if not lock_is_held(left):
                 left.unlink(missing_ok=True)
         lock.acquire(blocking=False)
     try:
@@ -216,7 +216,7 @@ def at_work(store: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_held(lock: Path) -> bool:
+def lock_is_held(lock: Path) -> bool:
     """Whether a living process holds a lock file. A writer makes the file: where there is none, there is no writer."""
     if not lock.exists():
         return False
@@ -231,11 +231,11 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def shard_is_held(store: Path, shard: int) -> bool:
+def shard_is_being_written(store: Path, shard: int) -> bool:
     """Whether a living process is writing this shard."""
-    return is_held(store / "locks" / f"{shard:06d}.lock")
+    return lock_is_held(store / "locks" / f"{shard:06d}.lock")
 
 
-def is_at_work(store: Path) -> bool:
+def is_in_use(store: Path) -> bool:
     """Whether a living process fills the store or writes a shard of it."""
-    return any(is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")
+    return any(lock_is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")

@@ -24,7 +24,7 @@ from stages.store.array_sources import ZarrArray
 from stages.store.checksums import add_checksums, stored_checksums
 from stages.store.index import read_shard_receipt, receipt_digest
 from stages.store.layout import Store, agreed_shard_size, create_group, store_lock
-from stages.store.manage.usage import LiveUse, is_held, shard_is_held
+from stages.store.manage.usage import LiveUse, lock_is_held, shard_is_being_written
 from stages.store.shards import ShardFile
 from stages.store.writer import remove_claimed_shards
 
@@ -86,7 +86,7 @@ def verify_store(
         for shard in checked
         if not shard.damages and shard.receipt is not None and shard.receipt.crc32c is None
     )
-    images = {**(wanted or {}), **{row.id: row.image for receipt in receipts for row in receipt.origins}}
+    images = {**(wanted or {}), **{row.row_id: row.image for receipt in receipts for row in receipt.origins}}
     whole = {row for shard in checked if not shard.damages for row in shard.rows}
     lost = {row for shard in checked if shard.damages for row in shard.rows}
     if any(damage.kind == "missing" for damage in expected) or any(
@@ -235,8 +235,8 @@ def _foreign(store: Store, receipts: dict[int, ShardReceipt | None]) -> Iterator
 
 def _in_work(store: Store, shard: int | None) -> bool:
     if shard is not None:
-        return shard_is_held(store.path, shard)
-    return is_held(store.path / "locks" / "store.lock")
+        return shard_is_being_written(store.path, shard)
+    return lock_is_held(store.path / "locks" / "store.lock")
 
 
 def _expected(store: Store, uses: Sequence[LiveUse], checked: dict[int, _Checked]) -> list[Damage]:
@@ -249,7 +249,7 @@ def _expected(store: Store, uses: Sequence[LiveUse], checked: dict[int, _Checked
             found = checked.get(shard)
             if found is None:
                 # Held: somebody computes it again at this moment.
-                if shard_is_held(store.path, shard) or store.receipt(shard).exists():
+                if shard_is_being_written(store.path, shard) or store.receipt(shard).exists():
                     continue
                 reason = f"The shard that {live.use.study} relies on is gone."
                 damages[("missing", shard)] = Damage(kind="missing", file=file, shard=shard, reason=reason)

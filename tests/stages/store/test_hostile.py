@@ -123,7 +123,7 @@ def test_entries_that_are_no_files_are_refused_without_waiting(tmp_path: Path, f
     refused = 0
     for use in (
         lambda: open_store(tmp_path / "a", receipt).read([image_id(6)], ["keys"]),
-        lambda: open_remote_rows(f"file://{tmp_path}/a", receipt).require_whole(),
+        lambda: open_remote_rows(f"file://{tmp_path}/a", receipt).require_complete(),
         lambda: create_store(tmp_path / "a", SPEC, 4),
         lambda: take_inventory(store),
         lambda: list_stores(tmp_path / "a"),
