@@ -28,7 +28,7 @@ from stages.store.remote import open_remote, remote_stores
 from stages.store.remote_rows import open_remote_rows
 
 ARRAYS = ("keys", "values", "indices", "pooled", "side")
-NOT_THE_ROW = "not the one of its receipt"
+NOT_THE_ROW = "does not match its receipt"
 
 
 def exchange(store: Store, array: str, first: int = 0, second: int = 1) -> None:

@@ -240,9 +240,9 @@ def test_a_forgotten_study_leaves_the_shards_of_others(tmp_path: Path) -> None:
     study_of(cache, store, tmp_path / "a", [0, 1])
     study_of(cache, store, tmp_path / "b", [0, 1, 2])
     (tmp_path / "a").rename(tmp_path / "gone")
-    with pytest.raises(ProjectError, match="No study at"):
+    with pytest.raises(ProjectError, match="not an unreachable study"):
         forgettable(cache, [tmp_path / "b"])
-    with pytest.raises(ProjectError, match="No study at"):
+    with pytest.raises(ProjectError, match="not an unreachable study"):
         forgettable(cache, [tmp_path / "c"])
     keep = Retention(forgotten=forgettable(cache, [tmp_path / "a"]))
     assert find_garbage(cache, keep) == []
