@@ -121,7 +121,7 @@ def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path,
     elsewhere.mkdir()
     _, err = fpt("cache", "pull", tmp_path / "shared", cwd=elsewhere, code=2)
     assert "9 shards copied" in err
-    assert "shard 3: its file of keys is damaged" in err
+    assert "shard 3: its file of keys was damaged" in err
     assert "nothing://x" in fpt("cache", "pull", "nothing://x", cwd=elsewhere, code=2)[1]
 
 
@@ -205,7 +205,7 @@ def test_a_moved_study_keeps_its_features(
     assert [(item["study"], item["stores"]) for item in listed] == [(str(study), [store.name])]
     out, err = fpt("cache", "gc", cwd=bystander)
     assert str(study) in out
-    assert "its folder is not there" in out
+    assert "its folder does not exist" in out
     assert "--forget" in err
     assert "can be reached" in fpt("cache", "gc", "--forget", moved, cwd=bystander, code=2)[1]
     fpt("cache", "gc", "--yes", "--forget", study, cwd=bystander)

@@ -184,7 +184,7 @@ def test_wrong_checksums_in_a_receipt_are_damage(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     (damage,) = verify_store(store).damages
     assert (damage.kind, damage.shard) == ("receipt", 1)
-    assert "checksums of rows" in damage.reason
+    assert "row checksums" in damage.reason
 
 
 @pytest.mark.parametrize("checksums", [{}, {"keys": "00"}, {"keys": "zz"}])

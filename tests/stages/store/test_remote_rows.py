@@ -175,7 +175,7 @@ def test_shards_that_changed_places_are_not_mistaken(there: There) -> None:
     first, second = (there.files.fs.cat_file(there.path(name)) for name in names)
     there.change(names[0], lambda _: second)
     there.change(names[1], lambda _: first)
-    with pytest.raises(CacheCorruptError, match="is does not match its receipt"):
+    with pytest.raises(CacheCorruptError, match="does not match its receipt"):
         there.open().read([image_id(5)], ["keys"])
 
 

@@ -135,7 +135,7 @@ def test_a_shard_that_is_damaged_there_is_left_out_and_named(tmp_path: Path, rem
     result = pull(offered(remote), tmp_path / "b")
     assert result.copied == 2
     (failure,) = result.failures
-    assert failure.startswith("shard 1: its file of values is damaged")
+    assert failure.startswith("shard 1: its file of values was damaged")
     copy = open_store_layout(tmp_path / "b", SPEC)
     assert copy.finished_shards() == [0, 2]
     with pytest.raises(TransferError, match="1 shard could not be copied"):
