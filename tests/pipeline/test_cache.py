@@ -65,7 +65,7 @@ def test_gc_shows_first_and_deletes_on_yes(study: Path, fpt: Fpt) -> None:
     first, second = (path for path in stores(study))
     assert first.name != second.name
     out, err = fpt("cache", "gc", cwd=study)
-    assert "the whole store" in out
+    assert "complete store" in out
     assert "Next: fpt cache gc --yes" in err
     assert len(stores(study)) == 2
     report = json.loads(fpt("cache", "gc", "--yes", "--json", cwd=study)[0])
@@ -104,7 +104,7 @@ def test_one_machine_extracts_and_another_trains(study: Path, tmp_path: Path, fp
     _, err = fpt("extract", *fewer, cwd=cold)
     assert "40 were in the cache (40 copied from another store), computed 0." in err
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={tmp_path / 'none'}", cwd=cold)
-    assert "is not here" in err
+    assert "is missing" in err
     other = cold / "other.safetensors"
     other.write_bytes(b"other")
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={other}", cwd=cold)
@@ -199,7 +199,7 @@ def test_a_moved_study_keeps_its_features(
     bystander.mkdir()
     for place in (bystander, moved):
         _, err = fpt("cache", "gc", "--yes", cwd=place)
-        assert "Nothing to drop" in err
+        assert "Nothing to delete" in err
     assert "complete, 40 rows in 10 shards" in fpt("cache", "verify", cwd=moved)[0]
     listed = json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"]
     assert [(item["study"], item["stores"]) for item in listed] == [(str(study), [store.name])]
@@ -214,7 +214,7 @@ def test_a_moved_study_keeps_its_features(
     deleted = moved.rename(tmp_path / "deleted") and moved
     assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=bystander)[1]
     out, err = fpt("cache", "gc", "--forget", deleted, cwd=bystander)
-    assert "the whole store" in out
+    assert "complete store" in out
     assert f"fpt cache gc --yes --forget {deleted}" in err
     fpt("cache", "gc", "--yes", "--forget", deleted, cwd=bystander)
     assert list(shared.iterdir()) == []

@@ -254,7 +254,7 @@ def test_a_task_whose_result_was_lost_writes_nothing_twice(tmp_path: Path, view:
     rows = study.manifest.rows
     (task, *_) = plan_tasks(store, [(row.id, str(study.root / "images" / row.path), view) for row in rows])
     Path(task.images[2][1]).write_bytes(b"no image")
-    plugin = ShardPlugin("test", study.settings, study.root, store, share=1, own=False)
+    plugin = ShardPlugin("test", study.settings, study.root, store, share=1, started_here=False)
     (store.path / "locks" / "test").touch()
     plugin.setup(None)  # type: ignore[arg-type]
     first = plugin.compute(task)
