@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -19,12 +18,10 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from schemas.errors import CacheCorruptError, CacheMismatchError, FptError, TransferError
-from schemas.features import CRC_BYTES, FeatureSpec, FileDigest, ShardReceipt
+from schemas.features import CRC_BYTES, FeatureSpec, ShardReceipt
 from schemas.urls import masked, names_secret, secrets_in
 from stages.store.layout import Store, described_shard_size
 
-PIECE = 2**22
-"""Bytes copied at a time."""
 LARGEST_DESCRIPTION = 2**24
 """Size limit for JSON files, in bytes; a receipt of 4,096 rows of views has about 2 MiB."""
 
@@ -210,29 +207,6 @@ def _is_small(remote: Remote, entry: Mapping[str, Any]) -> bool:
 def store_file(store: Store, array: str, shard: int) -> str:
     """Return the path of a shard's file relative to its store, the same locally and remotely."""
     return store.shard_file(array, shard).relative_to(store.path).as_posix()
-
-
-def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
-    """Copy a stream, return its length and digest; stops soon after `length` bytes, the expected end."""
-    digest, count = hashlib.sha256(), 0
-    while count <= length and (piece := source.read(PIECE)):
-        digest.update(piece)
-        count += len(piece)
-        target.write(piece)
-    return FileDigest(bytes=count, sha256=digest.hexdigest())
-
-
-def remote_digest(remote: Remote, path: str) -> FileDigest | None:
-    """Read a remote file and return its length and digest, or None if it does not exist."""
-    digest, count = hashlib.sha256(), 0
-    try:
-        with remote.fs.open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                count += len(piece)
-    except FileNotFoundError:
-        return None
-    return FileDigest(bytes=count, sha256=digest.hexdigest())
 
 
 def remote_length(remote: Remote, path: str) -> int | None:

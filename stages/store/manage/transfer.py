@@ -7,6 +7,7 @@ not depend on the number.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from schemas.cache import Transfer
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
@@ -30,14 +31,15 @@ from stages.store.manage.verify import THREADS, stored_rows
 from stages.store.remote import (
     Remote,
     RemoteStore,
-    copy,
     group_attributes,
-    remote_digest,
     remote_length,
     store_file,
     transfer_errors,
 )
 from stages.store.writer import claim_shard, remove_claimed_shards
+
+PIECE = 2**22
+"""Bytes copied at a time."""
 
 
 @dataclass
@@ -294,6 +296,29 @@ def _require_shard_size(expected: int, size: int, where: object) -> None:
             "Two extractions started with different features.shard_size.",
             "Move one of the stores away, or choose another cache root with FPT_CACHE_DIR.",
         )
+
+
+def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
+    """Copy a stream, return its length and digest; stops soon after `length` bytes, the expected end."""
+    digest, count = hashlib.sha256(), 0
+    while count <= length and (piece := source.read(PIECE)):
+        digest.update(piece)
+        count += len(piece)
+        target.write(piece)
+    return FileDigest(bytes=count, sha256=digest.hexdigest())
+
+
+def remote_digest(remote: Remote, path: str) -> FileDigest | None:
+    """Read a remote file and return its length and digest, or None if it does not exist."""
+    digest, count = hashlib.sha256(), 0
+    try:
+        with remote.fs.open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                count += len(piece)
+    except FileNotFoundError:
+        return None
+    return FileDigest(bytes=count, sha256=digest.hexdigest())
 
 
 def require_arrival(transfers: Iterable[Transfer], url: str) -> None:
