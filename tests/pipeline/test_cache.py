@@ -49,7 +49,7 @@ def test_verify_names_the_images_and_repair_costs_just_those(study: Path, fpt: F
     assert "begins with zz" in fpt("cache", "verify", "zz", cwd=study, code=2)[1]
 
 
-def test_verify_misses_a_store_that_is_gone_and_tells_one_that_cannot_be_read(study: Path, fpt: Fpt) -> None:
+def test_verify_reports_missing_and_unreadable_stores(study: Path, fpt: Fpt) -> None:
     (stores(study)[0] / "features.zarr" / "zarr.json").write_text("{")
     assert "cannot be read" in fpt("cache", "verify", cwd=study, code=2)[0]
     assert "cannot be read" in fpt("cache", "ls", cwd=study)[0]
@@ -111,7 +111,7 @@ def test_one_machine_extracts_and_another_trains(study: Path, tmp_path: Path, fp
     assert "not the one" in err
 
 
-def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path, tmp_path: Path, fpt: Fpt) -> None:
+def test_pull_lists_the_available_stores_and_fails_for_damaged_shards(study: Path, tmp_path: Path, fpt: Fpt) -> None:
     fpt("cache", "push", tmp_path / "shared", stores(study)[0].name, cwd=study)
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", "features.ratio=0.5", cwd=study, code=2)
     assert f"Stores there: {stores(study)[0].name}" in err
@@ -138,7 +138,7 @@ def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: 
             remote = ("--set", f"store.remote={url}")
             _, err = fpt("train", *remote, "--output", tmp_path / "web", cwd=study)
             assert "the network is read once" in err
-            fpt("evaluate", *remote, "--model", tmp_path / "web/model", "--output", tmp_path / "judged", cwd=study)
+            fpt("evaluate", *remote, "--model", tmp_path / "web/model", "--output", tmp_path / "evaluated", cwd=study)
             never = ("--set", "store.memory_budget=0", "--output", tmp_path / "unheld")
             _, err = fpt("train", *remote, *never, cwd=study)
             assert f"read from {url}" in err
@@ -151,7 +151,7 @@ def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: 
         (study / ".fpt" / "aside").rename(cache)
     weights = {(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("local", "web", "folder")}
     assert len(weights) == 1
-    assert (tmp_path / "judged/metrics.json").exists()
+    assert (tmp_path / "evaluated/metrics.json").exists()
 
 
 def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:

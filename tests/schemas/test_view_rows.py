@@ -1,4 +1,4 @@
-"""Names of rows and what the settings, receipts and manifests say of views."""
+"""Row ids, and views in settings, receipts and manifests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_row_ids_are_pinned() -> None:
     assert ViewRow(IMAGE, "crop:0.013506,0.010752,0.980474,0.980474").row_id.startswith("455ebe4c99ae7487")
 
 
-def test_crops_lie_within_the_image_and_keep_the_share_that_is_asked_for() -> None:
+def test_crops_stay_within_the_image_and_the_requested_scale() -> None:
     places: list[int] = []
     for number in range(400):
         image = hashlib.sha256(bytes([number % 7])).hexdigest()

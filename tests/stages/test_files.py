@@ -1,4 +1,4 @@
-"""Files are whole or not there, and a disk that refuses is explained."""
+"""Atomic writes, and explanations of disk errors."""
 
 from __future__ import annotations
 

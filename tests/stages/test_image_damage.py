@@ -35,7 +35,7 @@ def test_truncated_files_are_noticed(tmp_path: Path, suffix: str, options: dict[
     assert "truncated" in reason(path) or "damaged" in reason(path)
 
 
-def test_a_truncated_jpeg_says_so(tmp_path: Path) -> None:
+def test_a_truncated_jpeg_is_reported_as_truncated(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     noise().save(path)
     path.write_bytes(path.read_bytes()[:5000])

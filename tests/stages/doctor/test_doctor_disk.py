@@ -72,7 +72,7 @@ def test_another_process_is_refused_while_the_lock_is_held(tmp_path: Path) -> No
     assert disk._lock_elsewhere(path) == 0
 
 
-def test_locks_that_hold_nobody_back_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_exclude_no_other_process_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Granted:  # what a mount without locks gives to everybody
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...

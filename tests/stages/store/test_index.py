@@ -126,7 +126,7 @@ def test_a_store_on_a_read_only_disk_is_read(tmp_path: Path, monkeypatch: pytest
 
 
 def replace_arrays(group: Path, **changes: Any) -> None:
-    """Write every array of a store again with zarr alone, in another layout."""
+    """Rewrite every array of a store with plain zarr, in another layout."""
     old = zarr.open_group(group, mode="r")
     fresh = zarr.create_group(group.with_name("other.zarr"), zarr_format=3, attributes=dict(old.attrs))
     for name in old.array_keys():

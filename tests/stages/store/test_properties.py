@@ -89,7 +89,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def write_missing(store: Store, rows: Rows) -> None:
-    """What an extraction does: mend, then write the rows that are not there, then the index."""
+    """Act like an extraction: repair, then write the missing rows, then the index."""
     inventory = take_inventory(store)
     if inventory.broken:
         remove_claimed_shards(store, inventory.broken)

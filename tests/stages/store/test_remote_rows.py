@@ -1,4 +1,4 @@
-"""A store behind a URL, read in place: the rows of the local one, or an error that says what is wrong there."""
+"""A store behind a URL, read in place: the rows of the local one, or an error that names the problem."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
         open_remote_rows("nothing://here", receipt)
 
 
-def test_a_server_that_sends_whole_files_is_refused(tmp_path: Path) -> None:
+def test_a_server_without_range_requests_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp, which is not installed")
     store, _ = filled(tmp_path / "a")
     with served(tmp_path / "a", ranges=False) as (url, _), pytest.raises(TransferError, match="range requests"):

@@ -20,7 +20,7 @@ from stages.store.reader import StoreReader, open_store
 from stages.store.writer import claim_shard, write_shard
 
 
-def test_rows_come_back_in_the_asked_order(tmp_path: Path) -> None:
+def test_rows_are_returned_in_the_requested_order(tmp_path: Path) -> None:
     store, rows = filled(tmp_path)
     reader = open_store(tmp_path, receipt_of(store))
     order = [7, 1, 11, 1, 4]

@@ -31,7 +31,7 @@ def study_of(cache: Path, store: Store, root: Path, shards: list[int]) -> Path:
     return path
 
 
-def test_a_store_without_a_study_goes_as_a_whole(tmp_path: Path) -> None:
+def test_a_store_without_a_study_is_deleted_completely(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     (garbage,) = find_garbage(cache)
@@ -74,7 +74,7 @@ def test_a_damaged_receipt_counts_as_it_was_noted(tmp_path: Path) -> None:
     assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
 
 
-def test_nothing_goes_while_somebody_works_in_the_store(tmp_path: Path) -> None:
+def test_nothing_is_deleted_while_a_process_works_in_the_store(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     (garbage,) = find_garbage(cache)
@@ -122,7 +122,7 @@ def test_what_is_needed_again_since_it_was_shown_stays(tmp_path: Path) -> None:
     assert store.finished_shards() == [0, 1, 2]
 
 
-def test_the_list_tells_rows_bytes_and_studies(tmp_path: Path) -> None:
+def test_the_list_shows_rows_bytes_and_studies(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     study_of(cache, store, tmp_path / "a", [0])

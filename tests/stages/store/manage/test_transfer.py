@@ -222,7 +222,7 @@ def test_an_interrupted_pull_leaves_a_consistent_store_and_goes_on(
 
 
 @pytest.mark.parametrize("after", [0, 8, 17])
-def test_an_interrupted_push_is_never_taken_for_whole(
+def test_an_interrupted_push_is_never_taken_for_complete(
     tmp_path: Path, memory: Remote, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     store, _ = filled(tmp_path / "a")
