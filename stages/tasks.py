@@ -40,7 +40,7 @@ def positives(labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.bool_]:
     return is_class
 
 
-def judged_columns(labels: npt.NDArray[Any], classes: int) -> Sequence[int]:
+def scored_columns(labels: npt.NDArray[Any], classes: int) -> Sequence[int]:
     """Return the columns of the probabilities that metrics average over: only the second if there are two classes."""
     return [1] if labels.ndim == 1 and classes == 2 else range(classes)
 
