@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from schemas.specs import SideNetworkSpec
 from schemas.settings import AugmentSettings
+from schemas.specs import SideNetworkSpec
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork
 

@@ -1,4 +1,4 @@
-"""The one base class of every contract."""
+"""Base classes of all contracts, and their canonical JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 
 def _plain(value: str) -> str:
-    # No path can hold a NUL; NEL (U+0085) is a line break in YAML, which PyYAML writes unescaped.
+    # Paths cannot contain NUL; NEL (U+0085) is a line break in YAML, which PyYAML writes unescaped.
     if "\0" in value or "\x85" in value:
         raise ValueError("must not contain the characters NUL or NEL (U+0085)")
     return value
@@ -19,13 +19,13 @@ def _plain(value: str) -> str:
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_plain)]
 """Text of settings: a path, a URL, a name."""
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_plain)]
-"""Text that is not empty."""
+"""Non-empty text."""
 Word = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
-"""A few characters."""
+"""Short non-empty text."""
 
 
 class Contract(BaseModel):
-    """A frozen record that refuses fields it does not know and documents each field beside it."""
+    """A frozen record that refuses unknown fields; the docstring of each field follows it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -38,7 +38,7 @@ class Section(Contract):
     @field_validator("*", mode="before")
     @classmethod
     def _check_yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
-        # `off` and `no` are booleans in YAML, which pydantic would take for the numbers 0 and 1.
+        # `off` and `no` are booleans in YAML, which pydantic would convert to the numbers 0 and 1.
         switch = cls.model_fields[info.field_name or ""].annotation is bool
         several = value if isinstance(value, list | tuple) else [value]
         if not switch and any(isinstance(item, bool) for item in several):
@@ -47,10 +47,10 @@ class Section(Contract):
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN. Digests are taken of this text."""
+    """Return the canonical JSON text of a value, from which digests are computed: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """Sha256 (hex) of the canonical JSON of `value`."""
+    """Return the sha256 (hex) of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()

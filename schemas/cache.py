@@ -1,4 +1,4 @@
-"""What `fpt cache` says about stores: who uses them, what is damaged, what nobody needs."""
+"""Reports of `fpt cache` about stores: their users, damage, and features that nobody needs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from schemas.manifest import ImageId
 
 
 class StoreUse(Contract):
-    """Note of a study in a store that it relies on; the newest word is the study's own extraction receipt."""
+    """Note of a study in a store that it relies on; the study's extraction receipt is authoritative."""
 
     study: str
     """Folder of the study."""
     receipt: str
     """Path of its extraction receipt."""
     host: str
-    """Machine whose paths these are: another machine cannot look whether they still exist."""
+    """Machine of these paths: other machines cannot check whether they still exist."""
     fingerprint: str
-    """Of the store."""
+    """Fingerprint of the store."""
     shards: tuple[int, ...]
-    """Shards of the receipt at that time."""
+    """Shards in the receipt at that time."""
     finished: bool
-    """False while the extraction runs, and after one that was stopped: then every shard counts as needed."""
+    """False during an extraction, and after an interrupted one: every shard then counts as needed."""
     time: datetime
-    """Of the last use, UTC."""
+    """Time of the last use, UTC."""
 
 
 class StoreListing(Contract):
@@ -35,37 +35,37 @@ class StoreListing(Contract):
     store: str
     """Folder."""
     fingerprint: str
-    """Of the spec; the first 16 characters alone where the store cannot be read."""
+    """Fingerprint of the features; only its first 16 characters if the store cannot be read."""
     spec: FeatureSpec | None
-    """What its features are; null where its metadata cannot be read."""
+    """Spec of the features; null if the metadata cannot be read."""
     shards: int
     """Finished shards."""
     rows: int
     """Images and other views of images, each counted once."""
     bytes: int
-    """On the disk, metadata included."""
+    """Size on disk, including metadata."""
     studies: tuple[str, ...]
-    """Studies that refer to it now."""
+    """Studies that currently refer to it."""
     last_used: datetime | None
-    """Newest extraction or training, UTC; null where none was noted."""
+    """Latest extraction or training, UTC; null if none was recorded."""
 
 
 DamageKind = Literal["flipped", "truncated", "missing", "receipt", "foreign", "metadata", "replaced"]
 
 
 class Damage(Contract):
-    """One thing that is wrong in a store."""
+    """One defect of a store."""
 
     kind: DamageKind
     """flipped: bytes differ; truncated: another length; missing: a file or shard is gone; receipt: does not parse or
-    belongs elsewhere; foreign: no receipt names the file; metadata: the store describes itself wrongly; replaced: a
-    study relies on a shard that has other content now."""
+    belongs to another shard; foreign: no receipt names the file; metadata: the description of the arrays is wrong;
+    replaced: a study relies on a shard that has other content now."""
     file: str
-    """Relative to the store."""
+    """Path relative to the store."""
     shard: int | None
-    """Number of the shard, if it concerns one."""
+    """Shard number, if the damage concerns one shard."""
     reason: str
-    """One sentence."""
+    """Explanation in one sentence."""
 
 
 class Verification(Contract):
@@ -74,17 +74,17 @@ class Verification(Contract):
     store: str
     """Folder."""
     fingerprint: str
-    """Of the store."""
+    """Fingerprint of the store."""
     shards: int
     """Finished shards that were compared."""
     rows: int
-    """Images and other views of images in shards without damage."""
+    """Images and other views of images in undamaged shards."""
     damages: tuple[Damage, ...]
-    """Empty: the store is whole."""
+    """All damage; empty if the store is intact."""
     images: tuple[ImageId, ...]
-    """To be computed again: rows of theirs, maybe of other views, are in damaged shards only."""
+    """Images to compute again, because at least one of their rows is in damaged shards only."""
     completed: int = 0
-    """Receipts of earlier versions that now have the checksums of their rows."""
+    """Receipts of earlier versions to which row checksums were added."""
 
 
 class Garbage(Contract):
@@ -95,40 +95,40 @@ class Garbage(Contract):
     whole: bool
     """Whether nothing of the store is needed."""
     shards: tuple[int, ...]
-    """Finished shards that can go."""
+    """Finished shards that can be deleted."""
     bytes: int
-    """What their removal frees."""
+    """Bytes that deleting them frees."""
     last_used: datetime | None
-    """Newest extraction or training that was noted, UTC."""
+    """Latest recorded extraction or training, UTC."""
 
 
 class UnreachableStudy(Contract):
-    """A study that counts as a user of stores because it cannot be looked at."""
+    """A study that counts as a user of stores because it cannot be checked."""
 
     study: str
-    """Folder of the study as it was noted."""
+    """Folder of the study as recorded."""
     host: str
-    """Machine whose path this is."""
+    """Machine of this path."""
     reason: str
-    """Why it cannot be looked at."""
+    """Why it cannot be checked."""
     stores: tuple[str, ...]
-    """Stores that stay for it: beginnings of their fingerprints."""
+    """Stores that are kept for it, by the first 16 characters of their fingerprints."""
     last_used: datetime
-    """Its newest extraction or training that was noted, UTC."""
+    """Its latest recorded extraction or training, UTC."""
 
 
 class Transfer(Contract):
-    """What a push or pull did to one store."""
+    """Result of a push or pull of one store."""
 
     fingerprint: str
-    """Of the store."""
+    """Fingerprint of the store."""
     copied: int
-    """Shards."""
+    """Shards that were copied."""
     renumbered: int
-    """Of these, shards that got another number, because theirs was taken."""
+    """Copied shards that got another number because theirs was taken."""
     present: int
-    """Shards whose rows were there already."""
+    """Shards whose rows the target had already."""
     bytes: int
-    """Copied."""
+    """Bytes that were copied."""
     failures: tuple[str, ...]
-    """Shards that could not be copied, with the reason; a repeated command tries them again."""
+    """Shards that could not be copied, with the reason; repeat the command to retry them."""

@@ -1,4 +1,4 @@
-"""What `fpt doctor` says about a machine and a study."""
+"""Results of `fpt doctor` for a machine and a study."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ class Finding(Contract):
     """Result of one check."""
 
     name: str
-    """What was looked at."""
+    """Name of the check."""
     status: Status
-    """ok; warn: works, but not as well or as safely as it could; fail: a command would fail; skipped: nothing to look
-    at, or what it needs failed."""
+    """ok; warn: works, but slower or less safely than it could; fail: a command would fail; skipped: nothing to check,
+    or a check that it depends on failed."""
     detail: str
-    """What is the case."""
+    """What was found."""
     repair: str = ""
-    """The next command or edit; empty where there is nothing to mend."""
+    """Next command or edit; empty if nothing needs fixing."""
 
 
 class Health(Contract):
-    """All findings, in the order in which the pipeline would meet them."""
+    """All findings, in the order in which the pipeline depends on them."""
 
     findings: tuple[Finding, ...]
-    """One per check."""
+    """One finding per check."""
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing would fail."""
+        """Whether no check failed."""
         return all(finding.status != "fail" for finding in self.findings)

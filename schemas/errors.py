@@ -1,8 +1,8 @@
-"""The error tree. Every error that a user can cause or meet is an `FptError`.
+"""Error classes. Every error that a user can cause or encounter is an `FptError`.
 
-A message says three things: the state (`what is`), its likely cause and the next command or edit. The CLI prints
-that text alone and exits with 2; the traceback is shown with `--debug` only. Each leaf is also the builtin that a
-library user would expect, so that `except ValueError` keeps working.
+A message has three parts: the state, its likely cause, and the next command or edit. The CLI prints only this text and
+exits with 2; `--debug` adds the traceback. Each leaf is also the builtin that a library user would expect, so that
+`except ValueError` keeps working.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from schemas.text import counted, visible
 
 SHOWN = 30
-"""Problems of settings that a message lists; the rest are counted."""
+"""Settings problems listed in a message; further ones are counted."""
 
 
 class FptError(Exception):
     """Root of all errors of this package.
 
     Args:
-        state: What is the case, in one sentence.
-        cause: What it probably means; may be empty where the state says it all.
-        repair: The next command or edit; may be empty where nothing can be done.
+        state: What went wrong, in one sentence.
+        cause: Likely cause; empty if the state is self-explanatory.
+        repair: Next command or edit; empty if nothing can be done.
     """
 
     def __init__(self, state: str, cause: str = "", repair: str = "") -> None:
@@ -30,7 +30,7 @@ class FptError(Exception):
         super().__init__("\n".join(part for part in (state, cause, repair) if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive pickling between processes with every field."""
+        """Pickle every field, for errors that cross process boundaries."""
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
@@ -42,7 +42,7 @@ def _rebuild(kind: type[FptError], args: tuple[Any, ...], fields: dict[str, Any]
 
 
 class SettingsError(FptError, ValueError):
-    """`params.yaml` or a `--set` override is not valid. `problems` holds every (dotted path, message)."""
+    """`params.yaml` or a `--set` override is invalid. `problems` holds every (dotted path, message)."""
 
     def __init__(self, state: str, problems: Sequence[tuple[str, str]] = (), repair: str = "") -> None:
         self.problems = tuple(problems)
@@ -57,11 +57,11 @@ class ProjectError(FptError, ValueError):
 
 
 class DataError(FptError, ValueError):
-    """The images or labels that the settings name cannot make a data set (empty class, missing file, typo)."""
+    """The images or labels do not form a usable data set (empty class, missing file, typo)."""
 
 
 class ImageError(FptError, ValueError):
-    """One image cannot be used. `path` names it, `reason` says why in a few words."""
+    """One image cannot be used. `path` is its path, `reason` a short explanation."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -69,7 +69,7 @@ class ImageError(FptError, ValueError):
 
 
 class UnreadableImagesError(DataError):
-    """Several images cannot be used; all are listed. `failures` holds (path, reason)."""
+    """Several images cannot be used. `failures` holds every (path, reason)."""
 
     def __init__(self, failures: Sequence[tuple[str, str]], repair: str = "", shown: int = 20) -> None:
         self.failures = tuple(failures)
@@ -84,7 +84,7 @@ class ManifestError(FptError, ValueError):
 
 
 class UnsupportedModelError(FptError, ValueError):
-    """The LPM has no global attention that keys and values could be taken from, or is not known to timm."""
+    """The LPM has no global attention to take keys and values from, or timm has no such model."""
 
 
 class WeightsError(FptError, ValueError):
@@ -103,11 +103,11 @@ class StorageError(FptError, OSError):
 
 
 class TransferError(StorageError):
-    """The other side of a push or pull cannot be reached, or bytes that arrived are not those that were sent."""
+    """The remote side of a push or pull cannot be reached, or the bytes that arrived differ from those sent."""
 
 
 class CacheMismatchError(FptError, ValueError):
-    """Features were computed under other settings. `differing` maps a field to (expected, found)."""
+    """Features were computed with other settings. `differing` maps a field to (expected, found)."""
 
     def __init__(self, state: str, differing: Mapping[str, tuple[Any, Any]], cause: str = "", repair: str = "") -> None:
         self.differing = dict(differing)
@@ -116,7 +116,7 @@ class CacheMismatchError(FptError, ValueError):
 
 
 class CacheIncompleteError(FptError, LookupError):
-    """The store lacks rows or shards that a receipt names. `missing` holds image ids or shard names."""
+    """The store lacks rows or shards that a receipt names. `missing` holds row ids or file names."""
 
     def __init__(self, state: str, missing: Sequence[str] = (), cause: str = "", repair: str = "") -> None:
         self.missing = tuple(missing)
@@ -124,7 +124,7 @@ class CacheIncompleteError(FptError, LookupError):
 
 
 class CacheCorruptError(FptError, ValueError):
-    """Bytes in the store differ from what was written. `shard` names the place."""
+    """Bytes in the store differ from what was written. `shard` names the shard or file."""
 
     def __init__(self, state: str, shard: str = "", cause: str = "", repair: str = "") -> None:
         self.shard = shard
@@ -132,28 +132,28 @@ class CacheCorruptError(FptError, ValueError):
 
 
 class TrainingError(FptError, RuntimeError):
-    """Training cannot start or went wrong (a class without training images, a loss that is not finite)."""
+    """Training cannot start or has failed (a class without training images, a non-finite loss)."""
 
 
 class BundleError(FptError, ValueError):
-    """A model bundle is missing, damaged, or does not fit the features it is asked to read."""
+    """A model bundle is missing, damaged, or does not match the given features."""
 
 
 class EvaluationError(FptError, ValueError):
-    """Nothing to judge, or what should be judged is damaged (an empty split, probabilities that are not finite)."""
+    """There is nothing to evaluate, or the predictions are damaged (an empty split, non-finite probabilities)."""
 
 
 class DeviceMemoryError(FptError, RuntimeError):
-    """The memory of the device is too small for what was asked."""
+    """The device ran out of memory, even with the smallest batch."""
 
 
 class PlatformError(FptError, RuntimeError):
-    """This machine, or this build of a library, lacks something that is needed."""
+    """This machine, or this build of a library, lacks something that is required."""
 
 
 class ClusterError(FptError, RuntimeError):
-    """The cluster cannot be reached, has no worker that fits, or lost a shard too often."""
+    """The cluster cannot be reached, has no suitable worker, or lost a shard too often."""
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came, and what was finished is saved. No error of the input, so no `FptError`."""
+    """Ctrl-C or SIGTERM arrived; finished work is saved. The input is not at fault, so it is not an `FptError`."""

@@ -231,7 +231,7 @@ class ShardReceipt(Contract):
             raise ValueError("images and views go together")
         if self.images is not None and self.views is not None:
             # The names hold images and views, and the digest of a receipt holds the names.
-            named = [ViewRow(*row).id for row in zip(self.images, self.views, strict=True)]
+            named = [ViewRow(*row).row_id for row in zip(self.images, self.views, strict=True)]
             if tuple(named) != self.rows:
                 raise ValueError("images and views do not give the names of the rows")
         return self

@@ -1,26 +1,26 @@
-"""Text for people: names that may hold anything, long values, counted nouns."""
+"""Format text for messages: names with arbitrary characters, long values, counted nouns."""
 
 from __future__ import annotations
 
 import re
 
 LONGEST_LINE = 400
-"""Characters of one line of an error message; a path of usual length fits."""
+"""Longest line of an error message, in characters; enough for paths of usual length."""
 
 # C0, DEL and C1 controls, directional marks, embeddings, overrides and isolates, line and paragraph separators, and
-# surrogates, which stand for the bytes of a file name that is not UTF-8.
+# surrogates, which represent the bytes of file names that are not UTF-8.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: object, keep: str = "") -> str:
-    r"""Escape what a terminal would obey or hide: control characters, directional overrides, lone surrogates.
+    r"""Escape characters that a terminal would interpret or hide: controls, directional overrides, lone surrogates.
 
     Args:
-        text: Such as a path; its `str` is taken.
-        keep: Characters that stay, such as a line break in a message of several lines.
+        text: Any object; its `str` is used.
+        keep: Characters to leave unescaped, such as line breaks in a message of several lines.
 
     Returns:
-        Text with `\x1b` and the like in their place, as Python writes them.
+        Text with Python escapes such as `\x1b`.
     """
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), str(text))
 
@@ -30,12 +30,12 @@ def _escaped(character: str) -> str:
 
 
 def json_visible(text: str) -> str:
-    r"""Like `visible` within a JSON document: escapes are `\u001b`, line breaks of the layout stay."""
+    r"""Escape like `visible` within a JSON document: escapes are `\u001b`, line breaks between values stay."""
     return _UNSAFE.sub(lambda match: "\n" if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def shortened(line: str, longest: int = LONGEST_LINE) -> str:
-    """Leave out the middle of a line that is too long for a message."""
+    """Cut the middle out of a line that is too long for a message."""
     if len(line) <= longest:
         return line
     head, tail = line[: longest * 2 // 3], line[-longest // 6 :]
@@ -43,11 +43,11 @@ def shortened(line: str, longest: int = LONGEST_LINE) -> str:
 
 
 def images_of(images: int, groups: int, unit: str | None) -> str:
-    """`38 images of 26 patients`; `38 images` where the unit of the groups is not known."""
+    """Return text such as `38 images of 26 patients`, or `38 images` if the unit of the groups is unknown."""
     return counted(images, "image") + ("" if unit is None else f" of {counted(groups, unit.removesuffix('s'))}")
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 image`, `2 images`, `2 classes`, `2 retries`."""
+    """Return the number with its noun: `1 image`, `2 images`, `2 classes`, `2 retries`."""
     many = re.sub("(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else many}"

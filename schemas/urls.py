@@ -1,4 +1,4 @@
-"""Passwords and tokens in URLs: finding them, and hiding them from whatever is shown or written."""
+"""Find passwords and tokens in URLs, and hide them from output and files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 SHORT = 4
-"""Secrets shorter than this are hidden where they stand in a URL only: elsewhere they could be any word."""
+"""Shorter secrets are hidden only inside their URL: elsewhere they could be an ordinary word."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,40}://\S+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,40})://")
@@ -20,22 +20,22 @@ _NAME = re.compile(
 
 
 def names_secret(name: str) -> bool:
-    """Whether a parameter, option or variable of this name usually holds a password, token or key."""
+    """Whether a parameter, option or variable of this name usually contains a password, token or key."""
     return _NAME.search(name) is not None
 
 
 def secrets_in(text: str) -> set[str]:
     """Return the passwords and tokens in the URLs of a text, as written and decoded."""
-    found = {text[start:stop] for url in _URL.finditer(text) for start, stop in _places(text, *url.span())}
-    return found | {unquote(secret) for secret in found}
+    secrets = {text[start:stop] for url in _URL.finditer(text) for start, stop in _places(text, *url.span())}
+    return secrets | {unquote(secret) for secret in secrets}
 
 
 def masked(text: str, secrets: Iterable[str] = ()) -> str:
     """Hide the passwords and tokens in the URLs of a text.
 
     Args:
-        text: May be one URL.
-        secrets: Further texts to hide wherever they stand, such as `secrets_in` a URL that the text may quote.
+        text: Any text, or a single URL.
+        secrets: Further strings to hide anywhere in the text, such as `secrets_in` a URL that it may quote.
     """
     places = sorted(place for url in _URL.finditer(text) for place in _places(text, *url.span()))
     for start, stop in reversed(places):
@@ -47,12 +47,12 @@ def masked(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def holds_secret(url: str) -> bool:
-    """Whether a URL holds a password or a token."""
+    """Whether a URL contains a password or a token."""
     return bool(secrets_in(url))
 
 
 def _places(text: str, first: int, last: int) -> list[tuple[int, int]]:
-    """(start, stop) of each secret in a URL that stands at [first, last), without overlaps."""
+    """Return (start, stop) of each secret in the URL at text[first:last], without overlaps."""
     schemes = list(_SCHEME.finditer(text, first, last))
     ends = [scheme.start() for scheme in schemes[1:]] + [last]
     places = [place for scheme, end in zip(schemes, ends, strict=True) if (place := _password(text, scheme, end))]
@@ -69,7 +69,7 @@ def _password(text: str, scheme: re.Match[str], last: int) -> tuple[int, int] | 
     authority = re.split(r"[/?#]", text[first:last], maxsplit=1)[0]
     at = authority.rfind("@")
     if at < 0:
-        # A password with an unescaped slash, question mark or hash: what follows the colon is no port.
+        # The password contains an unescaped slash, question mark or hash if the text after the colon is not a port.
         port = re.fullmatch(r"[^:\[\]]+:([^:]+)", authority)
         at = text[first:last].rfind("@") if port and not port[1].isdecimal() else -1
     if at < 0:
@@ -77,6 +77,6 @@ def _password(text: str, scheme: re.Match[str], last: int) -> tuple[int, int] | 
     user, colon, password = text[first : first + at].partition(":")
     if colon and password:
         return first + len(user) + 1, first + at
-    # Web services take a token for the user; elsewhere a user name is no secret.
+    # Web services accept a token as user name; in other protocols a user name is not secret.
     web = scheme[1].lower().endswith(("http", "https"))
     return (first, first + at) if web and user and not colon else None

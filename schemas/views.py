@@ -1,4 +1,4 @@
-"""Views of an image: flipped, turned or cropped before the LPM reads it. Each is a row of the store of its own."""
+"""Views of an image: flipped, rotated or cropped before the LPM reads it. Each view is a separate row of the store."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ CROP = "crop:"
 _MILLION = 1_000_000
 
 
-class WantsViews(Protocol):
-    """What says which views there are: the settings of the features, or an extraction receipt."""
+class ViewSettings(Protocol):
+    """Which views exist: implemented by the feature settings and by the extraction receipt."""
 
     @property
     def views(self) -> tuple[FixedView, ...]:
-        """Flips and turns, the image itself among them."""
+        """Flips and rotations, including the identity."""
 
     @property
     def crops(self) -> int:
-        """Random crops of each image."""
+        """Random crops per image."""
 
     @property
     def crop_scale(self) -> tuple[float, float]:
-        """Share of the area that a crop keeps, (lowest, highest)."""
+        """Fraction of the image area in a crop, (lowest, highest)."""
 
 
 class ViewRow(NamedTuple):
@@ -37,52 +37,52 @@ class ViewRow(NamedTuple):
     image: str
     """Image id: sha256 of the file."""
     view: str
-    """identity, hflip, vflip, rot90, rot180, rot270, or crop:top,left,height,width in shares of the image."""
+    """identity, hflip, vflip, rot90, rot180, rot270, or crop:top,left,height,width as fractions of the image."""
 
     @property
-    def id(self) -> str:
-        """Names the row."""
+    def row_id(self) -> str:
+        """Name of this row in a store."""
         return row_id(self.image, self.view)
 
 
 def row_id(image_id: str, view: str) -> str:
-    """The image id for the image itself, so that stores from before there were views hold it under the same name."""
+    """Return the row id of a view; for the unmodified image it is the image id, as in stores without views."""
     return image_id if view == IDENTITY else hashlib.sha256(f"{image_id}:{view}".encode()).hexdigest()
 
 
 def crop_view(image_id: str, number: int, scale: tuple[float, float]) -> str:
-    """A random crop in the aspect of the image, the same on every machine.
+    """Return a random crop with the aspect ratio of the image, the same on every machine.
 
-    Drawn from a digest and not from a generator of numpy or Python, whose streams may change between versions.
+    The crop is drawn from a digest because the random streams of numpy and Python may change between versions.
 
     Args:
-        image_id: Of the image.
-        number: Of the crop, from 0: more crops leave the earlier ones as they are.
-        scale: Share of the area, (lowest, highest).
+        image_id: Image id.
+        number: Number of the crop, from 0; earlier crops do not change when more are added.
+        scale: Fraction of the image area, (lowest, highest).
     """
     drawn = hashlib.sha256(f"{image_id}:crop:{number}".encode()).digest()
     area, down, right = (int.from_bytes(drawn[at : at + 8], "big") / 2**64 for at in (0, 8, 16))
-    # Whole millionths: what the text says is exact, and no sum leaves the image.
+    # Integer millionths: six decimals are exact, and position plus size never exceeds the image.
     side = max(1, math.floor(_MILLION * math.sqrt(scale[0] + area * (scale[1] - scale[0]))))
     top, left = (math.floor(place * (_MILLION - side + 1)) for place in (down, right))
     return CROP + ",".join(f"{value / _MILLION:.6f}" for value in (top, left, side, side))
 
 
-def views_of(image_id: str, wanted: WantsViews) -> tuple[str, ...]:
-    """Every view of a training image, each once; the image itself first."""
-    crops = (crop_view(image_id, number, wanted.crop_scale) for number in range(wanted.crops))
-    return tuple(dict.fromkeys((IDENTITY, *wanted.views, *crops)))
+def views_of(image_id: str, settings: ViewSettings) -> tuple[str, ...]:
+    """Return every view of a training image once, the unmodified image first."""
+    crops = (crop_view(image_id, number, settings.crop_scale) for number in range(settings.crops))
+    return tuple(dict.fromkeys((IDENTITY, *settings.views, *crops)))
 
 
-def train_views(manifest: Manifest, wanted: WantsViews) -> Iterator[tuple[ViewRow, ...]]:
-    """The rows of each training image of a manifest, the image itself first; in the order of the manifest."""
-    return (tuple(ViewRow(row.id, view) for view in views_of(row.id, wanted)) for row in manifest.of("train"))
+def train_views(manifest: Manifest, settings: ViewSettings) -> Iterator[tuple[ViewRow, ...]]:
+    """Yield the rows of each training image, the unmodified image first, in the order of the manifest."""
+    return (tuple(ViewRow(row.id, view) for view in views_of(row.id, settings)) for row in manifest.of("train"))
 
 
-def manifest_rows(manifest: Manifest, wanted: WantsViews) -> list[ViewRow]:
-    """Every row that a study needs, each once: all images themselves, then the other views of the training images.
+def manifest_rows(manifest: Manifest, settings: ViewSettings) -> list[ViewRow]:
+    """Return every row that a study needs once: all unmodified images, then other views of the training images.
 
-    Views of one image are neighbours, so that it is decoded once for them.
+    The views of an image are adjacent, so that it is decoded only once for all of them.
     """
     rows = [ViewRow(image_id, IDENTITY) for image_id in manifest.ids()]
-    return [*rows, *dict.fromkeys(row for views in train_views(manifest, wanted) for row in views[1:])]
+    return [*rows, *dict.fromkeys(row for views in train_views(manifest, settings) for row in views[1:])]

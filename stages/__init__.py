@@ -1,4 +1,4 @@
-"""The science: one sub-package a stage, and the feature store between the two stages.
+"""The stages of the pipeline, and the feature store between them: one sub-package each.
 
-Plain functions and modules: settings and paths in, files and a small result out. Nothing here prints.
+Functions take settings and paths, write files and return a small result. Nothing here prints.
 """

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and disk errors that say what to do."""
+"""Write files atomically, open regular files only, and turn disk errors into messages with a repair."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from schemas.errors import FptError, StorageError
 
-_AGAIN = "then run the same command again: finished work is kept."
+_RERUN = "then run the same command again: finished work is kept."
 
 _MEANING = {
     errno.ENOSPC: "The disk is full",
@@ -22,8 +22,8 @@ _MEANING = {
     errno.EACCES: "Permission denied",
     errno.EPERM: "The system does not allow it",
     errno.EROFS: "The file system is read-only",
-    errno.ENOTDIR: "A part of the path is a file where a folder is needed",
-    errno.EISDIR: "A folder is where a file belongs",
+    errno.ENOTDIR: "A component of the path is a file instead of a folder",
+    errno.EISDIR: "A folder is in the place of the file",
     errno.EIO: "The disk reported an input/output error",
 }
 
@@ -37,28 +37,28 @@ _KINDS = (
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, also after a crash.
+    """Write a file so that after a crash it is either the old or the complete new one.
 
-    A link at `path` is replaced, never written through: the target may belong to someone else, such as DVC's cache.
-    Folders above `path` are made.
+    A link at `path` is replaced, never followed: its target may belong to someone else, such as DVC's cache. Missing
+    parent folders are created.
 
     Raises:
-        StorageError: The disk is full or the folder cannot be written; nothing is left behind.
+        StorageError: The disk is full or the folder cannot be written; no temporary file is left behind.
     """
-    # In the same folder: a rename is atomic within one file system only. Hidden, so that no listing takes it for data.
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    # In the same folder, because a rename is atomic only within a file system; hidden, so that listings skip it.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # "xb" and not tempfile: that makes files that only their owner can read, and caches are shared.
-            with part.open("xb") as file:
+            # Not tempfile, whose files only their owner can read: caches are shared.
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            temporary.replace(path)
         except BaseException:
             with suppress(OSError):
-                part.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
 
@@ -67,10 +67,10 @@ def open_regular(path: Path | str) -> int:
     """Open a regular file, or a link to one, for reading and return its descriptor.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If it does not exist.
         OSError: If it cannot be read, or is a folder, FIFO, socket or device, which could block or never end.
     """
-    # O_NONBLOCK: opening a FIFO would wait for a writer; regular files ignore it.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer; regular files ignore the flag.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -85,27 +85,27 @@ def read_regular(path: Path | str) -> bytes:
 
 
 def irregular(path: Path) -> str | None:
-    """Return what a path leads to, such as "a named pipe", or None for a regular file. Links are followed.
+    """Return the type of a path that is not a regular file, such as "a named pipe", else None. Links are followed.
 
     Raises:
-        OSError: The path does not exist or cannot be reached.
+        OSError: The path does not exist or cannot be accessed.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return None
-    return next((words for is_kind, words in _KINDS if is_kind(mode)), "a special file")
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a special file")
 
 
 def require_regular_file(path: Path, error: type[FptError] = StorageError) -> None:
-    """Refuse folders, pipes, sockets and devices before anything opens them: a read could wait forever or never end.
+    """Refuse folders, pipes, sockets and devices before they are opened: reading them could block or never end.
 
     Args:
-        path: Links are followed.
-        error: Raised instead of `StorageError` where another leaf of the error tree fits; takes state, cause, repair.
+        path: The path; links are followed.
+        error: Type of the error to raise; its arguments are state, cause and repair.
 
     Raises:
-        FptError: Of the type `error`.
-        OSError: The path does not exist or cannot be reached.
+        FptError: The path is not a regular file; of the type `error`.
+        OSError: The path does not exist or cannot be accessed.
     """
     if kind := irregular(path):
         raise error(f"{path} is {kind}, not a regular file.", "", "Choose a regular file.")
@@ -115,17 +115,17 @@ def read_small(path: Path, limit: int, error: type[FptError] = StorageError) -> 
     """Read a small regular file completely.
 
     Args:
-        path: Links are followed.
-        limit: Largest size, in bytes; a larger file is refused before it is read.
-        error: As in `require_regular_file`.
+        path: The path; links are followed.
+        limit: Largest size in bytes.
+        error: Type of the error to raise, as in `require_regular_file`.
 
     Raises:
-        FptError: Of the type `error`: it is no regular file, or it is too large.
+        FptError: The file is too large or not a regular file; of the type `error`.
         OSError: It does not exist or cannot be read.
     """
     require_regular_file(path, error)
     with os.fdopen(open_regular(path), "rb") as file:
-        # One byte more: a file that grows is refused as well.
+        # One byte more than allowed, to detect larger files without relying on their reported size.
         data = file.read(limit + 1)
     if len(data) > limit:
         raise error(f"{path} is larger than {limit / 2**20:g} MiB.", "", "Check that it is the right file.")
@@ -133,10 +133,10 @@ def read_small(path: Path, limit: int, error: type[FptError] = StorageError) -> 
 
 
 def sha256_file(path: Path) -> str:
-    """Sha256 (hex) of a regular file's content, read in small pieces.
+    """Return the sha256 (hex) of a regular file, read in small pieces.
 
     Raises:
-        OSError: Where the file cannot be read.
+        OSError: The file cannot be read.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -144,10 +144,10 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses within the block into a `StorageError` about `path`.
+    """Convert disk errors within the block into a `StorageError` about `path`.
 
-    Full disk, quota, permissions, read-only file system, a file in the place of a folder and input/output errors are
-    turned. Other errors pass: a missing or already existing file means something else to each caller.
+    Covers a full disk, quota, permissions, a read-only file system, a file in the place of a folder, and input/output
+    errors. Other errors pass through: what a missing or existing file means depends on the caller.
 
     Args:
         path: The file or folder that is being written.
@@ -158,7 +158,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A `StorageError` from within is told already: it carries no errno, so it passes as it is.
+        # A `StorageError` raised within the block has no errno and passes through unchanged.
         if error.errno not in _MEANING:
             raise
         raise _storage_error(path, error.errno) from error
@@ -170,11 +170,11 @@ def _storage_error(path: Path, code: int) -> StorageError:
         free = _free_bytes(path)
         if free is not None:
             cause = f"{_MEANING[code]} ({free / 2**20:,.0f} MiB free)."
-        repair = f"Free space there, or choose another disk (FPT_CACHE_DIR for cached features), {_AGAIN}"
+        repair = f"Free space there, or choose another disk (FPT_CACHE_DIR for cached features), {_RERUN}"
     elif code == errno.EIO:
         repair = "Check the disk, or choose another one (FPT_CACHE_DIR for cached features)."
     else:
-        repair = f"Make it writable, or choose another folder (FPT_CACHE_DIR for cached features), {_AGAIN}"
+        repair = f"Make it writable, or choose another folder (FPT_CACHE_DIR for cached features), {_RERUN}"
     return StorageError(f"{path} cannot be written.", cause, repair)
 
 
@@ -186,8 +186,7 @@ def _free_bytes(path: Path) -> int | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself last through a power cut. Some network file systems do not offer it: the file is whole
-    # all the same.
+    # Makes the rename survive a power cut. Some network file systems do not support this; the file is complete anyway.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Kinds of files by their first bytes: which ones are images that can be read, and the names of those that cannot."""
+"""Identify file formats by their first bytes: readable images, and the names of formats that are not supported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import zlib
 from pathlib import Path
 
 READABLE = ("PNG", "JPEG", "TIFF", "BMP", "WebP")
-"""Kinds that `stages.images` decodes."""
+"""Formats that `stages.images` decodes."""
 
 HEAD_BYTES = 1024
-"""Bytes that `kind_of_bytes` needs to recognise every kind."""
+"""Bytes that `kind_of_bytes` needs to recognise every format."""
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -43,53 +43,53 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK\x03\x04", "ZIP"),
     (0, b"\x1f\x8b", "gzip"),
 )
-"""(offset, bytes, kind). A kind whose bytes stand at the start of a DICOM preamble (TIFF) comes before DICOM."""
+"""(offset, bytes, format). TIFF comes before DICOM because a DICOM preamble may start with a TIFF signature."""
 
 _NO_IMAGES = frozenset({"PDF", "NumPy", "HDF5", "ZIP", "gzip"})
-"""Kinds that are named where an image is expected, but are not taken for one among other files."""
+"""Formats that are named in messages about an expected image, but are not images when a folder is searched."""
 
 _BY_SUFFIX = {
     **dict.fromkeys((".dcm", ".dicom", ".ima"), "DICOM"),
     **dict.fromkeys((".nii", ".nii.gz"), "NIfTI"),
     **dict.fromkeys((".mha", ".mhd"), "MetaImage"),
     **dict.fromkeys((".nrrd", ".nhdr"), "NRRD"),
-    # TIFF files by their first bytes, whose first page is often a small preview of the photograph.
+    # By their first bytes these are TIFF files, whose first page is often a small preview of the photograph.
     **dict.fromkeys((".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".pef", ".raf"), "camera raw"),
 }
-"""Formats that the first bytes do not always show."""
+"""Formats that cannot always be identified by the first bytes."""
 
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
-"""Major brand of an ISO base media file -> kind."""
+"""Major brand of an ISO base media file -> format."""
 
 _SVG = re.compile(rb"\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>|\s)*<svg[\s>]", re.DOTALL)
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a file by its content, whatever its name; nothing is decoded.
+    """Return the format of a file by its content and not by its name; nothing is decoded.
 
     Pipes, devices, sockets and folders are never opened.
 
     Returns:
-        "PNG", "JPEG", "DICOM", ...; None for a kind without a name here and for what is not a regular file.
+        "PNG", "JPEG", "DICOM", ...; None for an unknown format and for anything but a regular file.
 
     Raises:
         OSError: If the file is missing or cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         return None
-    # Not blocking: a pipe that took the file's place since the line above must not be waited for.
+    # Non-blocking, in case a pipe has replaced the file since the line above.
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:  # noqa: PTH123
         return kind_of_bytes(file.read(HEAD_BYTES))
 
 
 def image_kind(path: Path) -> str | None:
-    """Return the image format of a file among others, by its suffix for a few formats, else by its content.
+    """Return the image format of a file, by its suffix for a few formats, else by its content.
 
     Returns:
-        Such as "PNG" or "DICOM"; None for what is no image.
+        Format such as "PNG" or "DICOM"; None if the file is not an image.
 
     Raises:
         OSError: If the file is missing or cannot be read.
@@ -106,13 +106,13 @@ def is_read(kind: str) -> bool:
 
 
 def kind_of_bytes(head: bytes) -> str | None:
-    """Return the kind of a file by its first `HEAD_BYTES` bytes (fewer where the file is shorter)."""
+    """Return the format of a file by its first `HEAD_BYTES` bytes (fewer if the file is shorter)."""
     for offset, signature, kind in _SIGNATURES:
         if head[offset : offset + len(signature)] == signature and (kind != "WebP" or head.startswith(b"RIFF")):
             return "NIfTI" if kind == "gzip" and kind_of_bytes(_unzipped(head)) == "NIfTI" else kind
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12])
-    # Two letters are too little to tell a bitmap from text: the size of its header is compared, too.
+    # Text may start with "BM" too, so the size of the header is compared as well.
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
         return "BMP"
     return "SVG" if _SVG.match(head.removeprefix(b"\xef\xbb\xbf")) else None
@@ -120,7 +120,7 @@ def kind_of_bytes(head: bytes) -> str | None:
 
 def _unzipped(head: bytes) -> bytes:
     try:
-        # One member only, and no more of it than the largest signature needs.
+        # Only the first member, and no more of it than the longest signature needs.
         return zlib.decompressobj(wbits=31).decompress(head, 512)
     except zlib.error:
         return b""

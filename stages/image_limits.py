@@ -1,4 +1,4 @@
-"""Files that would take far longer or far more memory to decode than their pixels need, refused by their structure.
+"""Refuse files whose structure would make decoding take far more time or memory than their pixels need.
 
 Only headers and directories are read here, never pixels.
 """
@@ -13,16 +13,16 @@ from typing import BinaryIO
 TRUNCATED, DAMAGED = "the file is truncated", "the file is damaged"
 
 MAX_PROFILE_BYTES = 16 * 2**20
-"""Of a colour profile; those of printers have a few MiB."""
+"""Largest colour profile; profiles of printers have a few MiB."""
 MAX_PNG_CHUNKS = 100_000
-"""The usual encoder writes 8 KiB a chunk, so this is a file of about 800 MiB."""
+"""Most encoders write chunks of 8 KiB, so this allows files of about 800 MiB."""
 MAX_TIFF_PAGES = 64
-"""Directories: a page, its mask and its smaller copies. A pyramid has fewer than 32."""
+"""Most directories: a page, its mask and its reduced copies. A pyramid has fewer than 32."""
 MAX_TIFF_TAGS = 4_096
 MAX_TIFF_BLOCKS = 200_000
-"""Strips or tiles."""
+"""Most strips or tiles."""
 MAX_RLE_BYTES = 4 * 2**20
-"""Of a run-length-encoded BMP, which is decoded step by step in Python."""
+"""Largest run-length-encoded BMP, which Pillow decodes in pure Python."""
 MAX_WEBP_CHUNKS = 10_000
 
 _BLOCK_TAGS = (273, 324)
@@ -31,7 +31,7 @@ _READ_BYTES = 2**20
 
 
 class RefusalError(ValueError):
-    """Why a file is not decoded, in a few words."""
+    """A file is not decoded; the message is a short reason."""
 
 
 def count_png_chunks(file: BinaryIO) -> None:
@@ -53,7 +53,8 @@ def count_png_chunks(file: BinaryIO) -> None:
 def png_warning(file: BinaryIO) -> str | None:
     """Return a warning about the first chunk of a PNG that does not match its checksum, or None.
 
-    Pillow skips the checksums of the pixels and of what follows them. Whatever follows the last chunk is no image.
+    Pillow does not verify the checksums of the pixels and of the chunks after them. Bytes after the last chunk are
+    ignored.
     """
     file.seek(8)
     warning = None
@@ -79,14 +80,14 @@ def png_warning(file: BinaryIO) -> str | None:
 
 
 def check_tiff(file: BinaryIO, size: int) -> None:
-    """Follow the directories of a TIFF.
+    """Check the directories of a TIFF.
 
     Args:
-        file: At any position.
-        size: Bytes of the file.
+        file: The file, at any position.
+        size: Length of the file in bytes.
 
     Raises:
-        RefusalError: If there are too many of them, they form a loop, or their values overlap many times over.
+        RefusalError: If there are too many directories, they form a loop, or their values overlap many times.
     """
     file.seek(0)
     reader = _Directories(file, size)
@@ -101,10 +102,10 @@ def check_tiff(file: BinaryIO, size: int) -> None:
 
 
 def check_exif(exif: bytes) -> None:
-    """Look at the directory of an EXIF block.
+    """Check the directory of an EXIF block.
 
     Raises:
-        RefusalError: If its values overlap many times over: reading them takes all memory.
+        RefusalError: If its values overlap many times, so that reading them would exhaust memory.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     if exif[:2] in (b"II", b"MM"):
@@ -114,7 +115,7 @@ def check_exif(exif: bytes) -> None:
 
 
 def check_bmp(file: BinaryIO, size: int) -> None:
-    """Look at the header of a BMP.
+    """Check the header of a BMP.
 
     Raises:
         RefusalError: If it is run-length-encoded and large.
@@ -150,20 +151,20 @@ def webp_size(file: BinaryIO) -> tuple[int, int] | None:
 
 
 class _Directories:
-    """Directories of a TIFF or EXIF block, one after the other."""
+    """Reader of the directories of a TIFF or EXIF block, one after another."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
         head = file.read(16)
         self._order = ">" if head[:2] == b"MM" else "<"
         self._big = len(head) > 3 and head[2] + head[3] == 43
-        # Values that lie one beside the other fit into the file; a few are shared by the pages of a pyramid.
+        # Values that do not overlap fit into the file; the pages of a pyramid share a few.
         self._allowed = 2 * size + _READ_BYTES
         self.offset = self._number(head[8:16] if self._big else head[4:8])
-        """Of the next directory; 0: there is none."""
+        """Position of the next directory, 0 after the last."""
 
     def step(self) -> None:
-        """Go through one directory."""
+        """Check one directory and move to the next."""
         self._file.seek(self.offset)
         entry_bytes, word = (20, 8) if self._big else (12, 4)
         count = self._number(self._file.read(8 if self._big else 2))
@@ -178,12 +179,12 @@ class _Directories:
             length = values * _TYPE_BYTES.get(kind, 0)
             if length > word:
                 place = self._number(entries[start + 4 + word : start + 4 + 2 * word])
-                # A damaged number beyond the end costs its reader nothing.
+                # A damaged offset beyond the end of the file costs the reader nothing.
                 self._allowed -= max(0, min(length, self._size - place))
             if self._allowed < 0:
                 raise RefusalError("the values of its tags overlap")
         self.offset = self._number(self._file.read(word))
 
     def _number(self, raw: bytes) -> int:
-        # What is cut off ends the chain: its reader finds that the file is truncated.
+        # A truncated number ends the chain; the reader then reports a truncated file.
         return int.from_bytes(raw, "big" if self._order == ">" else "little") if len(raw) in (2, 4, 8) else 0

@@ -1,4 +1,4 @@
-"""Memory of decoding: how many bytes of pixels the threads of this process hold at a time."""
+"""Limit the memory that the threads of this process use for decoding images at the same time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BUDGET_BYTES = 2**30
-"""Estimated bytes of all images that are decoded at a time; a larger image is decoded while no other one is."""
+"""Estimated bytes of all images being decoded; an image that needs more is decoded while no other one is."""
 
 
 class MemoryBudget:
-    """A semaphore weighted by bytes: first come, first served, so that a large image is never passed by for ever."""
+    """A semaphore weighted by bytes, first come, first served, so that a large image is never starved."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -22,8 +22,8 @@ class MemoryBudget:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Wait until `size` bytes fit, and hold them within the block. Blocks of one thread must not be nested."""
-        # More than there is: it waits until it is the only one.
+        """Wait until `size` bytes fit, and reserve them within the block. Blocks of one thread must not be nested."""
+        # A larger request waits until no other is active.
         size = min(size, self.capacity)
         ticket = object()
         with self._changed:

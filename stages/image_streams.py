@@ -1,8 +1,8 @@
-"""Compressed streams before Pillow decodes them: is their data corrupt, and do they take longer than their pixels need?
+"""Check compressed streams before Pillow decodes them, for corrupt data and for excessive decoding time.
 
-Pillow drops libjpeg's warnings and fills the damaged part of an image with grey or with pixels of another place. So
-each JPEG stream is decoded by libjpeg-turbo as simplejpeg wraps it, which returns the warnings: to one channel at an
-eighth of the size, where nearly all of the time goes into the entropy-coded data that is checked.
+Pillow drops libjpeg's warnings and fills damaged regions with grey or with pixels from elsewhere. Each JPEG stream is
+therefore also decoded with simplejpeg, a wrapper of libjpeg-turbo that returns the warnings: to one channel at an
+eighth of the size, which spends nearly all of its time on the entropy-coded data to be checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stages.image_limits import DAMAGED, TRUNCATED, RefusalError, check_exif
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 """A marker that is neither a stuffed byte nor a restart marker, after any number of fill bytes."""
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
-_ALONE = (0x01, 0xD8, 0xD9)
+_WITHOUT_SEGMENT = (0x01, 0xD8, 0xD9)
 """Markers without a segment."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
@@ -30,9 +30,9 @@ _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 MAX_SEGMENTS = 5_000
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 2_500_000_000
-"""Scans times pixels: each scan of a progressive JPEG visits every block, even where it holds a few bytes."""
+"""Limit of scans times pixels: each scan of a progressive JPEG visits every block, even if it has few bytes."""
 USUAL_SCANS = 12
-"""Of a progressive JPEG of any size; the usual script of libjpeg has 10."""
+"""Scans allowed in a progressive JPEG of any size; libjpeg's default script has 10."""
 _MAX_SKIPPED = 65_536
 
 _CORRUPT = (
@@ -45,9 +45,10 @@ _CORRUPT = (
     "Huffman table",
     "Quantization table",
 )
-"""What libjpeg's messages about damaged data begin with; simplejpeg raises for what it does not support, too.
+"""Prefixes of libjpeg's messages about damaged data; simplejpeg also raises for features that it does not support.
 
-Errors are among them: Pillow stops at the last row, so that what lies between it and the end is read only here.
+Some are errors that Pillow never sees: it stops after the last row, so data between that row and the end is read only
+here.
 """
 
 _COMPRESSION, _JPEG, _DEFLATE = 259, 7, (8, 32946)
@@ -57,17 +58,19 @@ _INFLATED_BYTES = 2**20
 
 @dataclass(frozen=True)
 class JpegStructure:
-    """What the markers of a JPEG tell."""
+    """Structure of a JPEG file according to its markers."""
 
     scans: int
+    """Number of scans."""
     progressive: bool
+    """Whether the coefficients of all scans are kept in memory."""
 
 
 def inspect_jpeg(data: bytes) -> JpegStructure:
-    """Walk through the segments of a JPEG to its first scan, and count its scans.
+    """Read the segments of a JPEG up to its first scan, and count its scans.
 
     Raises:
-        RefusalError: If decoding would take far longer, or far more memory, than its pixels need.
+        RefusalError: If decoding would take far more time or memory than its pixels need.
     """
     pixels = 0
     progressive = False
@@ -80,28 +83,28 @@ def inspect_jpeg(data: bytes) -> JpegStructure:
             height, width = struct.unpack(">HH", body[1:5])
             pixels, progressive = width * height, marker in _PROGRESSIVE
         elif marker == _APP1 and body.startswith(b"Exif\0\0"):
-            # Pillow joins all of them in this way.
+            # Pillow joins EXIF segments in this way.
             exif = exif + b"\n" + bytes(body[6:]) if exif else bytes(body)
         elif marker == _SOS:
-            most = min(MAX_SCANS, max(USUAL_SCANS, MAX_SCANNED_PIXELS // max(1, pixels)))
-            scans = _count_scans(data, end, most)
-            if scans > most:
-                raise RefusalError(f"has more than {most} JPEG scans")
+            limit = min(MAX_SCANS, max(USUAL_SCANS, MAX_SCANNED_PIXELS // max(1, pixels)))
+            scans = _count_scans(data, end, limit)
+            if scans > limit:
+                raise RefusalError(f"has more than {limit} JPEG scans")
     check_exif(exif)
     return JpegStructure(scans, progressive or scans > 1)
 
 
 def _header(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Segments to the start of the first scan: marker, body and where the next one may begin."""
+    """Yield the segments up to the first scan: marker, body, and the position after the segment."""
     position, skipped = 2, 0
-    while (found := _MARKER.search(data, position)) is not None:
-        marker = found[1][0]
-        # Readers step over these bytes one by one.
-        skipped += found.end() - 2 - position
+    while (match := _MARKER.search(data, position)) is not None:
+        marker = match[1][0]
+        # Decoders skip bytes between segments one at a time.
+        skipped += match.end() - 2 - position
         if skipped > _MAX_SKIPPED:
             break
-        position = found.end()
-        if marker in _ALONE:
+        position = match.end()
+        if marker in _WITHOUT_SEGMENT:
             yield marker, b"", position
             continue
         length = max(2, int.from_bytes(data[position : position + 2], "big"))
@@ -113,17 +116,17 @@ def _header(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         raise RefusalError("has more than 64 KiB between its JPEG segments")
 
 
-def _count_scans(data: bytes, position: int, most: int) -> int:
-    """Count scans, the first of which begins at `position`; where there are at most `most`, more may be counted."""
-    # Fast, but what follows the end of the image, as the film of a moving photograph, counts too.
+def _count_scans(data: bytes, position: int, limit: int) -> int:
+    """Count the scans from the first one at `position`; the count may be too high as long as it is within `limit`."""
+    # Fast, but also counts markers after the end of the image, such as those in the video of a motion photo.
     scans = 1 + data.count(b"\xff\xda", position)
-    if scans <= most:
+    if scans <= limit:
         return scans
     scans = 1
-    while scans <= most and (found := _MARKER.search(data, position)) is not None and found[1][0] != _EOI:
-        position = found.end()
-        if found[1][0] not in _ALONE:
-            scans += found[1][0] == _SOS
+    while scans <= limit and (match := _MARKER.search(data, position)) is not None and match[1][0] != _EOI:
+        position = match.end()
+        if match[1][0] not in _WITHOUT_SEGMENT:
+            scans += match[1][0] == _SOS
             position += max(2, int.from_bytes(data[position : position + 2], "big"))
     return scans
 
@@ -131,7 +134,7 @@ def _count_scans(data: bytes, position: int, most: int) -> int:
 def jpeg_warning(data: bytes, components: int) -> str | None:
     """Return libjpeg's warning about corrupt data in a JPEG stream, or None.
 
-    A flip that turns one valid code into another one changes pixels without a trace; no decoder can tell.
+    A flipped bit that turns one valid code into another changes pixels undetectably.
     """
     try:
         simplejpeg.decode_jpeg(
@@ -148,8 +151,8 @@ def jpeg_warning(data: bytes, components: int) -> str | None:
 def tiff_warning(image: TiffImageFile, file: BinaryIO) -> str | None:
     """Return a warning about corrupt data in the strips or tiles of a TIFF, or None.
 
-    JPEG streams are checked as JPEG files are, and deflated ones by their checksums. The other compressions have
-    neither checksums nor warnings.
+    JPEG streams are checked like JPEG files, deflated ones by their checksums. Other compressions have neither
+    checksums nor warnings.
     """
     tags = image.tag_v2
     compression = int(tags.get(_COMPRESSION, 1))
@@ -162,7 +165,7 @@ def tiff_warning(image: TiffImageFile, file: BinaryIO) -> str | None:
         data = file.read(count)
         if compression == _JPEG:
             inspect_jpeg(data)
-            # An abbreviated stream: the tables without their end, the strip without its beginning.
+            # An abbreviated stream: join the tables without their end marker and the strip without its start marker.
             warning = jpeg_warning(tables[:-2] + data[2:] if tables else data, len(image.getbands()))
         else:
             warning = _deflate_warning(data, image.width * image.height * 64)
@@ -175,13 +178,13 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple) else (int(str(value)),) if value is not None else ()
 
 
-def _deflate_warning(data: bytes, most: int) -> str | None:
-    """Inflate a strip piece by piece; what goes on beyond `most` bytes is no pixels."""
+def _deflate_warning(data: bytes, limit: int) -> str | None:
+    """Inflate a strip in pieces, up to `limit` bytes: anything beyond cannot be pixels."""
     inflate = zlib.decompressobj()
     try:
-        while data and not inflate.eof and most > 0:
-            most -= len(inflate.decompress(data, _INFLATED_BYTES))
+        while data and not inflate.eof and limit > 0:
+            limit -= len(inflate.decompress(data, _INFLATED_BYTES))
             data = inflate.unconsumed_tail
     except zlib.error:
         return f"{DAMAGED} (a deflated strip does not match its checksum)"
-    return None if inflate.eof or most <= 0 else TRUNCATED
+    return None if inflate.eof or limit <= 0 else TRUNCATED

@@ -1,4 +1,4 @@
-"""The one place where an image file becomes pixels: every stage sees the same RGB image, or the same error."""
+"""Read image files. All stages use this module, so every stage gets the same RGB image or the same error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, ExifTags, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from schemas.errors import ImageError
@@ -40,23 +40,23 @@ _READERS: dict[str, tuple[type[ImageFile], int]] = {
     "BMP": (BmpImagePlugin.BmpImageFile, 8),
     "WebP": (WebPImagePlugin.WebPImageFile, 24),
 }
-"""Kind of a file by its first bytes -> its reader, and the bytes per pixel that decoding takes at most: the pixels as
-they are decoded, the RGB image, and the buffers of the library. The suffix is not considered: a PNG named .jpg is still
-an image."""
+"""Format by the first bytes of a file -> its reader, and the most bytes per pixel that decoding takes: decoded pixels,
+RGB image and buffers of the library. Suffixes are ignored: a PNG named .jpg is a valid image."""
 
 _PROGRESSIVE_BYTES = 8
-"""More bytes per pixel for the coefficients of a JPEG of several scans."""
+"""Additional bytes per pixel for the coefficients of a JPEG with several scans."""
 
 _HEADER_BYTES, _MAX_JPEG_BYTES = 8 * 2**20, 512 * 2**20
 _BAND_PIXELS = 4_000_000
-"""Pixels that are converted at a time, so that the copies in between stay small."""
+"""Pixels converted at a time, so that intermediate copies stay small."""
 
 _AN = ("AVIF", "HDF5", "NRRD", "SVG")
-"""Kinds whose names begin with the sound of a vowel."""
+"""Formats that take the article "an"."""
 
 _T = TypeVar("_T")
 
-_TURN = {
+# Not ImageOps.exif_transpose: it turns a second full-size copy in the mode of the file and raises for damaged EXIF.
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,13 +65,10 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright."""
+"""EXIF orientation -> transposition that makes the image upright."""
 
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 0x0102
-_PHOTOMETRIC = 0x0106
-_NEW_SUBFILE_TYPE = 0x00FE
 _REDUCED, _MASK = 1, 4
+"""Bits of the TIFF tag NewSubfileType."""
 
 
 @dataclass(frozen=True)
@@ -87,32 +84,32 @@ def read_image(
 ) -> Image.Image:
     """Read a PNG, JPEG, TIFF, BMP or WebP file as an upright 8-bit RGB image, completely decoded.
 
-    - 16-bit grey is scaled from the range of its type (0..65535, or 0..4095 of a 12-bit TIFF) to 0..255 and rounded,
-      never clipped; of 16-bit colour the upper byte is kept.
-    - Transparent pixels are laid over black, the background of radiographs and microscopy.
-    - Of animations the first frame is taken. A TIFF of several pages is refused, since nobody can say which of them is
-      the image; smaller copies and masks of the first page do not count.
-    - An embedded colour profile is applied (`stages.colour`): the pixels are sRGB, as the models learned them. A
-      damaged one is refused.
-    - A file whose checksums do not match, or of which libjpeg warns that its data is corrupt, is refused.
+    - 16-bit grey is scaled from the range of its type (0..65535, or 0..4095 for a 12-bit TIFF) to 0..255 and rounded,
+      never clipped; 16-bit colour keeps the upper byte.
+    - Transparent pixels are composited over black, the background of radiographs and fluorescence microscopy.
+    - Animations yield their first frame. A TIFF with several pages is refused because it is unclear which page is the
+      image; reduced copies and masks of the first page do not count.
+    - An embedded colour profile is applied (`stages.colour`), so the pixels are sRGB, as in the models' training data.
+      A damaged profile is refused.
+    - A file whose checksums do not match, or whose data libjpeg reports as corrupt, is refused.
 
-    Safe to call from several threads; no setting of Pillow is read or changed. All threads of the process share a
-    budget of memory (`stages.image_memory`): a file waits until its pixels fit.
+    Thread-safe; no global setting of Pillow is read or changed. All threads of the process share a memory budget
+    (`stages.image_memory`): a file waits until its pixels fit.
 
     Args:
         path: The file.
-        max_pixels: Files whose header announces more pixels are refused before anything is decoded.
-        min_side: Images with a side shorter than this, in pixels, are refused.
-        accept: Called with a warning about corrupt data, and the image is used; None: it is refused.
+        max_pixels: Files with more pixels according to their header are refused before anything is decoded.
+        min_side: Shortest allowed side in pixels.
+        accept: Called with a warning about corrupt data, after which the image is used; None refuses such images.
 
     Returns:
         Image of mode RGB without metadata, independent of the file.
 
     Raises:
-        ImageError: Whatever is wrong with the file, with a reason of a few words.
+        ImageError: If the file cannot be used, with a short reason.
     """
-    with ExitStack() as held:
-        return _decode(path, _Limits(max_pixels, min_side, accept), held, _to_rgb)
+    with ExitStack() as memory:
+        return _decode(path, _Limits(max_pixels, min_side, accept), memory, _to_rgb)
 
 
 @contextmanager
@@ -124,35 +121,35 @@ def decoded_image(
     accept: Callable[[str], None] | None = None,
     checked: bool = False,
 ) -> Iterator[Image.Image]:
-    """Hold the image of `read_image`, which counts against the budget of memory until the block ends.
+    """Yield the image of `read_image`; it counts against the memory budget until the block ends.
 
     Blocks of one thread must not be nested.
 
     Args:
         path: The file.
-        max_pixels: As of `read_image`.
-        min_side: As of `read_image`.
-        accept: As of `read_image`.
-        checked: Whether `check_image` passed the same content before: the search for corrupt data is left out.
+        max_pixels: As for `read_image`.
+        min_side: As for `read_image`.
+        accept: As for `read_image`.
+        checked: Whether `check_image` has accepted the same content before, so that data is not checked again.
     """
-    with ExitStack() as held:
-        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), held, _to_rgb)
+    with ExitStack() as memory:
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), memory, _to_rgb)
 
 
 def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
-    """Raise what `read_image` would raise; the pixels are decoded, but not converted."""
-    with ExitStack() as held:
-        _decode(path, _Limits(max_pixels, min_side, accept), held, _check_colours)
+    """Raise what `read_image` would raise; pixels are decoded but not converted."""
+    with ExitStack() as memory:
+        _decode(path, _Limits(max_pixels, min_side, accept), memory, _check_colours)
 
 
-def _decode(path: Path, limits: _Limits, held: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
-    """Decode a file; its memory is taken from the budget until `held` is closed."""
+def _decode(path: Path, limits: _Limits, memory: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
+    """Decode a file and return `use(image)`; its memory counts against the budget until `memory` is closed."""
     try:
-        # Checked first because opening a pipe would wait for a writer for ever.
+        # Checked first, because opening a pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise RefusalError("is a folder" if path.is_dir() else "is not a regular file")
         with path.open("rb") as file:
-            return _File(file, limits, held).decode(use)
+            return _OpenImage(file, limits, memory).decode(use)
     except RefusalError as refusal:
         raise ImageError(str(path), str(refusal)) from None
     # Pillow's readers raise nearly anything on damaged bytes (SyntaxError, KeyError, struct.error, zlib.error, ...).
@@ -160,11 +157,11 @@ def _decode(path: Path, limits: _Limits, held: ExitStack, use: Callable[[ImageFi
         raise ImageError(str(path), _reason(error)) from error
 
 
-class _File:
-    """One open file on its way to pixels."""
+class _OpenImage:
+    """Decoder of one open image file."""
 
-    def __init__(self, file: BinaryIO, limits: _Limits, held: ExitStack) -> None:
-        self._file, self._limits, self._held = file, limits, held
+    def __init__(self, file: BinaryIO, limits: _Limits, memory: ExitStack) -> None:
+        self._file, self._limits, self._memory = file, limits, memory
         self._size = os.fstat(file.fileno()).st_size
         self._budgeted = False
 
@@ -180,9 +177,8 @@ class _File:
         reader, bytes_per_pixel = _READERS[kind]
         bytes_per_pixel += self._check_structure(kind, bytes_per_pixel)
         self._file.seek(0)
-        # The reader itself and not Image.open: that has a limit of its own, shared by the whole process, on the number
-        # of pixels. No file name is given to it: it would map the file into memory, and a file cut short under a map
-        # ends the process.
+        # Not Image.open, whose pixel limit is global to the process. Not by file name: Pillow would map the file into
+        # memory, and a mapped file that is truncated meanwhile kills the process.
         with reader(self._file) as image:
             check_exif(_exif(image))
             self._reserve(image.size, bytes_per_pixel)
@@ -194,7 +190,7 @@ class _File:
             return use(image)
 
     def _check_structure(self, kind: str, bytes_per_pixel: int) -> int:
-        """Refuse what would take far longer than its pixels need; return the bytes per pixel that come on top."""
+        """Refuse files that take too long to decode; return the additional bytes per pixel that decoding needs."""
         if kind == "JPEG":
             self._file.seek(0)
             structure = inspect_jpeg(self._file.read(_HEADER_BYTES))
@@ -208,23 +204,23 @@ class _File:
         elif kind == "BMP":
             check_bmp(self._file, self._size)
         elif kind == "WebP" and (size := webp_size(self._file)) is not None:
-            # Its reader takes the memory when it opens the file.
+            # The WebP reader allocates its memory when it opens the file.
             self._reserve(size, bytes_per_pixel)
         return 0
 
     def _reserve(self, size: tuple[int, int], bytes_per_pixel: int) -> None:
         width, height = size
-        most, least = self._limits.max_pixels, self._limits.min_side
-        if width * height > most:
-            raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({most:,})")
-        if min(width, height) < least:
-            raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({least})")
+        max_pixels, min_side = self._limits.max_pixels, self._limits.min_side
+        if width * height > max_pixels:
+            raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({max_pixels:,})")
+        if min(width, height) < min_side:
+            raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
         if not self._budgeted:
             self._budgeted = True
-            self._held.enter_context(BUDGET.hold(width * height * bytes_per_pixel))
+            self._memory.enter_context(BUDGET.hold(width * height * bytes_per_pixel))
 
     def _check_data(self, image: ImageFile) -> None:
-        """Look for corrupt data that the reader passes over; the position in the file stays."""
+        """Check for corrupt data that Pillow's reader ignores; the position in the file is restored."""
         position = self._file.tell()
         warning = None
         if isinstance(image, PngImagePlugin.PngImageFile):
@@ -248,11 +244,11 @@ class _File:
 
 
 def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether there is a second page that is neither a smaller copy of the first (as in pyramids) nor its mask."""
+    """Whether a second page exists that is neither a reduced copy of the first (as in pyramids) nor its mask."""
     try:
         for page in itertools.count(1):
             image.seek(page)
-            if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & (_REDUCED | _MASK):
+            if not int(image.tag_v2.get(ExifTags.Base.NewSubfileType, 0)) & (_REDUCED | _MASK):
                 return True
     except EOFError:
         return False
@@ -262,7 +258,7 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
 
 
 def _to_rgb(image: ImageFile) -> Image.Image:
-    """Upright pixels of mode RGB, converted band by band."""
+    """Return the upright image in mode RGB, converted in bands."""
     convert = _conversion(image)
     width, height = image.size
     rows = max(1, _BAND_PIXELS // width)
@@ -273,22 +269,22 @@ def _to_rgb(image: ImageFile) -> Image.Image:
         for top in range(0, height, rows):
             box = (0, top, width, min(height, top + rows))
             rgb.paste(convert(image.crop(box)), box)
-    turn = _TURN.get(_orientation(image))
-    if turn is not None:
-        # The pixels of the file go first: there is memory for two copies.
+    transpose = _TRANSPOSE.get(_orientation(image))
+    if transpose is not None:
+        # Release the decoded pixels first: the budget covers two copies.
         image.im = Image.new("L", (1, 1)).im
-        rgb = rgb.transpose(turn)
+        rgb = rgb.transpose(transpose)
     rgb.info.clear()
     return rgb
 
 
 def _check_colours(image: ImageFile) -> None:
-    """Convert one row: what can go wrong depends on the type of the pixels and on the profile."""
+    """Convert one row: whether conversion fails depends only on the pixel type and the profile."""
     _conversion(image)(image.crop((0, 0, image.width, 1)))
 
 
 def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
-    """From pixels as they are stored to mode RGB."""
+    """Return the conversion of stored pixels to mode RGB."""
     plain = _plain(image)
     profile = image.info.get("icc_profile")
     if "icc_profile" in image.info and profile is None:
@@ -314,11 +310,11 @@ def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
 
 
 def _plain(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """From stored pixels to colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
+    """Return the conversion of stored pixels to opaque colours (L, RGB or CMYK) and an alpha channel or None."""
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
         return _grey16(image)
     if image.mode in ("I", "F"):
-        # Any guess would be wrong for somebody: Hounsfield units, counts and [0, 1] all come in these types.
+        # The range cannot be guessed: Hounsfield units, counts and values in [0, 1] all use these types.
         raise RefusalError("signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
     if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
         return _with_alpha
@@ -331,17 +327,17 @@ def _plain(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, Image
 
 def _with_alpha(stored: Image.Image) -> tuple[Image.Image, Image.Image]:
     mode = {"La": "LA", "RGBa": "RGBA"}.get(stored.mode)
-    whole = stored.convert(mode) if mode else stored
-    rgba = whole.convert("RGBA")
-    return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
+    straight = stored.convert(mode) if mode else stored
+    rgba = straight.convert("RGBA")
+    return straight.getchannel("L") if straight.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
 
 
 def _grey16(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, None]]:
-    # Not Pillow's own conversion: depending on its version it clips at 255 or drops the lower byte.
+    # Pillow's conversion clips at 255 or drops the lower byte, depending on its version.
     highest, inverted = 65535, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        highest = 2 ** int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
-        inverted = image.tag_v2.get(_PHOTOMETRIC, 1) == 0
+        highest = 2 ** int(image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0]) - 1
+        inverted = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 1) == 0
 
     def convert(stored: Image.Image) -> tuple[Image.Image, None]:
         values = np.asarray(stored).astype(np.uint32)
@@ -352,7 +348,7 @@ def _grey16(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, None
 
 
 def _exif(image: ImageFile) -> bytes:
-    """The EXIF block that Pillow will read, or nothing."""
+    """Return the EXIF block that Pillow will read, empty if the image has none."""
     profile = image.info.get("Raw profile type exif")
     if image.info.get("exif") is None and profile is not None:
         try:
@@ -363,11 +359,11 @@ def _exif(image: ImageFile) -> bytes:
 
 
 def _orientation(image: ImageFile) -> int:
-    # A TIFF is turned by its reader, which then takes the note away.
+    # Pillow's TIFF reader applies the orientation itself and removes the tag.
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
-        # A damaged note beside whole pixels: shown as it lies, as every viewer does.
+        # Damaged EXIF data does not affect the pixels: use them as stored, as viewers do.
         return 1
 
 

@@ -1,4 +1,4 @@
-"""The manifest as a Parquet file: a row per image, the classes in the metadata of the schema."""
+"""Read and write the manifest, a Parquet file with one row per image and the classes in its schema metadata."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _COLUMNS = ("id", "path", "label", "group", "split")
 _CLASSES = b"fpt.classes"
 _UNIT = b"fpt.unit"
 _TASK = b"fpt.task"
-"""Absent for multiclass, the task of every manifest before there were others."""
-_REPAIR = "Run `fpt prepare` (or `dvc repro`) to make it again."
+"""Absent for multiclass, the only task of earlier versions."""
+_REPAIR = "Run `fpt prepare` (or `dvc repro`) to create it again."
 
 
 def fitted_sha256(manifest: Manifest) -> str:
-    """Digest of which image contents are for training and which for validation: it differs where a split changed."""
-    found = hashlib.sha256()
+    """Return a digest of the image contents in the training and validation splits; it changes if these splits do."""
+    digest = hashlib.sha256()
     for split in ("train", "val"):
-        found.update(f"{split}:".encode())
+        digest.update(f"{split}:".encode())
         for image_id in sorted({row.id for row in manifest.rows if row.split == split}):
-            found.update(image_id.encode())
-    return found.hexdigest()
+            digest.update(image_id.encode())
+    return digest.hexdigest()
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a manifest; equal manifests give equal bytes, so that DVC sees no change where there is none.
+    """Write a manifest; equal manifests give equal bytes, so that DVC does not rerun later stages needlessly.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -50,10 +50,10 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest and check that it is one.
+    """Read and check a manifest.
 
     Raises:
-        ManifestError: It is missing, damaged, or contradicts itself.
+        ManifestError: It is missing, damaged or inconsistent.
     """
     import pyarrow as pa
 
@@ -83,9 +83,9 @@ def _contradiction(manifest: Manifest) -> str | None:
     paths = [row.path for row in manifest.rows]
     if paths != sorted(set(paths)):
         return "Its rows are not sorted by path, each path once."
-    strange = {name for row in manifest.rows for name in manifest.names(row)} - set(manifest.classes)
-    if strange:
-        return f"The label {min(strange)!r} is none of its classes."
+    unknown = {name for row in manifest.rows for name in manifest.names(row)} - set(manifest.classes)
+    if unknown:
+        return f"The label {min(unknown)!r} is not one of its classes."
     splits: dict[str, str] = {}
     for row in manifest.rows:
         if row.split not in SPLITS:

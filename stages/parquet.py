@@ -1,4 +1,4 @@
-"""Parquet tables with a digest of their content: a changed value is refused on reading."""
+"""Parquet tables with a digest of their content, so that changed values are detected when they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
     Args:
         table: Columns of text or numbers, and metadata of the schema.
-        path: Folders above it are made.
+        path: Target file; missing parent folders are created.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -36,12 +36,12 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a table that `write_table`, or an earlier version without digests, wrote.
+    """Read a table written by `write_table` or by an earlier version without digests.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The file does not exist.
         OSError: It cannot be read.
-        ValueError: It is damaged or no Parquet table.
+        ValueError: It is damaged or not a Parquet table.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -51,16 +51,16 @@ def read_table(path: Path) -> pa.Table:
     try:
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
         expected = (table.schema.metadata or {}).get(CONTENT)
-        found = None if expected is None else content_digest(table).encode()
-    except Exception as error:  # damaged bytes make pyarrow raise many kinds
+        actual = None if expected is None else content_digest(table).encode()
+    except Exception as error:  # pyarrow raises many types for damaged bytes
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if found != expected:
+    if actual != expected:
         raise ValueError("Its values are not those that were written.")
     return table
 
 
 def content_digest(table: pa.Table) -> str:
-    """Sha256 (hex) of names, types and values of the columns, in their order, and of the schema's metadata."""
+    """Return the sha256 (hex) of names, types and values of the columns in order, and of the schema metadata."""
     import pyarrow as pa
 
     metadata = {key.hex(): value.hex() for key, value in (table.schema.metadata or {}).items() if key != CONTENT}

@@ -1,4 +1,4 @@
-"""How a stage tells its caller how far it is; what is shown is the caller's business."""
+"""Callback type by which a stage reports progress; the caller chooses how to show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several processes this is: what torchrun says in the environment."""
+"""Rank of this process among several, from the environment variables of torchrun."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Without all of these there is one process: other programs set some of them for purposes of their own."""
+"""Unless all of these are set there is a single process: other programs set some of them for their own purposes."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those that train one model together."""
+    """Rank of this process among the processes that train one model together."""
 
     rank: int = 0
-    """From 0."""
+    """Rank among all processes, from 0."""
     count: int = 1
-    """Of all of them, on all machines."""
+    """Number of processes on all machines."""
     local_rank: int = 0
-    """Among those of this machine."""
+    """Rank among the processes of this machine, from 0."""
     local_count: int = 1
-    """On this machine."""
+    """Number of processes on this machine."""
 
     @staticmethod
     def of(environment: Mapping[str, str] | None = None) -> Ranks:
-        """As the variables of torchrun say; one process where they are not set.
+        """Read the ranks from the variables of torchrun; without them there is a single process.
 
         Args:
-            environment: None: that of this process.
+            environment: Variables; by default those of this process.
         """
-        found = os.environ if environment is None else environment
-        if any(name not in found for name in VARIABLES):
+        variables = os.environ if environment is None else environment
+        if any(name not in variables for name in VARIABLES):
             return ALONE
-        rank, count = int(found["RANK"]), int(found["WORLD_SIZE"])
-        return Ranks(rank, count, int(found.get("LOCAL_RANK", rank)), int(found.get("LOCAL_WORLD_SIZE", count)))
+        rank, count = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        local_rank = int(variables.get("LOCAL_RANK", rank))
+        return Ranks(rank, count, local_rank, int(variables.get("LOCAL_WORLD_SIZE", count)))
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this is rank 0, the only process that writes files and logs."""
         return self.rank == 0
 
-    def rows(self, whole: int) -> slice:
-        """Of a batch of `whole` rows, those of this process; shares differ by one row at most, and may be empty."""
-        return slice(whole * self.rank // self.count, whole * (self.rank + 1) // self.count)
+    def rows(self, batch_size: int) -> slice:
+        """Return the slice of a global batch for this process; sizes differ by at most one row and may be zero."""
+        return slice(batch_size * self.rank // self.count, batch_size * (self.rank + 1) // self.count)
 
 
 ALONE = Ranks()
-"""One process."""
+"""A single process."""

@@ -11,7 +11,7 @@ import torch
 from sklearn import metrics as sk
 
 from schemas.tasks import Task
-from stages.tasks import judged_columns, positives
+from stages.tasks import positives, scored_columns
 
 Labels = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
@@ -50,7 +50,7 @@ def macro_auc(labels: Labels, probabilities: Probabilities) -> float | None:
         None where a class is absent, so that two epochs or splits are never compared on different classes.
     """
     per_class = auc_per_class(labels, probabilities)
-    return _mean([per_class[index] for index in judged_columns(labels, len(per_class))])
+    return _mean([per_class[index] for index in scored_columns(labels, len(per_class))])
 
 
 def _auc(positive: npt.NDArray[Any], scores: Probabilities) -> float | None:

@@ -1,4 +1,4 @@
-"""Memory that several processes see, without the small shared-memory disk of a container."""
+"""Memory shared between processes, without /dev/shm, which is small in many containers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 
 class SharedArrays:
-    """Named arrays in one piece of shared memory.
+    """Named arrays in one block of shared memory.
 
-    A started process (fork, forkserver or spawn) gets the same bytes. `/dev/shm` has 64 MB in many containers, so the
-    memory is an anonymous file of the system's, or an unlinked temporary file where there is none.
+    A child process (fork, forkserver or spawn) sees the same bytes. `/dev/shm` has 64 MB in many containers, so the
+    memory is an anonymous file (`memfd_create`), or an unlinked temporary file on systems without it.
     """
 
     def __init__(self, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        """Allocate.
+        """Allocate the memory.
 
         Args:
             shapes: Name -> (shape, numpy type).
         """
         self._shapes = shapes
-        # Reading from the disk into page-aligned memory is a little faster.
+        # Arrays start at page boundaries, because reads from disk into aligned memory are slightly faster.
         self._size = max(1, sum(_padded(*shape) for shape in shapes.values()))
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("fpt")

@@ -1,8 +1,8 @@
 """Import torchvision and timm without torch's compiler, which takes as long to import as torch itself.
 
 Only `train.compile` needs the compiler (`torch._dynamo`, with sympy and a thousand more modules). torchvision imports
-it for a check in an operator of object detection, timm for a decorator in a model that cannot be an LPM; here both
-happen only when they are called.
+it for a check in an object detection operator, timm for a decorator of a model that cannot be an LPM; here it is
+imported only when these are called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _disable: Callable[..., Any] = torch.compiler.disable
 
 @contextmanager
 def compiler_left_out() -> Iterator[None]:
-    """Imports of torchvision and timm in the block do not import torch's compiler; anything else that needs it does."""
+    """Keep torchvision and timm from importing torch's compiler in the block; any other use of it still imports it."""
     if _COMPILER in sys.modules:
         yield
         return
@@ -38,7 +38,7 @@ def compiler_left_out() -> Iterator[None]:
 
 
 class _Utils(ModuleType):
-    """In place of `torch._dynamo.utils`, as long as nothing but the one function is taken from it."""
+    """Stand-in for `torch._dynamo.utils`, replaced by the real module if anything but one function is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,6 +1,7 @@
-"""Hands the shards of an extraction to the workers of a cluster, a few at a time, and takes their results.
+"""Submit the shards of an extraction to the workers of a cluster, a few at a time, and collect their results.
 
-Nothing here has to be remembered: whatever dies, the shards with a receipt are done, and the next run does the rest.
+The executor keeps no state of its own: whatever dies, shards with a receipt are finished, and the next run computes the
+rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from uuid import uuid4
 
 from distributed import Client, Future
 
-from pipeline.cluster.check import fitting_workers, require_alike, require_same_versions, require_workers
+from pipeline.cluster.check import fitting_workers, require_same_versions, require_usable_workers, require_workers
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.start import connect
 from pipeline.cluster.worker import ShardPlugin, compute_shard, stop_file
@@ -30,14 +31,14 @@ from stages.files import storage_errors
 from stages.store.layout import Store
 
 TASKS_AHEAD = 2
-"""Tasks in the scheduler for each Dask thread: it never runs dry, and never holds a million of them."""
+"""Tasks in the scheduler per Dask thread: enough to keep every thread busy, without queueing a million tasks."""
 WATCH_SECONDS = 5.0
-"""Time between two looks at the workers."""
+"""Interval between checks of the workers."""
 POLL_SECONDS = 0.5
 """Longest wait for a result before Ctrl-C is noticed."""
 ATTEMPTS = 5
-"""To tell all workers what they shall do."""
-AGAIN = "Finished shards are kept: run `fpt extract` again."
+"""Attempts to register the plugin on all workers."""
+RERUN = "Finished shards are kept: run `fpt extract` again."
 
 
 def on_cluster(
@@ -45,30 +46,30 @@ def on_cluster(
     root: Path,
     store: Store,
     tasks: Sequence[ShardTask],
-    tell: Callable[[int], None],
+    on_rows: Callable[[int], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ShardDone]:
-    """Do all tasks on the cluster of the settings; an `Execute`.
+    """Run all tasks on the cluster of the settings; an `Execute`.
 
     Args:
         settings: Resolved; `settings.cluster.kind` is not inline.
         root: Folder of `params.yaml`.
-        store: Where the shards go.
-        tasks: What to compute.
-        tell: Called after each shard with the number of its rows.
-        stop: Once it is true, workers save the rows they have as smaller shards, and no further task is begun.
+        store: Store to write to.
+        tasks: Shards to compute.
+        on_rows: Called after each shard with the number of its rows.
+        stop: Once it returns true, workers save the rows they have as smaller shards, and no further task starts.
 
     Raises:
-        ClusterError: If there is no cluster, no worker that fits, or a shard was lost too often.
-        FptError: Whatever a worker met that trying again would not mend.
+        ClusterError: If the cluster cannot be reached, has no suitable worker, or lost a shard too often.
+        FptError: The error of a worker that retrying would not fix.
     """
     with connect(settings.cluster) as client:
         require_same_versions(client)
         workers = require_workers(client, settings.cluster)
         with _plugin(client, settings, root, store, workers) as name:
-            require_alike(client, name)
+            require_usable_workers(client, name)
             heartbeat = Heartbeat(extraction_log(root), len(tasks))
-            run = _Run(client, settings.cluster, name, tell, heartbeat)
+            run = _Run(client, settings.cluster, name, on_rows, heartbeat)
             try:
                 yield from run.results(tasks, stop, stop_file(store, name))
             finally:
@@ -79,29 +80,29 @@ def on_cluster(
 def _plugin(
     client: Client, settings: ResolvedSettings, root: Path, store: Store, workers: dict[str, Any]
 ) -> Iterator[str]:
-    """Name of the plugin that every worker has within the block, later ones too."""
+    """Register the plugin on all workers, later ones included, and yield its name; unregister it after the block."""
     kind = settings.cluster.kind
-    # A job of SLURM has cores of its own, so it shares those it sees with nobody.
+    # A SLURM job sees only its own cores, so it shares them with no other worker.
     share = 1 if kind == "slurm" else max(Counter(worker["host"] for worker in workers.values()).values())
     name = f"fpt-{uuid4().hex}"
-    # By this file a worker knows that it sees the same disk, and not just a folder of the same name.
+    # A worker that sees this file shares the disk, and not only a folder of the same name.
     sign = store.path / "locks" / name
     with storage_errors(sign):
         sign.touch()
     try:
-        plugin = ShardPlugin(name, settings, root.absolute(), store, share, own=kind != "scheduler")
+        plugin = ShardPlugin(name, settings, root.absolute(), store, share, started_here=kind != "scheduler")
         try:
             _register(client, plugin)
         except Exception as error:
             raise ClusterError(
                 f"The workers cannot load fpt: {type(error).__name__}: {error}",
                 "They run in another environment.",
-                "Install the same version of fpt for them.",
+                "Install the same version of fpt there.",
             ) from error
         try:
             yield name
         finally:
-            # A scheduler that is gone has nothing to forget.
+            # A scheduler that has ended cannot unregister anything.
             with suppress(Exception):
                 client.unregister_worker_plugin(name)
     finally:
@@ -115,7 +116,7 @@ def _register(client: Client, plugin: ShardPlugin) -> None:
         try:
             client.register_plugin(plugin, name=plugin.name)
         except OSError:
-            # A worker died while it was told.
+            # A worker died during the registration.
             if attempt == ATTEMPTS:
                 raise
         else:
@@ -123,47 +124,47 @@ def _register(client: Client, plugin: ShardPlugin) -> None:
 
 
 class _Run:
-    """The tasks that are under way."""
+    """The tasks of an extraction in the scheduler, and the state of its workers."""
 
     def __init__(
-        self, client: Client, settings: ClusterSettings, name: str, tell: Callable[[int], None], heartbeat: Heartbeat
+        self, client: Client, settings: ClusterSettings, name: str, on_rows: Callable[[int], None], heartbeat: Heartbeat
     ) -> None:
         self._client, self._settings, self._name = client, settings, name
-        self._tell, self._heartbeat = tell, heartbeat
-        self._flying: dict[Future[Any], ShardTask] = {}
-        self._landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._on_rows, self._heartbeat = on_rows, heartbeat
+        self._submitted: dict[Future[Any], ShardTask] = {}
+        self._finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._workers: dict[str, Any] = {}
-        self._watched = self._seen = 0.0
+        self._last_check = self._last_worker = 0.0
 
-    def results(self, tasks: Sequence[ShardTask], stop: Callable[[], bool], sign: Path) -> Iterator[ShardDone]:
-        """Each shard as it is finished; once `stop()` is true, the file `sign` tells the workers."""
+    def results(self, tasks: Sequence[ShardTask], stop: Callable[[], bool], stop_sign: Path) -> Iterator[ShardDone]:
+        """Yield each shard when it is finished; once `stop()` is true, create the file `stop_sign` for the workers."""
         waiting = iter(tasks)
         self._watch()
         self._heartbeat.beat(self._workers, "begins")
         while True:
-            if stop() and not sign.exists():
-                with storage_errors(sign):
-                    sign.touch()
-            while not stop() and len(self._flying) < self._room() and (task := next(waiting, None)) is not None:
+            if stop() and not stop_sign.exists():
+                with storage_errors(stop_sign):
+                    stop_sign.touch()
+            while not stop() and len(self._submitted) < self._capacity() and (task := next(waiting, None)) is not None:
                 self._submit(task)
-            if not self._flying:
+            if not self._submitted:
                 self._heartbeat.beat(self._workers, "done")
                 return
             with suppress(queue.Empty):
-                done = self._take(self._landed.get(timeout=POLL_SECONDS))
+                done = self._result(self._finished.get(timeout=POLL_SECONDS))
                 self._heartbeat.count(done.rows)
-                self._tell(done.rows)
+                self._on_rows(done.rows)
                 yield done
-            if time.monotonic() - self._watched >= WATCH_SECONDS:
+            if time.monotonic() - self._last_check >= WATCH_SECONDS:
                 self._watch()
 
     def cancel(self) -> None:
-        """Take back what has not begun; a shard that a worker has begun is finished, or lost with its worker."""
-        if self._flying:
+        """Cancel tasks that have not started; a shard in progress is finished, or lost with its worker."""
+        if self._submitted:
             with suppress(Exception):
-                self._client.cancel(list(self._flying))
+                self._client.cancel(list(self._submitted))
 
-    def _room(self) -> int:
+    def _capacity(self) -> int:
         threads: int = sum(worker["nthreads"] for worker in self._workers.values())
         return TASKS_AHEAD * max(1, threads)
 
@@ -177,19 +178,19 @@ class _Run:
             retries=self._settings.retries,
             resources=self._settings.resources or None,
         )
-        self._flying[future] = task
-        future.add_done_callback(self._landed.put)
+        self._submitted[future] = task
+        future.add_done_callback(self._finished.put)
 
-    def _take(self, future: Future[Any]) -> ShardDone:
-        task = self._flying.pop(future)
+    def _result(self, future: Future[Any]) -> ShardDone:
+        task = self._submitted.pop(future)
         if future.cancelled():
             raise self._lost_scheduler()
-        # Not result(): it would raise the worker's traceback through this process.
+        # Not result(), which would add the worker's traceback to this process's.
         error = future.exception()
         if error is not None:
             kind = type(error).__name__
             cause = (
-                "Each worker that took it died: too little memory (cluster.memory), or a machine that went away."
+                "Every worker that computed it died: too little memory (cluster.memory), or a machine that failed."
                 if kind == "KilledWorker"
                 else f"{kind}: {error}"
             )
@@ -197,12 +198,12 @@ class _Run:
                 f"Shard {task.number} ({counted(len(task.images), 'image')}, the first is {task.images[0][1]}) was "
                 f"given up after {counted(self._settings.retries, 'retry')}.",
                 cause,
-                f"Look at the workers' logs. {AGAIN}",
+                f"Check the workers' logs. {RERUN}",
             ) from error
         try:
             done = future.result()
         except OSError as error:
-            # The shard is done, and the scheduler died while its result was on the way: distributed's CommClosedError.
+            # The shard is finished, but the scheduler died before its result arrived (distributed's CommClosedError).
             raise self._lost_scheduler() from error
         if isinstance(done, FptError):
             raise done
@@ -211,25 +212,25 @@ class _Run:
         return done
 
     def _watch(self) -> None:
-        """Look at the workers.
+        """Update the list of workers.
 
         Raises:
-            ClusterError: If the scheduler is gone, or no worker has been there for too long.
+            ClusterError: If the scheduler is gone, or has had no suitable worker for too long.
         """
-        now = self._watched = time.monotonic()
+        now = self._last_check = time.monotonic()
         try:
             self._workers = fitting_workers(self._client, self._settings.resources)
         except Exception as error:
             raise self._lost_scheduler() from error
-        if self._workers or not self._seen:
-            self._seen = now
-        elif now - self._seen > self._settings.wait:
+        if self._workers or not self._last_worker:
+            self._last_worker = now
+        elif now - self._last_worker > self._settings.wait:
             raise ClusterError(
-                f"No worker that could do a shard has been there for {self._settings.wait:.0f} s.",
-                "All died, ran into the end of their jobs, or are short of memory.",
-                AGAIN,
+                f"No worker that can compute a shard has been available for {self._settings.wait:.0f} s.",
+                "All died, reached the time limit of their jobs, or are short of memory.",
+                RERUN,
             )
         self._heartbeat.beat(self._workers)
 
     def _lost_scheduler(self) -> ClusterError:
-        return ClusterError("The connection to the scheduler is lost.", "It ended, or the network failed.", AGAIN)
+        return ClusterError("The connection to the scheduler is lost.", "It ended, or the network failed.", RERUN)

@@ -1,4 +1,4 @@
-"""One line a minute about a long extraction, in a file that outlives the terminal."""
+"""Log one line per minute about a long extraction, to a file that outlives the terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EVERY = 60.0
 
 
 class Heartbeat:
-    """Appends to the log of a study's extractions; a disk that is full stops no extraction here."""
+    """Writer of the log of a study's extractions; errors such as a full disk are ignored."""
 
     def __init__(self, path: Path, shards: int) -> None:
-        """Begin.
+        """Start the clock.
 
         Args:
-            path: The log; it is made with its folder.
-            shards: To do.
+            path: The log file; it is created with its folder.
+            shards: Number of shards to compute.
         """
         self._path, self._shards = path, shards
         self._done = self._images = 0
@@ -31,26 +31,26 @@ class Heartbeat:
         self._due = self._start + EVERY
 
     def count(self, images: int) -> None:
-        """A shard with so many images is done."""
+        """Count a finished shard with this many images."""
         self._done += 1
         self._images += images
 
-    def beat(self, workers: Mapping[str, Any], word: str = "") -> None:
-        """Write a line if it is time for one, or if there is something to say.
+    def beat(self, workers: Mapping[str, Any], event: str = "") -> None:
+        """Write a line if one is due, or if an event is given.
 
         Args:
-            workers: Those that are alive, as the scheduler describes them.
-            word: What happened.
+            workers: Descriptions of the running workers from the scheduler.
+            event: What happened.
         """
         now = time.monotonic()
-        if now < self._due and not word:
+        if now < self._due and not event:
             return
         self._due = now + EVERY
         memory = sum(worker.get("metrics", {}).get("memory", 0) for worker in workers.values())
         rate = self._images / max(now - self._start, 1e-9)
         line = (
             f"{datetime.now().astimezone().isoformat(timespec='seconds')} shards {self._done}/{self._shards} "
-            f"images {self._images} {rate:.2f} images/s workers {len(workers)} memory {size(memory)} {word}"
+            f"images {self._images} {rate:.2f} images/s workers {len(workers)} memory {size(memory)} {event}"
         )
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

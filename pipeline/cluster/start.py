@@ -1,4 +1,4 @@
-"""Where the workers come from: processes of this machine, its GPUs, jobs of SLURM, or a scheduler that runs already."""
+"""Start or find the workers: processes of this machine, one per GPU, SLURM jobs, or those of a running scheduler."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from schemas.errors import ClusterError, FptError, PlatformError
 from schemas.machine import ClusterSettings
 
 TASKS_PER_WORKER = 2
-"""Dask threads of a worker: while one shard has the LPM, the other is decoded or written."""
+"""Dask threads per worker: while one shard is in the LPM, another is decoded or written."""
 CONNECT_SECONDS = 10
-"""How long a scheduler may take to answer."""
+"""Timeout for connecting to a scheduler, in seconds."""
 
 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[Client]:
-    """A client of the cluster that the settings name; what was started here ends with the block.
+    """Yield a client of the cluster in the settings; workers that were started here end with the block.
 
     Raises:
         ClusterError: If the scheduler does not answer, or the workers do not start.
@@ -42,7 +42,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
                     raise
                 raise ClusterError(
                     f"The workers did not start: {type(error).__name__}: {_first_line(error)}",
-                    repair="Check the section cluster of params.yaml; --debug shows more.",
+                    repair="Check the section `cluster` of params.yaml; --debug shows more.",
                 ) from error
             address = cluster
         try:
@@ -50,7 +50,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         except (OSError, TimeoutError) as error:
             raise ClusterError(
                 f"No scheduler answers at {settings.address}.",
-                f"It does not run, or a firewall is between: {_first_line(error)}",
+                f"It is not running, or a firewall blocks it: {_first_line(error)}",
                 "Start it with `dask scheduler`, correct cluster.address, or use --cluster local.",
             ) from error
         if settings.kind == "scheduler" or find_spec("bokeh"):
@@ -63,8 +63,8 @@ NEVER_PAUSED = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
 }
-"""The results of tasks are tiny. What fills the memory is the LPM, which no spilling or pausing makes smaller: a worker
-that waits for it to shrink would wait for ever."""
+"""Results of tasks are tiny; the memory of a worker is filled by the LPM, which spilling or pausing does not reduce. A
+paused worker would therefore wait forever."""
 
 
 def _local(settings: ClusterSettings) -> Any:
@@ -73,7 +73,7 @@ def _local(settings: ClusterSettings) -> Any:
         threads_per_worker=TASKS_PER_WORKER,
         processes=True,
         memory_limit=settings.memory,
-        # For this machine only, on a free port: an open one would offer the workers to the network.
+        # Local address and free port: an open port would expose the workers to the network.
         dashboard_address="127.0.0.1:0",
         silence_logs=logging.ERROR,
     )
@@ -98,11 +98,11 @@ def _slurm(settings: ClusterSettings) -> Any:
     except ImportError:
         raise _missing("dask-jobqueue", "slurm") from None
     job = settings.slurm
-    # What is not set here is left to the site's jobqueue.yaml.
-    wishes: dict[str, Any] = {"queue": job.queue, "account": job.account, "walltime": job.walltime}
+    # Options that are not set default to the site's jobqueue.yaml.
+    options: dict[str, Any] = {"queue": job.queue, "account": job.account, "walltime": job.walltime}
     if job.directives:
-        wishes["job_extra_directives"] = list(job.directives)
-    # Jobs do not inherit this process's configuration of Dask.
+        options["job_extra_directives"] = list(job.directives)
+    # Jobs do not inherit the Dask configuration of this process.
     exports = [f"export DASK_{key.upper().replace('.', '__')}={value}" for key, value in NEVER_PAUSED.items()]
     prologue = [*dask.config.get("jobqueue.slurm.job-script-prologue", []), *exports]
     return SLURMCluster(
@@ -112,12 +112,12 @@ def _slurm(settings: ClusterSettings) -> Any:
         memory=settings.memory,
         n_workers=settings.workers,
         job_script_prologue=prologue,
-        **{name: wish for name, wish in wishes.items() if wish is not None},
+        **{name: value for name, value in options.items() if value is not None},
     )
 
 
 STARTERS: dict[str, Callable[[ClusterSettings], Any]] = {"local": _local, "cuda": _cuda, "slurm": _slurm}
-"""Kind of cluster -> what starts its workers."""
+"""Kind of cluster -> function that starts its workers."""
 
 
 def _missing(package: str, extra: str) -> PlatformError:

@@ -1,6 +1,6 @@
-"""What runs on a worker: the LPM in a plugin, and the task that makes one shard.
+"""Code that runs on a worker: a plugin that holds the LPM, and the task that computes one shard.
 
-What a user can mend comes back as a value, not as an exception: Dask would try it again, and it would fail again.
+Errors that the user must fix are returned as values and not raised, because Dask would retry the task in vain.
 """
 
 from __future__ import annotations
@@ -27,73 +27,75 @@ if TYPE_CHECKING:
     from stages.store.layout import Store
 
 PACKAGES = ("fpt", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "dask", "distributed")
-"""Another version of one of these may give other features, or not understand what it is sent."""
+"""Packages whose versions must be equal: others may compute different features or fail to unpickle tasks."""
 
 
 def stop_file(store: Store, name: str) -> Path:
-    """File by which the workers of an extraction learn that they shall save what they have and end."""
+    """Return the file whose existence makes the workers of an extraction save their finished rows and stop."""
     return store.path / "locks" / f"{name}.stop"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this process: Python without its patch level, and `PACKAGES`."""
-    found = get_package_info(PACKAGES)
-    return {"python": ".".join(platform.python_version_tuple()[:2])} | {name: str(found[name]) for name in PACKAGES}
+    """Return the versions in this process of Python (without its patch level) and of `PACKAGES`."""
+    packages = get_package_info(PACKAGES)
+    return {"python": ".".join(platform.python_version_tuple()[:2])} | {name: str(packages[name]) for name in PACKAGES}
 
 
-def require_versions(expected: Mapping[str, str], found: Mapping[str, str], where: str) -> None:
-    """Compare versions.
+def require_versions(expected: Mapping[str, str], reported: Mapping[str, str], process: str) -> None:
+    """Compare the versions of another process with those of this one.
 
     Raises:
-        ClusterError: Naming each one that differs.
+        ClusterError: With each version that differs.
     """
-    differing = [name for name in expected if expected[name] != found.get(name)]
+    differing = [name for name in expected if expected[name] != reported.get(name)]
     if differing:
-        lines = "\n".join(f"  {name}: {expected[name]} here, {found.get(name)} there" for name in differing)
+        lines = "\n".join(f"  {name}: {expected[name]} here, {reported.get(name)} there" for name in differing)
         raise ClusterError(
-            f"{where} runs other versions than this process.", lines, "Give all of them the same environment."
+            f"{process} runs other versions than this process.", lines, "Use the same environment everywhere."
         )
 
 
 class ShardPlugin(WorkerPlugin):
-    """Holds the LPM of one extraction on a worker."""
+    """Worker plugin that holds the LPM of one extraction."""
 
-    def __init__(self, name: str, settings: ResolvedSettings, root: Path, store: Store, share: int, own: bool) -> None:
-        """Describe the work; nothing is loaded before the first task.
+    def __init__(
+        self, name: str, settings: ResolvedSettings, root: Path, store: Store, share: int, started_here: bool
+    ) -> None:
+        """Describe the work; the LPM is loaded for the first task.
 
         Args:
-            name: Of this extraction; a file of that name lies with the store's locks while it runs.
-            settings: Resolved.
+            name: Name of this extraction; a file of that name is among the store's locks while it runs.
+            settings: Resolved settings.
             root: Folder of `params.yaml`.
-            store: Where the shards go.
-            share: Workers that share the cores of a machine.
-            own: Whether the workers live and die with this extraction.
+            store: Store to write to.
+            share: Number of workers that share the cores of a machine.
+            started_here: Whether the extraction started the workers, and ends them.
         """
-        self.name, self._own = name, own
+        self.name, self._started_here = name, started_here
         self._settings, self._root, self._store, self._share = settings, root, store, share
         self._versions = versions()
         self._extractor: Extractor | None = None
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002
-        """Start on a worker. Nothing here may fail: a restarted worker whose plugin fails is lost without a word."""
+        """Start on a worker. Nothing here may fail: a restarted worker whose plugin fails disappears silently."""
         self._loading = threading.Lock()
-        if self._own and threading.current_thread() is threading.main_thread():
-            # Ctrl-C reaches all processes of a terminal; the client ends the workers in order.
+        if self._started_here and threading.current_thread() is threading.main_thread():
+            # Ctrl-C reaches all processes of a terminal, but the client has to end the workers in order.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
-        """Give the memory back: the workers may outlive the extraction."""
+        """Release the memory, since workers may outlive the extraction."""
         self._extractor = None
 
     def check(self) -> str:
         """Compare this worker with the client.
 
         Returns:
-            Type of the device that the LPM will be on.
+            Type of the device that will run the LPM.
 
         Raises:
-            ClusterError: If its versions are others, or it does not see the client's files.
-            WeightsError: If its weights are others.
+            ClusterError: If versions differ, or the worker does not see the client's files.
+            WeightsError: If its weights differ.
             SettingsError: If it lacks the device.
         """
         from stages.device import pick_device
@@ -106,8 +108,8 @@ class ShardPlugin(WorkerPlugin):
             if not folder.exists():
                 raise ClusterError(
                     f"{host} does not see {folder.parent if folder.name == self.name else folder}.",
-                    "The store, the study and its images must lie on a disk that all machines share, at the same path.",
-                    "Mount it there, or set FPT_CACHE_DIR (the store) and data.images to folders that are shared.",
+                    "The store, the study and its images must be on a disk that all machines share, at the same path.",
+                    "Mount it there, or set FPT_CACHE_DIR (the store) and data.images to shared folders.",
                 )
         weights = locate_weights(self._settings.lpm, self._root)
         if sha256_file(weights) != self._store.spec.weights_sha256:
@@ -117,14 +119,14 @@ class ShardPlugin(WorkerPlugin):
         return pick_device(self._settings.compute.device).type
 
     def extractor(self) -> Extractor:
-        """The loaded LPM. Two tasks that start together load it once."""
+        """Return the extractor with the loaded LPM; concurrent tasks load it only once."""
         from stages.extract.shard_task import Extractor
 
         with self._loading:
             if self._extractor is None:
                 self.check()
                 threads = self._settings.cluster.threads_per_worker or self._settings.compute.threads
-                # Dask starts its workers with one OpenMP thread, so "as many as I may use" would mean one.
+                # Dask starts its workers with OMP_NUM_THREADS=1, so torch's default would be a single thread.
                 compute = {"threads": threads or max(1, _cores() // self._share)}
                 settings = self._settings.model_copy(
                     update={"compute": self._settings.compute.model_copy(update=compute)}
@@ -133,21 +135,21 @@ class ShardPlugin(WorkerPlugin):
             return self._extractor
 
     def compute(self, task: ShardTask) -> ShardDone:
-        """Make the shard of a task, or what is missing of it."""
+        """Compute the shard of a task, or the rows that it lacks."""
         from stages.extract.shard_task import ShardDone, ShardTask
 
-        held = self._held(task.number)
-        rest = tuple(row for row in task.images if (row[0], row[2]) not in held)
-        there = len(task.images) - len(rest)
+        stored = self._stored_rows(task.number)
+        missing = tuple(row for row in task.images if (row[0], row[2]) not in stored)
+        present = len(task.images) - len(missing)
         stop = stop_file(self._store, self.name).exists
-        if not rest or stop():
-            return ShardDone(there, ())
-        # Nothing comes where the stop arrived while the LPM was loaded.
-        done = next(self.extractor().run([ShardTask(task.number, rest)], lambda _: None, stop), ShardDone(0, ()))
-        return ShardDone(there + done.rows, done.failures)
+        if not missing or stop():
+            return ShardDone(present, ())
+        # The extractor yields nothing if it is stopped while the LPM loads.
+        done = next(self.extractor().run([ShardTask(task.number, missing)], lambda _: None, stop), ShardDone(0, ()))
+        return ShardDone(present + done.rows, done.failures)
 
-    def _held(self, number: int) -> frozenset[tuple[str, str]]:
-        """(image id, view) of the rows that a task's shard holds: its result was lost on the way, after its receipt."""
+    def _stored_rows(self, number: int) -> frozenset[tuple[str, str]]:
+        """Return (image id, view) of rows already in a task's shard, whose earlier result was lost in transit."""
         from stages.files import storage_errors
         from stages.store.reader import read_receipt
 
@@ -157,7 +159,7 @@ class ShardPlugin(WorkerPlugin):
 
 
 def compute_shard(name: str, task: ShardTask) -> ShardDone | FptError:
-    """The task: a shard with its receipt, or why there can be none."""
+    """Compute one shard with its receipt; errors that the user must fix are returned."""
     try:
         return _plugin(get_worker(), name).compute(task)
     except FptError as error:
@@ -165,8 +167,8 @@ def compute_shard(name: str, task: ShardTask) -> ShardDone | FptError:
 
 
 async def check_worker(name: str, dask_worker: Worker) -> str | FptError:
-    """Device of this worker, or why it cannot take part; Dask gives the second argument."""
-    # In a thread: importing torch and reading the weights takes seconds, in which the worker must answer the scheduler.
+    """Return the device type of this worker, or why it cannot be used; Dask passes the second argument."""
+    # In a thread: importing torch and reading the weights takes seconds, and the worker must answer the scheduler.
     return await asyncio.to_thread(_checked, _plugin(dask_worker, name))
 
 
@@ -187,7 +189,7 @@ def _plugin(worker: Worker, name: str) -> ShardPlugin:
 
 
 def _noted(error: FptError) -> FptError:
-    # The traceback stays behind when an error is sent; --debug shows the note.
+    # Tracebacks are not sent with an error; --debug shows the note.
     error.add_note(f"On {platform.node()}:\n{traceback.format_exc()}")
     return error
 

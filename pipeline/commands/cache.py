@@ -1,4 +1,4 @@
-"""`fpt cache`: where the features lie, whether they are whole, who needs them, and how they travel."""
+"""`fpt cache`: list, verify, clean up and transfer the feature stores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from schemas.cache import Garbage, Transfer, UnreachableStudy, Verification
-    from stages.store.manage.inventory import FoundStore
+    from stages.store.manage.inventory import StoreFolder
     from stages.store.remote import Remote, RemoteStore
 
 cache = typer.Typer(help="The cache of features.", no_args_is_help=True)
@@ -25,10 +25,10 @@ cache = typer.Typer(help="The cache of features.", no_args_is_help=True)
 Fingerprints = Annotated[
     list[str] | None, typer.Argument(metavar="[FINGERPRINT]...", help="Beginnings of fingerprints.", show_default=False)
 ]
-Url = Annotated[str, typer.Argument(metavar="URL", help="A directory, or any URL that fsspec knows.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="A directory, or any URL that fsspec supports.")]
 
 SHOWN = 20
-"""Lines of a long list that people get to see; --json has all."""
+"""Lines of a long list that are printed; --json has all."""
 
 
 @cache.command()
@@ -41,7 +41,7 @@ def path(params: Params = PARAMS_FILE) -> None:
 
 @cache.command(name="ls")
 def list_(params: Params = PARAMS_FILE, as_json: AsJson = False) -> None:
-    """List the stores: what their features are, how large they are, and who used them last."""
+    """List the stores with their features, size, users and last use."""
     from pipeline.project import cache_root
     from stages.store.manage.inventory import list_stores
 
@@ -78,7 +78,7 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every byte of the stores with their receipts. Exits with 2 where something is wrong."""
+    """Compare every byte of the stores with their receipts. Exits with 2 if something is wrong."""
     from pipeline.progress import ImageBar
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
@@ -93,24 +93,24 @@ def verify(
     file = study / OUTPUTS / "manifest" / "manifest.parquet"
     manifest = read_manifest(file) if file.is_file() else None
     paths = {} if manifest is None else {row.id: row.path for row in manifest.rows}
-    wanted = {}
+    needed_rows = {}
     if manifest is not None and mine is not None and mine.receipt is not None:
-        wanted = {row.id: row.image for row in manifest_rows(manifest, mine.receipt)}
+        needed_rows = {row.row_id: row.image for row in manifest_rows(manifest, mine.receipt)}
     results, unreadable = [], []
     if mine is not None and not fingerprints and not (root / mine.use.fingerprint[:16]).is_dir():
         unreadable.append(f"The store {mine.use.fingerprint[:16]} of this study is gone: run `fpt extract`.")
-    for found in _chosen(root, fingerprints):
-        if found.store is None:
-            unreadable.append(str(found.problem))
+    for folder in _select(root, fingerprints):
+        if folder.store is None:
+            unreadable.append(str(folder.problem))
             continue
-        uses = [live for live in live_uses(found.path, other_hosts=False) if live.unreachable is None]
-        of_study = mine is not None and mine.use.fingerprint == found.store.spec.fingerprint
+        uses = [live for live in live_uses(folder.path, other_hosts=False) if live.unreachable is None]
+        of_study = mine is not None and mine.use.fingerprint == folder.store.spec.fingerprint
         if mine is not None and of_study and all(live.use.receipt != mine.use.receipt for live in uses):
             uses.append(mine)
-        with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
-            results.append(verify_store(found.store, uses, wanted if of_study else None, bar))
+        with ImageBar(f"Shards of {folder.path.name}", unit="shard") as bar:
+            results.append(verify_store(folder.store, uses, needed_rows if of_study else None, bar))
         if repair:
-            repair_store(found.store, results[-1])
+            repair_store(folder.store, results[-1])
     damaged = any(result.damages for result in results) or bool(unreadable)
     if as_json:
         stores = [_with_paths(result, paths) for result in results]
@@ -122,8 +122,8 @@ def verify(
             _show_verification(result, paths)
     if damaged:
         if not as_json:
-            again = "The damaged shards are removed. `fpt extract` computes their images again."
-            say(again if repair else "Run `fpt cache verify --repair`, then `fpt extract`.")
+            repaired = "The damaged shards were removed. `fpt extract` computes their images again."
+            say(repaired if repair else "Run `fpt cache verify --repair`, then `fpt extract`.")
         raise typer.Exit(2)
 
 
@@ -142,19 +142,19 @@ def gc(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Drop the stores and shards that no study refers to. Shows them; deletes with --yes."""
+    """List the stores and shards that no study refers to; --yes deletes them."""
     from pipeline.project import cache_root
     from schemas.settings import OUTPUTS
-    from stages.store.manage.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
+    from stages.store.manage.gc import Retention, drop_garbage, find_garbage, forgettable, unreachable_studies
     from stages.store.manage.usage import register_use, study_use
 
     study = params.absolute().parent
     root = cache_root(study)
     mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
-    keep = Keep(mine, not other_hosts, forgettable(root, forget or []))
+    keep = Retention(mine, not other_hosts, forgettable(root, forget or []))
     garbage = find_garbage(root, keep)
     if yes and mine is not None:
-        # A study that was moved is noted under its old place.
+        # The note of a moved study still has its old path.
         register_use(root, mine.use.fingerprint, study, Path(mine.use.receipt), list(mine.use.shards))
     freed = drop_garbage(root, garbage, keep) if yes else 0
     unreachable = unreachable_studies(root, keep)
@@ -169,8 +169,8 @@ def gc(
         say(f"Deleted: {size(freed)}.")
     elif garbage:
         say("Nothing is deleted yet.")
-        words = [word for path in forget or [] for word in ("--forget", str(path))]
-        say_next(shlex.join(["fpt", "cache", "gc", "--yes", *words]))
+        options = [option for path in forget or [] for option in ("--forget", str(path))]
+        say_next(shlex.join(["fpt", "cache", "gc", "--yes", *options]))
 
 
 @cache.command()
@@ -188,11 +188,11 @@ def push(url: Url, fingerprints: Fingerprints = None, params: Params = PARAMS_FI
     if not fingerprints and mine is not None:
         fingerprints = [mine.use.fingerprint]
     remote, transfers = open_remote(url), []
-    for found in _chosen(cache_root(study), fingerprints):
-        if found.store is None:
-            raise found.problem or RuntimeError(found.path)
-        with ImageBar(f"Shards of {found.path.name}", unit="shard") as bar:
-            transfers.append(run(found.store, remote, bar))
+    for folder in _select(cache_root(study), fingerprints):
+        if folder.store is None:
+            raise folder.problem or RuntimeError(folder.path)
+        with ImageBar(f"Shards of {folder.path.name}", unit="shard") as bar:
+            transfers.append(run(folder.store, remote, bar))
     _report(transfers, remote.url, as_json)
 
 
@@ -204,32 +204,32 @@ def pull(
     assignments: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy stores from a URL: those named, else those that fit the study, else all. Resumable and verified."""
+    """Copy stores from a URL: those named, else those that match the study, else all. Resumable and verified."""
     from pipeline.progress import ImageBar
     from pipeline.project import cache_root
     from stages.store.manage.transfer import pull as run
     from stages.store.remote import open_remote
 
     remote = open_remote(url)
-    stores = _offered(remote, fingerprints, params, assignments or [])
+    stores = _select_remote(remote, fingerprints, params, assignments or [])
     transfers = []
     for store in stores:
         with ImageBar(f"Shards of {store.spec.fingerprint[:16]}", unit="shard") as bar:
             transfers.append(run(store, cache_root(params.absolute().parent), bar))
     _report(transfers, remote.url, as_json)
     if params.is_file() and not as_json:
-        _tell_weights(params, assignments or [], stores)
+        _show_weights_needed(params, assignments or [], stores)
 
 
 def _show_garbage(root: Path, garbage: Sequence[Garbage]) -> None:
     if not garbage:
-        say(f"Nothing to drop in {root}: a study refers to every shard, or an extraction is at work.")
+        say(f"Nothing to delete in {root}: a study refers to every shard, or an extraction is running.")
         return
     rows = []
     for item in garbage:
-        what = "the whole store" if item.whole else counted(len(item.shards), "shard")
-        rows.append((Path(item.store).name, what, size(item.bytes), _time(item.last_used)))
-    show_table("No study refers to", ("Store", "What", "Size", "Last used"), rows)
+        content = "complete store" if item.whole else counted(len(item.shards), "shard")
+        rows.append((Path(item.store).name, content, size(item.bytes), _time(item.last_used)))
+    show_table("No study refers to", ("Store", "Content", "Size", "Last used"), rows)
 
 
 def _show_unreachable(studies: Sequence[UnreachableStudy]) -> None:
@@ -237,34 +237,35 @@ def _show_unreachable(studies: Sequence[UnreachableStudy]) -> None:
         return
     rows = [(item.study, item.reason, ", ".join(item.stores), _time(item.last_used)) for item in studies]
     columns = ("Study", "Why", "Stores", "Last used")
-    show_table("Studies that cannot be reached; what they need stays", columns, rows, words=True)
-    say("Moved studies: run `fpt cache gc --yes` in the new place. Deleted ones: fpt cache gc --forget STUDY")
+    show_table("Studies that cannot be reached; their features are kept", columns, rows, words=True)
+    say("If a study was moved, run `fpt cache gc --yes` there. If it was deleted: fpt cache gc --forget STUDY")
 
 
 def _time(moment: datetime | None) -> str:
-    return "never noted" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M}"
+    return "unknown" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
-def _chosen(root: Path, fingerprints: Sequence[str] | None) -> list[FoundStore]:
-    """The stores whose fingerprints begin as asked; all where nothing is asked."""
+def _select(root: Path, fingerprints: Sequence[str] | None) -> list[StoreFolder]:
+    """Return the stores whose fingerprints start with one of the given prefixes, or all stores without prefixes."""
     from schemas.errors import CacheIncompleteError
     from stages.store.manage.inventory import find_stores
 
     stores = find_stores(root)
     if not fingerprints:
         return stores
-    asked = [word[:16] for word in fingerprints]
-    for word in asked:
-        if not any(found.path.name.startswith(word) for found in stores):
+    prefixes = tuple(fingerprint[:16] for fingerprint in fingerprints)
+    for prefix in prefixes:
+        if not any(folder.path.name.startswith(prefix) for folder in stores):
             raise CacheIncompleteError(
-                f"No store in {root} has a fingerprint that begins with {word}.", repair="`fpt cache ls` lists them."
+                f"No store in {root} has a fingerprint that begins with {prefix}.", repair="`fpt cache ls` lists them."
             )
-    return [found for found in stores if found.path.name.startswith(tuple(asked))]
+    return [folder for folder in stores if folder.path.name.startswith(prefixes)]
 
 
-def _offered(
+def _select_remote(
     remote: Remote, fingerprints: Sequence[str] | None, params: Path, assignments: Sequence[str]
 ) -> list[RemoteStore]:
+    """Return the remote stores to pull: those named, else those that match the study, else all."""
     from pipeline.project import open_study
     from schemas.errors import CacheIncompleteError
     from schemas.resolve import expected_spec
@@ -272,10 +273,10 @@ def _offered(
     from stages.store.remote import remote_stores
 
     stores = remote_stores(remote)
-    there = ", ".join(store.spec.fingerprint[:16] for store in stores) or "none"
+    available = ", ".join(store.spec.fingerprint[:16] for store in stores) or "none"
     if fingerprints:
-        asked = tuple(word[:16] for word in fingerprints)
-        fitting = [store for store in stores if store.spec.fingerprint.startswith(asked)]
+        prefixes = tuple(fingerprint[:16] for fingerprint in fingerprints)
+        fitting = [store for store in stores if store.spec.fingerprint.startswith(prefixes)]
     elif params.is_file():
         study = open_study(params, assignments)
         # The weights file need not be here: its digest is taken from the store.
@@ -287,14 +288,14 @@ def _offered(
     if not fitting:
         raise CacheIncompleteError(
             f"{remote.url} has no store of these features.",
-            cause=f"Stores there: {there}.",
+            cause=f"Stores there: {available}.",
             repair="Name a fingerprint, correct the URL or the settings, or push from where the features are.",
         )
     return fitting
 
 
-def _tell_weights(params: Path, assignments: Sequence[str], stores: Sequence[RemoteStore]) -> None:
-    """Say what `fpt extract` still needs: the weights file, of which the digest is part of the fingerprint."""
+def _show_weights_needed(params: Path, assignments: Sequence[str], stores: Sequence[RemoteStore]) -> None:
+    """Print what `fpt extract` still needs: the weights file, whose digest is part of the fingerprint."""
     from pipeline.project import open_study
     from stages.files import sha256_file
 
@@ -302,11 +303,11 @@ def _tell_weights(params: Path, assignments: Sequence[str], stores: Sequence[Rem
     if study.settings.lpm.weights != "hub":
         weights = study.root / study.settings.lpm.weights
         if not weights.is_file():
-            say(f"The weights file {weights} is not here. `fpt extract` computes nothing with it, but needs it to name")
-            say("the features: put it there first.")
+            say(f"The weights file {weights} is missing. `fpt extract` does not run the LPM on these images, but it")
+            say("needs the file's digest for the fingerprint: copy it there first.")
             return
-        found = sha256_file(weights)
-        if all(store.spec.weights_sha256 != found for store in stores):
+        digest = sha256_file(weights)
+        if all(store.spec.weights_sha256 != digest for store in stores):
             say(f"The weights file {weights} is not the one that these features were computed with: `fpt extract`")
             say("would compute all images again.")
             return
@@ -323,7 +324,7 @@ def _report(transfers: Sequence[Transfer], url: str, as_json: bool) -> None:
             renumbered = f" ({done.renumbered} under other numbers)" if done.renumbered else ""
             say(
                 f"{done.fingerprint[:16]}: {counted(done.copied, 'shard')} copied{renumbered}, {size(done.bytes)}; "
-                f"{done.present} {'was' if done.present == 1 else 'were'} there."
+                f"{done.present} already there."
             )
     require_arrival(transfers, url)
 
@@ -338,14 +339,12 @@ def _with_paths(result: Verification, paths: dict[str, str]) -> dict[str, object
 def _show_verification(result: Verification, paths: dict[str, str]) -> None:
     name = result.fingerprint[:16]
     if result.completed:
-        show(
-            f"{name}: {counted(result.completed, 'receipt')} of an earlier version completed: checksums of rows added."
-        )
+        show(f"{name}: row checksums added to {counted(result.completed, 'receipt')} of an earlier version.")
     if not result.damages:
         show(f"{name}: complete, {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}.")
         return
     count = len(result.damages)
-    show(f"{name}: {counted(count, 'thing')} wrong.")
+    show(f"{name}: {counted(count, 'problem')}.")
     for damage in result.damages[:SHOWN]:
         show(f"  {damage.kind}: {damage.file}. {damage.reason}")
     if count > SHOWN:

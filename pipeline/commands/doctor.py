@@ -1,4 +1,4 @@
-"""`fpt doctor`: what would fail on this machine and in this study, and what to do about it."""
+"""`fpt doctor`: find what would fail on this machine and in this study, with repairs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from schemas.settings import Settings
 
 WEIGHTS_SECONDS = 600.0
-"""Limit where gigabytes may have to be read from a slow disk."""
+"""Time limit of checks that may read gigabytes from a slow disk."""
 
 
 def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_json: AsJson = False) -> None:
     """Check versions, device, threads, cache, hub, and in a study its settings, weights and store.
 
-    Changes nothing. Exits with 1 where a command would fail, with 0 otherwise: warnings do not count.
+    Changes nothing. Exits with 1 if a command would fail, otherwise with 0; warnings do not count.
     """
     from pipeline.project import cache_root
     from schemas.doctor import Health
@@ -46,24 +46,24 @@ def doctor(params: Params = PARAMS_FILE, assignments: Assignments = None, as_jso
 
 
 def _options(params: Path, assignments: list[str]) -> str:
-    """The options of this command that a command in a repair needs as well."""
-    words = [*(("--params", str(params)) if params != Path(PARAMS) else ()), *(f"--set={each}" for each in assignments)]
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    """Return the options of this command that the command in a repair needs as well."""
+    given = [*(("--params", str(params)) if params != Path(PARAMS) else ()), *(f"--set={each}" for each in assignments)]
+    return "".join(f" {shlex.quote(option)}" for option in given)
 
 
 def _settings(params: Path, assignments: list[str]) -> tuple[Settings | None, Finding]:
-    """The settings if there are valid ones, and what is to be said about them."""
+    """Return the settings, or None if they are missing or invalid, and the finding about them."""
     from pipeline.params import load_settings
     from schemas.doctor import Finding
     from schemas.errors import FptError
     from stages.doctor.guard import failed
 
     if params == Path(PARAMS) and not params.exists():
-        return None, Finding(name="settings", status="skipped", detail=f"no {PARAMS} here: this is no study")
+        return None, Finding(name="settings", status="skipped", detail=f"no {PARAMS} here: not a study")
     try:
         return load_settings(params, assignments), Finding(name="settings", status="ok", detail=f"{params} is valid")
     except FptError as error:
-        if not params.exists():  # a file that was named by hand
+        if not params.exists():  # a file named with --params
             raise
         return None, failed("settings", error)
 
@@ -76,10 +76,10 @@ def _packages() -> list[Finding]:
         check_package,
         check_python,
         installed,
-        wanted_ranges,
+        required_ranges,
     )
 
-    here, ranges = installed(), wanted_ranges()
+    here, ranges = installed(), required_ranges()
     return [
         run_check("Python", check_python),
         *(run_check(name, check_package, name, here, ranges) for name in SHOWN),
@@ -105,7 +105,7 @@ def _machine(settings: Settings | None, cache: Path) -> list[Finding]:
 
 
 def _study(settings: Settings | None, root: Path, cache: Path, status: str, options: str) -> list[Finding]:
-    """Model, hub, weights and store; each as far as possible without what failed before."""
+    """Check model, hub, weights and store, each as far as possible if an earlier check failed."""
     from pipeline.project import remote_store
     from schemas.doctor import Finding
     from schemas.settings import OUTPUTS
@@ -114,15 +114,14 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str, opti
     from stages.lpm.weights import need_hub
 
     if settings is None:
-        why = "not in a study" if status == "skipped" else "the settings are not valid"
-        names = ("model", "weights", "store")
-        skipped = [Finding(name=name, status="skipped", detail=why) for name in names]
+        detail = "not in a study" if status == "skipped" else "the settings are not valid"
+        skipped = [Finding(name=name, status="skipped", detail=detail) for name in ("model", "weights", "store")]
         return [run_check("model hub", check_hub, None), *skipped]
-    solved: list[tuple[ResolvedSettings, LpmInfo]] = []
-    model = run_check("model", _resolve, settings, root, cache, solved)
+    resolutions: list[tuple[ResolvedSettings, LpmInfo]] = []
+    model = run_check("model", _resolve, settings, root, cache, resolutions)
     remote = remote_store(settings, root)
     receipt = root / OUTPUTS / "features" / "receipt.json"
-    if not solved:
+    if not resolutions:
         weights = Finding(name="weights", status="skipped", detail="the model is not known")
         return [
             model,
@@ -130,27 +129,31 @@ def _study(settings: Settings | None, root: Path, cache: Path, status: str, opti
             weights,
             run_check("store", check_store, cache, receipt, remote, limit=WEIGHTS_SECONDS),
         ]
-    resolved, _ = solved[0]
+    resolved, _ = resolutions[0]
     hub = run_check("model hub", lambda: check_hub(need_hub(resolved.lpm, root)))
     weights = run_check("weights", check_weights, resolved, root, limit=WEIGHTS_SECONDS)
-    known = (resolved, root, f"fpt extract{options}") if weights.status == "ok" else ()
-    store = run_check("store", check_store, cache, receipt, remote, *known, limit=WEIGHTS_SECONDS)
+    # Without valid weights the fingerprint of the settings is unknown, so the store is not compared with them.
+    comparison = (resolved, root, f"fpt extract{options}") if weights.status == "ok" else ()
+    store = run_check("store", check_store, cache, receipt, remote, *comparison, limit=WEIGHTS_SECONDS)
     return [model, hub, weights, store]
 
 
-def _resolve(settings: Settings, root: Path, cache: Path, solved: list[tuple[ResolvedSettings, LpmInfo]]) -> Finding:
+def _resolve(
+    settings: Settings, root: Path, cache: Path, resolutions: list[tuple[ResolvedSettings, LpmInfo]]
+) -> Finding:
+    """Resolve the settings, append the result to `resolutions`, and return the finding about the model."""
     from schemas.doctor import Finding
     from schemas.resolve import feature_spec, resolve
     from stages.extract.precision import stored_precision
     from stages.lpm.loading import describe_lpm
 
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
-    # As in an extraction, "auto" is the precision of the store; without a store there is nothing to compare, and
+    # As in an extraction, "auto" is the precision of the store; without a store the value does not matter here, so
     # nothing is measured.
     resolved = resolve(
         settings, lpm, lambda partly: stored_precision(cache, feature_spec(partly, lpm, "")) or "float32"
     )
-    solved.append((resolved, lpm))
+    resolutions.append((resolved, lpm))
     return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
 
 
@@ -161,8 +164,8 @@ def _show(health: Health) -> None:
         detail = f"{finding.detail}\n-> {finding.repair}" if finding.repair else finding.detail
         rows.append((finding.name, status, detail))
     show_table("What fpt finds on this machine", ("Check", "Status", "Detail -> repair"), rows, words=True)
-    bad = [finding.name for finding in health.findings if finding.status == "fail"]
+    failing = [finding.name for finding in health.findings if finding.status == "fail"]
     warned = sum(finding.status == "warn" for finding in health.findings)
     warnings = f" ({counted(warned, 'warning')})" if warned else ""
     passed = f"All checks passed{warnings}."
-    say(f"{len(bad)} of {counted(len(rows), 'check')} failed: {', '.join(bad)}." if bad else passed)
+    say(f"{len(failing)} of {counted(len(rows), 'check')} failed: {', '.join(failing)}." if failing else passed)

@@ -1,4 +1,4 @@
-"""What could make a command fail on this machine: one plain function a check, each giving a finding.
+"""Checks of this machine and of a study: one function per check, each returning a finding.
 
-No module here imports torch, timm or zarr at its top: a doctor must survive a broken installation.
+No module here imports torch, timm or zarr at the top level, so that the checks work in a broken installation.
 """

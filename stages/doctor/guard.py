@@ -1,4 +1,4 @@
-"""A check that raises or hangs is itself a finding."""
+"""Run checks so that one that raises or hangs becomes a finding."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from schemas.doctor import Finding
 from schemas.errors import FptError
 
 LIMIT = 60.0
-"""Seconds that a check may take."""
+"""Time limit of a check in seconds."""
 
 
 def run_check(name: str, check: Callable[..., Finding], /, *arguments: object, limit: float = LIMIT) -> Finding:
-    """The finding of a check; one that says why there is none, where it raises or takes too long.
+    """Run a check and return its finding, or a failure if it raises or takes too long.
 
     Args:
-        name: Of the finding, where the check gives none.
-        check: One of the checks.
-        arguments: For the check.
-        limit: Seconds.
+        name: Name of the finding if the check itself returns none.
+        check: The check.
+        arguments: Its arguments.
+        limit: Time limit in seconds.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def work() -> None:
         try:
-            found.append(check(*arguments))
+            findings.append(check(*arguments))
         except Exception as error:  # a broken installation raises anything (OSError of a library, AttributeError, ...)
-            found.append(failed(name, error))
+            findings.append(failed(name, error))
 
-    # A daemon: a network drive that does not answer cannot be interrupted, only left behind.
+    # A daemon thread, because a call that hangs on a network drive cannot be interrupted.
     thread = threading.Thread(target=work, daemon=True, name=f"doctor: {name}")
     thread.start()
     thread.join(limit)
-    return found[0] if found else Finding(name=name, status="fail", detail=f"no answer within {limit:g} seconds")
+    return findings[0] if findings else Finding(name=name, status="fail", detail=f"no answer within {limit:g} seconds")
 
 
 def failed(name: str, error: Exception) -> Finding:
-    """The finding of an error; those of this package bring their repair."""
+    """Return the finding for an error; errors of this package include a repair."""
     if isinstance(error, FptError):
         detail = "\n".join(part for part in (error.state, error.cause) if part)
         return Finding(name=name, status="fail", detail=detail, repair=error.repair)

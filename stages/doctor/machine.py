@@ -1,4 +1,4 @@
-"""Devices and cores that this process may really use."""
+"""Checks of the devices and CPU cores that this process can use."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from schemas.doctor import Finding
 from schemas.text import counted
 
 NVIDIA = "0x10de"
-"""Vendor of a PCI device."""
+"""PCI vendor id."""
 
 
-def check_device(wanted: str = "auto") -> Finding:
-    """The device that `compute.device` picks, with a product computed on it.
+def check_device(setting: str = "auto") -> Finding:
+    """Check the device that `compute.device` selects by computing a matrix product on it.
 
     Args:
-        wanted: The setting.
+        setting: Value of `compute.device`.
     """
     import torch
 
     from stages.device import pick_device
 
-    device = pick_device(wanted)
+    device = pick_device(setting)
     if device.type == "cuda":
-        # A build without code for this card is "available" until something runs.
+        # A build without kernels for this card counts as available until something runs.
         float((torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum())
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
@@ -34,20 +34,24 @@ def check_device(wanted: str = "auto") -> Finding:
     if device.type == "mps":
         float((torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum())
         return Finding(name="device", status="ok", detail="mps")
-    if wanted == "auto" and has_nvidia_card():
+    if setting == "auto" and has_nvidia_card():
         built = torch.version.cuda
         if built is None:
-            cause, repair = "torch has no CUDA in it", "Install a CUDA build of torch, or set compute.device to cpu."
+            cause, repair = (
+                "torch was built without CUDA",
+                "Install a CUDA build of torch, or set compute.device to cpu.",
+            )
         else:
-            cause = f"torch is built for CUDA {built} and finds no driver for it"
+            cause = f"torch was built for CUDA {built} and finds no driver for it"
             repair = "Install the NVIDIA driver for that CUDA version, or set compute.device to cpu."
-        return Finding(name="device", status="warn", detail=f"cpu: there is an NVIDIA card, but {cause}", repair=repair)
+        detail = f"cpu: this machine has an NVIDIA card, but {cause}"
+        return Finding(name="device", status="warn", detail=detail, repair=repair)
     capability = torch.backends.cpu.get_cpu_capability()
     return Finding(name="device", status="ok", detail=f"cpu ({capability})")
 
 
 def has_nvidia_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether an NVIDIA display or compute device is on the bus, driver or not (Linux)."""
+    """Whether an NVIDIA display or compute device is on the PCI bus, with or without a driver (Linux)."""
     for device in devices.glob("*"):
         try:
             vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
@@ -58,12 +62,12 @@ def has_nvidia_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
     return False
 
 
-def check_threads(wanted: int = 0, environment: Mapping[str, str] | None = None) -> Finding:
-    """Threads that torch will use, against the cores that this process gets.
+def check_threads(setting: int = 0, environment: Mapping[str, str] | None = None) -> Finding:
+    """Compare the number of torch threads with the cores available to this process.
 
     Args:
-        wanted: `compute.threads`; 0: as many as there are.
-        environment: Variables; None: those of the process.
+        setting: Value of `compute.threads`; 0 means one thread per core.
+        environment: Variables; by default those of the process.
     """
     variables = os.environ if environment is None else environment
     allowed, quota = allowed_cores(), cpu_quota()
@@ -72,41 +76,41 @@ def check_threads(wanted: int = 0, environment: Mapping[str, str] | None = None)
     if quota is not None and quota < allowed:
         detail += f" (a quota of {quota:g})"
     named = variables.get("OMP_NUM_THREADS", "")
-    used = wanted or (int(named) if named.isdecimal() else allowed)
+    used = setting or (int(named) if named.isdecimal() else allowed)
     detail += f", {counted(used, 'thread')}"
     policy = variables.get("OMP_WAIT_POLICY", "")
     if policy.lower() == "active":
         return Finding(
             name="threads",
             status="warn",
-            detail=f"{detail}; OMP_WAIT_POLICY={policy}: threads that wait keep their cores from loaders and workers",
+            detail=f"{detail}; OMP_WAIT_POLICY={policy}: waiting threads occupy cores that loaders and workers need",
             repair="unset OMP_WAIT_POLICY, or OMP_WAIT_POLICY=passive",
         )
-    source = "compute.threads" if wanted else "OMP_NUM_THREADS" if named.isdecimal() else "the affinity"
-    # Outside of a study there is no compute.threads.
-    setting = "compute.threads" if wanted else "OMP_NUM_THREADS or, in a study, compute.threads"
+    source = "compute.threads" if setting else "OMP_NUM_THREADS" if named.isdecimal() else "the affinity"
+    # compute.threads exists only within a study.
+    knob = "compute.threads" if setting else "OMP_NUM_THREADS or, in a study, compute.threads"
     if used > cores:
         return Finding(
             name="threads",
             status="warn",
-            detail=f"{detail} from {source}: more than cores, so that they wait for each other",
-            repair=f"Set {setting} to {cores}.",
+            detail=f"{detail} from {source}: more threads than cores, so they wait for each other",
+            repair=f"Set {knob} to {cores}.",
         )
     if used < cores:
-        repair = f"Set {setting} to {cores}, unless other processes need the cores."
+        repair = f"Set {knob} to {cores}, unless other processes need the cores."
         return Finding(name="threads", status="warn", detail=f"{detail} from {source}", repair=repair)
     return Finding(name="threads", status="ok", detail=detail)
 
 
 def allowed_cores() -> int:
-    """Cores that the scheduler may put this process on."""
+    """Return the number of cores on which the scheduler may run this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that the control groups grant (Linux; containers); None: no limit.
+    """Return the CPU quota of the control groups in cores (Linux containers), or None if unlimited.
 
-    The lowest limit from the process's own group up to the root of the hierarchy.
+    The quota is the lowest limit from the group of this process up to the root of the hierarchy.
     """
     limits = []
     for folder in _group_folders(root, groups):
@@ -133,7 +137,7 @@ def _group_folders(root: Path, groups: Path) -> list[Path]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / controllers if controllers else root
-        own = base / path.lstrip("/")
-        # Within a container the path may be the host's, of which only the root can be seen.
-        folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+        group = base / path.lstrip("/")
+        # Within a container the path may be that of the host, of which only the root is visible.
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
     return folders

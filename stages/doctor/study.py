@@ -1,4 +1,4 @@
-"""What a study relies on outside of its folder: the model hub, the weights of the LPM, the store of its features."""
+"""Checks of what a study relies on outside of its folder: model hub, weights of the LPM, and feature store."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from schemas.resolved import ResolvedSettings
 from schemas.text import counted
 
 HUB_SECONDS = 3.0
-"""For the hub's answer."""
+"""Timeout of the model hub in seconds."""
 
 
 def check_hub(needed: bool | None) -> Finding:
-    """Whether the model hub answers.
+    """Check whether the model hub answers.
 
     Args:
-        needed: Whether weights have to come from it; None: nobody knows, outside of a study.
+        needed: Whether weights must be downloaded from it; None outside of a study, where this is unknown.
     """
     from huggingface_hub import constants
 
@@ -25,7 +25,7 @@ def check_hub(needed: bool | None) -> Finding:
     if hub_reachable(HUB_SECONDS):
         return Finding(name="model hub", status="ok", detail=f"{constants.ENDPOINT} answers")
     if constants.HF_HUB_OFFLINE:
-        detail, repair = "HF_HUB_OFFLINE forbids to ask", "unset HF_HUB_OFFLINE"
+        detail, repair = "HF_HUB_OFFLINE prevents the request", "unset HF_HUB_OFFLINE"
     else:
         detail = f"{constants.ENDPOINT} does not answer within {HUB_SECONDS:.0f} seconds"
         repair = "set HF_ENDPOINT to a mirror"
@@ -34,27 +34,27 @@ def check_hub(needed: bool | None) -> Finding:
     return Finding(
         name="model hub",
         status="fail" if needed else "warn",
-        detail=f"{detail}; weights that are not on this machine cannot be fetched",
+        detail=f"{detail}; weights that are not on this machine cannot be downloaded",
         repair=f"Check the network, {repair}, or set lpm.weights to a local file.",
     )
 
 
 def check_weights(settings: ResolvedSettings, root: Path) -> Finding:
-    """Whether the weights are on this machine and fill the model that the settings name, down to the last tensor.
+    """Check that the weights are on this machine and match every tensor of the model in the settings.
 
     Args:
-        settings: Resolved.
-        root: Folder that a relative path starts at.
+        settings: Resolved settings.
+        root: Folder for relative paths.
 
     Raises:
-        WeightsError: They are missing or those of another model.
+        WeightsError: They are missing or belong to another model.
     """
     from stages.lpm.loading import load_lpm
     from stages.lpm.weights import locate_weights, need_hub
 
     lpm = settings.lpm
     if need_hub(lpm, root):
-        detail = f"not on this machine yet: `fpt extract` fetches those of {lpm.name} from the hub"
+        detail = f"not on this machine yet: `fpt extract` downloads those of {lpm.name} from the hub"
         return Finding(name="weights", status="skipped", detail=detail)
     path = locate_weights(lpm, root)
     loaded = load_lpm(lpm, settings.features.image_size, root)
@@ -69,18 +69,18 @@ def check_store(
     root: Path | None = None,
     repair: str = "fpt extract",
 ) -> Finding:
-    """Whether the store behind a study's extraction receipt is there, complete as far as lengths and receipts tell.
+    """Check that the store of a study's extraction receipt exists, with all receipts and files of the right length.
 
     Args:
         cache_root: Folder of all stores.
-        receipt: The study's extraction receipt.
+        receipt: Path of the study's extraction receipt.
         remote: `store.remote`, from which training reads what the cache lacks.
-        settings: Resolved, with the precision of the store for "auto"; None where they or the weights are not known.
-        root: Folder of `params.yaml`, with `settings`.
-        repair: Command that extracts under these settings.
+        settings: Resolved, with the precision of the store for "auto"; None if these or the weights are unknown.
+        root: Folder of `params.yaml`; required with `settings`.
+        repair: Command that extracts with these settings.
 
     Raises:
-        CacheIncompleteError: The store or shards of it are gone.
+        CacheIncompleteError: The store or some of its shards are gone.
         CacheCorruptError: It is damaged.
     """
     from stages.extract.plan import requested_spec
@@ -89,17 +89,18 @@ def check_store(
 
     if not receipt.exists():
         return Finding(name="store", status="skipped", detail="no features were extracted yet")
-    found = read_extraction_receipt(receipt)
-    reader = open_rows(cache_root, found, remote)
+    extraction = read_extraction_receipt(receipt)
+    reader = open_rows(cache_root, extraction, remote)
     try:
-        reader.require_whole()
+        reader.require_complete()
     finally:
         reader.close()
-    detail = f"{found.fingerprint[:16]}: {counted(found.images, 'image')} in {counted(len(found.shards), 'shard')}"
-    differing = (
-        {} if settings is None or root is None else requested_spec(settings, root, found.spec.lpm).differing(found.spec)
-    )
+    images, shards = counted(extraction.images, "image"), counted(len(extraction.shards), "shard")
+    detail = f"{extraction.fingerprint[:16]}: {images} in {shards}"
+    spec, differing = extraction.spec, {}
+    if settings is not None and root is not None:
+        differing = requested_spec(settings, root, spec.lpm).differing(spec)
     if differing:
-        detail += f", of other settings than now: {', '.join(differing)}"
+        detail += f", extracted with other settings: {', '.join(differing)}"
         return Finding(name="store", status="warn", detail=detail, repair=repair)
     return Finding(name="store", status="ok", detail=detail)

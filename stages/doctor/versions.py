@@ -1,4 +1,4 @@
-"""Versions: against what this package and the packages among themselves ask for, and against known faults."""
+"""Checks of package versions against the requirements of fpt and of each other, and against known faults."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from packaging.utils import canonicalize_name
 from schemas.doctor import Finding
 
 SHOWN = ("torch", "torchvision", "timm", "zarr", "numcodecs", "dask", "distributed", "dvc")
-"""Packages with a finding of their own; all others share one."""
+"""Packages with a separate finding; all others share one."""
 
 IMPORTED = {"torch", "torchvision", "timm", "zarr", "numcodecs"}
-"""Packages with compiled parts or with a partner that they may not fit: they are really imported."""
+"""Packages that are actually imported, because compiled parts or a mismatched partner can break them."""
 
 
 @dataclass(frozen=True)
 class KnownFault:
-    """Versions, alone or together, that are known to do harm."""
+    """Versions of a package, or of two packages together, with a known fault."""
 
     package: str
-    """Of the finding."""
+    """Package that the finding is about."""
     versions: str
-    """Specifier."""
+    """Specifier of the faulty versions."""
     harm: str
-    """What happens, and where it is described."""
+    """Consequence, and where it is described."""
     partner: str = ""
-    """Package that it takes two for."""
+    """Second package, if the fault needs two."""
     partner_versions: str = ""
-    """Specifier."""
+    """Specifier of the partner's versions."""
 
 
 KNOWN_FAULTS = (
@@ -51,83 +51,84 @@ KNOWN_FAULTS = (
     KnownFault(
         "zarr",
         "<3",
-        "it cannot be imported beside numcodecs 0.16 (zarr-python issue 2963)",
+        "it cannot be imported with numcodecs 0.16 (zarr-python issue 2963)",
         "numcodecs",
         ">=0.16",
     ),
 )
-"""Below our own minimum too: who goes under it should read why it is there."""
+"""Includes versions below our minimum, to show why the minimum exists."""
 
 
 def check_python(version: tuple[int, int, int] | None = None) -> Finding:
-    """The interpreter, against the range that this package asks for."""
-    here = version or (sys.version_info.major, sys.version_info.minor, sys.version_info.micro)
-    text = ".".join(map(str, here))
-    wanted = metadata.metadata("fpt")["Requires-Python"]
-    if text not in SpecifierSet(wanted):
+    """Check the interpreter against the range that fpt requires."""
+    running = version or (sys.version_info.major, sys.version_info.minor, sys.version_info.micro)
+    text = ".".join(map(str, running))
+    required = metadata.metadata("fpt")["Requires-Python"]
+    if text not in SpecifierSet(required):
         return Finding(
-            name="Python", status="fail", detail=f"{text}; fpt needs {wanted}", repair="make setup PYTHON=python3.12"
+            name="Python", status="fail", detail=f"{text}; fpt needs {required}", repair="make setup PYTHON=python3.12"
         )
     return Finding(name="Python", status="ok", detail=f"{text} ({sys.executable})")
 
 
 def installed() -> dict[str, str]:
-    """Canonical name -> version of every installed package."""
-    found: dict[str, str] = {}
+    """Return canonical name -> version of every installed package."""
+    versions: dict[str, str] = {}
     for item in metadata.distributions():
-        # A broken leftover of an installation has no name; of two the first on the path is the one that is imported.
+        # Remains of a broken installation have no name; of duplicates, the first on the path is the one imported.
         if name := item.metadata["Name"]:
-            found.setdefault(canonicalize_name(name), item.version)
-    return found
+            versions.setdefault(canonicalize_name(name), item.version)
+    return versions
 
 
 def check_package(name: str, versions: Mapping[str, str], ranges: Mapping[str, SpecifierSet]) -> Finding:
-    """One package: present, in range, without a known fault, what it asks of others, and importable.
+    """Check that a package is installed, in range, without a known fault, satisfied by the others, and importable.
 
     Args:
         name: Canonical name.
-        versions: From `installed`.
-        ranges: From `wanted_ranges`.
+        versions: Result of `installed`.
+        ranges: Result of `required_ranges`.
     """
-    here = versions.get(name)
-    if here is None:
+    version = versions.get(name)
+    if version is None:
         return Finding(name=name, status="fail", detail="is not installed", repair=_install(name, ranges))
     problems = _faults(name, versions)
-    if not ranges.get(name, SpecifierSet()).contains(here, prereleases=True):
+    if not ranges.get(name, SpecifierSet()).contains(version, prereleases=True):
         problems.append(f"fpt needs {ranges[name]}")
-    problems += _broken_wishes(name, versions)
+    problems += _unmet_requirements(name, versions)
     if not problems and name in IMPORTED:
         problems += _import_problem(name)
     if problems:
-        return Finding(name=name, status="fail", detail=f"{here}: {'; '.join(problems)}", repair=_install(name, ranges))
-    return Finding(name=name, status="ok", detail=here)
+        detail = f"{version}: {'; '.join(problems)}"
+        return Finding(name=name, status="fail", detail=detail, repair=_install(name, ranges))
+    return Finding(name=name, status="ok", detail=version)
 
 
 def check_other_packages(versions: Mapping[str, str], ranges: Mapping[str, SpecifierSet]) -> Finding:
-    """All packages without a finding of their own, against their ranges."""
-    others = {name: wanted for name, wanted in ranges.items() if name not in SHOWN}
+    """Check the packages without a separate finding against their ranges."""
+    others = {name: required for name, required in ranges.items() if name not in SHOWN}
     wrong = {}
-    for name, wanted in sorted(others.items()):
+    for name, required in sorted(others.items()):
         if name not in versions:
             wrong[name] = f"{name} is missing"
-        elif not wanted.contains(versions[name], prereleases=True):
-            wrong[name] = f"{name} {versions[name]} (fpt needs {wanted})"
+        elif not required.contains(versions[name], prereleases=True):
+            wrong[name] = f"{name} {versions[name]} (fpt needs {required})"
     if wrong:
         repair = "pip install --upgrade " + " ".join(f"'{name}{ranges[name]}'" for name in wrong)
         return Finding(name="other packages", status="fail", detail="; ".join(wrong.values()), repair=repair)
     return Finding(name="other packages", status="ok", detail=f"{len(others)} in their ranges")
 
 
-def wanted_ranges() -> dict[str, SpecifierSet]:
-    """Canonical name -> versions that this package asks for; packages of extras are left out."""
+def required_ranges() -> dict[str, SpecifierSet]:
+    """Return canonical name -> range of versions that fpt requires, without the packages of extras."""
     ranges = {}
     for line in metadata.requires("fpt") or []:
-        wish = Requirement(line)
-        if wish.marker is None or wish.marker.evaluate({"extra": ""}):
-            ranges[canonicalize_name(wish.name)] = wish.specifier
-    # Released together with dask, and asked for as its extra.
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            ranges[canonicalize_name(requirement.name)] = requirement.specifier
+    # distributed is released together with dask and required as its extra.
     ranges.setdefault(canonicalize_name("distributed"), ranges.get(canonicalize_name("dask"), SpecifierSet()))
-    return {str(name): wanted for name, wanted in ranges.items()}
+    return {str(name): required for name, required in ranges.items()}
 
 
 def _faults(name: str, versions: Mapping[str, str]) -> list[str]:
@@ -143,28 +144,28 @@ def _faults(name: str, versions: Mapping[str, str]) -> list[str]:
     return faults
 
 
-def _broken_wishes(name: str, versions: Mapping[str, str]) -> list[str]:
-    """What a package asks of the packages here and does not get: pip lets a later command break it."""
+def _unmet_requirements(name: str, versions: Mapping[str, str]) -> list[str]:
+    """Return the requirements of a package that installed packages violate, as a later pip command may cause."""
     try:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
-    broken = []
+    unmet = []
     for line in lines:
-        wish = Requirement(line)
-        if wish.marker is not None and not wish.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        partner = versions.get(canonicalize_name(wish.name))
-        if partner is not None and not wish.specifier.contains(partner, prereleases=True):
-            broken.append(f"it needs {wish.name}{wish.specifier}, here is {partner}")
-    return broken
+        partner = versions.get(canonicalize_name(requirement.name))
+        if partner is not None and not requirement.specifier.contains(partner, prereleases=True):
+            unmet.append(f"it needs {requirement.name}{requirement.specifier}, but {partner} is installed")
+    return unmet
 
 
 def _import_problem(name: str) -> list[str]:
     try:
         importlib.import_module(name)
         if name == "torchvision":
-            # Its compiled half fails only when an operator is called, if it was built for another torch.
+            # Operators compiled for another torch fail only when they are called.
             import torch
             from torchvision.ops import nms
 
@@ -176,6 +177,6 @@ def _import_problem(name: str) -> list[str]:
 
 
 def _install(name: str, ranges: Mapping[str, SpecifierSet]) -> str:
-    # The two come as a pair: one alone would take the other's build away from it.
+    # Installed as a pair: upgrading only one would break the other.
     names = ("torch", "torchvision") if name in ("torch", "torchvision") else (name,)
     return "pip install --upgrade " + " ".join(f"'{each}{ranges.get(each, '')}'" for each in names)

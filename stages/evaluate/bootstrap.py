@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stages.tasks import judged_columns, positives
+from stages.tasks import positives, scored_columns
 
 RESAMPLES = 1000
 """Bootstrap samples; the ends of a 95% interval then rest on 25 samples each."""
@@ -40,7 +40,7 @@ def auc_interval(
     there = positives(labels, classes)
     if len(set(groups)) < 2 or not there.any(axis=0).all() or there.all(axis=0).any():
         return None
-    judged = judged_columns(labels, classes)
+    judged = scored_columns(labels, classes)
     values: list[Floats] = []
     for weights in group_draws(groups, seed=seed):
         aucs = [weighted_auc(there[:, index], probabilities[:, index], weights) for index in judged]

@@ -17,7 +17,7 @@ from stages.evaluate.metrics import check_predictions
 from stages.evaluate.predictions import Predictions, read_predictions
 from stages.evaluate.scoring import score
 from stages.files import read_regular
-from stages.tasks import decide, hits, judged_columns, positives
+from stages.tasks import decide, hits, positives, scored_columns
 from stages.train.bundle import read_spec
 
 PAIRED: dict[Task, tuple[str, ...]] = {
@@ -146,7 +146,7 @@ def _samples(
 def _weighted(labels: npt.NDArray[np.int64], p: Floats, weights: Floats, task: Task) -> dict[str, Floats]:
     """The paired metrics under weights (n, r) of the rows."""
     there, predicted, total = positives(labels, p.shape[1]), decide(p, task), weights.sum(axis=0)
-    guessed, judged = positives(predicted, p.shape[1]), judged_columns(labels, p.shape[1])
+    guessed, judged = positives(predicted, p.shape[1]), scored_columns(labels, p.shape[1])
     errors = np.sum([(p[:, index] - there[:, index]) ** 2 for index in judged], axis=0)
     found = {
         "auc": np.mean([weighted_auc(there[:, index], p[:, index], weights) for index in judged], axis=0),

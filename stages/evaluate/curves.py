@@ -14,7 +14,7 @@ from sklearn.metrics import roc_curve
 from stages.evaluate.metrics import CALIBRATION_BINS, Labels, Probabilities
 from stages.files import atomic_write
 from stages.tables import csv_text, safe_cell
-from stages.tasks import hits, judged_columns, positives
+from stages.tasks import hits, positives, scored_columns
 
 GRID = np.linspace(0.0, 1.0, 201)
 """False-positive rates at which one-vs-rest curves are averaged."""
@@ -43,7 +43,7 @@ def roc_curves(labels: Labels, probabilities: Probabilities, classes: Sequence[s
             found[name] = (np.asarray(fpr, dtype=np.float64), np.asarray(tpr, dtype=np.float64))
     if len(found) < len(classes):
         return Roc(found, None)
-    if len(judged_columns(labels, len(classes))) == 1:
+    if len(scored_columns(labels, len(classes))) == 1:
         return Roc(found, found[classes[1]], single=True)
     mean = np.mean([np.interp(GRID, fpr, tpr) for fpr, tpr in found.values()], axis=0)
     # The step at a false-positive rate of zero belongs to the curve, so it starts at the origin.

@@ -25,9 +25,9 @@ from stages.store.checksums import exchanged_shards
 from stages.store.extraction_receipt import write_extraction_receipt
 from stages.store.layout import Store, create_store
 from stages.store.manage.reuse import copy_rows
-from stages.store.manage.usage import at_work, register_use
+from stages.store.manage.usage import keep_from_gc, register_use
 from stages.store.manage.verify import damaged_shards
-from stages.store.writer import into_shards, remove_claimed_shards
+from stages.store.writer import remove_claimed_shards, split_into_shards
 
 Execute = Callable[
     [ResolvedSettings, Path, Store, Sequence[ShardTask], Callable[[int], None]],
@@ -107,7 +107,7 @@ def extract(
     """
     spec, statistics = _spec(job, preparing)
     store = create_store(job.cache_root, spec, job.settings.features.shard_size)
-    with at_work(store.path):
+    with keep_from_gc(store.path):
         # Garbage collection may have taken an unused store between the two lines above; now it cannot.
         store = create_store(job.cache_root, spec, job.settings.features.shard_size)
         register_use(job.cache_root, spec.fingerprint, job.root, job.receipt, None)
@@ -222,10 +222,10 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def plan_tasks(store: Store, images: Sequence[tuple[str, str, str]]) -> list[ShardTask]:
-    """Deal rows, given as (image id, path, view), to shards (`into_shards`) with the lowest free numbers."""
+    """Deal rows, given as (image id, path, view), to shards (`split_into_shards`) with the lowest free numbers."""
     finished = set(store.finished_shards())
     numbers = (number for number in itertools.count() if number not in finished)
-    return [ShardTask(next(numbers), tuple(shard)) for shard in into_shards(images, store.shard_size)]
+    return [ShardTask(next(numbers), tuple(shard)) for shard in split_into_shards(images, store.shard_size)]
 
 
 def _require_space(store: Store, needed: int) -> None:

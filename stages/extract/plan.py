@@ -26,10 +26,10 @@ from stages.lpm.loading import describe_lpm
 from stages.lpm.weights import locate_weights
 from stages.prepare.folds import all_to_train
 from stages.store.array_layouts import array_layouts
-from stages.store.index import RowIndex, misfits, refresh_index
+from stages.store.index import RowIndex, mismatched_shards, refresh_index
 from stages.store.layout import Store, open_store_layout, store_path
 from stages.store.manage.reuse import reusable_rows
-from stages.store.writer import into_shards
+from stages.store.writer import split_into_shards
 
 PROBE_EFFICIENCY = 0.6
 """Speed of a ViT's forward pass as a share of that of a large matrix product."""
@@ -97,7 +97,7 @@ def with_channels(spec: FeatureSpec, channels: Channels) -> FeatureSpec:
 def take_inventory(store: Store) -> Inventory:
     """Read the receipts that are new since the last time, and compare the lengths of all files."""
     index, unusable = refresh_index(store)
-    broken = sorted({*unusable, *misfits(store, index)})
+    broken = sorted({*unusable, *mismatched_shards(store, index)})
     shards = index.shards[~np.isin(index.shards["number"], broken)]
     speeds = np.sort(shards["seconds"] / shards["rows"])
     return Inventory(index, tuple(broken), float(speeds[len(speeds) // 2]) if len(speeds) else None)
@@ -112,7 +112,7 @@ def required_rows(settings: ResolvedSettings, manifest: Manifest, all_views: boo
         all_views: Whether other views than the image itself are needed also of images outside the training split.
     """
     rows = manifest_rows(all_to_train(manifest) if all_views else manifest, settings.features)
-    return {row.id: row for row in rows}
+    return {row.row_id: row for row in rows}
 
 
 def plan_extraction(
@@ -163,8 +163,8 @@ def plan_extraction(
 
 def _new_shards(absent: Sequence[ViewRow], copied: set[str], shard_size: int) -> int:
     """Count the shards that absent rows become: copied and computed rows share none."""
-    groups = ([row for row in absent if (row.id in copied) == is_copy] for is_copy in (True, False))
-    return sum(len(into_shards(group, shard_size)) for group in groups)
+    groups = ([row for row in absent if (row.row_id in copied) == is_copy] for is_copy in (True, False))
+    return sum(len(split_into_shards(group, shard_size)) for group in groups)
 
 
 def _free_bytes(folder: Path) -> int:

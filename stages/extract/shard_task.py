@@ -231,7 +231,7 @@ class Extractor:
         rows = computed.rows
         if rows:
             with claim_shard(self._store, computed.number) as shard:
-                ids = [row.id for row in rows]
+                ids = [row.row_id for row in rows]
                 write_shard(self._store, shard, ids, computed.arrays, computed.seconds, rows)
         return ShardDone(len(rows), tuple(dict.fromkeys(computed.failures)))
 

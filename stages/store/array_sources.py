@@ -1,4 +1,4 @@
-"""One array of a store as a source of rows: by `pread` where its bytes lie raw, else through zarr-python."""
+"""Read rows of one array: with `pread` if its bytes are stored raw, else through zarr-python."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from stages.store.layout import ArrayLayout
 from stages.store.shards import ShardFile
 
 OPEN_FILES = 256
-"""Shard files of one array held open at once: three arrays stay below the usual limit of 1,024 per process."""
-KNOWN_FILES = 16_384
-"""Shard files of one array whose index is remembered while they are closed."""
-UNDER_WAY = 32
-"""Rows of one array that zarr is asked for at the same time."""
+"""Open shard files per array: three arrays stay below the usual limit of 1,024 file handles per process."""
+INDEXED_FILES = 16_384
+"""Closed shard files per array whose index is kept in memory."""
+CONCURRENT_ROWS = 32
+"""Rows of one array that zarr fetches at the same time."""
 DAMAGE = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, EOFError)
-"""What zarr and its codecs raise about bytes that they can get but not read; anything else is about getting them."""
+"""Errors of zarr and its codecs about bytes that arrived but cannot be decoded; others mean that fetching failed."""
 REPAIR = "Run `fpt extract --check`: it removes damaged shards and computes their images again."
 
 
 class Source(Protocol):
     """Rows of one array."""
 
-    mapped: bool
+    direct: bool
     """Whether rows are read by `pread`."""
 
     def bind(self, shard: int, checksums: bytes) -> None:
@@ -50,30 +50,30 @@ class Source(Protocol):
         """Release every file handle."""
 
 
-class MappedArray:
-    """Raw little-endian inner chunks with CRC32C in shards on a local disk: what `layout` writes."""
+class DirectArray:
+    """Shards of raw little-endian inner chunks with CRC32C on a local disk, as `stages.store.layout` defines them."""
 
-    mapped = True
+    direct = True
 
-    def __init__(self, folder: Path, layout: ArrayLayout, shard_size: int, parts: int) -> None:
-        """Open nothing yet.
+    def __init__(self, folder: Path, layout: ArrayLayout, shard_size: int, chunks_per_row: int) -> None:
+        """Open no file yet.
 
         Args:
-            folder: Of the array.
-            layout: Of the array.
+            folder: Folder of the array.
+            layout: Shape and type of one row.
             shard_size: Rows per shard.
-            parts: Inner chunks of one row.
+            chunks_per_row: Inner chunks per row.
         """
         self._folder = str(folder)
         self._pattern = self._folder.replace("{", "{{").replace("}", "}}") + "/c.{}" + ".0" * len(layout.shape)
-        self._shard_size, self._parts = shard_size, parts
-        self._bytes = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize // parts
-        self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        self._known: OrderedDict[int, ShardFile] = OrderedDict()
+        self._shard_size, self._chunks_per_row = shard_size, chunks_per_row
+        self._bytes = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize // chunks_per_row
+        self._open_files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._indexed_files: OrderedDict[int, ShardFile] = OrderedDict()
         self._checksums: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_known": OrderedDict(), "_checksums": {}}
+        return {**self.__dict__, "_open_files": OrderedDict(), "_indexed_files": OrderedDict(), "_checksums": {}}
 
     def bind(self, shard: int, checksums: bytes) -> None:
         """Accept only rows with these checksums from a shard; before its first read."""
@@ -82,49 +82,50 @@ class MappedArray:
     def read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
         """Fill out[i] with row rows[i].
 
-        What the system holds in memory is read first; for the rest the disk is asked for everything at once.
+        Rows in the page cache are read first; read-ahead is requested for all others before the first of them is read.
         """
-        targets = out.reshape(len(rows) * self._parts, -1).view(np.uint8)
+        targets = out.reshape(len(rows) * self._chunks_per_row, -1).view(np.uint8)
         cold: list[tuple[ShardFile, int, NDArray[np.uint8]]] = []
         for position, row in enumerate(rows):
             shard, slot = divmod(row, self._shard_size)
             file = self._file(shard)
-            for part in range(self._parts):
-                chunk, target = slot * self._parts + part, targets[position * self._parts + part]
+            for step in range(self._chunks_per_row):
+                chunk = slot * self._chunks_per_row + step
+                target = targets[position * self._chunks_per_row + step]
                 if not file.read_cached(chunk, target):
                     cold.append((file, chunk, target))
         if len(cold) > 1:
             for file, chunk, _ in cold:
                 file.open()
-                file.expect(chunk)
+                file.prefetch(chunk)
         for file, chunk, target in cold:
             file.open()
             file.read_into(chunk, target)
-        if self._parts > 1:
-            # A chunk is less than a row here: the files cannot compare what they read.
+        if self._chunks_per_row > 1:
+            # Receipts hold one checksum per row, so chunks smaller than a row are only compared once it is complete.
             require_checksums(self._folder, rows, out, self._checksums, self._shard_size, REPAIR)
         self._trim()
 
     def close(self) -> None:
         """Release every file handle."""
-        while self._files:
-            self._files.popitem()[1].close()
+        while self._open_files:
+            self._open_files.popitem()[1].close()
 
     def open_files(self) -> int:
-        """How many file handles are held."""
-        return len(self._files)
+        """Return the number of open file handles."""
+        return len(self._open_files)
 
     def stored_checksums(self, shard: int, slots: Iterable[int]) -> bytes | None:
-        """Read the checksums that lie next to some rows of a shard, compared with those that it is bound to.
+        """Read the checksums stored with some rows of a shard, and compare them with its receipt if it is bound to one.
 
         Returns:
-            Big-endian, 4 bytes per row; None where a row has several chunks, and so no checksum of its own.
+            Big-endian, 4 bytes per row; None if rows have several chunks, and so no single checksum.
 
         Raises:
-            CacheIncompleteError: If the file or a row of it is gone.
+            CacheIncompleteError: If the file or one of its rows is gone.
             CacheCorruptError: If it is damaged, or not the file that its receipt describes.
         """
-        if self._parts > 1:
+        if self._chunks_per_row > 1:
             return None
         file = self._open(shard)
         try:
@@ -133,34 +134,34 @@ class MappedArray:
             file.close()
 
     def _file(self, shard: int) -> ShardFile:
-        file = self._files.get(shard)
+        file = self._open_files.get(shard)
         if file is not None:
             return file
-        file = self._known.get(shard)
+        file = self._indexed_files.get(shard)
         if file is None:
-            file = self._known[shard] = self._open(shard)
+            file = self._indexed_files[shard] = self._open(shard)
         else:
             file.open()
-        self._files[shard] = file
+        self._open_files[shard] = file
         return file
 
     def _open(self, shard: int) -> ShardFile:
-        checksums = self._checksums.get(shard) if self._parts == 1 else None
-        return ShardFile(self._pattern.format(shard), self._shard_size * self._parts, self._bytes, checksums)
+        checksums = self._checksums.get(shard) if self._chunks_per_row == 1 else None
+        return ShardFile(self._pattern.format(shard), self._shard_size * self._chunks_per_row, self._bytes, checksums)
 
     def _trim(self) -> None:
-        while len(self._files) > OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        while len(self._known) > KNOWN_FILES:
-            shard, file = self._known.popitem(last=False)
+        while len(self._open_files) > OPEN_FILES:
+            self._open_files.popitem(last=False)[1].close()
+        while len(self._indexed_files) > INDEXED_FILES:
+            shard, file = self._indexed_files.popitem(last=False)
             file.close()
-            self._files.pop(shard, None)
+            self._open_files.pop(shard, None)
 
 
 class ZarrArray:
-    """Any other codec, chunking or place: slices of zarr-python, one row each."""
+    """Arrays with any other codec, chunking or location, read through zarr-python one row at a time."""
 
-    mapped = False
+    direct = False
 
     def __init__(
         self,
@@ -171,14 +172,14 @@ class ZarrArray:
         repair: str = REPAIR,
         remote: bool = False,
     ) -> None:
-        """Open nothing yet.
+        """Open no file yet.
 
         Args:
             group: Path or URL of the Zarr group.
-            name: Of the array.
-            layout: What one row must look like.
+            name: Name of the array.
+            layout: Required shape and type of one row.
             shard_size: Rows per shard.
-            repair: What to do where it is damaged.
+            repair: Advice in the error about a damaged array.
             remote: Whether reading can fail for other reasons than damage.
         """
         self._group, self._name, self._layout, self._repair, self._remote = group, name, layout, repair, remote
@@ -199,8 +200,8 @@ class ZarrArray:
 
         Raises:
             CacheIncompleteError: If a chunk of a row was never written.
-            CacheCorruptError: If zarr cannot read it.
-            TransferError: If the other side cannot be reached.
+            CacheCorruptError: If zarr cannot decode it.
+            TransferError: If the remote side cannot be reached.
         """
         from zarr.core.sync import sync
 
@@ -210,11 +211,11 @@ class ZarrArray:
             sync(self._read(rows, out))
         except FptError:
             raise
-        except Exception as error:  # zarr and its codecs raise many kinds
+        except Exception as error:  # zarr and its codecs raise many types
             if self._remote and not isinstance(error, (*DAMAGE, FileNotFoundError)):
-                from stages.store.remote import unusable
+                from stages.store.remote import as_transfer_error
 
-                raise unusable(f"{self._group}/{self._name}", error) from error
+                raise as_transfer_error(f"{self._group}/{self._name}", error) from error
             raise CacheCorruptError(
                 f"The array {self._shown} cannot be read: {masked(str(error), secrets_in(self._group))}",
                 self._name,
@@ -224,7 +225,7 @@ class ZarrArray:
         require_checksums(self._shown, rows, out, self._checksums, self._shard_size, self._repair)
 
     def close(self) -> None:
-        """Forget the array."""
+        """Drop the opened array."""
         self._array = None
 
     def _open(self) -> Any:
@@ -242,18 +243,18 @@ class ZarrArray:
         return array
 
     async def _read(self, rows: Sequence[int], out: NDArray[Any]) -> None:
-        """One slice a row, many under way at a time: zarr reads the chunks of a shard in one slice one by one."""
-        room = asyncio.Semaphore(UNDER_WAY)
+        """Read one slice per row, many at a time: within one slice zarr reads the chunks of a shard sequentially."""
+        limit = asyncio.Semaphore(CONCURRENT_ROWS)
 
         async def read(position: int, row: int) -> None:
-            async with room:
+            async with limit:
                 await self._require(row)
                 out[position] = await self._array.async_array.getitem(row)
 
         await asyncio.gather(*(read(position, row) for position, row in enumerate(rows)))
 
     async def _require(self, row: int) -> None:
-        """Zarr gives the fill value for a chunk that is not there: a reader has to ask."""
+        """Check that every chunk of a row exists: zarr returns the fill value for a missing one."""
         if not 0 <= row < self._array.shape[0]:
             raise self._missing(row)
         grid = self._array.shards or self._array.chunks
@@ -270,41 +271,49 @@ class ZarrArray:
 
     def _missing(self, row: int) -> CacheIncompleteError:
         return CacheIncompleteError(
-            f"Row {row} of {self._shown} was never written, at least not all of it.",
+            f"Row {row} of {self._shown} was never written, or only in part.",
             (self._name,),
-            "A chunk is missing; a store that another program wrote may leave out chunks of zeros.",
+            "A chunk is missing; other programs may leave out chunks of zeros when they write a store.",
             f"{self._repair} Other programs: write with `write_empty_chunks`.",
         )
 
 
 def row_checksum(row: NDArray[Any]) -> bytes:
-    """CRC32C of a row's little-endian bytes, big-endian."""
+    """Return the CRC32C of a row's little-endian bytes as 4 big-endian bytes."""
     row = np.ascontiguousarray(row, row.dtype.newbyteorder("<"))
     return int(google_crc32c.value(row.reshape(-1).view(np.uint8))).to_bytes(CRC_BYTES, "big")
 
 
 def require_checksums(
-    place: str, rows: Sequence[int], found: NDArray[Any], checksums: Mapping[int, bytes], shard_size: int, repair: str
+    place: str, rows: Sequence[int], decoded: NDArray[Any], checksums: Mapping[int, bytes], shard_size: int, repair: str
 ) -> None:
-    """Compare decoded rows with the checksums of their receipts, as far as these have them.
+    """Compare decoded rows with the checksums of their receipts; shards without checksums are skipped.
+
+    Args:
+        place: Folder or URL of the array, for the message.
+        rows: Positions of the rows.
+        decoded: (len(rows), ...) their values.
+        checksums: Shard number -> checksums of its rows (`ShardReceipt.checksums`).
+        shard_size: Rows per shard.
+        repair: Advice in the error.
 
     Raises:
         CacheCorruptError: If a row is not the one that its receipt describes.
     """
-    for row, values in zip(rows, found, strict=True):
+    for row, values in zip(rows, decoded, strict=True):
         shard, slot = divmod(row, shard_size)
         expected = checksums.get(shard)
         if expected is not None and row_checksum(values) != expected[CRC_BYTES * slot : CRC_BYTES * (slot + 1)]:
             raise CacheCorruptError(
-                f"Row {slot} of shard {shard} in {place} is not the one of its receipt.",
+                f"Row {slot} of shard {shard} in {place} does not match its receipt.",
                 str(shard),
-                "Another shard's file may be in its place, or its bytes changed after they were written.",
+                "The file may belong to another shard, or its bytes changed after they were written.",
                 repair,
             )
 
 
 def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) -> Source:
-    """The fastest source that the metadata of an array allows.
+    """Return the fastest source that the metadata of an array allows.
 
     Raises:
         CacheIncompleteError: If the array has no metadata.
@@ -322,14 +331,14 @@ def open_source(group: Path, name: str, layout: ArrayLayout, shard_size: int) ->
             "The file was changed.",
             "Run `fpt cache verify --repair`: it writes the metadata again.",
         ) from None
-    parts = raw_parts(metadata, layout, shard_size)
-    if parts and sys.byteorder == "little" and hasattr(os, "preadv"):
-        return MappedArray(group / name, layout, shard_size, parts)
+    chunks_per_row = raw_chunks_per_row(metadata, layout, shard_size)
+    if chunks_per_row and sys.byteorder == "little" and hasattr(os, "preadv"):
+        return DirectArray(group / name, layout, shard_size, chunks_per_row)
     return ZarrArray(str(group), name, layout, shard_size)
 
 
-def raw_parts(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
-    """Inner chunks of a row where the metadata says that rows lie raw in shards; else 0."""
+def raw_chunks_per_row(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
+    """Return the number of inner chunks per row if the metadata describes raw rows in shards, else 0."""
     number = np.dtype(layout.dtype)
     raw: dict[str, Any] = {"name": "bytes"}
     little = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -350,6 +359,6 @@ def raw_parts(metadata: Any, layout: ArrayLayout, shard_size: int) -> int:
         )
     except (KeyError, TypeError, ValueError):
         return 0
-    # Chunks that cut a row along its leading axes alone are contiguous runs of its bytes.
+    # Chunks that split a row along its leading axes only are contiguous runs of its bytes.
     lead = next((n for n in range(len(shape) + 1) if inner[1:] == [1] * n + shape[n:]), None)
     return math.prod(shape[:lead]) if fits and lead is not None else 0

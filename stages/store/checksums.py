@@ -1,4 +1,4 @@
-"""Checksums of rows in receipts: computing them, and finding files that are not those of their receipts."""
+"""Compute the checksums of rows in receipts, and find files that do not match their receipts."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ from filelock import FileLock, Timeout
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import CRC_BYTES, ShardReceipt
 from stages.files import atomic_write
-from stages.store.array_sources import MappedArray, Source, open_source, row_checksum
+from stages.store.array_sources import DirectArray, Source, open_source, row_checksum
 from stages.store.index import read_shard_receipt
 from stages.store.layout import Store
 
 THREADS = min(8, os.cpu_count() or 1)
-"""Shards compared at a time."""
+"""Shards compared at the same time."""
 
 
 def stored_checksums(store: Store, shard: int, rows: int) -> dict[str, str]:
-    """CRC32C of the first rows of a shard as its files hold them, as `ShardReceipt.crc32c` lists them.
+    """Read the CRC32C of each row from the files of a shard, in the form of `ShardReceipt.crc32c`.
 
     Args:
         store: The store.
-        shard: Its files are the ones that were written.
-        rows: How many the shard has.
+        shard: A shard whose files are known to be undamaged.
+        rows: Number of its rows.
+
+    Returns:
+        Array name -> checksums as hex.
 
     Raises:
-        CacheIncompleteError: If a file or a row of it is gone.
+        CacheIncompleteError: If a file or a row is gone.
         CacheCorruptError: If one is damaged.
     """
     return {name: _checksums(source, store, name, shard, range(rows)).hex() for name, source in _sources(store).items()}
 
 
 def exchanged_shards(store: Store, shards: Iterable[int]) -> list[int]:
-    """Finished shards with a file that is not the one of its receipt, such as another shard's of the same length.
+    """Return the finished shards with a file that does not match the receipt, such as another shard's file.
 
-    Compares first and last row. Of uncompressed arrays only the stored checksums of these are read: a few bytes per
-    file. Receipts of earlier versions have nothing to compare with.
+    Compares the first and the last row. In uncompressed arrays only their stored checksums are read, a few bytes per
+    file. Receipts of earlier versions have no checksums and are skipped.
     """
     sources = _sources(store)
 
@@ -52,8 +55,8 @@ def exchanged_shards(store: Store, shards: Iterable[int]) -> list[int]:
                 expected = receipt.checksums(name)
                 if expected is None:
                     return False
-                found = _checksums(source, store, name, shard, slots)
-                if found != b"".join(expected[CRC_BYTES * slot : CRC_BYTES * (slot + 1)] for slot in slots):
+                stored = _checksums(source, store, name, shard, slots)
+                if stored != b"".join(expected[CRC_BYTES * slot : CRC_BYTES * (slot + 1)] for slot in slots):
                     return True
         except (CacheCorruptError, CacheIncompleteError):
             return True
@@ -65,16 +68,19 @@ def exchanged_shards(store: Store, shards: Iterable[int]) -> list[int]:
 
 
 def add_checksums(store: Store, receipt: ShardReceipt) -> bool:
-    """Add the checksums of rows to the receipt of an earlier version, whose files were just compared with it.
+    """Add row checksums to a receipt of an earlier version whose files were just compared with it.
 
-    Its digest in extraction receipts stays. Nothing is done where the shard is gone by now, somebody holds it, its
-    arrays cannot be read or the store cannot be written.
+    The digest of the receipt in extraction receipts does not change.
+
+    Returns:
+        Whether the receipt was written. It is not if the shard is gone or locked by another process, if its arrays
+        cannot be read, or if the store cannot be written.
     """
     try:
-        found = stored_checksums(store, receipt.shard, len(receipt.rows))
+        checksums = stored_checksums(store, receipt.shard, len(receipt.rows))
     except (CacheCorruptError, CacheIncompleteError):
         return False
-    complete = receipt.model_copy(update={"crc32c": found})
+    complete = receipt.model_copy(update={"crc32c": checksums})
     lock = FileLock(store.path / "locks" / f"{receipt.shard:06d}.lock")
     with suppress(Timeout, OSError), lock.acquire(blocking=False):
         if store.receipt(receipt.shard).exists():
@@ -89,7 +95,7 @@ def _sources(store: Store) -> dict[str, Source]:
 
 def _checksums(source: Source, store: Store, name: str, shard: int, slots: Iterable[int]) -> bytes:
     slots = list(slots)
-    stored = source.stored_checksums(shard, slots) if isinstance(source, MappedArray) else None
+    stored = source.stored_checksums(shard, slots) if isinstance(source, DirectArray) else None
     if stored is not None:
         return stored
     layout = store.layouts[name]

@@ -1,4 +1,4 @@
-"""The extraction receipt as a file: what DVC tracks in place of the heavy store."""
+"""Read and write the extraction receipt, the small file that DVC tracks instead of the large store."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from stages.files import atomic_write, read_regular
 
 
 def write_extraction_receipt(receipt: ExtractionReceipt, path: Path) -> None:
-    """Write it, whole or not at all."""
+    """Write an extraction receipt atomically.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
     atomic_write(path, (receipt.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_extraction_receipt(path: Path) -> ExtractionReceipt:
-    """Read it.
+    """Read an extraction receipt.
 
     Raises:
-        CacheIncompleteError: If there is none.
-        CacheCorruptError: If it is damaged or contradicts itself.
+        CacheIncompleteError: If it does not exist.
+        CacheCorruptError: If it is damaged or inconsistent.
     """
     try:
         receipt = ExtractionReceipt.model_validate_json(read_regular(path))

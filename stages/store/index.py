@@ -1,8 +1,8 @@
-"""Where every row of a store lies: one small file that is mapped, so that a million rows open in milliseconds.
+"""Index of the rows of a store: one small memory-mapped file, so that a million rows open in milliseconds.
 
-`<store>/index/rows.bin` repeats what the receipts say: a header, one record a shard, then the digests of all images,
-sorted, and the row of each. Receipts stay the truth: a missing, stale or damaged index is made again from them, and a
-reader compares a shard's receipt with what it expects before it reads the shard for the first time.
+`<store>/index/rows.bin` repeats the content of the receipts: a header, one record per shard, then all row ids in sorted
+order and the position of each row. Receipts stay authoritative: a missing, stale or damaged index is rebuilt from them,
+and a reader checks the receipt of a shard before it reads the shard for the first time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stages.store.shards import REPAIR
 MAGIC = b"fptrows1"
 ID_BYTES = 32
 LISTING_SHARE = 8
-"""One listing of a folder beats a call a file where at least one in this many of its files is asked for."""
+"""List a folder instead of checking files one by one if at least one in this many of its files is needed."""
 
 HEADER = np.dtype(
     [
@@ -46,7 +46,7 @@ HEADER = np.dtype(
 
 
 def shard_record(arrays: int) -> np.dtype[Any]:
-    """What the index keeps of one shard; lengths of files in the order of `array_layouts`."""
+    """Return the type of the index record of one shard; file lengths are in the order of `array_layouts`."""
     return np.dtype(
         [
             ("number", "<u4"),
@@ -67,61 +67,61 @@ class RowIndex:
     shard_size: int
     """Rows per shard."""
     shards: NDArray[Any]
-    """One record a shard (`shard_record`), by ascending number."""
+    """One record per shard (`shard_record`), by ascending number."""
     ids: NDArray[np.bytes_]
-    """(n,) S32, sorted: digests of the images."""
+    """(n,) S32: row ids, sorted."""
     places: NDArray[np.uint32]
-    """(n,) row of each: shard * shard_size + slot."""
+    """(n,) position of each row: shard * shard_size + slot."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def digests(self) -> dict[int, str]:
-        """Shard number -> digest of its receipt (hex), as an extraction receipt keeps it."""
+        """Return shard number -> digest of its receipt (hex), as in an extraction receipt."""
         return {int(number): bytes(value).hex() for number, value in zip(*self._numbers_and_digests(), strict=True)}
 
     def covers(self, expected: Mapping[str, str]) -> bool:
-        """Whether every shard of an extraction receipt is here, with that digest."""
+        """Whether the index has every shard of an extraction receipt, with that digest."""
         if not expected:
             return True
         try:
             numbers = np.fromiter(map(int, expected), np.uint32, len(expected))
-            wanted = np.frombuffer(bytes.fromhex("".join(expected.values())), "V32")
+            digests = np.frombuffer(bytes.fromhex("".join(expected.values())), "V32")
         except (ValueError, OverflowError):
             return False
-        if len(wanted) != len(numbers) or not len(self.shards):
+        if len(digests) != len(numbers) or not len(self.shards):
             return False
-        here, found = self._numbers_and_digests()
-        at = np.minimum(np.searchsorted(here, numbers), len(here) - 1)
-        return bool((here[at] == numbers).all()) and found[at].tobytes() == wanted.tobytes()
+        indexed_numbers, indexed_digests = self._numbers_and_digests()
+        at = np.minimum(np.searchsorted(indexed_numbers, numbers), len(indexed_numbers) - 1)
+        return bool((indexed_numbers[at] == numbers).all()) and indexed_digests[at].tobytes() == digests.tobytes()
 
-    def find(self, ids: Sequence[str], allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """Row of each image id, -1 where there is none; of several rows of one image the lowest.
+    def find(self, row_ids: Sequence[str], allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Return the position of each row (n,), -1 for missing rows, the lowest if a row is stored several times.
 
         Args:
-            ids: Sha256 in hex.
-            allowed: By shard number, whether its rows count; None: all do.
+            row_ids: Row ids in hex.
+            allowed: By shard number, whether its rows may be used; by default all may.
         """
-        if not len(ids) or not len(self.ids):
-            return np.full(len(ids), -1, np.int64)
-        wanted = np.frombuffer(bytes.fromhex("".join(ids)), "S32")
-        at = np.searchsorted(self.ids, wanted)
+        if not len(row_ids) or not len(self.ids):
+            return np.full(len(row_ids), -1, np.int64)
+        digests = np.frombuffer(bytes.fromhex("".join(row_ids)), "S32")
+        at = np.searchsorted(self.ids, digests)
         last = len(self.ids) - 1
         rows = np.where(
-            self.ids[np.minimum(at, last)] == wanted, self.places[np.minimum(at, last)].astype(np.int64), -1
+            self.ids[np.minimum(at, last)] == digests, self.places[np.minimum(at, last)].astype(np.int64), -1
         )
         if allowed is not None:
-            for position in np.flatnonzero((rows >= 0) & ~_of(allowed, rows // self.shard_size)):
+            for position in np.flatnonzero((rows >= 0) & ~_is_allowed(allowed, rows // self.shard_size)):
                 rows[position] = self._next_allowed(int(at[position]), allowed)
         return rows
 
     def _next_allowed(self, start: int, allowed: NDArray[np.bool_]) -> int:
-        """The same image may lie in several shards: two extractions computed it at the same time."""
+        """Return the next copy of a row in an allowed shard: concurrent extractions may have computed a row twice."""
         for position in range(start, len(self.ids)):
             if self.ids[position] != self.ids[start]:
                 break
             row = int(self.places[position])
-            if _of(allowed, np.array([row // self.shard_size]))[0]:
+            if _is_allowed(allowed, np.array([row // self.shard_size]))[0]:
                 return row
         return -1
 
@@ -129,18 +129,18 @@ class RowIndex:
         return np.ascontiguousarray(self.shards["number"]), np.ascontiguousarray(self.shards["digest"])
 
 
-def _of(allowed: NDArray[np.bool_], shards: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_allowed(allowed: NDArray[np.bool_], shards: NDArray[np.int64]) -> NDArray[np.bool_]:
     inside = (shards >= 0) & (shards < len(allowed))
     return inside & allowed[np.where(inside, shards, 0)] if len(allowed) else inside
 
 
 def index_path(store: Store) -> Path:
-    """File of the index; it need not exist."""
+    """Return the path of the index file, whether or not it exists."""
     return store.path / "index" / "rows.bin"
 
 
 def load_index(store: Store) -> RowIndex | None:
-    """Map the index; None if there is none, or it is damaged or of another store."""
+    """Map the index file; return None if it is missing, damaged or from another store."""
     arrays = len(store.layouts)
     record = shard_record(arrays)
     try:
@@ -167,7 +167,7 @@ def load_index(store: Store) -> RowIndex | None:
 
 
 def write_index(store: Store, index: RowIndex) -> None:
-    """Write it, whole or not at all.
+    """Write the index atomically.
 
     Raises:
         StorageError: If the store cannot be written.
@@ -182,21 +182,21 @@ def write_index(store: Store, index: RowIndex) -> None:
 
 
 def _checksum(head: Any, body: NDArray[np.uint8]) -> int:
-    plain = bytearray(head.tobytes())
-    plain[8:12] = bytes(4)
-    # An array, not a memoryview: the checksum library takes no writable buffer, but reads an array in place.
-    return int(google_crc32c.extend(google_crc32c.value(bytes(plain)), np.asarray(body)))
+    without_crc = bytearray(head.tobytes())
+    without_crc[8:12] = bytes(4)
+    # An array, not a memoryview: google_crc32c refuses writable buffers, but reads an array in place.
+    return int(google_crc32c.extend(google_crc32c.value(bytes(without_crc)), np.asarray(body)))
 
 
 def build_index(store: Store, shards: NDArray[Any], ids: NDArray[Any], places: NDArray[Any]) -> RowIndex:
-    """Sort shards by number and rows by (digest, row)."""
+    """Return an index with shards sorted by number and rows by (row id, position)."""
     shards = shards[np.argsort(shards["number"], kind="stable")]
     order = np.lexsort((places, ids))
     return RowIndex(store.shard_size, shards, ids[order], places[order])
 
 
 def read_shard_receipt(store: Store, shard: int) -> ShardReceipt:
-    """The receipt of a finished shard, without a look at its files.
+    """Read the receipt of a finished shard without checking its files.
 
     Raises:
         CacheIncompleteError: If it is gone.
@@ -217,7 +217,14 @@ def read_shard_receipt(store: Store, shard: int) -> ShardReceipt:
 def parse_shard_receipt(
     content: bytes, store: Store, shard: int, path: PurePath | str, repair: str = REPAIR
 ) -> ShardReceipt:
-    """The receipt of a finished shard out of its file.
+    """Parse the receipt of a finished shard.
+
+    Args:
+        content: Bytes of the receipt file.
+        store: The store it must belong to.
+        shard: The shard it must describe.
+        path: Path or URL for the message.
+        repair: Advice in the error.
 
     Raises:
         CacheCorruptError: If it is damaged, or belongs to another shard or store.
@@ -238,28 +245,30 @@ def parse_shard_receipt(
 
 
 def receipt_digest(receipt: ShardReceipt) -> str:
-    """What an extraction receipt remembers of a shard: rows and file digests, not times."""
+    """Return the digest that extraction receipts hold for a shard; it covers rows and file digests, not times."""
     return digest(receipt.model_dump(mode="json", include={"shard", "fingerprint", "rows", "files"}))
 
 
 def refresh_index(store: Store) -> tuple[RowIndex, tuple[int, ...]]:
-    """Bring the index to the state of the receipts, reading only those that are new or changed since.
+    """Update the index to the current receipts, reading only new and changed ones.
 
-    A store that cannot be written gets an index in memory.
+    If the store is read-only, the updated index exists in memory only.
 
     Returns:
-        The index, and the shards whose receipts cannot be used.
+        The index, and the shards whose receipts are unusable.
     """
-    old = load_index(store)
-    found = _list_receipts(store)
+    stored = load_index(store)
+    receipts = _list_receipts(store)
     record = shard_record(len(store.layouts))
     empty = RowIndex(store.shard_size, np.zeros(0, record), np.zeros(0, "S32"), np.zeros(0, np.uint32))
-    kept = empty if old is None else old
-    columns = (kept.shards[name].tolist() for name in ("number", "receipt_bytes", "receipt_mtime"))
-    stays = np.array([found.get(number) == (size, time) for number, size, time in zip(*columns, strict=True)], bool)
-    known = set(kept.shards["number"][stays].tolist())
+    old = empty if stored is None else stored
+    columns = (old.shards[name].tolist() for name in ("number", "receipt_bytes", "receipt_mtime"))
+    current = np.array(
+        [receipts.get(number) == (size, time) for number, size, time in zip(*columns, strict=True)], bool
+    )
+    current_numbers = set(old.shards["number"][current].tolist())
     shards, ids, places, broken = [], [], [], []
-    for number in sorted(found.keys() - known):
+    for number in sorted(receipts.keys() - current_numbers):
         try:
             receipt = read_shard_receipt(store, number)
         except (CacheCorruptError, CacheIncompleteError):
@@ -267,17 +276,17 @@ def refresh_index(store: Store) -> tuple[RowIndex, tuple[int, ...]]:
             continue
         lengths = tuple(receipt.files[name].bytes for name in store.layouts)
         key = np.frombuffer(bytes.fromhex(receipt_digest(receipt)), "V32")[0]
-        shards.append((number, len(receipt.rows), receipt.seconds, key, *found[number], lengths))
+        shards.append((number, len(receipt.rows), receipt.seconds, key, *receipts[number], lengths))
         ids.append("".join(receipt.rows))
         places.append(number * store.shard_size + np.arange(len(receipt.rows), dtype=np.uint32))
-    if old is not None and not shards and bool(stays.all()):
-        return old, tuple(broken)
-    lasting = np.isin(kept.places // store.shard_size, np.array(sorted(known), np.uint32))
+    if stored is not None and not shards and bool(current.all()):
+        return stored, tuple(broken)
+    current_rows = np.isin(old.places // store.shard_size, np.array(sorted(current_numbers), np.uint32))
     index = build_index(
         store,
-        np.concatenate([kept.shards[stays], np.array(shards, record)]),
-        np.concatenate([kept.ids[lasting], np.frombuffer(bytes.fromhex("".join(ids)), "S32")]),
-        np.concatenate([kept.places[lasting], *places]).astype(np.uint32),
+        np.concatenate([old.shards[current], np.array(shards, record)]),
+        np.concatenate([old.ids[current_rows], np.frombuffer(bytes.fromhex("".join(ids)), "S32")]),
+        np.concatenate([old.places[current_rows], *places]).astype(np.uint32),
     )
     with suppress(StorageError):
         write_index(store, index)
@@ -285,26 +294,26 @@ def refresh_index(store: Store) -> tuple[RowIndex, tuple[int, ...]]:
 
 
 def _list_receipts(store: Store) -> dict[int, tuple[int, int]]:
-    """Shard number -> (length, time of change in ns) of its receipt."""
-    found = {}
+    """Return shard number -> (length in bytes, modification time in ns) of its receipt."""
+    receipts = {}
     with suppress(FileNotFoundError), os.scandir(store.receipts) as entries:
         for entry in entries:
             stem, dot, kind = entry.name.partition(".")
             if stem.isdecimal() and dot and kind == "json":
-                # A receipt may go while the folder is listed.
+                # A receipt may be deleted while the folder is listed.
                 with suppress(FileNotFoundError):
                     status = entry.stat()
-                    found[int(stem)] = (status.st_size, status.st_mtime_ns)
-    return found
+                    receipts[int(stem)] = (status.st_size, status.st_mtime_ns)
+    return receipts
 
 
-def misfits(store: Store, index: RowIndex, numbers: Sequence[int] | None = None) -> list[int]:
-    """Shards of which the receipt or a file is missing or has another length than the index says.
+def mismatched_shards(store: Store, index: RowIndex, numbers: Sequence[int] | None = None) -> list[int]:
+    """Return the shards whose receipt or files are missing or have another length than in the index.
 
     Args:
         store: The store.
-        index: Of the store.
-        numbers: Shards to look at, all of them in the index; None: all.
+        index: Its index.
+        numbers: Shards to check, all of them in the index; by default every shard.
     """
     shards = index.shards
     if numbers is not None:

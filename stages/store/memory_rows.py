@@ -1,4 +1,4 @@
-"""The rows of a study in memory, where they fit: then the disk, or the network, is read once."""
+"""Hold the rows of a study in memory if they fit, so that disk or network is read only once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ from stages.shared import SharedArrays
 from stages.store.layout import ArrayLayout
 
 AUTO_SHARE = 0.5
-"""Share of the memory that is free now which "auto" may take; training itself needs little."""
+"""Share of the free memory that "auto" may take; training itself needs little."""
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Folder, limit, usage and key of the cached files in `memory.stat`, for versions 2 and 1 of Linux control groups."""
 FILL_ROWS = 64
-"""Rows read at a time while the memory is filled."""
+"""Rows per read while the memory is filled."""
 
 
 class RowSource(Protocol):
@@ -33,100 +43,104 @@ class RowSource(Protocol):
     def layouts(self) -> dict[str, ArrayLayout]:
         """Shape and type of one row of each array."""
 
-    def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Row of each image."""
+    def locate(self, row_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the position of each row (n,)."""
 
     def read_rows(
         self,
         rows: NDArray[np.int64],
-        ids: Sequence[str],
+        row_ids: Sequence[str],
         names: Iterable[str],
         out: dict[str, NDArray[Any]] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Rows of located images, in their order."""
+        """Read located rows, in their order."""
 
 
 class MemoryRows:
-    """Some rows of a store, in memory that a loader's workers share."""
+    """Some rows of a store, in memory shared with the worker processes of a loader."""
 
-    def __init__(self, store: RowSource, ids: Sequence[str], names: Sequence[str]) -> None:
-        """Read them, in the order in which they lie on the disk.
+    def __init__(self, store: RowSource, row_ids: Sequence[str], names: Sequence[str]) -> None:
+        """Read the rows in the order in which they are stored.
 
         Args:
-            store: Where they are.
-            ids: Images, each once.
-            names: Arrays.
+            store: Store to read from.
+            row_ids: Row ids, each once.
+            names: Arrays to read.
 
         Raises:
-            CacheIncompleteError: If an image has no row.
+            CacheIncompleteError: If the store lacks a row.
             CacheCorruptError: If bytes changed since they were written.
         """
-        rows = store.locate(ids)
+        rows = store.locate(row_ids)
         order = np.argsort(rows)
         self.url = store.url
         self._layouts = {name: store.layouts[name] for name in names}
-        self._position = {ids[at]: position for position, at in enumerate(order.tolist())}
+        self._position = {row_ids[at]: position for position, at in enumerate(order.tolist())}
         self._shared = SharedArrays(
-            {name: ((len(ids), *layout.shape), layout.dtype) for name, layout in self._layouts.items()}
+            {name: ((len(row_ids), *layout.shape), layout.dtype) for name, layout in self._layouts.items()}
         )
-        for start in range(0, len(ids), FILL_ROWS):
-            some = order[start : start + FILL_ROWS]
-            part = {name: array[start : start + len(some)] for name, array in self._shared.arrays.items()}
-            store.read_rows(rows[some], [ids[at] for at in some.tolist()], names, part)
+        for start in range(0, len(row_ids), FILL_ROWS):
+            batch = order[start : start + FILL_ROWS]
+            buffers = {name: array[start : start + len(batch)] for name, array in self._shared.arrays.items()}
+            store.read_rows(rows[batch], [row_ids[at] for at in batch.tolist()], names, buffers)
 
     @property
     def layouts(self) -> dict[str, ArrayLayout]:
         """Shape and type of one row of each array."""
         return dict(self._layouts)
 
-    def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Row of each image."""
-        return np.array([self._position[image_id] for image_id in ids], np.int64)
+    def locate(self, row_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the position of each row (n,)."""
+        return np.array([self._position[row_id] for row_id in row_ids], np.int64)
 
     def read_rows(
         self,
         rows: NDArray[np.int64],
-        ids: Sequence[str],
+        row_ids: Sequence[str],
         names: Iterable[str],
         out: dict[str, NDArray[Any]] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Rows of located images, in their order."""
-        found = {}
+        """Read located rows, in their order."""
+        arrays = {}
         for name in names:
-            target = out[name][: len(ids)] if out is not None and name in out else None
-            # With "raise" numpy would fill a copy of the target first; rows of `locate` are within bounds.
-            found[name] = np.take(self._shared.arrays[name], rows, axis=0, out=target, mode="clip")
-        return found
+            target = out[name][: len(row_ids)] if out is not None and name in out else None
+            # With mode "raise" numpy would fill a copy of the target first; `locate` stays within bounds.
+            arrays[name] = np.take(self._shared.arrays[name], rows, axis=0, out=target, mode="clip")
+        return arrays
 
 
-def decide(
-    store: RowSource, ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
+def plan_memory(
+    store: RowSource, row_ids: Sequence[str], names: Iterable[str], settings: StoreSettings, processes: int = 1
 ) -> StoreMemory:
-    """Whether the rows of a study fit into the memory that they may take; each process of a machine holds its own."""
-    row = sum(
-        math.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in (store.layouts[name] for name in names)
-    )
+    """Decide whether the rows of a study are held in memory.
+
+    Args:
+        store: Store of the rows.
+        row_ids: Rows that training reads.
+        names: Arrays that it reads.
+        settings: Memory budget.
+        processes: Training processes on this machine, each with its own copy.
+    """
+    layouts = [store.layouts[name] for name in names]
+    row_bytes = sum(math.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in layouts)
     budget = settings.memory_bytes
     if budget is None:
         budget = int(AUTO_SHARE * available_memory())
     budget //= processes
-    held = 0 < row * len(ids) <= budget
-    return StoreMemory(held=held, rows=len(ids), needed=row * len(ids), budget=budget, remote=store.url)
+    needed = row_bytes * len(row_ids)
+    return StoreMemory(held=0 < needed <= budget, rows=len(row_ids), needed=needed, budget=budget, remote=store.url)
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take without pushing others out; 0 where the system does not say."""
-    found = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
-    # In a container the limit of its control group counts; cached files can be dropped, so they count as free.
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(dict(lines)["inactive_file"])
-        found.append(max(0, limit - used + cached))
-    return min(found, default=0)
+    """Return the bytes that this process can still allocate without swapping or hitting the limit of its container."""
+    import psutil
+
+    free = [int(psutil.virtual_memory().available)]
+    # Not distributed.system.memory_limit: it returns the limit and not what is left of it, and takes 0.4 s to import.
+    for folder, limit, usage, cached in CONTROL_GROUPS:
+        with suppress(OSError, ValueError, KeyError):
+            left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # The kernel drops cached files when memory is needed, so they count as free.
+            free.append(max(0, left + int(statistics[cached])))
+    return min(free)

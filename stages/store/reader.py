@@ -1,4 +1,4 @@
-"""Reading rows by image id. Readers trust receipts, never the mere presence of a file."""
+"""Read rows by row id. Readers trust receipts, never the mere presence of a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError
 from schemas.features import ExtractionReceipt, ShardReceipt
-from stages.store.array_sources import MappedArray, Source, open_source
+from stages.store.array_sources import DirectArray, Source, open_source
 from stages.store.index import (
     ID_BYTES,
     RowIndex,
     load_index,
-    misfits,
+    mismatched_shards,
     read_shard_receipt,
     receipt_digest,
     refresh_index,
@@ -31,9 +31,9 @@ __all__ = ["StoreReader", "open_store", "read_receipt", "receipt_digest"]
 class StoreReader:
     """Random access to the rows of a store.
 
-    Opening reads no receipt: that of a shard, and the lengths of its files, are compared when a row of it is read for
-    the first time. File handles are opened on first use and never carried into another process by pickling; `pread`
-    keeps no position, so a forked worker may share them.
+    Opening reads no receipt. The receipt of a shard and the lengths of its files are checked when one of its rows is
+    read for the first time. File handles are opened on first use and are not pickled; `pread` keeps no position, so
+    forked workers may share them.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class StoreReader:
         index: RowIndex,
         sources: Mapping[str, Source] | None = None,
     ) -> None:
-        """Use `open_store` instead, which finds the index.
+        """Use `open_store` instead, which loads the index.
 
         Args:
             store: The store.
             expected: Shard number -> digest of its receipt, as in the extraction receipt.
-            index: Covers these shards.
-            sources: Of every array; None: the files of the store.
+            index: Row index that covers these shards.
+            sources: Source of every array; by default the files of the store.
         """
         self.store, self._expected = store, dict(expected)
         self._layouts = store.layouts
@@ -69,57 +69,57 @@ class StoreReader:
         inside = numbers < len(self._allowed)
         return int(shards["rows"][inside][self._allowed[numbers[inside]]].sum())
 
-    def __contains__(self, image_id: str) -> bool:
-        return bool(self.find([image_id])[0] >= 0)
+    def __contains__(self, row_id: str) -> bool:
+        return bool(self.find([row_id])[0] >= 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the mapped index would weigh tens of megabytes; its file is there for every process.
+        # A copy of the memory-mapped index would take tens of megabytes; every process can map the file itself.
         return {**self.__dict__, "_index": None, "_checked": {}}
 
     @property
     def index(self) -> RowIndex:
-        """Where every row lies."""
+        """Position of every row."""
         if self._index is None:
             self._index = _covering_index(self.store, self._expected)
         return self._index
 
     @property
     def url(self) -> str | None:
-        """Of a store that is read in place behind one; None: a folder."""
+        """URL of a store that is read in place; None for a folder."""
         return None
 
     @property
     def place(self) -> str:
-        """Where the store is."""
+        """Folder or URL of the store."""
         return str(self.store.path)
 
     @property
-    def mapped(self) -> bool:
-        """Whether every array is read by `pread`; else some go through zarr."""
-        return all(source.mapped for source in self._sources.values())
+    def direct(self) -> bool:
+        """Whether every array is read by `pread`, none through zarr."""
+        return all(source.direct for source in self._sources.values())
 
     @property
     def layouts(self) -> dict[str, Any]:
         """Shape and type of one row of each array."""
         return dict(self._layouts)
 
-    def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Row of each image, -1 where there is none; for `read_rows`."""
-        return self.index.find(ids, self._allowed)
+    def find(self, row_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the position of each row (n,) for `read_rows`, -1 for rows that the store lacks."""
+        return self.index.find(row_ids, self._allowed)
 
-    def missing(self, ids: Sequence[str]) -> list[str]:
-        """The images that have no row here."""
-        return [ids[position] for position in np.flatnonzero(self.find(ids) < 0).tolist()]
+    def missing(self, row_ids: Sequence[str]) -> list[str]:
+        """Return the row ids that the store lacks."""
+        return [row_ids[at] for at in np.flatnonzero(self.find(row_ids) < 0).tolist()]
 
-    def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Row of each image; for `read_rows`.
+    def locate(self, row_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the position of each row (n,) for `read_rows`.
 
         Raises:
-            CacheIncompleteError: If an image has no row.
+            CacheIncompleteError: If the store lacks a row.
         """
-        rows = self.find(ids)
+        rows = self.find(row_ids)
         if len(rows) and int(rows.min()) < 0:
-            missing = [ids[position] for position in np.flatnonzero(rows < 0).tolist()]
+            missing = [row_ids[at] for at in np.flatnonzero(rows < 0).tolist()]
             raise CacheIncompleteError(
                 f"The store {self.place} has no features of image {missing[0][:16]}.",
                 missing,
@@ -129,66 +129,66 @@ class StoreReader:
         return rows
 
     def read(
-        self, ids: Sequence[str], names: Iterable[str], out: dict[str, NDArray[Any]] | None = None
+        self, row_ids: Sequence[str], names: Iterable[str], out: dict[str, NDArray[Any]] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Read rows in the order of `ids`.
+        """Read rows in the order of `row_ids`.
 
         Args:
-            ids: Image ids, repeats allowed.
+            row_ids: Row ids, repeats allowed.
             names: Arrays to read: keys, values, indices, pooled, side.
-            out: Buffers to fill and return slices of, by name, each with at least len(ids) rows; a fresh
-                buffer of tens of megabytes a batch costs more than the read.
+            out: Buffers to fill, by array name, each with room for len(row_ids) rows; slices of them are returned.
+                Allocating tens of megabytes per batch would take longer than the read itself.
 
         Returns:
-            name -> (len(ids), ...), in the type of the store.
+            Array name -> (len(row_ids), ...), in the type of the store.
 
         Raises:
-            CacheIncompleteError: If an image has no row.
+            CacheIncompleteError: If the store lacks a row.
             CacheCorruptError: If bytes changed since they were written.
         """
-        return self.read_rows(self.locate(ids), ids, names, out)
+        return self.read_rows(self.locate(row_ids), row_ids, names, out)
 
     def read_rows(
         self,
         rows: NDArray[np.int64],
-        ids: Sequence[str],
+        row_ids: Sequence[str],
         names: Iterable[str],
         out: dict[str, NDArray[Any]] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """Like `read`, for images that were located before."""
-        names, places = tuple(names), rows.tolist()
-        for row, image_id in zip(places, ids, strict=True):
+        """Read rows whose positions are known already; like `read` otherwise."""
+        names, positions = tuple(names), rows.tolist()
+        for row, row_id in zip(positions, row_ids, strict=True):
             shard, slot = divmod(row, self.store.shard_size)
-            held = self._checked.get(shard) or self._check(shard)
-            if held[slot * ID_BYTES : (slot + 1) * ID_BYTES] != bytes.fromhex(image_id):
-                raise self._other_row(row, image_id)
-        if not all(self._sources[name].mapped for name in names):
-            self._compare(places, ids)
+            shard_ids = self._checked.get(shard) or self._check(shard)
+            if shard_ids[slot * ID_BYTES : (slot + 1) * ID_BYTES] != bytes.fromhex(row_id):
+                raise self._other_row(row, row_id)
+        if not all(self._sources[name].direct for name in names):
+            self._compare(positions, row_ids)
         result = {}
         for name in names:
             layout = self._layouts[name]
             if out is not None and name in out:
-                target = out[name][: len(ids)]
+                target = out[name][: len(row_ids)]
             else:
-                target = np.empty((len(ids), *layout.shape), layout.dtype)
+                target = np.empty((len(row_ids), *layout.shape), layout.dtype)
             result[name] = target
-        if places:
-            self._fill(places, result)
+        if positions:
+            self._fill(positions, result)
         return result
 
-    def require_whole(self) -> None:
-        """Check that every shard of the extraction receipt is there with its receipt and its lengths; reads neither.
+    def require_complete(self) -> None:
+        """Check that the receipt and the files of every shard exist with the recorded lengths; reads none of them.
 
         Raises:
             CacheIncompleteError: If a receipt or a file is gone.
             CacheCorruptError: If one was changed.
         """
-        for number in misfits(self.store, self.index, [int(number) for number in self._expected]):
+        for number in mismatched_shards(self.store, self.index, [int(number) for number in self._expected]):
             self._check(number)
 
     def open_files(self) -> int:
-        """How many file handles are held."""
-        return sum(source.open_files() for source in self._sources.values() if isinstance(source, MappedArray))
+        """Return the number of open file handles."""
+        return sum(source.open_files() for source in self._sources.values() if isinstance(source, DirectArray))
 
     def close(self) -> None:
         """Release every file handle."""
@@ -196,38 +196,38 @@ class StoreReader:
             source.close()
 
     def _fill(self, rows: Sequence[int], targets: Mapping[str, NDArray[Any]]) -> None:
-        """Read rows of several arrays."""
+        """Read the rows of several arrays."""
         for name, target in targets.items():
             self._sources[name].read(rows, target)
 
-    def _compare(self, rows: Sequence[int], ids: Sequence[str]) -> None:
-        """Another layout has its own idea of where row n lies: it must be the row of this image there."""
-        fresh = {row: image_id for row, image_id in zip(rows, ids, strict=True) if row not in self._compared}
-        digests = np.empty((len(fresh), ID_BYTES), np.uint8)
-        if fresh:
-            self._sources["sha256"].read(list(fresh), digests)
-        for (row, image_id), found in zip(fresh.items(), digests, strict=True):
-            if found.tobytes().hex() != image_id:
-                raise self._other_row(row, image_id)
-        self._compared.update(fresh)
+    def _compare(self, rows: Sequence[int], row_ids: Sequence[str]) -> None:
+        """Check the stored row ids: under another layout row n may be somewhere else."""
+        unchecked = {row: row_id for row, row_id in zip(rows, row_ids, strict=True) if row not in self._compared}
+        stored_ids = np.empty((len(unchecked), ID_BYTES), np.uint8)
+        if unchecked:
+            self._sources["sha256"].read(list(unchecked), stored_ids)
+        for (row, row_id), stored_id in zip(unchecked.items(), stored_ids, strict=True):
+            if stored_id.tobytes().hex() != row_id:
+                raise self._other_row(row, row_id)
+        self._compared.update(unchecked)
 
-    def _other_row(self, row: int, image_id: str) -> CacheCorruptError:
+    def _other_row(self, row: int, row_id: str) -> CacheCorruptError:
         return CacheCorruptError(
-            f"Row {row} of {self.store.path} is not the one of image {image_id[:16]}.",
+            f"Row {row} of {self.store.path} is not the one of image {row_id[:16]}.",
             str(row // self.store.shard_size),
             "The index of rows or the metadata of the store was changed.",
-            f"Delete {self.store.path / 'index'}, which is made again, and run `fpt extract --check`.",
+            f"Delete {self.store.path / 'index'}, which is rebuilt, and run `fpt extract --check`.",
         )
 
     def _bind(self, receipt: ShardReceipt) -> None:
-        """Have every source compare what it reads of a shard with the checksums of the receipt."""
+        """Make every source compare the rows it reads from a shard with the checksums of the receipt."""
         for name, source in self._sources.items():
             checksums = receipt.checksums(name)
             if checksums is not None:
                 source.bind(receipt.shard, checksums)
 
     def _check(self, shard: int) -> bytes:
-        """Compare a shard with the extraction receipt, before the first of its rows is read."""
+        """Compare a shard with the extraction receipt before its first row is read; return its row ids (bytes)."""
         receipt = read_receipt(self.store, shard)
         if receipt_digest(receipt) != self._expected.get(str(shard)):
             raise _foreign(self.store, str(shard))
@@ -237,7 +237,7 @@ class StoreReader:
 
 
 def read_receipt(store: Store, shard: int) -> ShardReceipt:
-    """The receipt of a finished shard, checked against the sizes of its files.
+    """Read the receipt of a finished shard and check it against the sizes of its files.
 
     Raises:
         CacheIncompleteError: If the receipt or a file is gone.
@@ -247,7 +247,7 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
     for name, expected in receipt.files.items():
         file = store.shard_name(name, shard)
         try:
-            length = os.stat(file).st_size  # noqa: PTH116  (a Path a file is a third of the time)
+            length = os.stat(file).st_size  # noqa: PTH116  (constructing a Path would take a third of the time)
         except (FileNotFoundError, NotADirectoryError):
             missing = (Path(file).name,)
             raise CacheIncompleteError(f"The shard file {file} is gone.", missing, repair=REPAIR) from None
@@ -261,9 +261,9 @@ def read_receipt(store: Store, shard: int) -> ShardReceipt:
 
 
 def open_store(cache_root: Path, receipt: ExtractionReceipt) -> StoreReader:
-    """Open the store behind an extraction receipt. Takes milliseconds, however many rows it has.
+    """Open the store that an extraction receipt describes; takes milliseconds for any number of rows.
 
-    Shards are compared with the receipt when they are first read; `StoreReader.require_whole` looks at all of them.
+    Shards are compared with the receipt when they are first read; `StoreReader.require_complete` checks all of them.
 
     Raises:
         CacheIncompleteError: If the store or a receipt is gone.
@@ -275,24 +275,26 @@ def open_store(cache_root: Path, receipt: ExtractionReceipt) -> StoreReader:
     except FileNotFoundError:
         path = store_path(cache_root, receipt.fingerprint)
         raise CacheIncompleteError(
-            f"The feature store {path} behind the extraction receipt is gone.",
+            f"The feature store {path} of the extraction receipt is gone.",
             cause="It was deleted, or FPT_CACHE_DIR points to another place than during the extraction.",
             repair=REPAIR,
         ) from None
     if not all(number.isdecimal() for number in receipt.shards):
-        raise CacheCorruptError("The extraction receipt names a shard that is no number.", repair="Run `fpt extract`.")
+        raise CacheCorruptError(
+            "The extraction receipt names a shard that is not a number.", repair="Run `fpt extract`."
+        )
     return StoreReader(store, receipt.shards, _covering_index(store, receipt.shards))
 
 
 def _covering_index(store: Store, expected: Mapping[str, str]) -> RowIndex:
-    """The index on the disk where it fits an extraction receipt, else one made anew from the receipts."""
+    """Return the stored index if it covers an extraction receipt, else rebuild it from the shard receipts."""
     index = load_index(store)
     if index is None or not index.covers(expected):
         index, _ = refresh_index(store)
     if not index.covers(expected):
-        here = index.digests()
+        indexed = index.digests()
         for number, digest in expected.items():
-            if here.get(int(number)) != digest:
+            if indexed.get(int(number)) != digest:
                 read_receipt(store, int(number))
                 raise _foreign(store, number)
     return index

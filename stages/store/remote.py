@@ -1,8 +1,7 @@
-"""A cache root somewhere else: any fsspec URL, laid out like a local one."""
+"""A cache root behind an fsspec URL, with the same layout as a local one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -19,14 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from schemas.errors import CacheCorruptError, CacheMismatchError, FptError, TransferError
-from schemas.features import CRC_BYTES, FeatureSpec, FileDigest, ShardReceipt
+from schemas.features import CRC_BYTES, FeatureSpec, ShardReceipt
 from schemas.urls import masked, names_secret, secrets_in
 from stages.store.layout import Store, described_shard_size
 
-PIECE = 2**22
-"""Bytes copied at a time."""
 LARGEST_DESCRIPTION = 2**24
-"""Bytes of the longest JSON file that is read: a receipt of 4096 rows of views has some 2 MiB."""
+"""Size limit for JSON files, in bytes; a receipt of 4,096 rows of views has about 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +31,24 @@ class Remote:
     """A cache root behind a URL."""
 
     fs: fsspec.AbstractFileSystem
-    """Where it lies."""
+    """File system of the URL."""
     root: str
-    """Path in it, without a slash at the end."""
+    """Path in the file system, without a trailing slash."""
     address: str = field(repr=False)
-    """URL or folder as it was given; may hold a password."""
+    """URL or folder as the user gave it; may contain a password."""
 
     @property
     def url(self) -> str:
-        """The address for people, without passwords and tokens."""
+        """The address without passwords and tokens, for messages."""
         return masked(self.address)
 
     @property
     def local(self) -> Path | None:
-        """The folder, where the URL names one of this machine."""
+        """The folder if the URL names one on this machine, else None."""
         return Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
 
     def store(self, spec: FeatureSpec, shard_size: int) -> RemoteStore:
-        """The store of a spec; it need not exist."""
+        """Return the store of a spec, whether or not it exists."""
         return RemoteStore(self, f"{self.root}/{spec.fingerprint[:16]}", spec, shard_size)
 
 
@@ -60,29 +57,32 @@ class RemoteStore:
     """A store behind a URL."""
 
     remote: Remote
-    """Its cache root."""
+    """Cache root of the store."""
     path: str
-    """Its folder."""
+    """Folder of the store in the remote file system."""
     spec: FeatureSpec
-    """What its features are."""
+    """Spec of its features."""
     shard_size: int
     """Rows per shard."""
     problem: FptError | None = None
-    """Why it cannot be used."""
+    """Reason why it cannot be used, or None."""
 
     def place(self, file: str) -> str:
-        """Path of a file that is given relative to the store."""
+        """Return the remote path of a file of the store."""
         return f"{self.path}/{file}"
 
     def receipts(self) -> dict[int, ShardReceipt]:
-        """Every receipt that parses and belongs here, by shard."""
+        """Return the valid receipts of this store, by shard."""
         return self.read_receipts()[0]
 
     def read_receipts(self) -> tuple[dict[int, ShardReceipt], list[str]]:
-        """Every receipt that parses and belongs here, by shard, and names of the others.
+        """Read all receipts.
+
+        Returns:
+            The valid receipts of this store by shard, and the names of all other files among them.
 
         Raises:
-            TransferError: If the other side cannot be read.
+            TransferError: If the remote side cannot be read.
         """
         fs, folder = self.remote.fs, self.place("receipts")
         with transfer_errors(self.remote):
@@ -93,24 +93,24 @@ class RemoteStore:
             names = [name for name in listed if name.endswith(".json")]
             regular = [name for name in names if _is_small(self.remote, listed[name])]
             contents: dict[str, Any] = fs.cat(regular, on_error="return") if regular else {}
-        found, refused = {}, sorted(set(names) - set(regular))
+        receipts, refused = {}, sorted(set(names) - set(regular))
         for name, content in contents.items():
             if isinstance(content, FileNotFoundError):
                 continue
             if isinstance(content, Exception):
-                raise unusable(self.remote.address, content) from content
+                raise as_transfer_error(self.remote.address, content) from content
             try:
                 receipt = ShardReceipt.model_validate_json(content)
             except ValidationError:
                 receipt = None
             if receipt is not None and self._belongs(receipt) and name.endswith(f"/{receipt.shard:06d}.json"):
-                found[receipt.shard] = receipt
+                receipts[receipt.shard] = receipt
             else:
                 refused.append(name)
-        return found, [name.rsplit("/", 1)[-1] for name in refused]
+        return receipts, [name.rsplit("/", 1)[-1] for name in refused]
 
     def _belongs(self, receipt: ShardReceipt) -> bool:
-        """Whether a receipt can be one of this store: its arrays, its rows, and the lengths that these have."""
+        """Whether a receipt fits this store: fingerprint, arrays, number of rows, and file lengths."""
         layouts = Store(Path(), self.spec, self.shard_size).layouts
         rows = len(receipt.rows)
         if (
@@ -124,7 +124,7 @@ class RemoteStore:
         for name, layout in layouts.items():
             raw = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize
             exact = rows * (raw + CRC_BYTES) + index
-            # A codec may add a little to what it cannot compress.
+            # A codec may add a little to incompressible data.
             longest = exact if self.spec.codec == "none" else exact + rows * (raw // 64 + 4096)
             if not (exact if self.spec.codec == "none" else index) <= receipt.files[name].bytes <= longest:
                 return False
@@ -142,15 +142,15 @@ def open_remote(url: str) -> Remote:
     except (ImportError, ValueError) as error:
         raise TransferError(
             f"{masked(url)} cannot be opened: {_without_secrets(str(error), url)}",
-            repair="Give a directory or a URL that fsspec knows, and install the package that it names.",
+            repair="Give a directory or a URL that fsspec supports, and install the package that it names.",
         ) from None
-    except Exception as error:  # some file systems connect at once, and each raises its own kinds
-        raise unusable(url, error) from error
+    except Exception as error:  # some file systems connect immediately, and each raises its own types
+        raise as_transfer_error(url, error) from error
     return Remote(fs, str(root).rstrip("/"), url)
 
 
 def remote_stores(remote: Remote) -> list[RemoteStore]:
-    """Every store of a remote cache root whose description fits its name.
+    """Return every store of a remote cache root whose description matches its name.
 
     Raises:
         TransferError: If it cannot be read.
@@ -164,17 +164,17 @@ def remote_stores(remote: Remote) -> list[RemoteStore]:
             description = f"{folder}/features.zarr/zarr.json"
             if not remote.fs.isfile(description) or not is_small(remote, description):
                 continue
-            attributes = described(remote.fs.cat_file(description))
+            attributes = group_attributes(remote.fs.cat_file(description))
             try:
                 spec = FeatureSpec.model_validate(attributes.get("spec"))
             except ValidationError:
                 continue
             if folder.endswith(f"/{spec.fingerprint[:16]}"):
-                stores.append(_offered(remote, folder, spec, attributes))
+                stores.append(_described_store(remote, folder, spec, attributes))
     return stores
 
 
-def _offered(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping[str, Any]) -> RemoteStore:
+def _described_store(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping[str, Any]) -> RemoteStore:
     try:
         size = described_shard_size(attributes, spec, f"{remote.url}/{spec.fingerprint[:16]}")
     except (CacheCorruptError, CacheMismatchError) as problem:
@@ -182,8 +182,8 @@ def _offered(remote: Remote, folder: str, spec: FeatureSpec, attributes: Mapping
     return RemoteStore(remote, folder, spec, size)
 
 
-def described(content: bytes) -> dict[str, Any]:
-    """Return what a Zarr group says about itself in its zarr.json; nothing where that is none."""
+def group_attributes(content: bytes) -> dict[str, Any]:
+    """Return the attributes in the zarr.json of a Zarr group, or an empty dictionary if it is not a valid one."""
     try:
         attributes = json.loads(content)["attributes"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -192,48 +192,25 @@ def described(content: bytes) -> dict[str, Any]:
 
 
 def is_small(remote: Remote, path: str) -> bool:
-    """Whether a path is a regular file that is no longer than any JSON file of a store."""
-    length = length_of(remote, path)
+    """Whether a path is a regular file within the size limit for JSON files; unknown lengths count as small."""
+    length = remote_length(remote, path)
     return length is None or 0 <= length <= LARGEST_DESCRIPTION
 
 
 def _is_small(remote: Remote, entry: Mapping[str, Any]) -> bool:
-    """The same of an entry of a listing, without another round trip where the listing tells."""
+    """Like `is_small` for an entry of a listing; saves a round trip if the entry has type and size."""
     if entry.get("type") != "file" or entry.get("islink"):
         return is_small(remote, str(entry["name"]))
     return entry.get("size") is None or int(entry["size"]) <= LARGEST_DESCRIPTION
 
 
 def store_file(store: Store, array: str, shard: int) -> str:
-    """A shard's file relative to its store, the same on both sides."""
+    """Return the path of a shard's file relative to its store, the same locally and remotely."""
     return store.shard_file(array, shard).relative_to(store.path).as_posix()
 
 
-def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
-    """Copy a stream and return what went through; ends soon after `length` bytes, where it should have ended."""
-    digest, count = hashlib.sha256(), 0
-    while count <= length and (piece := source.read(PIECE)):
-        digest.update(piece)
-        count += len(piece)
-        target.write(piece)
-    return FileDigest(bytes=count, sha256=digest.hexdigest())
-
-
-def digest_of(remote: Remote, path: str) -> FileDigest | None:
-    """Length and digest of a remote file as it is read back; None where there is none."""
-    digest, count = hashlib.sha256(), 0
-    try:
-        with remote.fs.open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                count += len(piece)
-    except FileNotFoundError:
-        return None
-    return FileDigest(bytes=count, sha256=digest.hexdigest())
-
-
-def length_of(remote: Remote, path: str) -> int | None:
-    """Length of a remote file; None where there is none or the other side does not tell; -1: no regular file."""
+def remote_length(remote: Remote, path: str) -> int | None:
+    """Return the length of a remote file in bytes: None if it is missing or unknown, -1 for anything but a file."""
     try:
         info: dict[str, Any] = remote.fs.info(path)
     except FileNotFoundError:
@@ -245,36 +222,36 @@ def length_of(remote: Remote, path: str) -> int | None:
 
 @contextmanager
 def transfer_errors(remote: Remote) -> Iterator[None]:
-    """Turn whatever the other side's library raises into a `TransferError`; errors of this package pass."""
+    """Convert errors of the remote file system into `TransferError`; errors of this package pass through."""
     try:
         yield
     except FptError:
         raise
-    except Exception as error:  # each file system raises its own kinds
-        raise unusable(remote.address, error) from error
+    except Exception as error:  # each file system raises its own types
+        raise as_transfer_error(remote.address, error) from error
 
 
-def unusable(url: str, error: BaseException) -> TransferError:
-    """What to say where the library of the other side raised an error."""
+def as_transfer_error(url: str, error: BaseException) -> TransferError:
+    """Return the error to raise when the library of a remote file system failed."""
     return TransferError(
         f"{masked(url)} cannot be used: {type(error).__name__}: {_without_secrets(str(error), url)}",
-        "The connection, the rights or the address are not what they should be.",
-        "Then run the same command again: what has arrived is kept.",
+        "The connection failed, permissions are missing, or the address is wrong.",
+        "Fix that, then run the same command again: what has arrived is kept.",
     )
 
 
 def _without_secrets(text: str, url: str) -> str:
-    """Hide the secrets of a URL and those that the environment holds for file systems, which libraries may quote."""
+    """Hide the secrets in a URL, in the environment and in fsspec's configuration, which libraries may quote."""
     secrets = {value for name, value in os.environ.items() if names_secret(name) and len(value) > 7}
     return masked(text, secrets_in(url) | secrets | _secret_options(fsspec.config.conf))
 
 
 def _secret_options(options: Mapping[str, Any], inside: bool = False) -> set[str]:
-    found = set()
+    secrets = set()
     for name, value in options.items():
-        secret = inside or names_secret(str(name))
+        is_secret = inside or names_secret(str(name))
         if isinstance(value, Mapping):
-            found |= _secret_options(value, secret)
-        elif secret and isinstance(value, str):
-            found.add(value)
-    return found
+            secrets |= _secret_options(value, is_secret)
+        elif is_secret and isinstance(value, str):
+            secrets.add(value)
+    return secrets

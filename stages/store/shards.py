@@ -1,4 +1,4 @@
-"""Reading one shard file: its index once, then rows by `pread` straight into the caller's buffer.
+"""Read one shard file: its index once, then rows with `pread` directly into the caller's buffer.
 
 The index of a Zarr v3 shard lies at the end of the file: (offset, length) of each inner chunk as little-endian
 uint64, then a CRC32C. Each inner chunk ends with the CRC32C of its bytes.
@@ -19,28 +19,28 @@ from schemas.features import CRC_BYTES
 from stages.files import open_regular
 
 REPAIR = "Run `fpt extract`: it computes what is missing."
-"""The way back from anything that is not there."""
+"""Advice in errors about missing receipts, files and chunks."""
 ABSENT = np.uint64(2**64 - 1)
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-"""Flag of a read that fails rather than waits for the disk; 0 where the system has none."""
-AHEAD = 128 * 1024
-"""Bytes per read-ahead request: a kernel may cut a longer one to the read-ahead window of the disk."""
+"""Flag of a read that fails instead of waiting for the disk; 0 on systems without it."""
+READ_AHEAD = 128 * 1024
+"""Bytes per read-ahead request: the kernel may shorten a longer one to the read-ahead window of the disk."""
 
 
 class ShardFile:
-    """One shard of one array. The file handle is opened when it is needed and may be released in between."""
+    """One shard of one array. The file handle is opened on demand and may be closed in between."""
 
     def __init__(self, path: str, chunks: int, chunk_bytes: int, checksums: bytes | None = None) -> None:
         """Open the file and check its index.
 
         Args:
             path: The shard file.
-            chunks: Inner chunks that the index must have.
+            chunks: Required number of inner chunks in the index.
             chunk_bytes: Length of a chunk without its checksum.
-            checksums: CRC32C of each chunk according to the receipt (`ShardReceipt.checksums`); None: not compared.
+            checksums: CRC32C of each chunk from the receipt (`ShardReceipt.checksums`), or None to skip the comparison.
 
         Raises:
-            CacheIncompleteError: If the file is not there.
+            CacheIncompleteError: If the file does not exist.
             CacheCorruptError: If the index is damaged or points outside the file.
         """
         self.path, self._chunk_bytes, self._fd = path, chunk_bytes, -1
@@ -53,11 +53,16 @@ class ShardFile:
         except BaseException:
             self.close()
             raise
-        # A chunk is checked the first time it is read; later reads of a checked chunk are plain copies.
+        # The checksum of a chunk is verified on its first read only.
         self._checked = bytearray(chunks)
 
     def open(self) -> None:
-        """Open the file, if it is not open."""
+        """Open the file unless it is open already.
+
+        Raises:
+            CacheIncompleteError: If the file is gone.
+            CacheCorruptError: If it cannot be opened, or has another length than before.
+        """
         if self._fd >= 0:
             return
         try:
@@ -78,13 +83,13 @@ class ShardFile:
         self._length = length
 
     def close(self) -> None:
-        """Release the file handle; offsets and what was checked stay."""
+        """Release the file handle; the index and the record of verified chunks stay in memory."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def read_cached(self, chunk: int, target: NDArray[np.uint8]) -> bool:
-        """Fill `target` with a checked chunk that the system holds in memory; False where it would have to wait."""
+        """Fill `target` with a verified chunk from the page cache; return False if the read would have to wait."""
         if not NOWAIT or not self._checked[chunk]:
             return False
         try:
@@ -93,48 +98,48 @@ class ShardFile:
         except OSError:  # EAGAIN; a file system without the flag refuses it
             return False
 
-    def expect(self, chunk: int) -> None:
-        """Ask the system to fetch a chunk that will be read soon, without waiting for it."""
+    def prefetch(self, chunk: int) -> None:
+        """Request read-ahead of a chunk without waiting for it."""
         start = self._offsets[chunk]
         if start < 0 or not hasattr(os, "posix_fadvise"):
             return
         stop = start + self._chunk_bytes + CRC_BYTES
-        for begin in range(start, stop, AHEAD):
-            os.posix_fadvise(self._fd, begin, min(AHEAD, stop - begin), os.POSIX_FADV_WILLNEED)
+        for begin in range(start, stop, READ_AHEAD):
+            os.posix_fadvise(self._fd, begin, min(READ_AHEAD, stop - begin), os.POSIX_FADV_WILLNEED)
 
     def read_into(self, chunk: int, target: NDArray[np.uint8]) -> None:
         """Fill `target` (chunk_bytes long, contiguous) with one chunk.
 
         Raises:
             CacheIncompleteError: If the chunk was never written.
-            CacheCorruptError: If its checksum does not fit, or is not that of the receipt.
+            CacheCorruptError: If its checksum does not match its bytes or the receipt.
         """
         offset = self._offset(chunk)
-        wanted = self._chunk_bytes
+        length = self._chunk_bytes
         buffers: list[Any] = [target]
         if not self._checked[chunk]:
             buffers.append(self._stored)
-            wanted += CRC_BYTES
+            length += CRC_BYTES
         try:
-            got = os.preadv(self._fd, buffers, offset)
+            read = os.preadv(self._fd, buffers, offset)
         except OSError as error:
             raise self._corrupt(f"chunk {chunk} cannot be read ({error.strerror})") from error
-        if got != wanted:
+        if read != length:
             raise self._corrupt(f"chunk {chunk} is cut off")
         if not self._checked[chunk]:
-            # The array itself: of its memoryview the library wants a copy.
-            found = google_crc32c.value(target)
-            if found != int.from_bytes(self._stored, "little"):
-                raise self._corrupt(f"the checksum of chunk {chunk} does not fit its bytes")
-            self._require_expected(chunk, found.to_bytes(CRC_BYTES, "big"))
+            # Pass the array itself: google_crc32c would copy its memoryview.
+            checksum = google_crc32c.value(target)
+            if checksum != int.from_bytes(self._stored, "little"):
+                raise self._corrupt(f"the checksum of chunk {chunk} does not match its bytes")
+            self._require_expected(chunk, checksum.to_bytes(CRC_BYTES, "big"))
             self._checked[chunk] = 1
 
     def stored_checksum(self, chunk: int) -> bytes:
-        """Read the CRC32C that follows a chunk, big-endian, without the chunk.
+        """Read the CRC32C that follows a chunk, big-endian, without the chunk itself.
 
         Raises:
             CacheIncompleteError: If the chunk was never written.
-            CacheCorruptError: If it cannot be read, or is not that of the receipt.
+            CacheCorruptError: If it cannot be read, or does not match the receipt.
         """
         try:
             stored = os.pread(self._fd, CRC_BYTES, self._offset(chunk) + self._chunk_bytes)
@@ -143,9 +148,9 @@ class ShardFile:
         self._require_expected(chunk, stored[::-1])
         return stored[::-1]
 
-    def _require_expected(self, chunk: int, found: bytes) -> None:
-        if self._expected is not None and found != self._expected[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
-            raise self._corrupt(f"row {chunk} is not the one of its receipt; another shard's file may be in its place")
+    def _require_expected(self, chunk: int, checksum: bytes) -> None:
+        if self._expected is not None and checksum != self._expected[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
+            raise self._corrupt(f"row {chunk} does not match its receipt; the file may belong to another shard")
 
     def _offset(self, chunk: int) -> int:
         offset = self._offsets[chunk]
@@ -168,13 +173,13 @@ class ShardFile:
         present = index[:, 0] != ABSENT
         fits = (index[:, 1] == self._chunk_bytes + CRC_BYTES) & (index[:, 0] + index[:, 1] <= start)
         if not bool(fits[present].all()):
-            raise self._corrupt("its index does not fit the layout of the store")
+            raise self._corrupt("its index does not match the layout of the store")
         offsets: list[int] = (np.where(present, index[:, 0], 0).astype(np.int64) - np.where(present, 0, 1)).tolist()
         return offsets
 
-    def _corrupt(self, what: str) -> CacheCorruptError:
+    def _corrupt(self, damage: str) -> CacheCorruptError:
         return CacheCorruptError(
-            f"The shard {self.path} is damaged: {what}.",
+            f"The shard {self.path} is damaged: {damage}.",
             self.path,
             "The disk or a copy changed bytes after they were written.",
             "Run `fpt extract --check`: it removes damaged shards and computes their images again.",

@@ -1,7 +1,7 @@
-"""Writing: one task, one whole shard, then its receipt.
+"""Write a store: one task writes one complete shard, then its receipt.
 
-A shard number is claimed by a lock that the operating system frees when its holder dies, so the number of a killed
-writer is taken up again and two writers never meet. Done means: the receipt is there.
+A shard number is claimed by a file lock, which the operating system releases when the process dies: the number of a
+killed writer is used again, and two writers never share a shard. A shard is finished when its receipt exists.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from stages.store.array_sources import row_checksum
 from stages.store.layout import Store, grow_store
 
 LOOKAHEAD = 256
-"""Numbers that are asked for one by one before the folder of receipts is listed: who knows where the finished shards
-end never lists it, and a listing takes a second where there are a million."""
+"""Probe this many shard numbers before listing the folder of receipts, which takes a second for a million shards. A
+caller that starts near the last finished shard never lists it."""
 
-Named = TypeVar("Named", bound=tuple[str, ...])
+RowTuple = TypeVar("RowTuple", bound=tuple[str, ...])
 
 
 @contextmanager
 def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
-    """Hold the lowest shard number from `start` that has no receipt and no living writer."""
+    """Lock the lowest shard number, from `start` upwards, that has no receipt and no living writer.
+
+    Yields:
+        The number; the lock is held until the block ends.
+
+    Raises:
+        StorageError: If the folder of locks cannot be written.
+    """
     finished: set[int] | None = None
     shard = start
     while True:
@@ -47,14 +54,14 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
                 pass
             else:
                 try:
-                    # Between the look and the lock another writer may have finished this very shard.
+                    # Another writer may have finished this shard between the check above and the lock.
                     if not store.receipt(shard).exists():
                         if abandoned:
                             _remove_fragments(store, shard)
                         yield shard
                         return
                 finally:
-                    # A finished shard needs no lock: whoever holds the old file finds the receipt before it writes.
+                    # A finished shard needs no lock: a process that opened the old file sees the receipt first.
                     if store.receipt(shard).exists():
                         with suppress(OSError):
                             Path(lock.lock_file).unlink(missing_ok=True)
@@ -65,7 +72,7 @@ def claim_shard(store: Store, start: int = 0) -> Iterator[int]:
 def write_shard(
     store: Store,
     shard: int,
-    ids: Sequence[str],
+    row_ids: Sequence[str],
     arrays: dict[str, NDArray[Any]],
     seconds: float,
     origins: Sequence[ViewRow] = (),
@@ -74,49 +81,38 @@ def write_shard(
 
     Args:
         store: The store.
-        shard: A number held by `claim_shard`.
-        ids: Names of the rows, at most `store.shard_size`.
-        arrays: keys, values, indices, pooled and side, each (len(ids), ...) as in `array_layouts`.
-        seconds: What the features took.
-        origins: Image and view of each row; empty: each row is an image itself.
+        shard: Number from `claim_shard`, still locked.
+        row_ids: Row ids (hex), at most `store.shard_size`.
+        arrays: keys, values, indices, pooled and side, each (len(row_ids), ...) as in `array_layouts`.
+        seconds: Time spent computing the features.
+        origins: Image and view of each row; empty if every row is the unmodified image.
+
+    Returns:
+        The receipt that was written.
 
     Raises:
+        ValueError: If there are too many rows, or an array has the wrong shape or type.
         StorageError: If the disk is full or read-only; the shard is removed again.
     """
-    import zarr
-
-    if not 0 < len(ids) <= store.shard_size:
-        raise ValueError(f"{len(ids)} rows do not fit a shard of {store.shard_size}")
-    digests = np.frombuffer(b"".join(bytes.fromhex(id_) for id_ in ids), np.uint8).reshape(-1, 32)
+    if not 0 < len(row_ids) <= store.shard_size:
+        raise ValueError(f"{len(row_ids)} rows do not fit a shard of {store.shard_size}")
+    digests = np.frombuffer(bytes.fromhex("".join(row_ids)), np.uint8).reshape(-1, 32)
+    has_views = any(row.view != IDENTITY for row in origins)
     with storage_errors(store.path):
         store.receipt(shard).unlink(missing_ok=True)
         for name in store.layouts:
             store.shard_file(name, shard).unlink(missing_ok=True)
         try:
-            grow_store(store, shard + 1)
-            group = zarr.open_group(store.group, mode="r+")
-            first = shard * store.shard_size
-            files, checksums = {}, {}
-            for name, layout in store.layouts.items():
-                rows = digests if name == "sha256" else arrays[name]
-                if rows.shape != (len(ids), *layout.shape) or rows.dtype != np.dtype(layout.dtype):
-                    raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
-                # Opened through the group an array forgets its runtime configuration.
-                opened: Any = group[name]
-                array = opened.with_config({"write_empty_chunks": True})
-                array[first : first + len(ids)] = rows
-                checksums[name] = b"".join(row_checksum(row) for row in rows).hex()
-                files[name] = _seal(store.shard_file(name, shard))
-            views = any(row.view != IDENTITY for row in origins)
+            files = _write_arrays(store, shard, {**arrays, "sha256": digests})
             receipt = ShardReceipt(
                 shard=shard,
                 fingerprint=store.spec.fingerprint,
-                rows=tuple(ids),
-                files=files,
+                rows=tuple(row_ids),
+                files={name: digest for name, (digest, _) in files.items()},
                 seconds=round(seconds, 3),
-                images=tuple(row.image for row in origins) if views else None,
-                views=tuple(row.view for row in origins) if views else None,
-                crc32c=checksums,
+                images=tuple(row.image for row in origins) if has_views else None,
+                views=tuple(row.view for row in origins) if has_views else None,
+                crc32c={name: checksums for name, (_, checksums) in files.items()},
             )
             atomic_write(store.receipt(shard), receipt.to_json())
         except BaseException:
@@ -125,23 +121,48 @@ def write_shard(
     return receipt
 
 
-def into_shards(rows: Sequence[Named], size: int) -> list[list[Named]]:
-    """Rows in their order, a shard each time; no shard mixes images themselves with other views.
+def _write_arrays(store: Store, shard: int, arrays: dict[str, NDArray[Any]]) -> dict[str, tuple[FileDigest, str]]:
+    """Write one shard of every array and force its files to disk.
 
-    So a study that gives up its views needs none of their shards any more, and evaluation reads none of them.
+    Returns:
+        Array name -> digest of its file, and CRC32C of each row as hex.
+    """
+    import zarr
+
+    grow_store(store, shard + 1)
+    group = zarr.open_group(store.group, mode="r+")
+    first, count = shard * store.shard_size, len(arrays["sha256"])
+    files = {}
+    for name, layout in store.layouts.items():
+        rows = arrays[name]
+        if rows.shape != (count, *layout.shape) or rows.dtype != np.dtype(layout.dtype):
+            raise ValueError(f"{name}: {rows.shape} {rows.dtype} does not fit {layout}")
+        # An array opened through its group loses its runtime configuration.
+        opened: Any = group[name]
+        opened.with_config({"write_empty_chunks": True})[first : first + count] = rows
+        checksums = b"".join(row_checksum(row) for row in rows).hex()
+        files[name] = (_sync_and_digest(store.shard_file(name, shard)), checksums)
+    return files
+
+
+def split_into_shards(rows: Sequence[RowTuple], size: int) -> list[list[RowTuple]]:
+    """Cut rows into shards, in their order; no shard mixes unmodified images with other views.
+
+    The shards of views can thus be dropped once a study no longer uses views, and evaluation never reads them.
 
     Args:
-        rows: Tuples that end with the view.
-        size: Of a shard.
+        rows: Tuples whose last item is the view.
+        size: Rows per shard.
     """
-    plain, others = [row for row in rows if row[-1] == IDENTITY], [row for row in rows if row[-1] != IDENTITY]
-    return [part[first : first + size] for part in (plain, others) for first in range(0, len(part), size)]
+    images = [row for row in rows if row[-1] == IDENTITY]
+    views = [row for row in rows if row[-1] != IDENTITY]
+    return [group[first : first + size] for group in (images, views) for first in range(0, len(group), size)]
 
 
 def remove_shard(store: Store, shard: int) -> None:
-    """Delete the receipt and every file of a shard, half-written ones too. The receipt goes first.
+    """Delete the receipt of a shard, then every file, half-written ones included.
 
-    Lists every array's folder to find what has a name of its own: for what went wrong, not for every shard.
+    Lists the folder of every array to find temporary files, so it is meant for failures and not for every shard.
     """
     store.receipt(shard).unlink(missing_ok=True)
     for name in store.layouts:
@@ -150,22 +171,22 @@ def remove_shard(store: Store, shard: int) -> None:
 
 
 def _remove_fragments(store: Store, shard: int) -> None:
-    """Delete what zarr-python had not yet renamed when a writer was killed; no later write would replace it."""
+    """Delete temporary files of a killed writer, which zarr-python had not renamed and no later write replaces."""
     for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*.partial"):
             path.unlink(missing_ok=True)
 
 
 def remove_claimed_shards(store: Store, shards: Iterable[int]) -> None:
-    """Delete shards, each under its lock; one that another process holds at the moment is left to it."""
+    """Delete shards, each under its lock; a shard that another process holds is skipped."""
     for shard in sorted(set(shards)):
         lock = FileLock(store.path / "locks" / f"{shard:06d}.lock")
         with storage_errors(store.path), suppress(Timeout), lock.acquire(blocking=False):
             remove_shard(store, shard)
 
 
-def _seal(path: Path) -> FileDigest:
-    """Force a file to the disk and take its digest: a receipt must outlive a power cut no longer than its bytes."""
+def _sync_and_digest(path: Path) -> FileDigest:
+    """Force a file to disk and compute its digest: after a power cut no receipt may exist without its bytes."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileDigest(bytes=path.stat().st_size, sha256=sha256_file(path))

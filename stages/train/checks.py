@@ -135,7 +135,7 @@ def check_views(settings: ResolvedSettings, receipt: ExtractionReceipt) -> None:
 
 def check_rows(settings: ResolvedSettings, manifest: Manifest, store: StoreReader) -> None:
     """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
-    rows = {row.id: row for row in manifest_rows(manifest, settings.features)}
+    rows = {row.row_id: row for row in manifest_rows(manifest, settings.features)}
     missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
     if missing:
         raise CacheIncompleteError(

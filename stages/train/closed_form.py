@@ -23,7 +23,7 @@ def fit_job(job: Job) -> list[TrainResult]:
     """Fit every variant on the CPU, and write its bundle."""
     # To train on, every view of an image is a row.
     ids: dict[Split, list[list[str]]] = {
-        "train": [[row.id for row in views] for views in train_views(job.manifest, job.first.features)],
+        "train": [[row.row_id for row in views] for views in train_views(job.manifest, job.first.features)],
         "val": [[row.id] for row in job.manifest.of("val")],
     }
     results = []

@@ -15,7 +15,7 @@ from schemas.views import train_views
 from stages.methods.base import FitInputs, Network, gradient_method
 from stages.methods.batch import array_names
 from stages.methods.statistics import StatisticsFit, fit_statistics
-from stages.store.memory_rows import MemoryRows, RowSource, decide
+from stages.store.memory_rows import MemoryRows, RowSource, plan_memory
 from stages.threads import open_threads
 from stages.train.checkpoints import Fit, load_checkpoint
 from stages.train.closed_form import MOST_THREADS
@@ -129,7 +129,7 @@ def _source(job: Job) -> RowSource:
     ids = tuple(dict.fromkeys([row for views in _views(job) for row in views] + [r.id for r in job.manifest.of("val")]))
     source = job.opened.source
     names = [name for name in source.layouts if name in array_names(job.inputs)]
-    memory = decide(source, ids, names, job.first.store, job.ranks.local_count)
+    memory = plan_memory(source, ids, names, job.first.store, job.ranks.local_count)
     job.watch.on_memory(memory)
     return MemoryRows(source, ids, names) if memory.held else source
 
@@ -138,7 +138,7 @@ def _views(job: Job) -> Sequence[Sequence[str]]:
     """Rows of each training image; where images are read they are augmented, and have no views."""
     if "image" in job.inputs:
         return [[row.id] for row in job.manifest.of("train")]
-    return [[row.id for row in rows] for rows in train_views(job.manifest, job.first.features)]
+    return [[row.row_id for row in rows] for rows in train_views(job.manifest, job.first.features)]
 
 
 def _dataset(job: Job, source: RowSource, split: Split) -> FeatureDataset:

@@ -87,7 +87,7 @@ def train_together(
     opened = open_inputs(first, files, inputs)
     try:
         if opened.store is not None:
-            opened.store.require_whole()
+            opened.store.require_complete()
             check_rows(first, files.manifest, opened.store)
         job = Job(
             variants=variants,

@@ -49,7 +49,7 @@ def test_verify_names_the_images_and_repair_costs_just_those(study: Path, fpt: F
     assert "begins with zz" in fpt("cache", "verify", "zz", cwd=study, code=2)[1]
 
 
-def test_verify_misses_a_store_that_is_gone_and_tells_one_that_cannot_be_read(study: Path, fpt: Fpt) -> None:
+def test_verify_reports_missing_and_unreadable_stores(study: Path, fpt: Fpt) -> None:
     (stores(study)[0] / "features.zarr" / "zarr.json").write_text("{")
     assert "cannot be read" in fpt("cache", "verify", cwd=study, code=2)[0]
     assert "cannot be read" in fpt("cache", "ls", cwd=study)[0]
@@ -65,7 +65,7 @@ def test_gc_shows_first_and_deletes_on_yes(study: Path, fpt: Fpt) -> None:
     first, second = (path for path in stores(study))
     assert first.name != second.name
     out, err = fpt("cache", "gc", cwd=study)
-    assert "the whole store" in out
+    assert "complete store" in out
     assert "Next: fpt cache gc --yes" in err
     assert len(stores(study)) == 2
     report = json.loads(fpt("cache", "gc", "--yes", "--json", cwd=study)[0])
@@ -104,14 +104,14 @@ def test_one_machine_extracts_and_another_trains(study: Path, tmp_path: Path, fp
     _, err = fpt("extract", *fewer, cwd=cold)
     assert "40 were in the cache (40 copied from another store), computed 0." in err
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={tmp_path / 'none'}", cwd=cold)
-    assert "is not here" in err
+    assert "is missing" in err
     other = cold / "other.safetensors"
     other.write_bytes(b"other")
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", f"lpm.weights={other}", cwd=cold)
     assert "not the one" in err
 
 
-def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path, tmp_path: Path, fpt: Fpt) -> None:
+def test_pull_lists_the_available_stores_and_fails_for_damaged_shards(study: Path, tmp_path: Path, fpt: Fpt) -> None:
     fpt("cache", "push", tmp_path / "shared", stores(study)[0].name, cwd=study)
     _, err = fpt("cache", "pull", tmp_path / "shared", "--set", "features.ratio=0.5", cwd=study, code=2)
     assert f"Stores there: {stores(study)[0].name}" in err
@@ -121,7 +121,7 @@ def test_pull_says_what_is_there_and_fails_where_shards_are_damaged(study: Path,
     elsewhere.mkdir()
     _, err = fpt("cache", "pull", tmp_path / "shared", cwd=elsewhere, code=2)
     assert "9 shards copied" in err
-    assert "shard 3: its file of keys is damaged" in err
+    assert "shard 3: its file of keys was damaged" in err
     assert "nothing://x" in fpt("cache", "pull", "nothing://x", cwd=elsewhere, code=2)[1]
 
 
@@ -138,7 +138,7 @@ def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: 
             remote = ("--set", f"store.remote={url}")
             _, err = fpt("train", *remote, "--output", tmp_path / "web", cwd=study)
             assert "the network is read once" in err
-            fpt("evaluate", *remote, "--model", tmp_path / "web/model", "--output", tmp_path / "judged", cwd=study)
+            fpt("evaluate", *remote, "--model", tmp_path / "web/model", "--output", tmp_path / "evaluated", cwd=study)
             never = ("--set", "store.memory_budget=0", "--output", tmp_path / "unheld")
             _, err = fpt("train", *remote, *never, cwd=study)
             assert f"read from {url}" in err
@@ -151,7 +151,7 @@ def test_training_reads_the_store_where_it_was_pushed_to(study: Path, tmp_path: 
         (study / ".fpt" / "aside").rename(cache)
     weights = {(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("local", "web", "folder")}
     assert len(weights) == 1
-    assert (tmp_path / "judged/metrics.json").exists()
+    assert (tmp_path / "evaluated/metrics.json").exists()
 
 
 def test_views_from_plan_to_model(study: Path, fpt: Fpt) -> None:
@@ -199,13 +199,13 @@ def test_a_moved_study_keeps_its_features(
     bystander.mkdir()
     for place in (bystander, moved):
         _, err = fpt("cache", "gc", "--yes", cwd=place)
-        assert "Nothing to drop" in err
+        assert "Nothing to delete" in err
     assert "complete, 40 rows in 10 shards" in fpt("cache", "verify", cwd=moved)[0]
     listed = json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"]
     assert [(item["study"], item["stores"]) for item in listed] == [(str(study), [store.name])]
     out, err = fpt("cache", "gc", cwd=bystander)
     assert str(study) in out
-    assert "its folder is not there" in out
+    assert "its folder does not exist" in out
     assert "--forget" in err
     assert "can be reached" in fpt("cache", "gc", "--forget", moved, cwd=bystander, code=2)[1]
     fpt("cache", "gc", "--yes", "--forget", study, cwd=bystander)
@@ -214,7 +214,7 @@ def test_a_moved_study_keeps_its_features(
     deleted = moved.rename(tmp_path / "deleted") and moved
     assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=bystander)[1]
     out, err = fpt("cache", "gc", "--forget", deleted, cwd=bystander)
-    assert "the whole store" in out
+    assert "complete store" in out
     assert f"fpt cache gc --yes --forget {deleted}" in err
     fpt("cache", "gc", "--yes", "--forget", deleted, cwd=bystander)
     assert list(shared.iterdir()) == []

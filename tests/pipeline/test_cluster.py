@@ -117,7 +117,7 @@ def test_an_image_that_cannot_be_used_is_listed_as_by_a_single_process(lent: Stu
     assert array_bytes(lent.cache) == array_bytes(calm.cache)
 
 
-def test_a_disk_that_refuses_stops_the_run_with_its_own_error(lent: Study) -> None:
+def test_a_disk_error_stops_the_run(lent: Study) -> None:
     def spoiled(*arguments: Any) -> Any:
         (receipts,) = lent.cache.glob("*/receipts")
         receipts.rename(receipts.with_name("gone"))
@@ -253,7 +253,7 @@ def test_a_task_whose_result_was_lost_writes_nothing_twice(tmp_path: Path, view:
     rows = study.manifest.rows
     (task, *_) = plan_tasks(store, [(row.id, str(study.root / "images" / row.path), view) for row in rows])
     Path(task.images[2][1]).write_bytes(b"no image")
-    plugin = ShardPlugin("test", study.settings, study.root, store, share=1, own=False)
+    plugin = ShardPlugin("test", study.settings, study.root, store, share=1, started_here=False)
     (store.path / "locks" / "test").touch()
     plugin.setup(None)  # type: ignore[arg-type]
     first = plugin.compute(task)
@@ -380,7 +380,7 @@ def test_an_unknown_kind_of_cluster_is_named(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_a_shard_whose_workers_always_die_is_given_up_by_name(tmp_path: Path) -> None:
-    # torch alone takes more than that.
+    # Importing torch already takes more than that.
     study = on(make_study(tmp_path / "study"), memory="250MiB", retries=0)
     with pytest.raises(ClusterError, match=r"Shard \d \(4 images, .*given up after 0 retries") as caught:
         study.extract(execute=on_cluster)

@@ -88,5 +88,5 @@ def test_credentials_of_a_web_server_come_from_the_environment(tmp_path: Path, m
         for name, options in configuration.items():
             monkeypatch.setitem(fsspec.config.conf, name, options)
         reader = open_remote_rows(url, receipt)
-        reader.require_whole()
+        reader.require_complete()
         assert np.array_equal(reader.read([image_id(6)], ["keys"])["keys"][0], rows["keys"][5])

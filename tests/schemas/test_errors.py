@@ -1,4 +1,4 @@
-"""Every error says state, cause and repair, and survives the way between processes."""
+"""Every error has state, cause and repair, and survives pickling."""
 
 from __future__ import annotations
 

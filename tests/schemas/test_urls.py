@@ -54,5 +54,5 @@ def test_other_urls_and_paths_stay(url: str) -> None:
     assert parse_settings({"store": {"remote": url}}).store.remote == url
 
 
-def test_what_is_left_tells_the_place() -> None:
+def test_the_masked_url_still_shows_the_place() -> None:
     assert masked(f"ftp://me:{SECRET}@host/caches?token={SECRET}&a=1") == "ftp://me:***@host/caches?token=***&a=1"

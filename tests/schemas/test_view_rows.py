@@ -1,4 +1,4 @@
-"""Names of rows and what the settings, receipts and manifests say of views."""
+"""Row ids, and views in settings, receipts and manifests."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_row_ids_are_pinned() -> None:
     assert row_id(IMAGE, "hflip").startswith("39e1002960f0e157")
     assert crop_view(IMAGE, 0, (0.8, 1.0)) == "crop:0.013506,0.010752,0.980474,0.980474"
     assert crop_view(IMAGE, 1, (0.25, 0.5)) == "crop:0.122096,0.287895,0.700162,0.700162"
-    assert ViewRow(IMAGE, "crop:0.013506,0.010752,0.980474,0.980474").id.startswith("455ebe4c99ae7487")
+    assert ViewRow(IMAGE, "crop:0.013506,0.010752,0.980474,0.980474").row_id.startswith("455ebe4c99ae7487")
 
 
-def test_crops_lie_within_the_image_and_keep_the_share_that_is_asked_for() -> None:
+def test_crops_stay_within_the_image_and_the_requested_scale() -> None:
     places: list[int] = []
     for number in range(400):
         image = hashlib.sha256(bytes([number % 7])).hexdigest()
@@ -74,7 +74,7 @@ def test_only_images_of_the_training_split_have_views() -> None:
         *((number, "identity") for number in range(4)),
         *((number, view) for number in (1, 3) for view in ("hflip", "rot180")),
     ]
-    assert [row.id for row in manifest_rows(manifest, FeatureSettings())] == list(manifest.ids())
+    assert [row.row_id for row in manifest_rows(manifest, FeatureSettings())] == list(manifest.ids())
     assert [len(views) for views in train_views(manifest, settings)] == [3, 3, 3]
 
 

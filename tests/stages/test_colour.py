@@ -149,7 +149,7 @@ def test_cmyk_goes_through_its_profile(tmp_path: Path, suffix: str) -> None:
     red, green, blue = read(tmp_path / f"plain.{suffix}")[5, 5]
     assert blue - red > 100
     red, green, blue = read(saved(tmp_path / f"a.{suffix}", cyan, cmyk_profile()))[5, 5]
-    assert max(red, green, blue) - min(red, green, blue) <= 3, "this profile knows no hue"
+    assert max(red, green, blue) - min(red, green, blue) <= 3, "this profile has no hue"
     assert abs(green - 119) <= 4, "L* = 50"
 
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there, and a disk that refuses is explained."""
+"""Atomic writes, and explanations of disk errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
-    with pytest.raises(StorageError, match="a file where a folder is needed"):
+    with pytest.raises(StorageError, match="a file instead of a folder"):
         atomic_write(tmp_path / "a" / "b" / "c", b"")
 
 

@@ -89,7 +89,7 @@ def test_another_table(tmp_path: Path) -> None:
     [
         ((row(2), row(1)), "sorted"),
         ((row(1), row(1)), "sorted"),
-        ((row(1, label="c"),), "none of its classes"),
+        ((row(1, label="c"),), "not one of its classes"),
         ((row(1), row(2, id=f"{1:064x}", split="test")), "two splits"),
         ((row(1, split="external"),), "in the split 'external'"),
     ],

@@ -1,4 +1,4 @@
-"""Dropping what no study refers to: whole stores, or whole shards of a store."""
+"""Garbage collection: delete the stores, and the shards of stores, that no study refers to."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from schemas.cache import Garbage, UnreachableStudy
 from schemas.errors import ProjectError
 from stages.files import storage_errors
 from stages.store.layout import Store, store_lock
-from stages.store.manage.inventory import FoundStore, find_stores, folder_bytes
+from stages.store.manage.inventory import StoreFolder, find_stores, folder_bytes
 from stages.store.manage.usage import (
     USES,
     LiveUse,
     exchanged_uses,
-    is_at_work,
+    is_in_use,
     live_uses,
     noted_uses,
     read_use,
-    shard_is_held,
+    shard_is_being_written,
 )
 from stages.store.writer import remove_claimed_shards
 
@@ -30,41 +30,41 @@ _DROPPED = ".dropped-"
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Whose features stay."""
+class Retention:
+    """Rules for which features are kept."""
 
     current: LiveUse | None = None
-    """Need of the study at hand (`stages.store.manage.usage.study_use`), whatever the notes in the stores are."""
+    """Use by the current study (`stages.store.manage.usage.study_use`), whether or not a store has a note of it."""
     other_hosts: bool = True
-    """Whether notes of other machines count, whose studies cannot be seen from here."""
+    """Whether notes of other machines count, whose studies cannot be checked from here."""
     forgotten: frozenset[str] = frozenset()
-    """Folders of studies that cannot be reached and do not count any more."""
+    """Folders of unreachable studies that no longer count."""
 
     def uses(self, store: Path) -> list[LiveUse]:
-        """Return the uses of a store that hold."""
+        """Return the uses that keep features of a store."""
         uses = live_uses(store, self.other_hosts, self.forgotten) + exchanged_uses(store)
         if self.current is not None and self.current.use.fingerprint[:16] == store.name:
             uses.append(self.current)
         return uses
 
 
-EVERYONE = Keep()
-"""Every study with a note."""
+KEEP_ALL = Retention()
+"""Keep the features of every study with a note."""
 
 
-def find_garbage(cache_root: Path, keep: Keep = EVERYONE) -> list[Garbage]:
-    """What can go; nothing is deleted. A store that a living process works in is left alone."""
-    found = (_garbage(store, keep) for store in find_stores(cache_root))
-    return [garbage for garbage in found if garbage is not None]
+def find_garbage(cache_root: Path, keep: Retention = KEEP_ALL) -> list[Garbage]:
+    """Return what can be deleted, without deleting it. Stores that a running process works in are skipped."""
+    garbage = (_garbage(folder, keep) for folder in find_stores(cache_root))
+    return [item for item in garbage if item is not None]
 
 
-def unreachable_studies(cache_root: Path, keep: Keep = EVERYONE) -> list[UnreachableStudy]:
-    """Studies that count as users because they cannot be looked at."""
-    found: dict[tuple[str, str], list[LiveUse]] = {}
-    for store in find_stores(cache_root):
-        for live in keep.uses(store.path):
+def unreachable_studies(cache_root: Path, keep: Retention = KEEP_ALL) -> list[UnreachableStudy]:
+    """Return the studies that count as users because they cannot be checked."""
+    uses_of: dict[tuple[str, str], list[LiveUse]] = {}
+    for folder in find_stores(cache_root):
+        for live in keep.uses(folder.path):
             if live.unreachable:
-                found.setdefault((live.use.study, live.use.host), []).append(live)
+                uses_of.setdefault((live.use.study, live.use.host), []).append(live)
     return [
         UnreachableStudy(
             study=study,
@@ -73,34 +73,34 @@ def unreachable_studies(cache_root: Path, keep: Keep = EVERYONE) -> list[Unreach
             stores=tuple(sorted({live.use.fingerprint[:16] for live in uses})),
             last_used=max(live.use.time for live in uses),
         )
-        for (study, host), uses in sorted(found.items())
+        for (study, host), uses in sorted(uses_of.items())
     ]
 
 
 def forgettable(cache_root: Path, studies: Iterable[Path]) -> frozenset[str]:
-    """Folders of studies whose notes may be dropped.
+    """Check that the notes of these studies may be deleted, and return the studies' folders.
 
     Raises:
-        ProjectError: If no store has a note of one, or it can be reached.
+        ProjectError: If a study can be reached, or no store has a note of it.
     """
-    known = {study.study for study in unreachable_studies(cache_root)}
-    # Without "..", and without following links, which may lead nowhere: notes name studies like that.
-    asked = [os.path.normpath(study.expanduser().absolute()) for study in studies]
-    for study in asked:
-        if study not in known:
+    unreachable = {study.study for study in unreachable_studies(cache_root)}
+    # Without "..", and without following links, which may be broken: notes store the paths of studies this way.
+    folders = [os.path.normpath(study.expanduser().absolute()) for study in studies]
+    for folder in folders:
+        if folder not in unreachable:
             raise ProjectError(
-                f"No study at {study} counts as in use without being reachable.",
-                "It can be reached, so that what it needs stays, or no store has a note of it.",
+                f"{folder} is not an unreachable study.",
+                "It can be reached, so its features are kept, or no store has a note of it.",
                 "`fpt cache gc` lists the studies that cannot be reached.",
             )
-    return frozenset(asked)
+    return frozenset(folders)
 
 
-def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Keep = EVERYONE) -> int:
-    """Delete what was shown, as far as it still is garbage, and the notes of forgotten studies.
+def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Retention = KEEP_ALL) -> int:
+    """Delete listed garbage if no study refers to it by now, and the notes of forgotten studies.
 
     Returns:
-        Bytes freed.
+        Freed bytes.
 
     Raises:
         StorageError: If the cache cannot be written.
@@ -109,33 +109,33 @@ def drop_garbage(cache_root: Path, garbage: Iterable[Garbage], keep: Keep = EVER
     with storage_errors(cache_root):
         for remains in cache_root.glob(f"{_DROPPED}*"):
             shutil.rmtree(remains, ignore_errors=True)
-        for shown in garbage:
-            freed += _drop(Path(shown.store), shown, keep)
-        for found in find_stores(cache_root) if keep.forgotten else ():
-            _remove_notes(found.path, keep, {use.study for use in noted_uses(found.path)} & keep.forgotten)
+        for listed in garbage:
+            freed += _drop(Path(listed.store), listed, keep)
+        for folder in find_stores(cache_root) if keep.forgotten else ():
+            _remove_notes(folder.path, keep, {use.study for use in noted_uses(folder.path)} & keep.forgotten)
     return freed
 
 
-def _drop(path: Path, shown: Garbage, keep: Keep) -> int:
-    # Under this lock an extraction announces itself, before it looks what the store holds.
+def _drop(path: Path, listed: Garbage, keep: Retention) -> int:
+    # An extraction takes the same lock to register itself, before it checks which rows the store has.
     with store_lock(path):
-        found = next((found for found in find_stores(path.parent) if found.path == path), None)
-        now = None if found is None else _garbage(found, keep)
-        if found is None or now is None:
+        folder = next((folder for folder in find_stores(path.parent) if folder.path == path), None)
+        now = None if folder is None else _garbage(folder, keep)
+        if folder is None or now is None:
             return 0
-        if not shown.whole:
-            return _drop_shards(found, set(shown.shards) & set(now.shards), keep)
+        if not listed.whole:
+            return _drop_shards(folder, set(listed.shards) & set(now.shards), keep)
         if not now.whole:
             return 0
-        # Renamed first: a store is there or not, whatever happens while its files are deleted.
-        gone = path.rename(path.with_name(f"{_DROPPED}{uuid4().hex}"))
-    freed = folder_bytes(gone)
-    shutil.rmtree(gone)
+        # Renamed first, so that an interrupted deletion leaves no incomplete store behind.
+        renamed = path.rename(path.with_name(f"{_DROPPED}{uuid4().hex}"))
+    freed = folder_bytes(renamed)
+    shutil.rmtree(renamed)
     return freed
 
 
-def _drop_shards(found: FoundStore, shards: set[int], keep: Keep) -> int:
-    store = found.store
+def _drop_shards(folder: StoreFolder, shards: set[int], keep: Retention) -> int:
+    store = folder.store
     if store is None:
         return 0
     before = sum(_shard_bytes(store, shard) for shard in shards)
@@ -144,25 +144,25 @@ def _drop_shards(found: FoundStore, shards: set[int], keep: Keep) -> int:
     return before - sum(_shard_bytes(store, shard) for shard in shards)
 
 
-def _garbage(found: FoundStore, keep: Keep) -> Garbage | None:
-    if is_at_work(found.path):
+def _garbage(folder: StoreFolder, keep: Retention) -> Garbage | None:
+    if is_in_use(folder.path):
         return None
-    uses = keep.uses(found.path)
-    last_used = max((use.time for use in noted_uses(found.path)), default=None)
+    uses = keep.uses(folder.path)
+    last_used = max((use.time for use in noted_uses(folder.path)), default=None)
     if not uses:
-        shards = () if found.store is None else tuple(found.store.finished_shards())
+        shards = () if folder.store is None else tuple(folder.store.finished_shards())
         return Garbage(
-            store=str(found.path), whole=True, shards=shards, bytes=folder_bytes(found.path), last_used=last_used
+            store=str(folder.path), whole=True, shards=shards, bytes=folder_bytes(folder.path), last_used=last_used
         )
     needed: set[int] = set()
     for live in uses:
         if live.shards is None:
             return None
         needed |= live.shards
-    store = found.store
+    store = folder.store
     if store is None:
         return None
-    free = [s for s in store.finished_shards() if s not in needed and not shard_is_held(store.path, s)]
+    free = [s for s in store.finished_shards() if s not in needed and not shard_is_being_written(store.path, s)]
     if not free:
         return None
     size = sum(_shard_bytes(store, shard) for shard in free)
@@ -174,8 +174,8 @@ def _shard_bytes(store: Store, shard: int) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _remove_notes(path: Path, keep: Keep, studies: Collection[str] | None = None) -> None:
-    """Remove the notes of studies that do not refer to the store any more: of all, or of some."""
+def _remove_notes(path: Path, keep: Retention, studies: Collection[str] | None = None) -> None:
+    """Remove the notes of studies that no longer refer to the store; with `studies`, only the notes of these."""
     alive = {(live.use.study, live.use.receipt) for live in keep.uses(path)}
     for file in (path / USES).glob("*.json"):
         use = read_use(file)

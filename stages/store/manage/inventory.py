@@ -1,4 +1,4 @@
-"""The stores of a cache root, what each holds and who uses it."""
+"""List the stores of a cache root with their content and their users."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
-class FoundStore:
+class StoreFolder:
     """A store folder of a cache root."""
 
     path: Path
     """The folder."""
     store: Store | None
-    """None where its metadata cannot be read."""
+    """The store, or None if its metadata cannot be read."""
     problem: FptError | None = None
-    """Why it cannot be read."""
+    """Why its metadata cannot be read."""
 
 
-def find_stores(cache_root: Path) -> list[FoundStore]:
-    """Every store of a cache root, by name; one that cannot be read comes with the reason."""
-    found = []
+def find_stores(cache_root: Path) -> list[StoreFolder]:
+    """Return every store folder of a cache root, sorted by name; unreadable ones come with the reason."""
+    folders = []
     for path in sorted(cache_root.glob("*")):
         if not _NAME.fullmatch(path.name) or not path.is_dir():
             continue
         try:
-            found.append(FoundStore(path, open_found(path)))
+            folders.append(StoreFolder(path, open_store_folder(path)))
         except (CacheCorruptError, CacheMismatchError) as problem:
-            found.append(FoundStore(path, None, problem))
-    return found
+            folders.append(StoreFolder(path, None, problem))
+    return folders
 
 
-def open_found(path: Path) -> Store:
-    """Open a store of which only the folder is known.
+def open_store_folder(path: Path) -> Store:
+    """Open a store from its folder, without a spec.
 
     Raises:
-        CacheCorruptError: If it does not describe itself, or its name is not that of its features.
+        CacheCorruptError: If its description is unreadable or does not match the name of the folder.
     """
     attributes = store_attributes(path)
     try:
@@ -56,14 +56,14 @@ def open_found(path: Path) -> Store:
         spec = None
     if spec is None or spec.fingerprint[:16] != path.name or spec.fingerprint != attributes.get("fingerprint"):
         raise CacheCorruptError(
-            f"The store {path} does not describe the features that its name stands for.",
+            f"The description of the store {path} does not match its name.",
             cause="It was written by another version, or its zarr.json was changed.",
             repair="Move the folder away, then run `fpt extract`.",
         )
     try:
         return open_store_layout(path.parent, spec)
     except CacheCorruptError:
-        # With the size that its arrays have, verify can write a damaged description again.
+        # With the shard size of its arrays, `verify` can rewrite a damaged description.
         agreed = agreed_shard_size(path, spec) if impossible(spec) is None else None
         if agreed is None:
             raise
@@ -71,7 +71,7 @@ def open_found(path: Path) -> Store:
 
 
 def sound_receipts(store: Store) -> dict[int, ShardReceipt]:
-    """The receipts of a store whose files are there in the right length, by shard."""
+    """Return the receipts, by shard, whose files all exist with the right length."""
     receipts = {}
     for shard in store.finished_shards():
         try:
@@ -82,20 +82,20 @@ def sound_receipts(store: Store) -> dict[int, ShardReceipt]:
 
 
 def list_stores(cache_root: Path) -> list[StoreListing]:
-    """What each store of a cache root holds."""
+    """Describe the content and the users of each store of a cache root."""
     listings = []
-    for found in find_stores(cache_root):
-        receipts = {} if found.store is None else sound_receipts(found.store)
-        uses = noted_uses(found.path)
+    for folder in find_stores(cache_root):
+        receipts = {} if folder.store is None else sound_receipts(folder.store)
+        uses = noted_uses(folder.path)
         listings.append(
             StoreListing(
-                store=str(found.path),
-                fingerprint=found.path.name if found.store is None else found.store.spec.fingerprint,
-                spec=None if found.store is None else found.store.spec,
+                store=str(folder.path),
+                fingerprint=folder.path.name if folder.store is None else folder.store.spec.fingerprint,
+                spec=None if folder.store is None else folder.store.spec,
                 shards=len(receipts),
                 rows=len({row for receipt in receipts.values() for row in receipt.rows}),
-                bytes=folder_bytes(found.path),
-                studies=tuple(sorted({live.use.study for live in live_uses(found.path)})),
+                bytes=folder_bytes(folder.path),
+                studies=tuple(sorted({live.use.study for live in live_uses(folder.path)})),
                 last_used=max((use.time for use in uses), default=None),
             )
         )
@@ -103,7 +103,7 @@ def list_stores(cache_root: Path) -> list[StoreListing]:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files below a folder; files that vanish meanwhile count nothing."""
+    """Return the total size in bytes of all files below a folder; files deleted meanwhile are skipped."""
     total = 0
     for file in path.rglob("*"):
         try:

@@ -1,4 +1,4 @@
-"""One push at a time to a store behind a URL, where there are no locks: a note there that every push looks for."""
+"""Serialise pushes to a store behind a URL, which has no file locks, by a note that every push checks for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stages.store.remote import RemoteStore
 
 @contextmanager
 def only_push(target: RemoteStore) -> Iterator[None]:
-    """Hold a remote store for a push.
+    """Reserve a remote store for one push.
 
-    The note is written before the others are looked for: of two pushes that start together at least one sees the
-    other, and goes. A note that a dead process of this machine left is removed.
+    A push writes its note before it looks for others: of two pushes that start together, at least one sees the other
+    and stops. Notes of dead processes of this machine are removed.
 
     Args:
-        target: May not exist yet.
+        target: The remote store, whether or not it exists.
 
     Raises:
         TransferError: If another push is under way.
@@ -46,11 +46,11 @@ def only_push(target: RemoteStore) -> Iterator[None]:
             raise TransferError(
                 f"Another push to {target.remote.url} is under way.",
                 f"Its note is {folder}/{name}: {_text(target, f'{folder}/{name}')}",
-                "Wait until it is done. If it was killed, delete its note; then run the same command again.",
+                "Wait until it has finished. If it was killed, delete its note. Then run the same command again.",
             )
         yield
     finally:
-        # Without a connection it stays, and the next push from here removes it.
+        # If the connection is lost the note stays; the next push from this machine removes it.
         with suppress(Exception):
             fs.rm(f"{folder}/{mine}")
 

@@ -1,12 +1,13 @@
-"""Push and pull: shards between cache roots, each verified on arrival, its receipt last.
+"""Push and pull: copy shards between cache roots, verify each on arrival, and write its receipt last.
 
-The receipt is what makes a shard: an interrupted transfer leaves files that no reader looks at, and a repeated one
-keeps those that are right. A shard whose number is taken by other content gets a free number; the bytes of its files
-say nothing of the number.
+A shard exists once its receipt does: an interrupted transfer leaves files that no reader opens, and a repeated transfer
+keeps those that are correct. A shard whose number is taken by other content gets a free number, because its files do
+not depend on the number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from schemas.cache import Transfer
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, TransferError
@@ -25,24 +26,25 @@ from stages.store.checksums import exchanged_shards, stored_checksums
 from stages.store.layout import Store, create_store, described_shard_size, grow_store
 from stages.store.manage.inventory import sound_receipts
 from stages.store.manage.push_lock import only_push
-from stages.store.manage.usage import at_work
+from stages.store.manage.usage import keep_from_gc
 from stages.store.manage.verify import THREADS, stored_rows
 from stages.store.remote import (
     Remote,
     RemoteStore,
-    copy,
-    described,
-    digest_of,
-    length_of,
+    group_attributes,
+    remote_length,
     store_file,
     transfer_errors,
 )
 from stages.store.writer import claim_shard, remove_claimed_shards
 
+PIECE = 2**22
+"""Bytes copied at a time."""
+
 
 @dataclass
 class _Count:
-    """Numbers of a transfer while it runs."""
+    """Running totals of a transfer."""
 
     copied: int = 0
     renumbered: int = 0
@@ -62,9 +64,9 @@ class _Count:
 
 
 def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None) -> Transfer:
-    """Copy the shards of a remote store that hold rows which the local one lacks.
+    """Copy the shards of a remote store with rows that the local one lacks.
 
-    A shard that arrives damaged is left out and named; all others are copied.
+    Shards that arrive damaged are skipped and reported; all others are copied.
 
     Args:
         source: From `remote_stores`.
@@ -72,8 +74,8 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
         progress: Called with shards.
 
     Raises:
-        TransferError: If the other side cannot be read.
-        StorageError: If the disk is full or cannot be written; what has arrived is kept.
+        TransferError: If the remote side cannot be read.
+        StorageError: If the disk is full or read-only; what has arrived is kept.
         CacheMismatchError: If the local store has another shard size.
     """
     if source.problem is not None:
@@ -83,35 +85,35 @@ def pull(source: RemoteStore, cache_root: Path, progress: Progress | None = None
     if not theirs:
         return count.result(source.spec.fingerprint)
     store = create_store(cache_root, source.spec, source.shard_size)
-    _same_shards(source.shard_size, store.shard_size, store.path)
-    with at_work(store.path):
+    _require_shard_size(source.shard_size, store.shard_size, store.path)
+    with keep_from_gc(store.path):
         store = create_store(cache_root, source.spec, source.shard_size)
         sound = sound_receipts(store)
         for shard in exchanged_shards(store, sound):
             del sound[shard]
-        # Damage would hold a number, and the rows that it lost may be among those that arrive.
+        # A damaged shard would occupy a number, and its rows may be among those that arrive.
         remove_claimed_shards(store, set(store.finished_shards()) - sound.keys())
-        here = {row for receipt in sound.values() for row in receipt.rows}
+        local_rows = {row for receipt in sound.values() for row in receipt.rows}
         above = max([-1, *sound, *theirs]) + 1
         for done, shard in enumerate(sorted(theirs), 1):
             receipt = theirs[shard]
-            if here.issuperset(receipt.rows):
+            if local_rows.issuperset(receipt.rows):
                 count.present += 1
             else:
-                # Without a free number of its own, it goes above all numbers that any side has.
+                # If its number is taken, the shard gets one above all numbers of both sides.
                 taken = store.receipt(shard).exists()
                 with claim_shard(store, above if taken else shard) as number:
                     if _fetch(source, store, receipt, number, count):
-                        here.update(receipt.rows)
+                        local_rows.update(receipt.rows)
             if progress is not None:
                 progress(done, len(theirs))
     return count.result(source.spec.fingerprint)
 
 
 def push(store: Store, remote: Remote, progress: Progress | None = None) -> Transfer:
-    """Copy the shards of a local store that hold rows which the remote one lacks.
+    """Copy the shards of a local store with rows that the remote one lacks.
 
-    To a folder of this machine the locks of shards hold as for any writer; to a URL one push at a time may go.
+    In a folder of this machine, shard locks protect the target as for any writer; a URL accepts one push at a time.
 
     Args:
         store: The local store.
@@ -119,32 +121,32 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
         progress: Called with shards.
 
     Raises:
-        TransferError: If the other side cannot be written, or another push to it is under way.
+        TransferError: If the remote side cannot be written, or another push to it is under way.
         CacheMismatchError: If the remote store has another shard size.
     """
     if remote.local is not None:
-        here = Remote(remote.fs, str(store.path.parent.absolute()), str(store.path.parent))
-        return pull(here.store(store.spec, store.shard_size), remote.local, progress)
+        source = Remote(remote.fs, str(store.path.parent.absolute()), str(store.path.parent))
+        return pull(source.store(store.spec, store.shard_size), remote.local, progress)
     target, count = remote.store(store.spec, store.shard_size), _Count()
     ours = sound_receipts(store)
     with transfer_errors(remote), only_push(target):
         group = target.place("features.zarr/zarr.json")
         if remote.fs.isfile(group):
-            found = described_shard_size(described(remote.fs.cat_file(group)), store.spec, remote.url)
-            _same_shards(store.shard_size, found, remote.url)
-        theirs = _whole(target, target.receipts())
-        there = {row for receipt in theirs.values() for row in receipt.rows}
+            remote_size = described_shard_size(group_attributes(remote.fs.cat_file(group)), store.spec, remote.url)
+            _require_shard_size(store.shard_size, remote_size, remote.url)
+        theirs = _complete_receipts(target, target.receipts())
+        remote_rows = {row for receipt in theirs.values() for row in receipt.rows}
         above = max([-1, *ours, *theirs]) + 1
-        wanted = [shard for shard in sorted(ours) if not there.issuperset(ours[shard].rows)]
-        count.present = len(ours) - len(wanted)
+        to_send = [shard for shard in sorted(ours) if not remote_rows.issuperset(ours[shard].rows)]
+        count.present = len(ours) - len(to_send)
         numbers: dict[int, int] = {}
-        for shard in wanted:
+        for shard in to_send:
             numbers[shard] = shard
             if shard in theirs:
                 numbers[shard], above = above, above + 1
-        if wanted:
+        if to_send:
             _send_metadata(store, target, max([*numbers.values(), *theirs]) + 1)
-        for done, shard in enumerate(wanted, 1):
+        for done, shard in enumerate(to_send, 1):
             _send(store, target, ours[shard], numbers[shard], count)
             if progress is not None:
                 progress(count.present + done, len(ours))
@@ -152,17 +154,17 @@ def push(store: Store, remote: Remote, progress: Progress | None = None) -> Tran
 
 
 def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int, count: _Count) -> bool:
-    """One shard into a number that is held, receipt last. False: it did not arrive as it was written."""
+    """Fetch one shard into a claimed number, its receipt last; return False if it arrived damaged."""
 
     def fetch(name: str) -> tuple[str, int]:
         expected, path = receipt.files[name], store.shard_file(name, number)
         with suppress(FileNotFoundError):
             if path.stat().st_size == expected.bytes and sha256_file(path) == expected.sha256:
                 return "", 0
-        got = FileDigest(bytes=0, sha256="")
+        received = FileDigest(bytes=0, sha256="")
         remote, place = source.remote, source.place(store_file(store, name, receipt.shard))
-        if length_of(remote, place) not in (None, expected.bytes):
-            return f"shard {receipt.shard}: its file of {name} is damaged there: it has another length", 0
+        if remote_length(remote, place) not in (None, expected.bytes):
+            return f"shard {receipt.shard}: its file of {name} has the wrong length there", 0
         with storage_errors(path):
             path.unlink(missing_ok=True)
             try:
@@ -170,17 +172,17 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
                     try:
                         reading = remote.fs.open(place, "rb")
                     except FileNotFoundError:
-                        return f"shard {receipt.shard}: its file of {name} is not there", 0
+                        return f"shard {receipt.shard}: its file of {name} is missing there", 0
                     with reading:
-                        got = copy(reading, target, expected.bytes)
+                        received = copy(reading, target, expected.bytes)
                     target.flush()
                     os.fsync(target.fileno())
             finally:
-                if got != expected:
+                if received != expected:
                     path.unlink(missing_ok=True)
-        if got != expected:
-            return f"shard {receipt.shard}: its file of {name} is damaged there, or was on the way", got.bytes
-        return "", got.bytes
+        if received != expected:
+            return f"shard {receipt.shard}: its file of {name} was damaged there or in transit", received.bytes
+        return "", received.bytes
 
     with ThreadPoolExecutor(THREADS) as pool, transfer_errors(source.remote):
         results = list(pool.map(fetch, receipt.files))
@@ -188,10 +190,10 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
     if problems := [problem for problem, _ in results if problem]:
         count.failures.append(problems[0])
         return False
-    # A reader of compressed rows goes by the length of the array.
+    # Reading compressed rows requires the array to be long enough.
     grow_store(store, number + 1)
     if stored_rows(store, number, len(receipt.rows)) != receipt.rows:
-        count.failures.append(f"shard {receipt.shard}: its receipt there names other images than it holds")
+        count.failures.append(f"shard {receipt.shard}: its receipt there names other images than its files")
         return False
     try:
         checksums = stored_checksums(store, number, len(receipt.rows))
@@ -206,19 +208,19 @@ def _fetch(source: RemoteStore, store: Store, receipt: ShardReceipt, number: int
 
 
 def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int, count: _Count) -> None:
-    """One shard to a remote store, read back before its receipt is written."""
+    """Send one shard to a remote store and read it back before its receipt is written."""
     remote = target.remote
 
     def send(name: str) -> tuple[str, int]:
         expected, path = receipt.files[name], store.shard_file(name, receipt.shard)
         place = target.place(store_file(store, name, number))
-        if length_of(remote, place) == expected.bytes and digest_of(remote, place) == expected:
+        if remote_length(remote, place) == expected.bytes and remote_digest(remote, place) == expected:
             return "", 0
-        with os.fdopen(open_regular(path), "rb") as source, remote.fs.open(place, "wb") as goal:
-            sent = copy(source, goal, expected.bytes)
+        with os.fdopen(open_regular(path), "rb") as source, remote.fs.open(place, "wb") as destination:
+            sent = copy(source, destination, expected.bytes)
         if sent != expected:
             return f"shard {receipt.shard}: its file of {name} is damaged here; see `fpt cache verify`", sent.bytes
-        if digest_of(remote, place) != expected:
+        if remote_digest(remote, place) != expected:
             return f"shard {receipt.shard}: its file of {name} arrived damaged", sent.bytes
         return "", sent.bytes
 
@@ -241,23 +243,23 @@ def _send(store: Store, target: RemoteStore, receipt: ShardReceipt, number: int,
     count.renumbered += number != receipt.shard
 
 
-def _whole(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, ShardReceipt]:
-    """Receipts whose files are there in the right length."""
+def _complete_receipts(target: RemoteStore, receipts: dict[int, ShardReceipt]) -> dict[int, ShardReceipt]:
+    """Return the receipts whose files all exist with the right length."""
     layout = Store(Path(), target.spec, target.shard_size)
 
-    def whole(receipt: ShardReceipt) -> bool:
+    def is_complete(receipt: ShardReceipt) -> bool:
         return all(
-            length_of(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
+            remote_length(target.remote, target.place(store_file(layout, name, receipt.shard))) == file.bytes
             for name, file in receipt.files.items()
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
-        sound = list(pool.map(whole, receipts.values()))
-    return {shard: receipt for (shard, receipt), good in zip(receipts.items(), sound, strict=True) if good}
+        complete = list(pool.map(is_complete, receipts.values()))
+    return {shard: receipt for (shard, receipt), keep in zip(receipts.items(), complete, strict=True) if keep}
 
 
 def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
-    """Descriptions of the group and its arrays, long enough for both sides' shards."""
+    """Write the metadata of the group and its arrays, long enough for the shards of both sides."""
     fs = target.remote.fs
     for name in ("", *(f"{array}/" for array in store.layouts)):
         place = target.place(f"features.zarr/{name}zarr.json")
@@ -265,7 +267,7 @@ def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
         if fs.isfile(place):
             if not name:
                 continue
-            length = _length_there(fs.cat_file(place), metadata)
+            length = _described_rows(fs.cat_file(place), metadata)
             metadata["shape"][0] = max(length, shards * store.shard_size)
             if metadata["shape"][0] == length:
                 continue
@@ -275,37 +277,60 @@ def _send_metadata(store: Store, target: RemoteStore, shards: int) -> None:
         fs.pipe_file(place, json.dumps(metadata, indent=2).encode())
 
 
-def _length_there(content: bytes, ours: dict[str, Any]) -> int:
-    """Rows of an array there; 0, so that it is written again, where it is not described like ours."""
+def _described_rows(content: bytes, ours: dict[str, Any]) -> int:
+    """Return the rows of a remote array from its metadata, or 0, so that it is rewritten, if it differs from ours."""
     try:
-        there = json.loads(content)
-        length, rest = there["shape"][0], there["shape"][1:]
-        same = {**there, "shape": rest} == {**ours, "shape": ours["shape"][1:]}
+        theirs = json.loads(content)
+        length, rest = theirs["shape"][0], theirs["shape"][1:]
+        same = {**theirs, "shape": rest} == {**ours, "shape": ours["shape"][1:]}
     except (ValueError, LookupError, TypeError, RecursionError):
         return 0
     return length if same and type(length) is int and 0 <= length < 2**32 else 0
 
 
-def _same_shards(expected: int, found: int, where: object) -> None:
-    if expected != found:
+def _require_shard_size(expected: int, size: int, where: object) -> None:
+    if expected != size:
         raise CacheMismatchError(
-            f"The store at {where} is cut into other shards.",
-            {"shard_size": (expected, found)},
+            f"The store at {where} has another shard size.",
+            {"shard_size": (expected, size)},
             "Two extractions started with different features.shard_size.",
             "Move one of the stores away, or choose another cache root with FPT_CACHE_DIR.",
         )
 
 
+def copy(source: IO[bytes], target: IO[bytes], length: int) -> FileDigest:
+    """Copy a stream, return its length and digest; stops soon after `length` bytes, the expected end."""
+    digest, count = hashlib.sha256(), 0
+    while count <= length and (piece := source.read(PIECE)):
+        digest.update(piece)
+        count += len(piece)
+        target.write(piece)
+    return FileDigest(bytes=count, sha256=digest.hexdigest())
+
+
+def remote_digest(remote: Remote, path: str) -> FileDigest | None:
+    """Read a remote file and return its length and digest, or None if it does not exist."""
+    digest, count = hashlib.sha256(), 0
+    try:
+        with remote.fs.open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                count += len(piece)
+    except FileNotFoundError:
+        return None
+    return FileDigest(bytes=count, sha256=digest.hexdigest())
+
+
 def require_arrival(transfers: Iterable[Transfer], url: str) -> None:
-    """Refuse transfers with shards that could not be copied.
+    """Check that every shard could be copied.
 
     Raises:
-        TransferError: With every such shard; all others were copied.
+        TransferError: With a list of the shards that could not; all others were copied.
     """
     failures = [f"  {transfer.fingerprint[:16]}: {failure}" for transfer in transfers for failure in transfer.failures]
     if failures:
         raise TransferError(
             f"{len(failures)} shard{'s' if len(failures) != 1 else ''} could not be copied ({url}).",
             "\n".join(failures),
-            "All others were. `fpt cache verify --repair` and `fpt extract` where they are damaged, then repeat this.",
+            "All others were. Run `fpt cache verify --repair` and `fpt extract` on the damaged side, then repeat this.",
         )

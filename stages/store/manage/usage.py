@@ -1,4 +1,4 @@
-"""Who uses a store: a small file a study, and locks of the processes that work in it at the moment."""
+"""Users of a store: a small note per study, and locks of the processes that are working in it."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ USES = "used-by"
 
 @dataclass(frozen=True)
 class LiveUse:
-    """A use that still holds."""
+    """A study's use of a store that is still valid."""
 
     use: StoreUse
     """The note."""
     shards: frozenset[int] | None
-    """Shards that the study needs; None: all of them."""
+    """Shards that the study needs, or None for all."""
     receipt: ExtractionReceipt | None
-    """The study's receipt as it is now, if it can be read from here."""
+    """The study's current receipt, if it can be read from here."""
     unreachable: str | None = None
-    """Why the study cannot be looked at from here, so that its note holds; None: it can."""
+    """Why the study cannot be checked from here, so that its note counts; None if it can."""
 
 
 def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path, shards: list[int] | None) -> None:
-    """Note in a store that a study uses it; the study's older note there is replaced. Nothing where there is no store.
+    """Note in a store that a study uses it, replacing the study's older note; does nothing if the store is missing.
 
     Args:
         cache_root: Folder of all stores.
-        fingerprint: Of the store.
+        fingerprint: Fingerprint of the store.
         study: Folder of the study.
         receipt: Path of its extraction receipt.
-        shards: Those of the receipt; None at the start of an extraction, when they are not known yet.
+        shards: Shards in the receipt; None at the start of an extraction, when they are not known yet.
 
     Raises:
         StorageError: If the store cannot be written.
@@ -68,7 +68,7 @@ def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path,
     name = f"{digest(str(receipt))[:16]}.json"
     atomic_write(path / USES / name, (use.model_dump_json(indent=1) + "\n").encode())
     if use.finished:
-        # A stopped extraction of other features holds its whole store until the study has decided for these.
+        # An interrupted extraction of other features keeps its complete store until the study finishes another one.
         for other in cache_root.glob(f"*/{USES}/{name}"):
             old = read_use(other)
             if other.parent.parent != path and old is not None and not old.finished:
@@ -77,25 +77,25 @@ def register_use(cache_root: Path, fingerprint: str, study: Path, receipt: Path,
 
 
 def noted_uses(store: Path) -> list[StoreUse]:
-    """Every note in a store, of studies that are gone too."""
+    """Return every note in a store, including those of deleted studies."""
     return [use for path in sorted((store / USES).glob("*.json")) if (use := read_use(path)) is not None]
 
 
 def live_uses(store: Path, other_hosts: bool = True, forgotten: Collection[str] = ()) -> list[LiveUse]:
-    """The uses that still hold.
+    """Return the uses of a store that are still valid.
 
-    A study whose receipt is gone or names other features does not refer to the store any more. A study that cannot be
-    looked at (moved, renamed, deleted, on a disk that is not mounted, on another machine) counts as a user.
+    A study whose receipt is gone or names other features no longer refers to the store. A study that cannot be checked
+    (moved, renamed, deleted, on an unmounted disk, on another machine) counts as a user.
 
     Args:
         store: Folder of the store.
         other_hosts: Whether the notes of other machines count.
-        forgotten: Folders of studies that do not count where they cannot be looked at.
+        forgotten: Folders of studies that do not count if they cannot be checked.
     """
-    found = (_alive(use) for use in noted_uses(store))
+    uses = (_valid_use(use) for use in noted_uses(store))
     return [
         live
-        for live in found
+        for live in uses
         if live is not None
         and (other_hosts or live.use.host == platform.node())
         and not (live.unreachable and live.use.study in forgotten)
@@ -103,45 +103,46 @@ def live_uses(store: Path, other_hosts: bool = True, forgotten: Collection[str] 
 
 
 def exchanged_uses(store: Path) -> list[LiveUse]:
-    """Uses of a store by studies that only other stores have notes of.
+    """Return the uses of a store by studies whose notes are in other stores only.
 
-    Studies that exchanged their folders are noted in each other's stores: what their receipts name stays as well.
+    If two studies swap their folders, each is noted in the other's store; the features in their receipts are kept too.
     """
-    here = {(use.study, use.receipt) for use in noted_uses(store)}
+    noted_here = {(use.study, use.receipt) for use in noted_uses(store)}
     others = {
         (use.study, use.receipt)
         for other in store.parent.glob(f"*/{USES}")
         for use in noted_uses(other.parent)
         if use.host == platform.node()
     }
-    found = (study_use(Path(study), Path(receipt)) for study, receipt in sorted(others - here))
-    return [live for live in found if live is not None and live.use.fingerprint[:16] == store.name]
+    uses = (study_use(Path(study), Path(receipt)) for study, receipt in sorted(others - noted_here))
+    return [live for live in uses if live is not None and live.use.fingerprint[:16] == store.name]
 
 
 def study_use(study: Path, receipt: Path) -> LiveUse | None:
-    """What a study's extraction receipt says it needs, whether or not the store has a note of it.
+    """Return the use that follows from a study's extraction receipt, whether or not the store has a note of it.
 
     Returns:
-        None where there is no receipt that can be read.
+        The use, or None if the receipt is missing or unreadable.
     """
     try:
-        found = read_extraction_receipt(receipt)
+        extraction = read_extraction_receipt(receipt)
     except (CacheCorruptError, CacheIncompleteError):
         return None
-    shards = tuple(sorted(map(int, found.shards)))
+    shards = tuple(sorted(map(int, extraction.shards)))
     use = StoreUse(
         study=str(study.absolute()),
         receipt=str(receipt.absolute()),
         host=platform.node(),
-        fingerprint=found.fingerprint,
+        fingerprint=extraction.fingerprint,
         shards=shards,
         finished=True,
         time=datetime.now(UTC).replace(microsecond=0),
     )
-    return LiveUse(use, frozenset(shards), found)
+    return LiveUse(use, frozenset(shards), extraction)
 
 
-def _alive(use: StoreUse) -> LiveUse | None:
+def _valid_use(use: StoreUse) -> LiveUse | None:
+    """Check a note against the study's current receipt; return None if the study no longer refers to the store."""
     noted = frozenset(use.shards) if use.finished else None
     if use.host != platform.node():
         return LiveUse(use, noted, None, f"it is on the machine {use.host}")
@@ -160,31 +161,31 @@ def _alive(use: StoreUse) -> LiveUse | None:
 
 
 def _unreachable(use: StoreUse) -> str | None:
-    """Why a missing receipt of a study does not mean that the study gave its features up; None: it does."""
+    """Return why a missing receipt does not show that the study gave up its features, or None if it does."""
     study, receipt = Path(use.study), Path(use.receipt)
     folder = study
     try:
         if (study / "dvc.yaml").is_file() and not receipt.parent.exists() and not receipt.parent.is_symlink():
-            # Before a stage runs DVC removes its outputs; where the stage fails, they stay away.
+            # DVC removes the outputs of a stage before it runs; if the stage fails, they stay missing.
             return f"{receipt.parent} was removed, by DVC or by hand"
         for name in receipt.relative_to(study).parts[:-1] if receipt.is_relative_to(study) else ():
             if folder.is_dir() and not (folder / name).exists():
                 if (folder / name).is_symlink():
-                    return f"the link {folder / name} leads nowhere"
+                    return f"the link {folder / name} is broken"
                 break
             folder /= name
         with os.scandir(folder) as entries:
             if next(entries, None) is not None:
                 return None
     except FileNotFoundError:
-        return None if _deleted_copy(study) else "its folder is not there"
+        return None if _deleted_copy(study) else "its folder does not exist"
     except OSError as error:
         return f"{folder}: {error.strerror}"
     return f"{folder} is empty"
 
 
 def _deleted_copy(study: Path) -> bool:
-    """Whether a study was a temporary copy that DVC made for an experiment and has removed since."""
+    """Whether a study was a temporary copy for a DVC experiment that has been removed since."""
     for folder in study.parents:
         if folder.parts[-3:] == (".dvc", "tmp", "exps"):
             return folder.parents[1].is_dir() and not study.exists()
@@ -192,7 +193,7 @@ def _deleted_copy(study: Path) -> bool:
 
 
 def read_use(path: Path) -> StoreUse | None:
-    """One note; None where it cannot be read."""
+    """Read one note; return None if it cannot be read."""
     try:
         return StoreUse.model_validate_json(read_regular(path))
     except (ValidationError, OSError):
@@ -200,13 +201,13 @@ def read_use(path: Path) -> StoreUse | None:
 
 
 @contextmanager
-def at_work(store: Path) -> Iterator[None]:
-    """Keep garbage collection away from a store while this process fills it."""
+def keep_from_gc(store: Path) -> Iterator[None]:
+    """Protect a store from garbage collection while this process writes to it."""
     lock = FileLock(store / "locks" / f"at-work-{uuid4().hex}.lock")
     with storage_errors(store), store_lock(store):
-        for left in (store / "locks").glob("at-work-*.lock"):
-            if not is_held(left):
-                left.unlink(missing_ok=True)
+        for old_lock in (store / "locks").glob("at-work-*.lock"):
+            if not lock_is_held(old_lock):
+                old_lock.unlink(missing_ok=True)
         lock.acquire(blocking=False)
     try:
         yield
@@ -216,8 +217,8 @@ def at_work(store: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a living process holds a lock file. A writer makes the file: where there is none, there is no writer."""
+def lock_is_held(lock: Path) -> bool:
+    """Whether a running process holds a lock file; a missing file means that no process does."""
     if not lock.exists():
         return False
     probe = FileLock(lock)
@@ -231,11 +232,11 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def shard_is_held(store: Path, shard: int) -> bool:
-    """Whether a living process is writing this shard."""
-    return is_held(store / "locks" / f"{shard:06d}.lock")
+def shard_is_being_written(store: Path, shard: int) -> bool:
+    """Whether a running process is writing this shard."""
+    return lock_is_held(store / "locks" / f"{shard:06d}.lock")
 
 
-def is_at_work(store: Path) -> bool:
-    """Whether a living process fills the store or writes a shard of it."""
-    return any(is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")
+def is_in_use(store: Path) -> bool:
+    """Whether a running process extracts into the store or writes one of its shards."""
+    return any(lock_is_held(lock) for lock in sorted((store / "locks").glob("*.lock")) if lock.name != "store.lock")

@@ -68,11 +68,11 @@ def test_a_folder_that_cannot_be_made() -> None:
 def test_another_process_is_refused_while_the_lock_is_held(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     with FileLock(path):
-        assert disk._other_process(path) == disk._REFUSED
-    assert disk._other_process(path) == 0
+        assert disk._lock_elsewhere(path) == disk._REFUSED
+    assert disk._lock_elsewhere(path) == 0
 
 
-def test_locks_that_hold_nobody_back_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_exclude_no_other_process_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Granted:  # what a mount without locks gives to everybody
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...

@@ -20,7 +20,7 @@ def cores(monkeypatch: pytest.MonkeyPatch, allowed: int, quota: float | None) ->
     [
         (8, None, 0, {}, "ok", "8 threads"),
         (8, None, 0, {"OMP_NUM_THREADS": "8"}, "ok", "8 threads"),
-        (8, None, 0, {"OMP_NUM_THREADS": "16"}, "warn", "OMP_NUM_THREADS: more than cores"),
+        (8, None, 0, {"OMP_NUM_THREADS": "16"}, "warn", "OMP_NUM_THREADS: more threads than cores"),
         (8, None, 0, {"OMP_NUM_THREADS": "1"}, "warn", "1 thread from OMP_NUM_THREADS"),
         (8, 2.5, 0, {}, "warn", "a quota of 2.5"),
         (8, 2.5, 3, {"OMP_NUM_THREADS": "8"}, "ok", "3 of"),

@@ -16,12 +16,12 @@ from stages.doctor.versions import (
     check_package,
     check_python,
     installed,
-    wanted_ranges,
+    required_ranges,
 )
 
 
 def test_this_environment_is_healthy() -> None:
-    here, ranges = installed(), wanted_ranges()
+    here, ranges = installed(), required_ranges()
     assert set(SHOWN) <= set(ranges)
     for name in SHOWN:
         finding = check_package(name, here, ranges)
@@ -48,7 +48,7 @@ def test_an_old_python() -> None:
     ],
 )
 def test_versions_that_do_harm_or_are_too_old(name: str, version: str, words: str) -> None:
-    finding = check_package(name, {**installed(), name: version}, wanted_ranges())
+    finding = check_package(name, {**installed(), name: version}, required_ranges())
     assert finding.status == "fail"
     assert words in finding.detail and version in finding.detail
     assert finding.repair.startswith("pip install --upgrade")
@@ -56,11 +56,11 @@ def test_versions_that_do_harm_or_are_too_old(name: str, version: str, words: st
 
 def test_a_known_fault_of_two_needs_both() -> None:
     old = {**installed(), "zarr": "2.18.6", "numcodecs": "0.15.1"}
-    assert "numcodecs 0.16" not in check_package("zarr", old, wanted_ranges()).detail
+    assert "numcodecs 0.16" not in check_package("zarr", old, required_ranges()).detail
 
 
 def test_torchvision_of_another_torch() -> None:
-    finding = check_package("torchvision", {**installed(), "torch": "2.6.0"}, wanted_ranges())
+    finding = check_package("torchvision", {**installed(), "torch": "2.6.0"}, required_ranges())
     assert finding.status == "fail"
     assert "needs torch" in finding.detail
     assert "torch>=" in finding.repair and "torchvision>=" in finding.repair
@@ -73,20 +73,20 @@ def test_a_missing_operator_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("operator torchvision::nms does not exist\nand more")
 
     monkeypatch.setattr(torchvision.ops, "nms", fail)
-    finding = check_package("torchvision", installed(), wanted_ranges())
+    finding = check_package("torchvision", installed(), required_ranges())
     assert finding.status == "fail"
     assert finding.detail.endswith("RuntimeError: operator torchvision::nms does not exist")
 
 
 def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numcodecs", None)
-    finding = check_package("numcodecs", installed(), wanted_ranges())
+    finding = check_package("numcodecs", installed(), required_ranges())
     assert finding.status == "fail"
     assert "cannot be used" in finding.detail
 
 
 def test_packages_that_are_missing_or_old() -> None:
-    here, ranges = installed(), wanted_ranges()
+    here, ranges = installed(), required_ranges()
     without = {name: version for name, version in here.items() if name not in ("timm", "pillow")}
     assert check_package("timm", without, ranges).detail == "is not installed"
     finding = check_other_packages({**without, "pydantic": "1.10.0"}, ranges)

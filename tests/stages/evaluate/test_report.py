@@ -8,8 +8,8 @@ import pytest
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.manifest import Manifest, ManifestRow
 from schemas.results import BundleSpec
-from schemas.specs import SideNetworkSpec
 from schemas.settings import TrainSettings
+from schemas.specs import SideNetworkSpec
 from stages.evaluate.curves import reliability, roc_curves
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions

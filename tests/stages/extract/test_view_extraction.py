@@ -101,7 +101,7 @@ def test_a_row_has_the_features_and_the_side_image_of_the_file_turned_or_cropped
         Image.fromarray(pixels).save(tmp_path / "turned.png")
         image = read_image(tmp_path / "turned.png", max_pixels=10**6)
         alone = compute_features(lpm, receipt.spec, [to_pixels(image, receipt.spec)])
-        found = reader.read([ViewRow(row.id, view).id], NAMES)
+        found = reader.read([ViewRow(row.id, view).row_id], NAMES)
         for name in NAMES:
             assert np.array_equal(found[name], alone[name]), (view, name)
 
@@ -189,7 +189,7 @@ def test_damage_to_views_names_the_images_and_costs_just_their_views(study: Stud
     with store.shard_file("keys", first).open("r+b") as file:
         file.write(b"\xff\x00\xff\x00\xff")
     store.receipt(second).write_text("{")
-    wanted = {row.id: row.image for row in manifest_rows(study.manifest, receipt)}
+    wanted = {row.row_id: row.image for row in manifest_rows(study.manifest, receipt)}
     found = verify_store(store, live_uses(store.path), wanted)
     assert [(damage.kind, damage.shard) for damage in found.damages] == [("flipped", first), ("receipt", second)]
     images = {row.image for shard in (first, second) for row in shards[shard]}

@@ -197,7 +197,9 @@ def test_learnable_parameters_of_vit_base_are_the_published_ones(
 @pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
 def test_gradient_reaches_every_parameter(method: str) -> None:
     network = build(method).train()
-    torch.nn.functional.cross_entropy(network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(
+        network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])
+    ).backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
 
@@ -207,7 +209,9 @@ def test_a_fresh_network_learns_from_its_first_step(method: str) -> None:
     """Prompts start near zero: the projections around them must pass a gradient all the same."""
     torch.manual_seed(0)
     network = PromptedSideNetwork(tiny(method)).train()
-    torch.nn.functional.cross_entropy(network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])).backward()
+    torch.nn.functional.cross_entropy(
+        network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])
+    ).backward()
     for name in ("fusion.prompts", "fusion.out.weight", "side.patch_embed.weight"):
         assert network.get_parameter(name).grad.abs().sum() > 0, name
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages.train.models import Network
 from study import Study, make_study
 
 from schemas.errors import SettingsError
@@ -32,7 +33,6 @@ from stages.train.checkpoints import Fit
 from stages.train.data import Batch
 from stages.train.infer import feature_logits, store_logits
 from stages.train.loop import Recipe, Run, keep_epoch, make_optimizer, training_step
-from stages.train.models import Network
 from stages.train.trainer import train
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}

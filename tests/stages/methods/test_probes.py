@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from stages.methods.probes import KnnProbe, LinearFit, fit_knn, fit_linear_probe
 
 from schemas.errors import TrainingError
 from stages.methods import probes
 from stages.methods.fit_rows import FitRows
-from stages.methods.probes import KnnProbe, LinearFit, fit_knn, fit_linear_probe
 from stages.methods.regression import log_loss
 
 

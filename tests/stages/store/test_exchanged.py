@@ -28,7 +28,7 @@ from stages.store.remote import open_remote, remote_stores
 from stages.store.remote_rows import open_remote_rows
 
 ARRAYS = ("keys", "values", "indices", "pooled", "side")
-NOT_THE_ROW = "not the one of its receipt"
+NOT_THE_ROW = "does not match its receipt"
 
 
 def exchange(store: Store, array: str, first: int = 0, second: int = 1) -> None:
@@ -68,7 +68,7 @@ def test_every_exchanged_array_is_refused_by_a_read(tmp_path: Path, dtype: str) 
         exchange(store, array)
         assert exchanged_shards(store, [0, 1, 2]) == [0, 1]
         reader = open_store(tmp_path, receipt)
-        reader.require_whole()
+        reader.require_complete()
         if array != "sha256":
             for number in (2, 3, 4, 6, 7, 8):  # The keys of rows 1 and 5 are equal: all zeros.
                 with pytest.raises(CacheCorruptError, match=NOT_THE_ROW):
@@ -125,7 +125,7 @@ def test_exchanged_files_of_a_remote_store_are_refused(tmp_path: Path) -> None:
             fs.pipe_file(names[0], other)
             fs.pipe_file(names[1], one)
             reader = open_remote_rows("memory://caches/mine", receipt_of(store))
-            reader.require_whole()
+            reader.require_complete()
             with pytest.raises(CacheCorruptError, match=NOT_THE_ROW):
                 reader.read([image_id(6)], [array])
         result = pull(remote_stores(open_remote("memory://caches/mine"))[0], tmp_path / "b")
@@ -184,7 +184,7 @@ def test_wrong_checksums_in_a_receipt_are_damage(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     (damage,) = verify_store(store).damages
     assert (damage.kind, damage.shard) == ("receipt", 1)
-    assert "checksums of rows" in damage.reason
+    assert "row checksums" in damage.reason
 
 
 @pytest.mark.parametrize("checksums", [{}, {"keys": "00"}, {"keys": "zz"}])

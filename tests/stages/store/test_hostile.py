@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def described(store: Store, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what the group says about itself."""
+    """Change the attributes of the group."""
     path = store.group / "zarr.json"
     content = json.loads(path.read_bytes())
     change(content["attributes"])
@@ -45,7 +45,7 @@ def test_a_store_with_an_impossible_shard_size_is_not_pulled(tmp_path: Path, siz
 
 
 @pytest.mark.parametrize("size", [-1, 10**9, "4"])
-def test_a_local_store_with_an_impossible_shard_size_is_refused_and_mended(tmp_path: Path, size: object) -> None:
+def test_a_local_store_with_an_impossible_shard_size_is_refused_and_repaired(tmp_path: Path, size: object) -> None:
     store, _ = filled(tmp_path)
     receipt = receipt_of(store)
     described(store, lambda attributes: attributes.update(shard_size=size))
@@ -123,7 +123,7 @@ def test_entries_that_are_no_files_are_refused_without_waiting(tmp_path: Path, f
     refused = 0
     for use in (
         lambda: open_store(tmp_path / "a", receipt).read([image_id(6)], ["keys"]),
-        lambda: open_remote_rows(f"file://{tmp_path}/a", receipt).require_whole(),
+        lambda: open_remote_rows(f"file://{tmp_path}/a", receipt).require_complete(),
         lambda: create_store(tmp_path / "a", SPEC, 4),
         lambda: take_inventory(store),
         lambda: list_stores(tmp_path / "a"),

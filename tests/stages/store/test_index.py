@@ -53,7 +53,7 @@ def test_a_million_rows_open_with_a_handful_of_files(tmp_path: Path, opened: Cou
     assert np.array_equal(found["keys"], rows["keys"][[7, 30, 7]])
     assert dict(opened) == {"receipts": 1, "c.0.0.0.0.0": 2}
     with pytest.raises(CacheIncompleteError, match=r"000001\.json is gone"):
-        reader.require_whole()
+        reader.require_complete()
 
 
 def test_a_new_shard_is_all_that_is_read_to_extend_the_index(tmp_path: Path, opened: Counter[str]) -> None:
@@ -126,7 +126,7 @@ def test_a_store_on_a_read_only_disk_is_read(tmp_path: Path, monkeypatch: pytest
 
 
 def replace_arrays(group: Path, **changes: Any) -> None:
-    """Write every array of a store again with zarr alone, in another layout."""
+    """Rewrite every array of a store with plain zarr, in another layout."""
     old = zarr.open_group(group, mode="r")
     fresh = zarr.create_group(group.with_name("other.zarr"), zarr_format=3, attributes=dict(old.attrs))
     for name in old.array_keys():
@@ -147,10 +147,10 @@ def replace_arrays(group: Path, **changes: Any) -> None:
 def test_another_codec_and_chunking_are_read_through_zarr(tmp_path: Path) -> None:
     store, rows = filled(tmp_path)
     receipt = receipt_of(store)
-    assert open_store(tmp_path, receipt).mapped
+    assert open_store(tmp_path, receipt).direct
     replace_arrays(store.group, compressors=[zarr.codecs.ZstdCodec(level=1)])
     reader = open_store(tmp_path, receipt)
-    assert not reader.mapped
+    assert not reader.direct
     order = [11, 2, 2, 7]
     found = reader.read([image_id(n) for n in order], rows)
     for name, values in rows.items():

@@ -61,7 +61,7 @@ def killed_at(step: int, cut: float) -> Iterator[None]:
 
         return run
 
-    real_seal = writer._seal
+    real_seal = writer._sync_and_digest
 
     def seal(path: Path) -> Any:
         moment(path)
@@ -69,7 +69,7 @@ def killed_at(step: int, cut: float) -> Iterator[None]:
 
     with (
         mock.patch.object(writer, "grow_store", guarded(writer.grow_store, False)),
-        mock.patch.object(writer, "_seal", seal),
+        mock.patch.object(writer, "_sync_and_digest", seal),
         mock.patch.object(writer, "remove_shard", guarded(writer.remove_shard, False)),
         mock.patch.object(writer, "atomic_write", guarded(writer.atomic_write, False)),
         mock.patch.object(index, "atomic_write", guarded(index.atomic_write, False)),
@@ -89,7 +89,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def write_missing(store: Store, rows: Rows) -> None:
-    """What an extraction does: mend, then write the rows that are not there, then the index."""
+    """Act like an extraction: repair, then write the missing rows, then the index."""
     inventory = take_inventory(store)
     if inventory.broken:
         remove_claimed_shards(store, inventory.broken)

@@ -177,8 +177,8 @@ def test_int8_rows_of_vit_base_at_512_are_as_small_as_promised(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_zarr_alone_gives_the_keys_and_values(tmp_path: Path, dtype: str) -> None:
-    """With what the group says about itself: the formula is in its attributes."""
+def test_plain_zarr_gives_the_keys_and_values(tmp_path: Path, dtype: str) -> None:
+    """With the formula in the attributes of the group."""
     keys, values = features(3, low=-1, high=1)
     of = spec(dtype)
     store, arrays, _ = write(tmp_path, of, 3, 4, encode(keys, values, of))

@@ -1,4 +1,4 @@
-"""A store behind a URL, read in place: the rows of the local one, or an error that says what is wrong there."""
+"""A store behind a URL, read in place: the rows of the local one, or an error that names the problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from schemas.features import ExtractionReceipt, ShardReceipt
 from schemas.machine import StoreSettings
 from stages.store.layout import Store, create_store
 from stages.store.manage.transfer import push
-from stages.store.memory_rows import MemoryRows, decide
+from stages.store.memory_rows import MemoryRows, plan_memory
 from stages.store.reader import StoreReader, open_store
 from stages.store.remote import Remote, open_remote
 from stages.store.remote_rows import RemoteRows, open_remote_rows, open_rows
@@ -77,7 +77,7 @@ def flipped(at: int) -> Callable[[bytes], bytes]:
 def test_rows_are_those_of_the_local_store(there: There) -> None:
     reader = there.open()
     assert isinstance(reader, RemoteRows)
-    reader.require_whole()
+    reader.require_complete()
     assert len(reader) == 11
     assert image_id(7) in reader
     assert reader.missing([image_id(3), image_id(12)]) == [image_id(12)]
@@ -99,7 +99,7 @@ def test_a_file_url_reads_like_a_folder(tmp_path: Path) -> None:
     push(store, open_remote(f"file://{tmp_path}/there"))
     for url in (f"file://{tmp_path}/there", str(tmp_path / "there")):
         reader = open_remote_rows(url, receipt_of(store))
-        assert reader.mapped
+        assert reader.direct
         assert reader.url is None
         assert np.array_equal(reader.read([image_id(6)], ["keys"])["keys"][0], rows["keys"][5])
 
@@ -120,7 +120,7 @@ def test_what_fits_is_held_and_then_nothing_is_fetched(tmp_path: Path) -> None:
     ids = [image_id(number) for number in (11, 2, 7, 1)]
     with served(tmp_path / "a") as (url, asked):
         reader = open_remote_rows(url, receipt_of(store))
-        decision = decide(reader, ids, NAMES, StoreSettings(memory_budget="1GB"))
+        decision = plan_memory(reader, ids, NAMES, StoreSettings(memory_budget="1GB"))
         assert decision.held
         assert decision.remote == f"{url}/{SPEC.fingerprint[:16]}"
         held = MemoryRows(reader, ids, NAMES)
@@ -128,7 +128,7 @@ def test_what_fits_is_held_and_then_nothing_is_fetched(tmp_path: Path) -> None:
         assert before
         assert np.array_equal(held.read_rows(held.locate(ids), ids, NAMES)["keys"], rows["keys"][[10, 1, 6, 0]])
         assert len(asked) == before
-        assert not decide(reader, ids, NAMES, StoreSettings(memory_budget=0)).held
+        assert not plan_memory(reader, ids, NAMES, StoreSettings(memory_budget=0)).held
 
 
 @pytest.mark.parametrize("place", ["first row", "index"])
@@ -136,7 +136,7 @@ def test_a_flipped_byte_is_found(there: There, place: str) -> None:
     file = f"features.zarr/values/{there.store.shard_file('values', 1).name}"
     there.change(file, flipped(40 if place == "first row" else -30))
     reader = there.open()
-    reader.require_whole()  # The length is right.
+    reader.require_complete()  # The length is right.
     with pytest.raises(CacheCorruptError, match=r"features.zarr/values cannot be read") as caught:
         reader.read([image_id(5)], NAMES)
     assert "fpt cache push" in str(caught.value)
@@ -146,7 +146,7 @@ def test_a_flipped_byte_is_found(there: There, place: str) -> None:
 def test_a_short_file_is_found_by_its_length(there: There) -> None:
     there.change(f"features.zarr/side/{there.store.shard_file('side', 2).name}", lambda content: content[:-1])
     with pytest.raises(CacheCorruptError, match="bytes instead of"):
-        there.open().require_whole()
+        there.open().require_complete()
     with pytest.raises(CacheCorruptError, match="bytes instead of"):
         there.open().read([image_id(9)], ["keys"])
     there.open().read([image_id(5)], ["keys"])
@@ -157,14 +157,14 @@ def test_a_missing_shard_is_no_row_of_zeros(there: There, array: str) -> None:
     file = there.store.shard_file(array, 1).name
     there.files.fs.rm(there.path(f"features.zarr/{array}/{file}"))
     with pytest.raises(CacheIncompleteError, match=re.escape(file)):
-        there.open().require_whole()
+        there.open().require_complete()
     with pytest.raises(CacheIncompleteError, match=re.escape(file)):
         there.open().read([image_id(5)], ["keys"])
 
 
 def test_a_shard_that_goes_after_it_was_compared_is_an_error(there: There) -> None:
     reader = there.open()
-    reader.require_whole()
+    reader.require_complete()
     there.files.fs.rm(there.path(f"features.zarr/keys/{there.store.shard_file('keys', 1).name}"))
     with pytest.raises(CacheIncompleteError, match="never written"):
         reader.read([image_id(5)], ["keys"])
@@ -175,7 +175,7 @@ def test_shards_that_changed_places_are_not_mistaken(there: There) -> None:
     first, second = (there.files.fs.cat_file(there.path(name)) for name in names)
     there.change(names[0], lambda _: second)
     there.change(names[1], lambda _: first)
-    with pytest.raises(CacheCorruptError, match="is not the one of its receipt"):
+    with pytest.raises(CacheCorruptError, match="does not match its receipt"):
         there.open().read([image_id(5)], ["keys"])
 
 
@@ -227,14 +227,14 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="cannot be used"):
         open_remote_rows(url, receipt)
     with pytest.raises(TransferError, match="cannot be used"):
-        fresh.require_whole()
+        fresh.require_complete()
     with pytest.raises(TransferError, match="cannot be used"):
         reader.read([image_id(2)], ["keys"])
     with pytest.raises(TransferError, match="nothing"):
         open_remote_rows("nothing://here", receipt)
 
 
-def test_a_server_that_sends_whole_files_is_refused(tmp_path: Path) -> None:
+def test_a_server_without_range_requests_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp, which is not installed")
     store, _ = filled(tmp_path / "a")
     with served(tmp_path / "a", ranges=False) as (url, _), pytest.raises(TransferError, match="range requests"):
@@ -243,7 +243,7 @@ def test_a_server_that_sends_whole_files_is_refused(tmp_path: Path) -> None:
 
 def test_the_local_store_comes_first(there: There, tmp_path: Path) -> None:
     root = there.store.path.parent
-    assert open_rows(root, there.receipt, "nothing://here").mapped
+    assert open_rows(root, there.receipt, "nothing://here").direct
     shutil.rmtree(there.store.path)
     with pytest.raises(FptError, match=r"store\.remote") as caught:
         open_rows(root, there.receipt)

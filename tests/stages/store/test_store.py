@@ -20,7 +20,7 @@ from stages.store.reader import StoreReader, open_store
 from stages.store.writer import claim_shard, write_shard
 
 
-def test_rows_come_back_in_the_asked_order(tmp_path: Path) -> None:
+def test_rows_are_returned_in_the_requested_order(tmp_path: Path) -> None:
     store, rows = filled(tmp_path)
     reader = open_store(tmp_path, receipt_of(store))
     order = [7, 1, 11, 1, 4]
@@ -117,7 +117,7 @@ def test_a_truncated_shard_is_refused_before_it_is_read(tmp_path: Path, cut: int
     path.write_bytes(path.read_bytes()[:-cut])
     reader = open_store(tmp_path, receipt)
     with pytest.raises(CacheCorruptError, match="bytes instead of"):
-        reader.require_whole()
+        reader.require_complete()
     with pytest.raises(CacheCorruptError, match="bytes instead of"):
         reader.read([image_id(5)], ["side"])
 
@@ -131,7 +131,7 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
     assert caught.value.missing == (image_id(99),)
     store.shard_file("values", 1).unlink()
     with pytest.raises(CacheIncompleteError, match=r"shard file .* is gone"):
-        open_store(tmp_path, receipt).require_whole()
+        open_store(tmp_path, receipt).require_complete()
     with pytest.raises(CacheIncompleteError, match=r"shard file .* is gone"):
         reader.read([image_id(5)], ["side"])
     store.receipt(2).unlink()

@@ -11,7 +11,7 @@ import torch
 from study import Study
 
 from schemas.machine import StoreSettings
-from stages.store.memory_rows import MemoryRows, available_memory, decide
+from stages.store.memory_rows import MemoryRows, available_memory, plan_memory
 from stages.store.reader import StoreReader, open_store
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
 from stages.train.trainer import train
@@ -91,9 +91,9 @@ def test_the_budget_decides(study: Study, budget: Any, held: bool) -> None:
     store = opened(study)
     ids, names = study.manifest.ids(), ("keys", "values", "side")
     needed = sum(values.nbytes for values in store.read(ids, names).values())
-    decision = decide(store, ids, names, StoreSettings(memory_budget=needed if budget is None else budget))
+    decision = plan_memory(store, ids, names, StoreSettings(memory_budget=needed if budget is None else budget))
     assert (decision.held, decision.needed, decision.rows) == (held, needed, len(ids))
-    assert not decide(store, ids, names, StoreSettings(memory_budget=needed - 1)).held
+    assert not plan_memory(store, ids, names, StoreSettings(memory_budget=needed - 1)).held
     assert 2**20 < available_memory() < 2**50
 
 

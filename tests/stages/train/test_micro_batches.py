@@ -9,12 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load
+from stages.train.models import Network
 from study import Study, make_study
 
 from schemas.parse import parse_settings
 from schemas.results import TrainResult
-from schemas.specs import SideNetworkSpec
 from schemas.settings import TrainSettings
+from schemas.specs import SideNetworkSpec
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import build_network
 from stages.methods.fusion import context
@@ -25,7 +26,6 @@ from stages.train.compiling import compile_blocks
 from stages.train.data import Batch
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.micro_batches import split_batch
-from stages.train.models import Network
 from stages.train.trainer import train
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}

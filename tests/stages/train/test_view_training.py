@@ -47,7 +47,7 @@ def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywo
 
 def names(study: Study) -> list[list[str]]:
     """Names of the rows of each training image."""
-    return [[row.id for row in rows] for rows in train_views(study.manifest, study.settings.features)]
+    return [[row.row_id for row in rows] for rows in train_views(study.manifest, study.settings.features)]
 
 
 def dataset(study: Study, store: Any, seed: int = 3, augmented: bool = False, size: int = 40) -> FeatureDataset:

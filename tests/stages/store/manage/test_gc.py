@@ -14,9 +14,9 @@ from schemas.errors import ProjectError
 from schemas.features import ExtractionReceipt
 from stages.store.extraction_receipt import write_extraction_receipt
 from stages.store.layout import Store, create_store
-from stages.store.manage.gc import Keep, drop_garbage, find_garbage, forgettable, unreachable_studies
+from stages.store.manage.gc import Retention, drop_garbage, find_garbage, forgettable, unreachable_studies
 from stages.store.manage.inventory import list_stores
-from stages.store.manage.usage import USES, at_work, live_uses, register_use, study_use
+from stages.store.manage.usage import USES, keep_from_gc, live_uses, register_use, study_use
 from stages.store.manage.verify import verify_store
 from stages.store.writer import claim_shard
 
@@ -31,7 +31,7 @@ def study_of(cache: Path, store: Store, root: Path, shards: list[int]) -> Path:
     return path
 
 
-def test_a_store_without_a_study_goes_as_a_whole(tmp_path: Path) -> None:
+def test_a_store_without_a_study_is_deleted_completely(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     (garbage,) = find_garbage(cache)
@@ -74,14 +74,14 @@ def test_a_damaged_receipt_counts_as_it_was_noted(tmp_path: Path) -> None:
     assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
 
 
-def test_nothing_goes_while_somebody_works_in_the_store(tmp_path: Path) -> None:
+def test_nothing_is_deleted_while_a_process_works_in_the_store(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     (garbage,) = find_garbage(cache)
     killed = store.path / "locks" / "at-work-1.lock"
     killed.touch()
     assert len(find_garbage(cache)) == 1, "nobody holds it"
-    with at_work(store.path), at_work(store.path):
+    with keep_from_gc(store.path), keep_from_gc(store.path):
         assert not killed.exists()
         assert find_garbage(cache) == []
         assert drop_garbage(cache, [garbage]) == 0
@@ -110,7 +110,7 @@ def test_studies_of_other_machines_count_unless_told_otherwise(tmp_path: Path) -
     (note,) = (store.path / USES).iterdir()
     note.write_text(json.dumps({**json.loads(note.read_text()), "host": "elsewhere"}))
     assert [garbage.shards for garbage in find_garbage(cache)] == [(2,)]
-    assert [garbage.whole for garbage in find_garbage(cache, Keep(other_hosts=False))] == [True]
+    assert [garbage.whole for garbage in find_garbage(cache, Retention(other_hosts=False))] == [True]
 
 
 def test_what_is_needed_again_since_it_was_shown_stays(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_is_needed_again_since_it_was_shown_stays(tmp_path: Path) -> None:
     assert store.finished_shards() == [0, 1, 2]
 
 
-def test_the_list_tells_rows_bytes_and_studies(tmp_path: Path) -> None:
+def test_the_list_shows_rows_bytes_and_studies(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store, _ = filled(cache)
     study_of(cache, store, tmp_path / "a", [0])
@@ -157,7 +157,7 @@ def test_the_current_study_keeps_its_shards_wherever_it_is_now(tmp_path: Path) -
     for note in (store.path / USES).iterdir():
         note.unlink()
     assert [garbage.whole for garbage in find_garbage(cache)] == [True]
-    keep = Keep(current=study_use(tmp_path / "new", tmp_path / "new/receipt.json"))
+    keep = Retention(current=study_use(tmp_path / "new", tmp_path / "new/receipt.json"))
     (garbage,) = find_garbage(cache, keep)
     assert (garbage.whole, garbage.shards) == (False, (2,))
     drop_garbage(cache, find_garbage(cache), keep)
@@ -186,7 +186,7 @@ def test_a_study_that_cannot_be_reached_counts_until_it_is_forgotten(tmp_path: P
     (study,) = unreachable_studies(cache)
     assert (study.study, study.stores) == (str(root), (store.path.name,))
     assert study.reason
-    keep = Keep(forgotten=forgettable(cache, [root]))
+    keep = Retention(forgotten=forgettable(cache, [root]))
     (garbage,) = find_garbage(cache, keep)
     assert garbage.whole
     drop_garbage(cache, [garbage], keep)
@@ -220,7 +220,9 @@ def test_outputs_that_dvc_removed_do_not_give_the_features_up(tmp_path: Path) ->
     (study / "dvc.yaml").touch()
     shutil.rmtree(path.parent)
     assert find_garbage(cache) == []
-    assert [garbage.whole for garbage in find_garbage(cache, Keep(forgotten=forgettable(cache, [study])))] == [True]
+    assert [garbage.whole for garbage in find_garbage(cache, Retention(forgotten=forgettable(cache, [study])))] == [
+        True
+    ]
 
 
 def test_a_study_is_forgotten_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,11 +240,11 @@ def test_a_forgotten_study_leaves_the_shards_of_others(tmp_path: Path) -> None:
     study_of(cache, store, tmp_path / "a", [0, 1])
     study_of(cache, store, tmp_path / "b", [0, 1, 2])
     (tmp_path / "a").rename(tmp_path / "gone")
-    with pytest.raises(ProjectError, match="No study at"):
+    with pytest.raises(ProjectError, match="not an unreachable study"):
         forgettable(cache, [tmp_path / "b"])
-    with pytest.raises(ProjectError, match="No study at"):
+    with pytest.raises(ProjectError, match="not an unreachable study"):
         forgettable(cache, [tmp_path / "c"])
-    keep = Keep(forgotten=forgettable(cache, [tmp_path / "a"]))
+    keep = Retention(forgotten=forgettable(cache, [tmp_path / "a"]))
     assert find_garbage(cache, keep) == []
     assert drop_garbage(cache, [], keep) == 0
     assert [live.use.study for live in live_uses(store.path)] == [str(tmp_path / "b")]

@@ -24,7 +24,7 @@ def no_lpm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fewer(study: Study, **more: object) -> None:
-    """Tap the last layer alone."""
+    """Tap only the last layer."""
     layers = study.settings.features.layers
     study.settings = study.changed(features={"layers": layers[-1:], **more})
 

@@ -135,7 +135,7 @@ def test_a_shard_that_is_damaged_there_is_left_out_and_named(tmp_path: Path, rem
     result = pull(offered(remote), tmp_path / "b")
     assert result.copied == 2
     (failure,) = result.failures
-    assert failure.startswith("shard 1: its file of values is damaged")
+    assert failure.startswith("shard 1: its file of values was damaged")
     copy = open_store_layout(tmp_path / "b", SPEC)
     assert copy.finished_shards() == [0, 2]
     with pytest.raises(TransferError, match="1 shard could not be copied"):
@@ -222,7 +222,7 @@ def test_an_interrupted_pull_leaves_a_consistent_store_and_goes_on(
 
 
 @pytest.mark.parametrize("after", [0, 8, 17])
-def test_an_interrupted_push_is_never_taken_for_whole(
+def test_an_interrupted_push_is_never_taken_for_complete(
     tmp_path: Path, memory: Remote, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     store, _ = filled(tmp_path / "a")

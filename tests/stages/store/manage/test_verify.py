@@ -52,7 +52,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Store], None]]] = {
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
-def test_a_whole_store_is_whole(tmp_path: Path, codec: str) -> None:
+def test_an_intact_store_has_no_damage(tmp_path: Path, codec: str) -> None:
     store, _ = filled(tmp_path, spec=SPEC.model_copy(update={"codec": codec}))
     seen: list[tuple[int, int]] = []
     result = verify_store(store, progress=lambda done, total: seen.append((done, total)))
@@ -124,7 +124,7 @@ def test_files_that_no_receipt_names_are_foreign_unless_a_living_writer_holds_th
 
 
 @pytest.mark.parametrize("change", [("row", "raw"), ('"shape": [\n    12', '"shape": [\n    8'), ("{", "")])
-def test_damaged_metadata_is_found_and_written_anew(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_damaged_metadata_is_found_and_rewritten(tmp_path: Path, change: tuple[str, str]) -> None:
     store, rows = filled(tmp_path)
     path = store.group / "keys" / "zarr.json"
     text = path.read_text()
@@ -184,5 +184,5 @@ def test_a_shard_that_vanished_with_its_receipt_is_missed_for_the_study_that_nee
     assert mine.shards == {0, 1, 2}
 
 
-def test_an_empty_store_is_whole(tmp_path: Path) -> None:
+def test_an_empty_store_has_no_damage(tmp_path: Path) -> None:
     assert verify_store(create_store(tmp_path, SPEC, 4)).damages == ()
