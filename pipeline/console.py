@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
-from pipeline.tables import pairs as pairs_table
-from pipeline.tables import tables
+from pipeline.terminal_tables import pairs as pairs_table
+from pipeline.terminal_tables import tables
 from schemas.text import json_visible, shortened, visible
 from stages.ranks import Ranks
 

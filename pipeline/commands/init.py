@@ -100,8 +100,8 @@ def _check(data: DataSettings, study: Path) -> list[str]:
     Returns:
         What was chosen by header or layout, for people.
     """
-    from stages.prepare.items import check_listing, read_listing
-    from stages.prepare.table import check_files
+    from stages.prepare.dataset_listing import check_listing, read_listing
+    from stages.prepare.label_table import check_files
 
     try:
         listing = read_listing(data, study)

@@ -82,7 +82,7 @@ def _adopt(study: Study) -> None:
     from schemas.parse import parse_settings
     from stages.manifest import read_manifest
     from stages.prepare import MANIFEST_FILE
-    from stages.prepare.memory import KnownSplits, is_known, same_draw, write_known
+    from stages.prepare.split_history import KnownSplits, is_known, same_draw, write_known
 
     data, file = study.settings.data, study.manifest_folder / MANIFEST_FILE
     if is_known(study.splits, data) or not file.exists():

@@ -27,14 +27,14 @@ from stages.extract.features import to_pixels
 from stages.images import read_image
 from stages.predict.classifier import check_task, load_classifier
 from stages.prepare import QUARANTINE_FILE
-from stages.prepare.check import check_conflicts
-from stages.prepare.digest import Digests, digest_images
+from stages.prepare.dataset_listing import Listing, check_listing, read_listing
+from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.exports import write_quarantine
-from stages.prepare.items import Listing, check_listing, read_listing
-from stages.prepare.listing import did_you_mean, listed
-from stages.prepare.scan import Item
-from stages.prepare.survey import passed_over_lines
-from stages.prepare.table import check_files
+from stages.prepare.image_digests import Digests, digest_images
+from stages.prepare.image_files import skipped_lines
+from stages.prepare.label_checks import check_conflicts
+from stages.prepare.label_table import check_files
+from stages.prepare.labelled_image import LabelledImage
 from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
@@ -120,7 +120,7 @@ def evaluate_external(
     write_evaluation(predictions, metrics, report, output)
     aside = listing.set_aside()
     write_quarantine(aside, items, digests.failures, output / QUARANTINE_FILE)
-    notes = (*listing.notes, *passed_over_lines(listing.passed_over, images))
+    notes = (*listing.notes, *skipped_lines(listing.skipped, images))
     return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
 
 
@@ -135,7 +135,7 @@ def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
     return listing
 
 
-def _check_labels(items: Sequence[Item], spec: BundleSpec) -> None:
+def _check_labels(items: Sequence[LabelledImage], spec: BundleSpec) -> None:
     counts = Counter(name for item in items for name in names_in(item.label, spec.task))
     unknown = [
         f"{name!r}, {counted(count, 'image')}{did_you_mean(name, spec.classes)}"
@@ -161,7 +161,7 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
         )
 
 
-def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: Progress | None) -> Digests:
+def _digests(items: Sequence[LabelledImage], images: Path, data: DataSettings, progress: Progress | None) -> Digests:
     if data.labels is not None and data.on_error == "fail":
         check_files(items, images, data.labels)
     digests = digest_images(
@@ -180,7 +180,7 @@ def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: 
     return digests
 
 
-def _rows(items: Sequence[Item], digests: Digests, spec: BundleSpec) -> tuple[ManifestRow, ...]:
+def _rows(items: Sequence[LabelledImage], digests: Digests, spec: BundleSpec) -> tuple[ManifestRow, ...]:
     usable = [item for item in items if item.path in digests.ids]
     if not usable:
         reasons = listed(f"{path}: {reason}" for path, reason in sorted(digests.failures.items()))
@@ -189,7 +189,7 @@ def _rows(items: Sequence[Item], digests: Digests, spec: BundleSpec) -> tuple[Ma
     return tuple(_row(item, digests.ids[item.path], spec) for item in usable)
 
 
-def _row(item: Item, image_id: str, spec: BundleSpec) -> ManifestRow:
+def _row(item: LabelledImage, image_id: str, spec: BundleSpec) -> ManifestRow:
     label = written(sorted(names_in(item.label, spec.task), key=spec.classes.index))
     group = item.path if item.group is None else item.group
     return ManifestRow(id=image_id, path=item.path, label=label, group=group, split="external")

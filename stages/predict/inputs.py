@@ -10,8 +10,8 @@ from pathlib import Path
 from schemas.errors import DataError
 from schemas.settings import DataSettings
 from stages.files import read_regular
-from stages.prepare.survey import PassedOver, classify, passed_over_lines, survey
-from stages.prepare.table import read_paths
+from stages.prepare.image_files import SkippedFile, classify, find_image_files, skipped_lines
+from stages.prepare.label_table import read_paths
 
 TABLES = (".csv", ".tsv")
 LISTS = (".txt",)
@@ -62,8 +62,8 @@ def find_images(words: Sequence[str], data: DataSettings, root: Path) -> Inputs:
 
 
 def _add_folder(found: Inputs, folder: Path) -> None:
-    below = survey(folder)
-    lines = passed_over_lines(below.passed_over, folder)
+    below = find_image_files(folder)
+    lines = skipped_lines(below.skipped, folder)
     if not below.images:
         raise DataError(f"{folder} has no images.", "\n".join(lines), "Name a folder with images, or the images.")
     found.images += below.images
@@ -72,23 +72,23 @@ def _add_folder(found: Inputs, folder: Path) -> None:
 
 def _add_pattern(found: Inputs, pattern: Path) -> None:
     images: dict[Path, None] = {}
-    passed_over: dict[Path, PassedOver] = {}
+    skipped: dict[Path, SkippedFile] = {}
     matches = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))  # noqa: PTH207  (any pattern)
     for path in matches:
         if path.is_dir():
-            below = survey(path)
+            below = find_image_files(path)
             images |= dict.fromkeys(below.images)
-            passed_over |= {one.path: one for one in below.passed_over}
+            skipped |= {one.path: one for one in below.skipped}
             continue
         reason, named = classify(path)
         if reason is None:
             images[path] = None
         else:
-            passed_over[path] = PassedOver(path, reason, named)
+            skipped[path] = SkippedFile(path, reason, named)
     fixed = pattern
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
-    lines = passed_over_lines(passed_over.values(), fixed)
+    lines = skipped_lines(skipped.values(), fixed)
     if not images:
         cause = "\n".join(lines) or "No file has such a name; a relative pattern starts at the working directory."
         raise DataError(f"{pattern} matches no images.", cause, "Correct the pattern.")

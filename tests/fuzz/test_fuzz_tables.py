@@ -21,7 +21,7 @@ from schemas.errors import FptError
 from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
-from stages.prepare.table import read_table
+from stages.prepare.label_table import read_table
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "0"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from pipeline.tables import fold, pairs, tables
+from pipeline.terminal_tables import fold, pairs, tables
 
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "150"))
 SEED = os.environ.get("FPT_FUZZ_SEED")

@@ -142,7 +142,7 @@ def test_init_with_a_csv_watches_it(tmp_path: Path, images: Path, run: Run) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--images", "nowhere"], "no folder of images|Correct --images."),
+        (["--images", "nowhere"], "no image folder|Correct --images."),
         (["--images", "empty"], "no class folders|name a CSV with --labels."),
         (["--images", "images", "--labels", "nothing.csv"], "no CSV|Correct --labels."),
         (["--images", "images", "--labels", "labels.csv"], "did you mean 'lable'|--label-column"),

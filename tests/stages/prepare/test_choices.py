@@ -38,7 +38,7 @@ def test_sub_folders_that_may_be_patients(study: Path) -> None:
     patients(study)
     make(study / "data/images/benign/direct.png", 60)
     text = fails(study)
-    assert "1 image of 'benign' lies in no sub-folder" in text and "data.group_column" in text
+    assert "1 image of 'benign' is in no sub-folder" in text and "data.group_column" in text
     _, summary = run(study, group_column="folder")
     assert (summary.groups, summary.singles) == (8, 1)
     shutil.rmtree(study / "outputs")
@@ -114,8 +114,8 @@ def test_all_complaints_about_a_folder_at_once(broken: Path) -> None:
     assert summary.passed_over == {"DICOM, not read yet": 1}
     with (broken / "outputs/manifest/quarantine.csv").open(newline="") as file:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
-    assert "beside the class folders" in reasons["'=stray.png"]
-    assert reasons["unclear/"].startswith("class folder without any image")
+    assert "outside of the class folders" in reasons["'=stray.png"]
+    assert reasons["unclear/"].startswith("class folder without images")
 
 
 def test_what_lies_beside_the_class_folders_is_named(study: Path) -> None:

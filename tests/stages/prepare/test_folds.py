@@ -118,7 +118,7 @@ def test_too_few_patients_for_the_folds_are_named() -> None:
     with pytest.raises(DataError, match=r"'rare': 4 groups") as found:
         draw_folds(by_patient({"rare": 4, "common": 20}), 5, 0.25, seed=0)
     assert "--folds" in found.value.repair
-    with pytest.raises(DataError, match="need 4 each"):
+    with pytest.raises(DataError, match="need at least 4 per class"):
         draw_folds(by_patient({"rare": 3, "common": 20}), 2, 0.25, seed=0)
 
 

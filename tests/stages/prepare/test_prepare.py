@@ -17,7 +17,7 @@ from schemas.manifest import PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.prepare import prepare
-from stages.prepare.scan import scan_folders
+from stages.prepare.class_folders import scan_folders
 
 
 def test_class_folders(study: Path) -> None:
@@ -119,12 +119,12 @@ def test_an_empty_class(study: Path) -> None:
     (study / "data/images/unclear").mkdir()
     (study / "data/images/unclear/scan.dcm").write_bytes(b"x")
     text = fails(study)
-    assert "1 class without any image" in text and "unclear" in text and ".dcm" in text
+    assert "1 class without images" in text and "unclear" in text and ".dcm" in text
 
 
 def test_one_class_only(study: Path) -> None:
     shutil.rmtree(study / "data/images/malignant")
-    assert "one label: 'benign'" in fails(study)
+    assert "the same label: 'benign'" in fails(study)
 
 
 def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
@@ -132,7 +132,7 @@ def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
     assert "no class folders" in fails(study, images="flat")
     make(study / "data/images/stray.png", 0)
     text = fails(study)
-    assert "stray.png" in text and "beside the class folders" in text
+    assert "stray.png" in text and "outside of the class folders" in text
     assert "data.images" in fails(study, images="nowhere")
 
 

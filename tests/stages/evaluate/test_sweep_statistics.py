@@ -14,8 +14,8 @@ from schemas.sweeps import SweptRun
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import pool
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
-from stages.evaluate.summary import summarise
-from stages.evaluate.sweeps import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
+from stages.evaluate.sweep_statistics import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
+from stages.evaluate.sweep_summary import summarise
 from stages.scores import macro_auc
 
 

@@ -21,15 +21,15 @@ from stages.groups import find_clusters
 from stages.manifest import read_manifest, write_manifest
 from stages.parquet import CONTENT
 from stages.prepare import prepare
-from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits
-from stages.prepare.table import read_table
+from stages.prepare.label_table import read_table
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.stratified_split import draw_splits
 
 TABLE = "path,label,x,y z\na.png,y z|x,1,1\nb.png,,0,0\nc.png, x ,1.0,False\n"
-ITEMS = [Item("a.png", "x|y z"), Item("b.png", ""), Item("c.png", "x")]
+ITEMS = [LabelledImage("a.png", "x|y z"), LabelledImage("b.png", ""), LabelledImage("c.png", "x")]
 
 
-def read(tmp_path: Path, content: str, **settings: Any) -> list[Item]:
+def read(tmp_path: Path, content: str, **settings: Any) -> list[LabelledImage]:
     (tmp_path / "labels.csv").write_text(content)
     data = DataSettings.model_validate({"task": "multilabel", "labels": "labels.csv", **settings})
     return read_table(data, tmp_path, tmp_path / "images").items
@@ -120,7 +120,7 @@ def test_labels_keep_their_shares_and_patients_their_split() -> None:
     for group in range(300):
         own = {name for name, share in often.items() if draws.random() < share}
         for number in range(draws.randint(1, 4)):
-            items.append(Item(f"{group}/{number}.png", "|".join(sorted(own)), f"g{group}"))
+            items.append(LabelledImage(f"{group}/{number}.png", "|".join(sorted(own)), f"g{group}"))
     ids = {item.path: hashlib.sha256(item.path.encode()).hexdigest() for item in items}
     split_of = draw_splits(find_clusters(items, ids, "multilabel"), 0.2, 0.2, 0)
     where = defaultdict(set)
@@ -148,8 +148,8 @@ def test_tables_that_are_not_several_labels(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(.|\n)*data\.classes"):
         run(tmp_path, task="multilabel", classes=["bars", "bright"])
     for change, said in (
-        (lambda label: "one", r"1 label in all: 'one'(.|\n)*label_separator"),
-        (lambda label: "", "0 labels in all"),
+        (lambda label: "one", r"1 label in total: 'one'(.|\n)*label_separator"),
+        (lambda label: "", "0 labels in total"),
         (lambda label: f"{label}|all", "Every image has the label 'all'"),
     ):
         rows = [line.split(",") for line in text.splitlines()]

@@ -9,7 +9,7 @@ from schemas.results import Comparison
 from schemas.sweeps import METHOD_AXIS, Spread, SweepSummary, SweptRun
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import pool
-from stages.evaluate.sweeps import (
+from stages.evaluate.sweep_statistics import (
     best_settings,
     by_axis,
     chosen_test_auc,
