@@ -99,18 +99,18 @@ def changed(case: str) -> Predictions:
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     [
         ("fewer", "120 rows of test against 119 of test; 119 images"),
         ("split", "test and val"),
         ("label", "labels or groups"),
         ("group", "labels or groups"),
-        ("classes", "other classes"),
+        ("classes", "different classes"),
     ],
 )
-def test_other_rows_are_refused(tmp_path: Path, case: str, said: str) -> None:
+def test_other_rows_are_refused(tmp_path: Path, case: str, message: str) -> None:
     folders = [write(tmp_path / "a", predictions(1.0)), write(tmp_path / "b", changed(case))]
-    with pytest.raises(EvaluationError, match=said) as caught:
+    with pytest.raises(EvaluationError, match=message) as caught:
         compare(folders)
     assert "fpt evaluate" in str(caught.value)
 

@@ -12,7 +12,7 @@ from schemas.manifest import ManifestRow
 from schemas.results import JudgedModel
 from schemas.sweeps import SweptRun
 from stages.evaluate.compare import compare
-from stages.evaluate.ensemble import pool
+from stages.evaluate.ensemble import score_pooled
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
 from stages.evaluate.sweep_statistics import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
 from stages.evaluate.sweep_summary import summarise
@@ -105,7 +105,7 @@ def table(folder: Path, fold: int, seed: int, method: str = "fpt+", rows: int = 
 
 def test_folds_are_averaged_then_joined(tmp_path: Path) -> None:
     parts = [[table(tmp_path / f"{fold}-{seed}", fold, seed) for seed in range(3)] for fold in range(2)]
-    metrics = pool(parts, tmp_path / "out")
+    metrics = score_pooled(parts, tmp_path / "out")
     labels, pools = [], []
     for folders in parts:
         tables = [read_predictions(folder / "predictions.parquet") for folder in folders]
@@ -125,7 +125,7 @@ def test_folds_are_averaged_then_joined(tmp_path: Path) -> None:
 
 def test_a_row_in_two_folds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="cannot be joined"):
-        pool([[table(tmp_path / "one", 0, 0)], [table(tmp_path / "two", 0, 1)]])
+        score_pooled([[table(tmp_path / "one", 0, 0)], [table(tmp_path / "two", 0, 1)]])
 
 
 def test_methods_are_compared_on_equal_rows(tmp_path: Path) -> None:

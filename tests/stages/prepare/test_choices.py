@@ -1,4 +1,4 @@
-"""What `prepare` chooses by itself and says so: patients, splits, names of classes, and what it passes over."""
+"""Choices that `prepare` makes and reports: patients, splits, class names, and skipped files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sub_folders_that_may_be_patients(study: Path) -> None:
         for number, name in enumerate(("train", "val", "test")):
             for image in range(2):
                 make(study / f"data/images/{label}/{name}/{image}.png", 100 * len(label) + 10 * number + image)
-    assert "names are those of splits" in fails(study)
+    assert "they are named like splits" in fails(study)
 
 
 def test_folders_of_splits_are_no_classes(study: Path) -> None:

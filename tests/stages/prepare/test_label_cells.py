@@ -58,13 +58,13 @@ def test_the_same_labels(tmp_path: Path, content: str, settings: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"),
+    ("cell", "message"),
     [("", "line 2: empty"), ("-1", "line 2: '-1'"), ("yes", "line 2: 'yes'"), ("0.5", "line 2: '0.5'")],
 )
-def test_cells_that_are_neither_0_nor_1_are_refused(tmp_path: Path, cell: str, said: str) -> None:
+def test_cells_that_are_neither_0_nor_1_are_refused(tmp_path: Path, cell: str, message: str) -> None:
     with pytest.raises(DataError, match=r"1 cell of column 'x'(.|\n)*neither 0 nor 1") as caught:
         read(tmp_path, TABLE.replace("y z|x,1,1", f"y z|x,{cell},1"), label_columns=["x", "y z"])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_missing_label_column_is_named(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_sign_between_labels_is_not_part_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"task": "ordinal"}, "needs classes"),
         ({"task": "multilabel"}, "needs a labels CSV"),
@@ -88,8 +88,8 @@ def test_the_sign_between_labels_is_not_part_of_one(tmp_path: Path) -> None:
         ({"task": "regression"}, "multiclass"),
     ],
 )
-def test_settings_that_contradict_each_other(data: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_settings_that_contradict_each_other(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         parse_settings({"data": data})
 
 
@@ -147,7 +147,7 @@ def test_tables_that_are_not_several_labels(tmp_path: Path) -> None:
     text = (tmp_path / "labels.csv").read_text()
     with pytest.raises(DataError, match=r"(.|\n)*data\.classes"):
         run(tmp_path, task="multilabel", classes=["bars", "bright"])
-    for change, said in (
+    for change, message in (
         (lambda label: "one", r"1 label in total: 'one'(.|\n)*label_separator"),
         (lambda label: "", "0 labels in total"),
         (lambda label: f"{label}|all", "Every image has the label 'all'"),
@@ -155,7 +155,7 @@ def test_tables_that_are_not_several_labels(tmp_path: Path) -> None:
         rows = [line.split(",") for line in text.splitlines()]
         changed = [rows[0], *([row[0], change(row[1]), *row[2:]] for row in rows[1:])]
         (tmp_path / "labels.csv").write_text("\n".join(",".join(row) for row in changed))
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             run(tmp_path, task="multilabel")
 
 
