@@ -132,5 +132,5 @@ def test_one_group_has_no_interval(tmp_path: Path) -> None:
 def test_folders_without_predictions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no predictions"):
         compare([tmp_path])
-    with pytest.raises(EvaluationError, match="nothing to compare"):
+    with pytest.raises(EvaluationError, match="No evaluations to compare"):
         compare([])

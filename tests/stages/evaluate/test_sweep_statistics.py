@@ -124,7 +124,7 @@ def test_folds_are_averaged_then_joined(tmp_path: Path) -> None:
 
 
 def test_a_row_in_two_folds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="cannot be joined"):
+    with pytest.raises(EvaluationError, match="cannot be pooled"):
         score_pooled([[table(tmp_path / "one", 0, 0)], [table(tmp_path / "two", 0, 1)]])
 
 
