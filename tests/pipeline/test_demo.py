@@ -30,7 +30,7 @@ def test_one_command_makes_and_runs_the_demo(tmp_path: Path, run: Run, weights: 
     (study / "dvc.yaml").write_text(copied)
     run(["git", "commit", "--quiet", "--all", "-m", "Start"], cwd=study)
     done = run([*FPT, "demo", "run", "mine"], cwd=tmp_path)
-    assert "With the cached features" in done.stdout and "Only the side network, without features" in done.stdout
+    assert "With cached features" in done.stdout and "Side network only, without features" in done.stdout
     assert run(["git", "status", "--short"], cwd=study).stdout == "?? dvc.lock\n", "data and weights are ignored"
     again = run([*FPT, "demo", "run", "mine"], cwd=tmp_path)
     assert "Running stage" not in again.stdout

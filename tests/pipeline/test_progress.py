@@ -30,7 +30,7 @@ def test_a_terminal_gets_a_bar_with_rate(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "talk", lambda: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "stderr_console", lambda: Console(file=screen, force_terminal=True, width=120))
     with ImageBar("Features") as bar:
         bar(0, 4)
         clock[0] = 1.0

@@ -24,7 +24,7 @@ def params(study: Path) -> Settings:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     write_study(tmp_path, Settings())
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ProjectError, match=r"already holds params\.yaml, dvc\.yaml"):
+    with pytest.raises(ProjectError, match=r"already contains params\.yaml, dvc\.yaml"):
         write_study(tmp_path, Settings(method="fpt"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -105,7 +105,7 @@ def test_a_failed_init_leaves_nothing_behind(
             cwd=tmp_path, env=broken, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
-        assert "broken" in done.stderr and "Nothing is left behind" in done.stderr
+        assert "broken" in done.stderr and "No files were left behind" in done.stderr
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
     run(["fpt", "init", "there", "--images", images], cwd=tmp_path)
 
@@ -167,4 +167,4 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_init_twice_is_refused(tmp_path: Path, images: Path, run: Run) -> None:
     run(["fpt", "init", "study", "--images", "images"], cwd=tmp_path)
     done = run(["fpt", "init", "study", "--images", "images"], cwd=tmp_path, code=2)
-    assert "already holds params.yaml, dvc.yaml" in done.stderr
+    assert "already contains params.yaml, dvc.yaml" in done.stderr
