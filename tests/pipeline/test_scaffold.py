@@ -41,7 +41,7 @@ def test_ignore_files_are_added_to(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("mine\n/outputs/")
     write_study(tmp_path, Settings())
     lines = (tmp_path / ".gitignore").read_text().splitlines()
-    assert lines == ["mine", "/outputs/", "# what fpt computes", "/.fpt/", "/dvc_plots/"]
+    assert lines == ["mine", "/outputs/", "# results of fpt", "/.fpt/", "/dvc_plots/"]
 
 
 def test_init_makes_a_repository_with_staged_files(tmp_path: Path, images: Path, run: Run) -> None:
