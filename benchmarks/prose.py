@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 WINGS = ("fpt", "pipeline", "stages", "schemas")
 
@@ -112,7 +112,7 @@ def rate_table(folders: list[Path]) -> Table:
 
 def entry_table(folders: list[Path]) -> Table:
     """Tabulate occurrences: one row per file or folder below the folders, one column per pattern."""
-    table = Table("occurrences", "words", *PATTERNS)
+    table = Table(Column("occurrences", no_wrap=True), "words", *PATTERNS)
     for entry in (entry for folder in folders for entry in entries(folder)):
         words, counts = occurrences(lines_of(entry))
         table.add_row(str(entry), f"{words:,}", *(str(counts[pattern] or "") for pattern in PATTERNS))
@@ -136,7 +136,10 @@ def main() -> None:
                 if any(PATTERNS[name].search(line.text) for name in names):
                     print(f"{line.path}:{line.number}: {line.text}")
         return
-    Console(highlight=False).print(entry_table(folders) if options.entries else rate_table(folders))
+    console = Console(highlight=False)
+    if options.entries:
+        console.width = max(console.width, 130)
+    console.print(entry_table(folders) if options.entries else rate_table(folders))
 
 
 if __name__ == "__main__":

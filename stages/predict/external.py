@@ -101,10 +101,9 @@ def evaluate_external(
     check_task(spec, data)
     data = data.model_copy(update={"task": spec.task, "split_column": None})
     listing = _list_labelled(data, root, spec)
-    images, items = listing.images, listing.items
-    digests = _digests(items, images, data, reading)
-    rows = _rows(items, digests, spec)
-    paths = {row.id: images / row.path for row in reversed(rows)}
+    digests = _digests(listing, data, reading)
+    rows = _rows(listing.items, digests, spec)
+    paths = {row.id: listing.images / row.path for row in reversed(rows)}
     source = _Source(bundle, data, root, lpm, cache_root, batch_size)
     probability_of, cached = source.probabilities(paths, predicting)
     p = np.stack([probability_of[row.id] for row in rows])
@@ -120,8 +119,8 @@ def evaluate_external(
     )
     write_evaluation(predictions, metrics, report, output)
     aside = listing.set_aside()
-    write_quarantine(aside, items, digests.failures, output / QUARANTINE_FILE)
-    notes = (*listing.notes, *skipped_lines(listing.skipped, images))
+    write_quarantine(aside, listing.items, digests.failures, output / QUARANTINE_FILE)
+    notes = (*listing.notes, *skipped_lines(listing.skipped, listing.images))
     return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
 
 
@@ -162,12 +161,12 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
         )
 
 
-def _digests(items: Sequence[LabelledImage], images: Path, data: DataSettings, progress: Progress | None) -> Digests:
+def _digests(listing: Listing, data: DataSettings, progress: Progress | None) -> Digests:
     if data.labels is not None and data.on_error == "fail":
-        check_files(items, images, data.labels)
+        check_files(listing.items, listing.images, data.labels)
     digests = digest_images(
-        items,
-        images,
+        listing.items,
+        listing.images,
         max_pixels=data.max_pixels,
         min_side=data.min_side,
         accept_warnings=data.on_warning == "accept",
