@@ -1,4 +1,4 @@
-"""Random settings trees end in `Settings` or in a short `SettingsError`; what is valid survives its own file."""
+"""Random settings trees yield `Settings` or a short `SettingsError`; valid ones survive a round trip through YAML."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """No arrangement of patients, copies, additions and removals yields a leak, and known images keep their split.
 
-An hour of attack: FPT_FUZZ_CASES=1000000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_splits.py --timeout=0
+One hour: FPT_FUZZ_CASES=1000000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_splits.py --timeout=0
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def content(number: int) -> str:
 
 
 class World:
-    """A study that changes: images with a content, a class by content, perhaps a patient, perhaps a split."""
+    """A changing study: images with a content, a class that depends on it, and optionally a patient and a split."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -56,11 +56,11 @@ class World:
         elif kind == 1:
             for path in self.rng.sample(sorted(self.items), self.rng.randint(1, max(1, len(self.items) // 5))):
                 del self.items[path]
-        elif kind == 2:  # another table names other patients
+        elif kind == 2:  # another table with other patients
             for path, item in self.items.items():
                 if self.rng.random() < 0.2:
                     self.items[path] = LabelledImage(path, item.label, f"p{self.rng.randrange(40)}", item.split)
-        elif kind == 3:  # one image more
+        elif kind == 3:  # one more image
             self.add(1)
         else:  # a new table without splits
             self.items = {path: LabelledImage(path, item.label, item.group) for path, item in self.items.items()}
@@ -72,7 +72,7 @@ class World:
 
 
 def check(world: World, split_of: dict[str, Split], known: KnownSplits) -> bool:
-    """Whether every known image kept its split; leaks and moves that nothing asks for are failures."""
+    """Return whether every known image kept its split; fail for leaks and unnecessary moves."""
     items = list(world.items.values())
     assert split_of.keys() == world.items.keys()
     assert {(item.label, split_of[item.path]) for item in items} == {

@@ -1,4 +1,4 @@
-"""The demo without the repository: one command makes its study and runs it."""
+"""The demo outside of the repository: one command creates and runs its study."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_one_command_makes_and_runs_the_demo(tmp_path: Path, run: Run, weights: 
     changes += ["train.side_image_size=32", "train.side_reduction=2"]
     study, settings = tmp_path / "mine", parse_settings(override(DEMO, changes))
     initialise(study, write_study(study, settings, demo=True))
-    # Weights that are there are kept: with a copy of the small ones no network is needed.
+    # Existing weights are kept, so a copy of small ones makes the download unnecessary.
     text = (study / "dvc.yaml").read_text()
     copied = text.replace("cmd: fpt demo data", f"cmd: mkdir weights && cp {weights} ${{lpm.weights}} && fpt demo data")
     (study / "dvc.yaml").write_text(copied)

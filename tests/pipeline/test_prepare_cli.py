@@ -1,4 +1,4 @@
-"""`fpt prepare` as a user runs it: what it prints, the splits as a table, and a failed run under DVC."""
+"""`fpt prepare` on the command line: output, the table of splits, and a failed run under DVC."""
 
 import csv
 import json

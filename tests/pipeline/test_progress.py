@@ -21,7 +21,7 @@ def test_a_log_gets_a_line_now_and_then(clock: list[float], capsys: pytest.Captu
             clock[0] = 10.0 * step
             bar(100 + step, 200)
     lines = capsys.readouterr().err.splitlines()
-    # What was there before the start took no time: 10 s an image, whatever the cache held.
+    # Cached images do not count: 10 s per image, regardless of the number in the cache.
     assert lines[0] == "Features: 102 of 200, 10.0 s/image, 16 min 20 s left"
     assert len(lines) == 4
 

@@ -79,7 +79,7 @@ def test_init_in_a_subfolder_of_a_git_repository(tmp_path: Path, images: Path, r
     assert (study / ".dvc").is_dir()
     assert run(["git", "ls-files", "--stage"], cwd=tmp_path).stdout == before, "the index is the user's"
     run(["dvc", "status"], cwd=study)
-    # The printed command adds all that DVC needs.
+    # The printed command adds all files that DVC needs.
     command = next(line for line in done.stderr.splitlines() if line.startswith("  git add "))
     run(["sh", "-c", command], cwd=study)
     staged = run(["git", "diff", "--cached", "--name-only", "--relative"], cwd=study).stdout.split()

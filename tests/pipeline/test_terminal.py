@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing that it would obey, nothing endless; and paths that the system refuses."""
+"""Terminal output without control sequences, files that would block, and paths that the system rejects."""
 
 from __future__ import annotations
 

@@ -77,5 +77,5 @@ def test_the_real_wheel_becomes_weights_that_load(tmp_path: Path) -> None:
     # Neighbouring patches have similar positions, distant ones do not: trained, and in the right order.
     similarity = torch.nn.functional.cosine_similarity(positions[1:38], positions[2:39]).mean()
     assert similarity > 0.8
-    # Class token and its position got the same updates from nothing on, so training left them equal.
+    # Class token and its position start at zero and get the same updates, so they are equal after training.
     torch.testing.assert_close(loaded.model.state_dict()["cls_token"][0, 0], positions[0], rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ TOKENS = 1 + GRID * GRID
 
 
 class Export:
-    """A runnable graph with the names of an exported Hugging Face DINOv2 backbone, of random weights."""
+    """Build a runnable graph with the names of an exported Hugging Face DINOv2 backbone and random weights."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
@@ -58,7 +58,7 @@ class Export:
 
     def layer(self, layer: int) -> None:
         theirs = f"backbone.encoder.layer.{layer}"
-        # The order in which the exporter numbers them is not the order of query, key, value.
+        # The exporter does not number them in the order query, key, value.
         for place, wide in (
             ("attention.attention.key", (WIDTH, WIDTH)),
             ("attention.attention.value", (WIDTH, WIDTH)),

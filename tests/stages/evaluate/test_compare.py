@@ -1,4 +1,4 @@
-"""Models on the same rows: paired differences, and refusals where the rows differ."""
+"""Comparison of models: paired differences on the same rows, and errors for different rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ("a", "b", "c")
 
 
 def predictions(strength: float, seed: int = 0, n: int = 120, classes: tuple[str, ...] = CLASSES) -> Predictions:
-    """Pairs of rows a group; the noise of a seed is the same at every strength."""
+    """Predictions with two rows per group; the noise of a seed does not depend on the strength."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % len(classes)
     logits = rng.normal(size=(n, len(classes))) + strength * np.eye(len(classes))[labels]
@@ -64,7 +64,7 @@ def test_the_intervals_are_of_the_same_draws(tmp_path: Path, classes: tuple[str,
     for name, difference in found.items():
         assert difference.interval is not None
         low, high = np.percentile(samples[name], [2.5, 97.5])
-        # 200 of the 1,000 draws: the ends rest on five samples each.
+        # With 200 of the 1,000 samples, each end of the interval is determined by five.
         width = difference.interval[1] - difference.interval[0]
         assert difference.interval == pytest.approx((low, high), abs=0.2 * width)
         assert difference.interval[0] < difference.value < difference.interval[1]

@@ -1,4 +1,4 @@
-"""The numbers of a sweep: means and deviations, choices by validation alone, joined folds."""
+"""Sweep statistics: means and deviations, choices only by validation, and pooled folds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_spread_is_of_the_sample() -> None:
 
 def test_the_test_has_no_say_in_the_choice() -> None:
     assert best_settings(RUNS) == "lr=1"
-    # Split a chooses lr 1 (0.91 against 0.81), split b lr 2 (0.74 against 0.71), whatever their test says.
+    # Split a chooses lr 1 (0.91 against 0.81), split b lr 2 (0.74 against 0.71), regardless of their test AUC.
     chosen = chosen_test_auc(RUNS)
     assert chosen is not None
     assert chosen.values == pytest.approx((0.61, 0.83))
@@ -82,7 +82,7 @@ def test_neighbours_outvote_a_lucky_rate() -> None:
 
 
 def table(folder: Path, fold: int, seed: int, method: str = "fpt+", rows: int = 12) -> Path:
-    """Predictions of images of a fold: paths in another order than the folds."""
+    """Predictions of a fold, whose paths are not in the order of the folds."""
     rng = np.random.default_rng((fold, seed, len(method)))
     made = tuple(
         ManifestRow(

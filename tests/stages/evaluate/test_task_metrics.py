@@ -1,4 +1,4 @@
-"""Numbers of several labels an image, and of grades, against scikit-learn and by hand."""
+"""Multi-label and ordinal metrics, compared with scikit-learn and manual calculation."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def patients(study: Path, per_class: int = 4) -> None:
 
 def test_sub_folders_are_patients(study: Path) -> None:
     patients(study)
-    make(study / "data/images/malignant/p0/2.png", 50)  # a patient of two classes
+    make(study / "data/images/malignant/p0/2.png", 50)  # a patient with images of two classes
     manifest, summary = run(study)
     assert (summary.unit, summary.groups, summary.singles) == ("patients", 8, 0)
     assert "8 patients" in summary.notes[0]

@@ -90,7 +90,7 @@ def test_links_pipes_and_sockets_are_named(tmp_path: Path, monkeypatch: pytest.M
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "back").symlink_to(tmp_path)
-    # Where an image is expected it stays one: reading it reports the broken link, so that no study shrinks unnoticed.
+    # A broken link with the suffix of an image counts as one, so that reading it raises an error.
     (tmp_path / "lost.png").symlink_to("nowhere.png")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")

@@ -1,4 +1,4 @@
-"""Several labels an image, and grades: read, refused, split and written down."""
+"""Multi-label and ordinal studies: parsing, errors, splits, and the manifest."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_manifests_of_one_class_an_image_are_written_as_before(tmp_path: Path) -
 
 
 def _as_before(manifest: Manifest, path: Path) -> None:
-    """The file as it was before there were tasks."""
+    """The manifest format from before tasks existed."""
     import pyarrow as pa
 
     names = ("id", "path", "label", "group", "split")

@@ -1,4 +1,4 @@
-"""Tables as people and spreadsheets write them."""
+"""Label tables as written by people and spreadsheets."""
 
 from __future__ import annotations
 

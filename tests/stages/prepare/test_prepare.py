@@ -1,4 +1,4 @@
-"""`prepare` as a whole: folders and tables in, a manifest or one clear error out."""
+"""End-to-end tests of `prepare`: from folders and tables to a manifest or one clear error."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
 def test_a_folder_that_may_not_be_read(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(study / "data/images/benign/locked/x.png", 700)
     (study / "data/images/benign/locked").chmod(0)
-    # Root may read everything: the test needs a user who may not, and starts where that user may be.
+    # Root can read everything, so the test runs as another user, in a folder that this user can access.
     study.chmod(0o755)
     monkeypatch.chdir(study)
     uid = os.geteuid()

@@ -1,4 +1,4 @@
-"""Splits: nothing leaks, classes keep their shares, and neither names nor order matter."""
+"""Splits: no leaks, classes keep their shares, and neither names nor order matter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def singles(counts: dict[str, int]) -> tuple[list[LabelledImage], dict[str, str]
 
 @st.composite
 def studies(draw: st.DrawFn) -> tuple[list[LabelledImage], dict[str, str]]:
-    """Images of 2-4 classes with shared groups and shared contents, and for each class three images of their own."""
+    """Images of 2-4 classes with shared groups and shared contents, and three independent images of each class."""
     labels = "abcd"[: draw(st.integers(2, 4))]
     rows = draw(
         st.lists(st.tuples(st.sampled_from(labels), st.none() | st.integers(0, 12), st.integers(0, 40)), max_size=60)
@@ -48,7 +48,7 @@ def studies(draw: st.DrawFn) -> tuple[list[LabelledImage], dict[str, str]]:
         LabelledImage(f"{number}.png", label, None if group is None else f"g{group}")
         for number, (label, group, _) in enumerate(rows)
     ]
-    # A content has one label: conflicts are refused before.
+    # A content has one label, since conflicts are refused earlier.
     ids = {item.path: content((item.label, row[2])) for item, row in zip(items, rows, strict=True)}
     for label in labels:
         own = [LabelledImage(f"own/{label}{number}.png", label) for number in range(3)]
@@ -75,7 +75,7 @@ def test_invariants(study: tuple[list[LabelledImage], dict[str, str]], seed: int
     shuffled = data.draw(st.permutations(items))
     assert draw(shuffled, ids, seed=seed) == split_of
 
-    # Other names of files, groups and labels, the same contents.
+    # Different names of files, groups and labels, but the same contents.
     renamed = [
         LabelledImage(f"moved/{item.path}", item.label, None if item.group is None else f"patient {item.group}")
         for item in items
@@ -110,7 +110,7 @@ KNOWN_TEST = ["a/0.png", "a/1.png", "b/1.png", "b/2.png"]
 
 
 def test_a_known_split_stays_as_it_is() -> None:
-    # Changing this changes the test set of every study: then say so in the changelog.
+    # A change here changes the test set of every study, so it has to be in the changelog.
     items, ids = singles({"a": 10, "b": 10})
     split_of = draw(items, ids)
     assert sorted(path for path, split in split_of.items() if split == "test") == [
@@ -200,7 +200,7 @@ def test_a_class_with_too_few_groups() -> None:
 
 
 def of_groups(groups: dict[str, str], salt: object = "") -> tuple[list[LabelledImage], dict[str, str]]:
-    """An image of each class (a letter) in each group."""
+    """One image per class (a letter) in each group."""
     items = [LabelledImage(f"{group}{label}.png", label, group) for group, labels in groups.items() for label in labels]
     return items, {item.path: content((salt, item.path)) for item in items}
 
@@ -226,7 +226,7 @@ def test_mixed_groups_are_split_wherever_they_can_be(seed: int) -> None:
 
 
 def test_other_orders_are_tried() -> None:
-    # Eight groups of five classes: the order of the first attempt ends without a way out.
+    # Eight groups of five classes: the order of the first attempt leads to a dead end.
     groups = {"0": "ad", "1": "ac", "2": "e", "3": "b", "4": "abcd", "5": "bcde", "6": "acde", "7": "e"}
     for salt in range(40):
         items, ids = of_groups(groups, salt)
@@ -235,7 +235,7 @@ def test_other_orders_are_tried() -> None:
 
 
 def test_an_impossible_arrangement_is_an_error() -> None:
-    # a needs g1, g2, g3 in three splits and b needs g1, g2, g4, so g3 and g4 share one: c is left with two.
+    # a needs g1, g2, g3 in three splits and b needs g1, g2, g4, so g3 and g4 share one, which leaves two for c.
     items, ids = of_groups({"g1": "ab", "g2": "ab", "g3": "ac", "g4": "bc", "g5": "c"})
     with pytest.raises(DataError) as caught:
         draw(items, ids)

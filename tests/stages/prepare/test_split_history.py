@@ -1,4 +1,4 @@
-"""Known images keep their split: growth, removal, new patients, and a fresh draw that is asked for by name."""
+"""Known images keep their split when images or patients are added or removed, and `--redraw` draws again."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_the_split_as_a_table_that_grows(study: Path, grouped: bool) -> None:
 
 
 def pairs_with_odd(study: Path) -> list[dict[str, str]]:
-    """A patient each, in a table as this project writes it."""
+    """A table as this project writes it, with one image per patient."""
     from stages.tables import safe_cell
 
     images = study / "data/images"
