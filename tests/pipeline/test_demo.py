@@ -35,7 +35,7 @@ def test_one_command_makes_and_runs_the_demo(tmp_path: Path, run: Run, weights: 
     again = run([*FPT, "demo", "run", "mine"], cwd=tmp_path)
     assert "Running stage" not in again.stdout
     refused = run([*FPT, "demo", "run", "mine", "--set", "train.epochs=2"], cwd=tmp_path, code=2)
-    assert "study already" in refused.stderr
+    assert "already a study" in refused.stderr
 
 
 @pytest.mark.parametrize("words", [["demo", "data"], ["demo", "summary"]])

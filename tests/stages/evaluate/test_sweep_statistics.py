@@ -163,4 +163,4 @@ def test_methods_are_compared_on_equal_rows(tmp_path: Path) -> None:
     assert difference.difference.values == tuple(one.models[1].differences["auc"].value for one in comparisons)
     averaged = summary.settings["method=attentive"].averaged_auc
     assert averaged is not None
-    assert len(averaged.values) == 2, "one a split"
+    assert len(averaged.values) == 2, "one per split"
