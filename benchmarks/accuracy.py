@@ -1,14 +1,14 @@
-"""What the small forms of the store cost in accuracy: the same features as float32, float16, int8 and int4.
+"""Measure the accuracy cost of compressed features: the same features as float32, float16, int8 and int4.
 
     python benchmarks/accuracy.py STUDY                     e.g. a folder with params.yaml and real images
     python benchmarks/accuracy.py STUDY --seeds 3 --set train.lr=1e-3 --json result.json
 
-The LPM runs at most once: for the float32 store in the study's cache, if it is not there yet. Every other store is
-encoded from that one by the code that `fpt extract` uses, in a temporary folder that is removed at the end. The side
-network is then trained from each store with the same seeds. Nothing is written into the study but its cache.
+The LPM runs at most once, for the float32 store in the cache of the study. All other stores are encoded from it with
+the code of `fpt extract`, in a temporary folder that is removed at the end. The side network is then trained from each
+store with the same seeds. Only the cache of the study is written to.
 
-Prints mean test AUC and its values, relative L2 error of keys and values, bytes an image on disk, and images a second
-of shuffled batches from a warm page cache (medians of alternate rounds, one process).
+Prints the test AUC of each seed and its mean, the relative L2 error of keys and values, bytes per image on disk, and
+images per second for shuffled batches with a warm page cache (medians of alternate rounds, one process).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import torch
 from pipeline.project import Study, open_study
 from schemas.features import ExtractionReceipt, FeatureSpec
 from schemas.manifest import Manifest
-from schemas.settings import FeatureDtype, Settings
+from schemas.resolved import ResolvedSettings
+from schemas.settings import FeatureDtype
 from stages.evaluate.evaluator import probabilities
 from stages.extract.extractor import ExtractionJob, extract
 from stages.manifest import read_manifest
@@ -42,13 +43,13 @@ from stages.train.infer import store_logits
 from stages.train.trainer import train
 
 TOLERANCE = 0.003
-"""Loss of mean AUC at which a smaller form may still be the default."""
+"""Largest loss of mean AUC at which a smaller dtype may be the default."""
 BATCH = 16
 ROUNDS = 5
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Parse the arguments, measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of params.yaml")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per store")
@@ -67,10 +68,10 @@ def main() -> None:
 
 
 def measure(study: Study, work: Path, dtypes: list[str], seeds: int) -> dict[str, Any]:
-    """Encode, train and read every form."""
+    """Encode, train from and read each dtype."""
     manifest = find_manifest(study, work)
     say(f"{study.lpm.name}, {study.settings.method}: float32 features of {len(manifest.ids())} images")
-    exact = extract(ExtractionJob(study.settings, study.root, study.cache, manifest, work / "float32"), tell_images)
+    exact = extract(ExtractionJob(study.settings, study.root, study.cache, manifest, work / "float32"), print_progress)
     forms: dict[str, dict[str, Any]] = {}
     stores: dict[str, tuple[Path, ExtractionReceipt]] = {}
     for dtype in dtypes:
@@ -104,7 +105,7 @@ def measure(study: Study, work: Path, dtypes: list[str], seeds: int) -> dict[str
 
 
 def find_manifest(study: Study, work: Path) -> Manifest:
-    """The study's own, or one that is drawn now."""
+    """Read the manifest of the study, or prepare one."""
     if study.manifest.exists():
         return read_manifest(study.manifest)
     prepare(study.settings.data, study.root, work / "manifest")
@@ -112,7 +113,7 @@ def find_manifest(study: Study, work: Path) -> Manifest:
 
 
 def encode_again(cache: Path, receipt: ExtractionReceipt, target: Path, dtype: str) -> ExtractionReceipt:
-    """A store of another dtype from the float32 store: what `extract` would write, without the LPM."""
+    """Convert the float32 store to another dtype, with the result of `extract` but without running the LPM."""
     spec = FeatureSpec.model_validate({**receipt.spec.model_dump(), "dtype": dtype})
     reader = open_store(cache, receipt)
     shards: dict[str, str] = {}
@@ -131,7 +132,7 @@ def encode_again(cache: Path, receipt: ExtractionReceipt, target: Path, dtype: s
 
 
 def bytes_an_image(cache: Path, receipt: ExtractionReceipt) -> float:
-    """As written, with checksums and shard indices."""
+    """Return the size on disk, including checksums and shard indices."""
     reader = open_store(cache, receipt)
     receipts = [read_receipt(reader.store, int(number)) for number in receipt.shards]
     reader.close()
@@ -139,7 +140,7 @@ def bytes_an_image(cache: Path, receipt: ExtractionReceipt) -> float:
 
 
 def errors(cache: Path, exact: ExtractionReceipt, other: Path, receipt: ExtractionReceipt) -> list[float]:
-    """Relative L2 error of keys and of values over some images."""
+    """Return the relative L2 errors of keys and of values over some images."""
     readers = open_store(cache, exact), open_store(other, receipt)
     ids = some_ids(readers[0], exact)[:32]
     true = readers[0].read(ids, ["keys", "values"])
@@ -153,7 +154,7 @@ def errors(cache: Path, exact: ExtractionReceipt, other: Path, receipt: Extracti
 
 
 def read_speeds(stores: dict[str, tuple[Path, ExtractionReceipt]]) -> dict[str, float]:
-    """Images a second of keys, values, what dequantises them, and side images, in shuffled batches."""
+    """Return images per second for reading keys, values, their scales and side images in shuffled batches."""
     readers = {dtype: open_store(*place) for dtype, place in stores.items()}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in stores}
     count = 0
@@ -162,7 +163,7 @@ def read_speeds(stores: dict[str, tuple[Path, ExtractionReceipt]]) -> dict[str, 
             reader, names = readers[dtype], [*cached_names(receipt.spec), "side"]
             ids = some_ids(reader, receipt, seed=turn)[: 8 * BATCH]
             batches = [ids[first : first + BATCH] for first in range(0, len(ids), BATCH)]
-            # Buffers that are there and chunks that are checked: what every epoch but the first sees.
+            # Buffers are allocated and chunks verified first, as in all epochs but the first.
             buffers = reader.read(batches[0], names)
             for batch in batches:
                 reader.read(batch, names, buffers)
@@ -178,26 +179,31 @@ def read_speeds(stores: dict[str, tuple[Path, ExtractionReceipt]]) -> dict[str, 
 
 
 def some_ids(reader: StoreReader, receipt: ExtractionReceipt, seed: int = 0) -> list[str]:
-    """Image ids of a store, shuffled."""
+    """Return the image ids of a store, shuffled."""
     ids = sorted(id_ for number in receipt.shards for id_ in read_receipt(reader.store, int(number)).rows)
     return [ids[place] for place in np.random.default_rng(seed).permutation(len(ids))]
 
 
 def cached_names(spec: FeatureSpec) -> list[str]:
-    """Arrays that hold keys and values."""
+    """Return the names of the arrays with keys and values."""
     return [name for name in array_layouts(spec) if name in CACHED]
 
 
-def with_keys(settings: Settings, dtype: str, seed: int) -> Settings:
-    """Settings of one training."""
+def with_keys(settings: ResolvedSettings, dtype: str, seed: int) -> ResolvedSettings:
+    """Return the settings of one training run."""
     features = settings.features.model_copy(update={"dtype": dtype})
     return settings.model_copy(update={"features": features, "train": settings.train.model_copy(update={"seed": seed})})
 
 
 def train_and_test(
-    study: Study, settings: Settings, manifest: Manifest, cache: Path, receipt: ExtractionReceipt, output: Path
+    study: Study,
+    settings: ResolvedSettings,
+    manifest: Manifest,
+    cache: Path,
+    receipt: ExtractionReceipt,
+    output: Path,
 ) -> float:
-    """Test AUC of the best epoch."""
+    """Train, and return the test AUC of the best epoch."""
     train(settings, study.lpm, manifest, receipt, cache, output, output / "checkpoints")
     rows = list(manifest.of("test"))
     reader = open_store(cache, receipt)
@@ -206,12 +212,14 @@ def train_and_test(
     labels = np.array([manifest.classes.index(row.label) for row in rows])
     auc = macro_auc(labels, probabilities(logits).astype(np.float64))
     if auc is None:
-        raise SystemExit("The test split lacks a class: there is no AUC. Raise data.test_share, or use more images.")
+        raise SystemExit(
+            "The AUC is undefined because the test split lacks a class. Raise data.test_share, or use more images."
+        )
     return auc
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table, and the smallest form that is good enough."""
+    """Print a table, and the smallest dtype with acceptable accuracy."""
     images = ", ".join(f"{count} {split}" for split, count in result["images"].items())
     print(
         f"{result['study']}: {result['method']} on {result['lpm']} at {result['image_size']}, {images} images, ", end=""
@@ -233,14 +241,14 @@ def show(result: dict[str, Any]) -> None:
         print(f"Smallest within {TOLERANCE} of float32: {smallest}")
 
 
-def tell_images(progress: Any) -> None:
-    """Every hundredth image."""
+def print_progress(progress: Any) -> None:
+    """Print progress about every hundredth image."""
     if progress.done % 100 < 4:
         say(f"  {progress.done} of {progress.total}")
 
 
 def say(line: str) -> None:
-    """Progress, at once."""
+    """Print a line without buffering."""
     print(line, flush=True)
 
 

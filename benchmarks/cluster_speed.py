@@ -1,10 +1,10 @@
-"""Stage one with two Dask workers of one torch thread each, beside one such worker.
+"""Compare stage one on two Dask workers with one torch thread each to one such worker.
 
     python benchmarks/cluster_speed.py [--model vit_small_patch16_224] [--images 48] [--rounds 3]
 
-Whole extractions: files are decoded, features are computed and written with their receipts, and each worker loads the
-LPM. Only the start of the processes is left out: both clusters run all the time and one of them waits. They take turns,
-medians. Weights and images are random. Two cores should give nearly twice the speed; expect at least 1.6.
+Measures complete extractions: decoding, computing and writing features with their receipts, and loading the LPM in
+each worker, but not starting the worker processes. Both clusters run all the time and take turns; medians are printed.
+Weights and images are random. Two cores should nearly double the speed; expect a factor of at least 1.6.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.cluster.start import TASKS_PER_WORKER
 from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 from stages.extract.extractor import Execute, ExtractionJob, extract
 from stages.extract.shard_task import inline
 from stages.lpm.loading import describe_lpm
@@ -40,8 +40,8 @@ from stages.prepare import prepare
 CLASSES = ("left", "right")
 
 
-def make_study(root: Path, model: str, size: int, images: int) -> tuple[Settings, Manifest]:
-    """Smooth JPEGs of twice the LPM's size and random weights."""
+def make_study(root: Path, model: str, size: int, images: int) -> tuple[ResolvedSettings, Manifest]:
+    """Write smooth JPEGs of twice the input size of the LPM, and random weights."""
     rng = np.random.default_rng(0)
     for number in range(images):
         small = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
@@ -56,14 +56,13 @@ def make_study(root: Path, model: str, size: int, images: int) -> tuple[Settings
         "features": {"image_size": size, "shard_size": 4},
         "compute": {"device": "cpu", "threads": 1},
     }
-    settings = parse_settings(raw)
-    settings = resolve(settings, describe_lpm(settings.lpm.name, settings.features.image_size))
+    settings = resolve(parse_settings(raw), describe_lpm(model, size))
     prepare(settings.data, root, root / "outputs/manifest")
     return settings, read_manifest(root / "outputs/manifest/manifest.parquet")
 
 
-def seconds(settings: Settings, root: Path, manifest: Manifest, execute: Execute) -> float:
-    """Time of one extraction into an empty cache."""
+def seconds(settings: ResolvedSettings, root: Path, manifest: Manifest, execute: Execute) -> float:
+    """Time one extraction into an empty cache."""
     cache = root / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     start = time.perf_counter()
@@ -72,7 +71,7 @@ def seconds(settings: Settings, root: Path, manifest: Manifest, execute: Execute
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--image-size", type=int, default=512)
@@ -83,29 +82,29 @@ def main() -> None:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         settings, manifest = make_study(root, options.model, options.image_size, options.images)
-        ways: dict[str, tuple[Settings, Execute]] = {"this process, one thread": (settings, inline)}
+        variants: dict[str, tuple[ResolvedSettings, Execute]] = {"this process, one thread": (settings, inline)}
         for workers in (1, 2):
             cluster = stack.enter_context(
                 LocalCluster(n_workers=workers, threads_per_worker=TASKS_PER_WORKER, dashboard_address="127.0.0.1:0")
             )
             raw = {"cluster": {"kind": "scheduler", "address": cluster.scheduler_address}}
-            lent = settings.model_copy(update={"cluster": parse_settings(raw).cluster})
-            ways[f"{workers} worker{'s' * (workers > 1)}, one thread each"] = (lent, on_cluster)
+            on_workers = settings.model_copy(update={"cluster": parse_settings(raw).cluster})
+            variants[f"{workers} worker{'s' * (workers > 1)}, one thread each"] = (on_workers, on_cluster)
         print(f"{options.model} at {options.image_size}, {options.images} images, {len(os.sched_getaffinity(0))} cores")
         print(f"load at the start {os.getloadavg()[0]:.2f}")
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(options.rounds + 1):
-            for name, (lent, execute) in ways.items():
-                spent = seconds(lent, root, manifest, execute)
-                # The first turn warms up: imports of the workers, page cache.
+            for name, (on_workers, execute) in variants.items():
+                spent = seconds(on_workers, root, manifest, execute)
+                # The first turn is a warm-up, for imports of the workers and the page cache.
                 if turn:
                     times[name].append(spent)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, middle in medians.items():
+    for name, median in medians.items():
         all_times = " ".join(f"{value:.1f}" for value in times[name])
-        print(f"{name:32} {middle:7.2f} s  {options.images / middle:6.2f} images/s   ({all_times})")
-    alone, one, two = medians.values()
-    print(f"two workers against one: {one / two:.2f}x; against this process: {alone / two:.2f}x")
+        print(f"{name:32} {median:7.2f} s  {options.images / median:6.2f} images/s   ({all_times})")
+    inline_time, one, two = medians.values()
+    print(f"two workers against one: {one / two:.2f}x; against this process: {inline_time / two:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Learning rates through DVC's queue after one extraction: what runs, what it takes, is the store left alone.
+"""Queue learning rates as DVC experiments after one extraction, and check that the feature store does not change.
 
-    python benchmarks/exp_queue.py STUDY                     a study under Git and DVC; it is brought up to date first
+    python benchmarks/exp_queue.py STUDY                     a study with Git and DVC, which is updated first
     python benchmarks/exp_queue.py STUDY --rates 1e-3,2e-3
 
-Runs `dvc repro`, queues one experiment a rate with `dvc exp run --queue -S train.lr=...`, runs the queue, and prints
-the test AUC of each. It fails if a stage before `train` ran, or if any file of the feature store was made, changed or
-removed: then the LPM would have been paid for again.
+Runs `dvc repro`, queues one experiment per rate with `dvc exp run --queue -S train.lr=...`, runs the queue, and prints
+the test AUC of each. It fails if a stage before `train` ran, or if any file of the feature store was created, changed
+or removed, because then the LPM would have run again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BEFORE_TRAINING = {"demo-data", "prepare", "extract"}
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Parse the arguments, run the queue, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of params.yaml and dvc.yaml")
     parser.add_argument("--rates", default=RATES, help="values of train.lr")
@@ -34,34 +34,34 @@ def main() -> None:
     dvc(study, "repro", "evaluate")
     state = ["git", "status", "--porcelain", "--", "dvc.lock"]
     if subprocess.run(state, cwd=study, check=True, capture_output=True, text=True).stdout:
-        # The queue starts from the last commit: without the lock it knows nothing of what has run.
+        # The queue starts from the last commit, where DVC needs the lock file to skip finished stages.
         raise SystemExit(
-            "dvc.lock is not committed: git add -f dvc.lock && git commit -m 'What has run', then once more."
+            "dvc.lock is not committed. Run: git add -f dvc.lock && git commit -m 'Add lock'. Then repeat this command."
         )
     before = files_of_stores(study)
     if not before:
         raise SystemExit(f"There is no feature store at {cache_root(study)}.")
     names = queue(study, rates)
     start = time.perf_counter()
-    # One worker: the trainings would fight for the cores.
+    # One worker, because parallel runs would compete for the cores.
     dvc(study, "exp", "run", "--run-all", "--jobs", "1")
     seconds = time.perf_counter() - start
     logs = {name: dvc(study, "queue", "logs", name) for name in names}
-    wrong = {name: found for name, log in logs.items() if (found := BEFORE_TRAINING & set(stages(log)))}
+    repeated = {name: early for name, log in logs.items() if (early := BEFORE_TRAINING & set(stages(log)))}
     changed = before.items() ^ files_of_stores(study).items()
-    found = results(study, names)
+    aucs = results(study, names)
     print(f"{'train.lr':>10} {'test AUC':>9}  stages that ran")
     for rate, name in zip(rates, names, strict=True):
-        print(f"{rate:10g} {found[name]:9.4f}  {', '.join(stages(logs[name])) or 'none: known already'}")
+        print(f"{rate:10g} {aucs[name]:9.4f}  {', '.join(stages(logs[name])) or 'none, already cached'}")
     print(f"{len(rates)} experiments in {seconds:.1f} s, {seconds / len(rates):.1f} s each")
     print(f"Files of the feature store: {len(before)}, changed: {len({path for path, _ in changed})}")
-    if wrong or changed:
-        raise SystemExit(f"The LPM's part was done again: {wrong or sorted({path for path, _ in changed})[:5]}")
+    if repeated or changed:
+        raise SystemExit(f"Stage one ran again: {repeated or sorted({path for path, _ in changed})[:5]}")
     print("No stage before train ran: the LPM made no forward pass.")
 
 
 def queue(study: Path, rates: list[float]) -> list[str]:
-    """Queue one experiment a rate, and name each."""
+    """Queue one experiment per rate, and return their names."""
     names = []
     for number, rate in enumerate(rates):
         name = f"queue-{time.time_ns():x}-{number}"
@@ -71,12 +71,12 @@ def queue(study: Path, rates: list[float]) -> list[str]:
 
 
 def stages(log: str) -> list[str]:
-    """The stages that a log of DVC says were run."""
+    """Return the stages that ran, from a log of DVC."""
     return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage '")]
 
 
 def files_of_stores(study: Path) -> dict[str, tuple[int, int]]:
-    """Path -> size and time of the last change of everything that the stores of a study hold, but notes and locks."""
+    """Return path -> (size, modification time) for all files of the stores of a study, except notes and locks."""
     return {
         str(path): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in cache_root(study).rglob("*")
@@ -85,22 +85,22 @@ def files_of_stores(study: Path) -> dict[str, tuple[int, int]]:
 
 
 def results(study: Path, names: list[str]) -> dict[str, float]:
-    """Experiment -> test AUC."""
+    """Return experiment -> test AUC."""
     shown: list[dict[str, Any]] = json.loads(dvc(study, "exp", "show", "--json"))
-    found = {}
+    aucs = {}
     for commit in shown:
         for group in commit.get("experiments") or []:
             for revision in group["revs"]:
                 if revision["name"] in names:
                     metrics = revision["data"]["metrics"]["outputs/evaluation/metrics.json"]
-                    found[revision["name"]] = float(metrics["data"]["auc"])
-    if absent := sorted(set(names) - found.keys()):
-        raise SystemExit(f"These experiments failed: {', '.join(absent)}. Their words: dvc queue logs NAME")
-    return found
+                    aucs[revision["name"]] = float(metrics["data"]["auc"])
+    if absent := sorted(set(names) - aucs.keys()):
+        raise SystemExit(f"These experiments failed: {', '.join(absent)}. Show their errors: dvc queue logs NAME")
+    return aucs
 
 
 def dvc(study: Path, *words: str) -> str:
-    """What a DVC command prints; it must succeed."""
+    """Run a DVC command, and return its output."""
     done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=study, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"dvc {' '.join(words)} failed:\n{done.stdout}\n{done.stderr}")

@@ -1,16 +1,16 @@
-"""What stage one costs beside the bare forward pass of the same LPM, in time and in memory.
+"""Compare time and memory of stage one to a plain forward pass of the same LPM.
 
     python benchmarks/extract_speed.py                       ViT-B at 512, 8 images, 5 rounds: about 15 minutes
     python benchmarks/extract_speed.py --images 4 --rounds 3 --threads 1
     python benchmarks/extract_speed.py --memory              ViT-B at 1024, one image: a minute or two
 
-Time: all ways take turns within one run, on the same images; medians of the rounds and of the ratios within a round.
-The LPM has random weights and is loaded before. "bare" is `forward_features` of the timm model with fused attention on
-batches that are in memory already. Ours is all of an extraction but loading the LPM: JPEGs of 1,024 pixels are decoded
-and resized, features computed and written to a fresh int8 store. "published" is what the published code does: explicit
-attention in every layer, and one safetensors float32 file an image; decoded as ours, one after the other.
+Time: all variants take turns within one run, on the same images; medians of the rounds and of the ratios within a
+round. The LPM has random weights and is loaded before. "bare" is `forward_features` of the timm model with fused
+attention, on batches in memory. Ours is a complete extraction without loading the LPM: JPEGs of 1,024 pixels are
+decoded and resized, and features are computed and written to a new int8 store. "published" is the published method:
+explicit attention in every layer, and one safetensors float32 file per image, with sequential decoding.
 
-Memory: peak of all tensors of one forward pass of one image, by torch's MemTracker, with the weights and without.
+Memory: peak of all tensors in a forward pass of one image, measured by MemTracker of torch, with and without weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from schemas.features import FeatureSpec
 from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 from schemas.views import IDENTITY
 from stages.extract.extractor import plan_tasks
 from stages.extract.features import Pixels, to_pixels
@@ -55,31 +55,31 @@ LPM = "vit_base_patch16_384.orig_in21k_ft_in1k"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of extraction that is timed."""
+class Variant:
+    """A variant of extraction to measure."""
 
     name: str
     settings: dict[str, Any]
 
 
-WAYS = (
-    Way("fpt+", {"method": "fpt+"}),
-    Way("fpt+, no pooled outputs", {"method": "fpt+", "pooled": False}),
-    Way("fpt", {"method": "fpt"}),
-    Way("fpt, no pooled outputs", {"method": "fpt", "pooled": False}),
-    Way("fpt+, bfloat16", {"method": "fpt+", "precision": "bfloat16"}),
+VARIANTS = (
+    Variant("fpt+", {"method": "fpt+"}),
+    Variant("fpt+, no pooled outputs", {"method": "fpt+", "pooled": False}),
+    Variant("fpt", {"method": "fpt"}),
+    Variant("fpt, no pooled outputs", {"method": "fpt", "pooled": False}),
+    Variant("fpt+, bfloat16", {"method": "fpt+", "precision": "bfloat16"}),
 )
 
 
 def main() -> None:
-    """Read the arguments, measure, print."""
+    """Parse the arguments, measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lpm", default=LPM)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as the process may use")
-    parser.add_argument("--skip", nargs="*", default=[], help="parts of names of ways to leave out")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: all that the process may use")
+    parser.add_argument("--skip", nargs="*", default=[], help="substrings of names of variants to skip")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     arguments = parser.parse_args()
     if arguments.memory:
@@ -89,9 +89,9 @@ def main() -> None:
             measure_time(Path(folder), arguments)
 
 
-def settings_of(lpm: str, way: Way, image_size: int, arguments: argparse.Namespace) -> Settings:
-    """Resolved settings of a way."""
-    chosen = dict(way.settings)
+def settings_of(lpm: str, variant: Variant, image_size: int, arguments: argparse.Namespace) -> ResolvedSettings:
+    """Return the resolved settings of a variant."""
+    chosen = dict(variant.settings)
     method = chosen.pop("method")
     raw = {
         "method": method,
@@ -103,30 +103,34 @@ def settings_of(lpm: str, way: Way, image_size: int, arguments: argparse.Namespa
 
 
 def measure_time(folder: Path, arguments: argparse.Namespace) -> None:
-    """Time every way in turns."""
+    """Time all variants in turn."""
     size = describe_lpm(arguments.lpm, 512).image_size
     model: Any = timm.create_model(arguments.lpm, pretrained=False, num_classes=0, img_size=size).eval()
     save_file(model.state_dict(), folder / "lpm.safetensors")
     images = make_photos(folder / "images", arguments.images)
-    ways = [way for way in WAYS if not any(part in way.name for part in arguments.skip)]
-    specs = {way.name: spec_of(settings_of(arguments.lpm, way, size, arguments), folder) for way in ways}
+    variants = [variant for variant in VARIANTS if not any(word in variant.name for word in arguments.skip)]
+    specs = {
+        variant.name: spec_of(settings_of(arguments.lpm, variant, size, arguments), folder) for variant in variants
+    }
     extractors = {}
-    for number, way in enumerate(ways):
-        settings = settings_of(arguments.lpm, way, size, arguments)
-        store = create_store(folder / f"cache-{number}", specs[way.name], arguments.images)
-        extractors[way.name] = (store, Extractor(settings, folder, store))
+    for number, variant in enumerate(variants):
+        settings = settings_of(arguments.lpm, variant, size, arguments)
+        store = create_store(folder / f"cache-{number}", specs[variant.name], arguments.images)
+        extractors[variant.name] = (store, Extractor(settings, folder, store))
     batches = [images[first : first + arguments.batch] for first in range(0, len(images), arguments.batch)]
     stacks = [
-        [to_pixels(read_image(Path(path), max_pixels=10**8), specs[ways[0].name]) for _, path in batch]
+        [to_pixels(read_image(Path(path), max_pixels=10**8), specs[variants[0].name]) for _, path in batch]
         for batch in batches
     ]
-    preloaded = [to_tensor(batch, specs[ways[0].name]) for batch in stacks]
+    preloaded = [to_tensor(batch, specs[variants[0].name]) for batch in stacks]
     runs: dict[str, Callable[[], object]] = {"bare": lambda: [model.forward_features(batch) for batch in preloaded]}
     rows = [(*image, IDENTITY) for image in images]
     for name, (store, extractor) in extractors.items():
         runs[name] = lambda s=store, e=extractor: list(e.run(plan_tasks(s, rows), lambda _: None))
     counter = itertools.count()
-    runs["published"] = lambda: published(model, specs[ways[0].name], images, folder / f"p{next(counter)}", arguments)
+    runs["published"] = lambda: published(
+        model, specs[variants[0].name], images, folder / f"p{next(counter)}", arguments
+    )
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for attempt in range(arguments.rounds + 1):
@@ -138,7 +142,7 @@ def measure_time(folder: Path, arguments: argparse.Namespace) -> None:
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"{arguments.lpm} at {size}, {len(images)} images, batch {arguments.batch}, {threads} threads, "
           f"{arguments.rounds} rounds; load average {load:.1f}")  # fmt: skip
-    print(f"{'way':<26}{'s an image':>12}{'/ bare':>9}{'(min-max)':>14}{'published /':>13}")
+    print(f"{'variant':<26}{'s per image':>12}{'/ bare':>9}{'(min-max)':>14}{'published /':>13}")
     for name, found in times.items():
         ratios = [mine / bare for mine, bare in zip(found, times["bare"], strict=True)]
         against = statistics.median(theirs / mine for mine, theirs in zip(found, times["published"], strict=True))
@@ -147,14 +151,14 @@ def measure_time(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"{name:<26}{middle:>12.3f}{statistics.median(ratios):>9.3f}{spread:>14}{against:>13.2f}")
 
 
-def spec_of(settings: Settings, folder: Path) -> FeatureSpec:
-    """What the settings keep."""
+def spec_of(settings: ResolvedSettings, folder: Path) -> FeatureSpec:
+    """Return the features that the settings store."""
     lpm = describe_lpm(settings.lpm.name, settings.features.image_size)
     return feature_spec(settings, lpm, sha256_file(folder / "lpm.safetensors"))
 
 
 def make_photos(folder: Path, count: int) -> list[tuple[str, str]]:
-    """Smooth colours with some noise as JPEGs of 1,024 pixels: (image id, path) of each."""
+    """Write smooth colours with some noise as JPEGs of 1,024 pixels, and return (image id, path) of each."""
     folder.mkdir()
     random = np.random.default_rng(0)
     found = []
@@ -168,14 +172,14 @@ def make_photos(folder: Path, count: int) -> list[tuple[str, str]]:
 
 
 def to_tensor(pixels: list[Pixels], spec: FeatureSpec) -> torch.Tensor:
-    """(B, 3, S, S), normalised."""
+    """Return normalised images, (B, 3, S, S)."""
     stacked = torch.from_numpy(np.stack([image.lpm for image in pixels])).permute(0, 3, 1, 2)
     return normalise(stacked, spec.lpm.mean, spec.lpm.std)
 
 
 @contextmanager
 def explicit_attention(model: Any, keep: Callable[[torch.Tensor], object]) -> Iterator[None]:
-    """Every block computes its whole attention matrix, and hands it out."""
+    """Make every block compute and return its complete attention matrix."""
     handles = []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -192,7 +196,7 @@ def explicit_attention(model: Any, keep: Callable[[torch.Tensor], object]) -> It
 def published(
     model: Any, spec: FeatureSpec, images: list[tuple[str, str]], folder: Path, arguments: argparse.Namespace
 ) -> None:
-    """Explicit attention in every layer, means of its columns, one float32 file an image."""
+    """Extract with explicit attention in every layer, column means, and one float32 file per image."""
     folder.mkdir()
     means: list[torch.Tensor] = []
     projected: list[torch.Tensor] = []
@@ -218,18 +222,20 @@ def published(
 
 
 def encoded(spec: FeatureSpec, layer: Tapped) -> dict[str, torch.Tensor]:
-    """What an extraction keeps of a layer until the end of the pass."""
+    """Return the tensors of a layer that an extraction keeps until the end of the pass."""
     return encode(layer.keys[:, None], layer.values[:, None], spec)
 
 
 def measure_memory(lpm: str, image_size: int = 1024) -> None:
-    """Peak tensor memory of one image's forward pass."""
+    """Print the peak tensor memory of the forward pass of one image."""
     size = describe_lpm(lpm, image_size).image_size
     arguments = argparse.Namespace(images=1, batch=1, threads=1)
     peaks = {}
     for name in ("explicit attention", "bare, fused attention", "fpt+", "fpt"):
         model: Any = timm.create_model(lpm, pretrained=False, num_classes=0, img_size=size).eval()
-        settings = settings_of(lpm, Way(name, {"method": name if name.startswith("fpt") else "fpt+"}), size, arguments)
+        settings = settings_of(
+            lpm, Variant(name, {"method": name if name.startswith("fpt") else "fpt+"}), size, arguments
+        )
         spec = feature_spec(settings, describe_lpm(lpm, size), "")
         pixels = torch.zeros(1, 3, size, size)
         tracker = total_tracker()
@@ -248,7 +254,7 @@ def measure_memory(lpm: str, image_size: int = 1024) -> None:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     tokens = describe_lpm(lpm, size).tokens
     print(f"{lpm} at {size} ({tokens} tokens), one image; weights {weights:.0f} MiB")
-    print(f"{'way':<26}{'peak MiB':>10}{'/ explicit':>12}{'without weights':>18}{'/ explicit':>12}")
+    print(f"{'variant':<26}{'peak MiB':>10}{'/ explicit':>12}{'without weights':>18}{'/ explicit':>12}")
     whole = peaks["explicit attention"]
     for name, peak in peaks.items():
         bare = peak - weights

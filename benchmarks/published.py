@@ -1,8 +1,8 @@
-"""The published training loop, written anew: what stage two is compared with.
+"""Reimplementation of the published training loop, the baseline for stage two.
 
-It does what https://github.com/YijinHuang/FPT does between two epochs, step by step, and takes none of our short cuts:
+It repeats the steps of https://github.com/YijinHuang/FPT within an epoch, without our optimisations:
 
-    data        of an image: decode the original; flip, change brightness and contrast, crop and resize the decoded
+    data        per image: decode the original; flip, change brightness and contrast, crop and resize the decoded
                 image, in this order; `load_file` of its safetensors file, keys and values (L, H, T, d) float32
     batch       `default_collate`, (B, L, H, T, d), transposed to (L, B, H, T, d)
     fusion      queries expanded to the batch, the attention of all layers at once in plain operations
@@ -10,7 +10,7 @@ It does what https://github.com/YijinHuang/FPT does between two epochs, step by 
                 all tokens and prompts, which are dropped after it
     step        cross-entropy, AdamW, gradient norm clipped at 1, loss read back
 
-Left out are its validation, metrics of the training images, progress bar and learning rate schedule.
+Its validation, metrics of the training images, progress bar and learning rate schedule are omitted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stages.methods.fpt import PromptedSideNetwork
 
 
 class PublishedAttention(nn.Module):
-    """Self-attention in plain operations."""
+    """Self-attention without fused kernels."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class PublishedFusion(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """FPT+."""
+    """The FPT+ network."""
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class PublishedNetwork(nn.Module):
 
     @staticmethod
     def like(ours: PromptedSideNetwork) -> PublishedNetwork:
-        """With the weights of our network."""
+        """Build the network with the weights of ours."""
         network, own, fusion = PublishedNetwork(ours.spec), ours.side, ours.fusion
         assert fusion is not None
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
@@ -157,14 +157,14 @@ class PublishedDataset(Dataset[Any]):
         augment: AugmentSettings,
         statistics: tuple[Sequence[float], Sequence[float]],
     ) -> None:
-        """Hold the paths.
+        """Store the paths.
 
         Args:
             images: Original image of each position.
             files: Its keys and values.
             labels: Its class.
             size: Input of the side network, in pixels.
-            augment: The recipe's.
+            augment: Augmentation of the recipe.
             statistics: Mean and standard deviation that the image is normalised with.
         """
         self.images, self.files, self.labels = images, files, labels
@@ -198,13 +198,13 @@ class PublishedDataset(Dataset[Any]):
 
 
 class PublishedTraining:
-    """A network, its optimiser and its data."""
+    """A network with its optimiser and data."""
 
     def __init__(self, network: PublishedNetwork, data: PublishedDataset, batch: int, lr: float, decay: float) -> None:
         self.network, self.data = network.train(), data
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=decay)
         self.parts: dict[str, list[float]] = {}
-        """Seconds that the parts of each epoch took."""
+        """Seconds of each epoch by step."""
         self._loader = DataLoader(data, batch, shuffle=True, drop_last=True)
 
     def epoch(self) -> None:
@@ -229,15 +229,15 @@ class PublishedTraining:
 
 @torch.inference_mode()
 def require_same_function(spec: SideNetworkSpec, kept: int) -> None:
-    """Compare logits of random images, tokens and weights with those of our network, dropout off.
+    """Check that the logits for random images, tokens and weights equal those of our network, without dropout.
 
     Raises:
-        RuntimeError: If they differ by more than rounding.
+        RuntimeError: The logits differ by more than rounding errors.
     """
     generator = torch.Generator().manual_seed(0)
     ours = PromptedSideNetwork(spec).eval()
     for parameter in ours.parameters():
-        # Fresh weights hide what is multiplied by zero or one.
+        # Freshly initialised weights hide differences in factors that are zero or one.
         parameter += torch.randn(parameter.shape, generator=generator) * 0.1
     shape = (2, spec.layers, spec.heads, kept, spec.lpm_width // spec.heads)
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -246,4 +246,4 @@ def require_same_function(spec: SideNetworkSpec, kept: int) -> None:
     right = ours(image, CachedTokens(keys, values))
     error = float((left - right).abs().max() / right.abs().max())
     if error > 1e-4:
-        raise RuntimeError(f"what is compared is not the same function: logits differ by a share of {error:.1e}")
+        raise RuntimeError(f"the networks are not the same function: relative difference of the logits {error:.1e}")

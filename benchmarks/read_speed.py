@@ -1,10 +1,11 @@
-"""How fast the store is read, beside one safetensors file an image and beside plain preads of the same bytes.
+"""Compare the read speed of the store to one safetensors file per image and to plain preads of the same bytes.
 
     python benchmarks/read_speed.py [--rows 192] [--repeats 15] [--dtype float16] [--folder DIR] [--million]
 
-Geometry: FPT+ on ViT-B at 512 pixels (6 layers, 12 heads, 205 tokens, 64 channels); random numbers. The peer is what
-the published code reads: float32, one file an image, `safetensors.torch.load_file`, stacked. All ways take turns
-within one run, medians, one torch thread. Cold: the files' pages are dropped with posix_fadvise before each batch.
+Geometry: FPT+ on ViT-B at 512 pixels (6 layers, 12 heads, 205 tokens, 64 channels); random numbers. The baseline is
+the format of the published code: float32, one file per image, `safetensors.torch.load_file`, stacked. All variants take
+turns within one run; medians, one torch thread. Cold: the pages of the files are dropped with posix_fadvise before each
+batch.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ Read = Callable[[list[int]], object]
 
 
 def image_id(number: int) -> str:
-    """Id of a made-up image."""
+    """Return the id of a synthetic image."""
     return f"{number + 1:064x}"
 
 
 def make_spec(dtype: Any) -> FeatureSpec:
-    """FPT+ on ViT-B at 512 pixels."""
+    """Return the feature spec of FPT+ on ViT-B at 512 pixels."""
     return FeatureSpec(
         lpm=LPM, weights_sha256="0" * 64, layers=tuple(range(6, 12)), importance="global", kept=KEPT, dtype=dtype,
         side_image_size=SIDE,
@@ -55,7 +56,7 @@ def make_spec(dtype: Any) -> FeatureSpec:
 
 
 def fill(folder: Path, spec: FeatureSpec, rows: int) -> tuple[Store, ExtractionReceipt]:
-    """A store of random rows."""
+    """Write a store of random rows."""
     store = create_store(folder, spec, 32)
     layouts = array_layouts(spec)
     for first in range(0, rows, 32):
@@ -65,7 +66,7 @@ def fill(folder: Path, spec: FeatureSpec, rows: int) -> tuple[Store, ExtractionR
             if name != "sha256":
                 size = count * int(np.prod(layout.shape))
                 kind = np.dtype(layout.dtype)
-                # Random bits of float16 hold infinities; numbers do not.
+                # Random bits of float16 would include infinities.
                 numbers = np.resize(np.random.default_rng(first).standard_normal(2**20, np.float32) * 20, size)
                 arrays[name] = numbers.astype(kind).reshape(count, *layout.shape)
         with claim_shard(store) as shard:
@@ -78,7 +79,7 @@ def fill(folder: Path, spec: FeatureSpec, rows: int) -> tuple[Store, ExtractionR
 
 
 def fill_peer(folder: Path, rows: int) -> list[Path]:
-    """One float32 file an image."""
+    """Write one float32 file per image."""
     folder.mkdir()
     shape = (LAYERS, HEADS, KEPT, WIDTH // HEADS)
     for number in range(rows):
@@ -87,13 +88,13 @@ def fill_peer(folder: Path, rows: int) -> list[Path]:
 
 
 def peer_batch(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a data set of the published code makes of a batch."""
+    """Read a batch as a data set of the published code does."""
     loaded = [load_file(file) for file in files]
     return torch.stack([one["keys"] for one in loaded]), torch.stack([one["values"] for one in loaded])
 
 
 class PeerDataset(Dataset[Any]):
-    """The published way, for a DataLoader."""
+    """The published data set, for a DataLoader."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
@@ -107,7 +108,7 @@ class PeerDataset(Dataset[Any]):
 
 
 class Plain:
-    """Preads of the same bytes, at the same kind of places, into one buffer: nothing else."""
+    """Plain preads of the same number of bytes, at similar offsets, into one buffer."""
 
     def __init__(self, store: Store) -> None:
         self._files = {
@@ -132,36 +133,36 @@ class Plain:
 
 
 def drop(files: list[Path]) -> None:
-    """Drop the pages of files."""
+    """Drop the pages of files from the page cache."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
 
 
-def in_turns(ways: dict[str, Read], rows: int, repeats: int, before: Callable[[], None] = lambda: None) -> None:
-    """Print the median samples a second of each way."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def in_turns(variants: dict[str, Read], rows: int, repeats: int, before: Callable[[], None] = lambda: None) -> None:
+    """Print the median samples per second of each variant."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
     pick = random.Random(0)
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name, variant in variants.items():
             numbers = pick.sample(range(rows), BATCH)
             before()
             start = time.perf_counter()
-            way(numbers)
+            variant(numbers)
             times[name].append(time.perf_counter() - start)
     table({name: BATCH / statistics.median(values) for name, values in times.items()})
 
 
 def table(speeds: dict[str, float]) -> None:
-    """The first line is what the others are compared with."""
+    """Print each variant relative to the first one."""
     first = next(iter(speeds.values()))
     for name, speed in speeds.items():
         print(f"  {name:46s} {speed:9.0f} samples/s {speed / first:7.2f}x", flush=True)
 
 
 def through_loaders(store: Path, receipt: ExtractionReceipt, files: list[Path], rows: int, rounds: int) -> None:
-    """Epochs through both loaders, in turns; workers are started once, and the first epoch is not counted."""
+    """Time epochs of both loaders in turn; workers are started once, and the first epoch is not counted."""
     reader = open_store(store, receipt)
     ids = [image_id(number) for number in range(rows)]
     for workers in (0, 2):
@@ -185,17 +186,17 @@ def through_loaders(store: Path, receipt: ExtractionReceipt, files: list[Path], 
 
 
 def buffers(reader: StoreReader) -> dict[str, Any]:
-    """Reused by all batches."""
+    """Buffers that all batches reuse."""
     return {name: np.zeros((BATCH, *reader.layouts[name].shape), reader.layouts[name].dtype) for name in ARRAYS(reader)}
 
 
 def ARRAYS(reader: StoreReader) -> list[str]:  # noqa: N802
-    """Keys, values and what is needed to widen them."""
+    """Return the names of keys, values and their scales."""
     return [name for name in reader.layouts if name.startswith(("keys", "values"))]
 
 
 def warm_and_cold(folder: Path, store: Store, receipt: ExtractionReceipt, files: list[Path], args: Any) -> None:
-    """Single batches."""
+    """Time single batches."""
     reader = open_store(folder, receipt)
     kept, names = buffers(reader), ARRAYS(reader)
 
@@ -211,19 +212,19 @@ def warm_and_cold(folder: Path, store: Store, receipt: ExtractionReceipt, files:
         some = list(range(number, min(args.rows, number + BATCH)))
         ours(some), peer(some)
     print("page cache warm")
-    ways: dict[str, Read] = {"safetensors fp32": peer, "fpt": ours, "plain pread of the same bytes": plain}
-    in_turns(ways, args.rows, args.repeats)
+    variants: dict[str, Read] = {"safetensors fp32": peer, "fpt": ours, "plain pread of the same bytes": plain}
+    in_turns(variants, args.rows, args.repeats)
     os.sync()
     print("page cache dropped before each batch")
-    in_turns(ways, args.rows, max(3, args.repeats // 2), lambda: drop([*files, *shards]))
+    in_turns(variants, args.rows, max(3, args.repeats // 2), lambda: drop([*files, *shards]))
     fresh = open_store(folder, receipt)
     print("first read of every row (checksums), page cache warm")
-    ways = {"safetensors fp32": peer, "fpt": lambda some: fresh.read([image_id(n) for n in some], names, kept)}
-    in_turns(ways, args.rows, max(3, args.rows // BATCH // 3))
+    variants = {"safetensors fp32": peer, "fpt": lambda some: fresh.read([image_id(n) for n in some], names, kept)}
+    in_turns(variants, args.rows, max(3, args.rows // BATCH // 3))
 
 
 def million(folder: Path) -> None:
-    """Opening a store whose index knows a million rows."""
+    """Time opening a store with a million rows in its index."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -259,14 +260,14 @@ def million(folder: Path) -> None:
     store = reader.store
     start = time.perf_counter()
     load_index(store)
-    print(f"  the index alone: {1e3 * (time.perf_counter() - start):.1f} ms")
+    print(f"  only the index: {1e3 * (time.perf_counter() - start):.1f} ms")
 
 
 def linked(folder: Path, base: Store, shards: int) -> tuple[Store, ExtractionReceipt, float]:
-    """A store of many shards whose files are links to the few of `base`: all that a reader sees, without the bytes.
+    """Build a store of many shards whose files are links to the few shards of `base`, to save space.
 
     Returns:
-        Store, receipt, and the seconds that its index took to be made from all receipts.
+        Store, receipt, and the seconds for building its index from all receipts.
     """
     store = create_store(folder, base.spec, base.shard_size)
     grow_store(store, shards)
@@ -289,13 +290,13 @@ def linked(folder: Path, base: Store, shards: int) -> tuple[Store, ExtractionRec
 
 
 def spread(folder: Path, dtype: str) -> None:
-    """Random batches over a million rows in 31,250 shards beside the same over a thousand rows."""
+    """Compare random batches from a million rows in 31,250 shards to batches from a thousand rows."""
     base, _ = fill(folder / "base", make_spec(dtype), 256)
     readers, wanted = {}, {}
     random_ = random.Random(0)
     for name, shards in (("1,000", 32), ("1,000,000", 31_250)):
         _, receipt, seconds = linked(folder / name, base, shards)
-        print(f"  {name:>10s} rows: index made from {shards:,} receipts in {seconds:.2f} s")
+        print(f"  {name:>10s} rows: index built from {shards:,} receipts in {seconds:.2f} s")
         readers[name] = open_store(folder / name, receipt)
         ids = [image_id(number) for number in range(shards * 32)]
         wanted[name] = [random_.sample(ids, BATCH) for _ in range(96)]
@@ -317,19 +318,23 @@ def spread(folder: Path, dtype: str) -> None:
 
 
 def temporary(folder: Path | None) -> Iterator[Path]:
-    """A folder that is removed afterwards."""
+    """Provide a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="read-speed-") as name:
         yield Path(name)
 
 
 def main() -> None:
-    """Run."""
+    """Parse the arguments and run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; else the temporary folder")
-    parser.add_argument("--million", action="store_true", help="only measure a million rows: opening, and random reads")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder on the disk to measure; default: the temporary folder"
+    )
+    parser.add_argument(
+        "--million", action="store_true", help="only measure opening and random reads of a million rows"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     for folder in temporary(args.folder):

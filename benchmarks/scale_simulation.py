@@ -1,14 +1,14 @@
-"""What ten million images do to the store and to the scheduler: measured on made-up receipts, simulated, and computed.
+"""Estimate how the store and the scheduler scale to ten million images.
 
     python benchmarks/scale_simulation.py [--shards 31250] [--rows 1] [--no-files] [--folder DIR]
 
-31,250 shards take about a minute; `--shards 1000000 --no-files` takes some minutes, 1,000,000 inodes and 4 GB below
-FOLDER (default: the folder for temporary files), and `--rows 32` gives them the receipts of full shards. Everything
-is removed at the end. Results: docs/scale.md.
+31,250 shards take about a minute; `--shards 1000000 --no-files` needs some minutes, 1,000,000 inodes and 4 GB in
+FOLDER (default: the folder for temporary files); `--rows 32` writes receipts of full shards. Everything is removed at
+the end. Results: docs/scale.md.
 
-1. Measured: claiming and writing a shard, listing, making and opening the index, when so many shards are finished.
-   Receipts are as `write_shard` leaves them; the files of the arrays are empty (or, with --no-files, not there).
-2. Simulated: a scheduler that hands out one shard a task, workers that die, and the lock that guards growth.
+1. Measured on synthetic receipts: claiming and writing a shard, listing, building and opening the index, with many
+   finished shards. Receipts are like those of `write_shard`; array files are empty, or missing with --no-files.
+2. Simulated: a scheduler that assigns one shard per task, workers that die, and the lock for growing arrays.
 3. Computed: bytes, files, requests and GPU hours from the specs of real models.
 """
 
@@ -51,20 +51,20 @@ TINY = FeatureSpec(
 )  # fmt: skip
 IMAGES, GPUS = 10_000_000, 64
 EFFICIENCY = 0.4
-"""Share of the peak that a ViT's forward pass reaches in bf16: an assumption."""
+"""Assumed share of peak performance that the forward pass of a ViT reaches in bf16."""
 PEAKS = {"A100": 312e12, "H100": 989e12}
-"""Operations a second, bf16, dense, from the makers' data sheets."""
+"""Dense bf16 operations per second, from data sheets."""
 SCHEDULER_SECONDS = 1e-3
-"""What the scheduler spends on a task: the order of magnitude that Dask's documentation gives."""
+"""Scheduler time per task; order of magnitude from the documentation of Dask."""
 
 
 def image_ids(shard: int, rows: int) -> list[str]:
-    """Ids that are spread like digests."""
+    """Return ids that are distributed like digests."""
     return [hashlib.sha256(f"{shard}:{row}".encode()).hexdigest() for row in range(rows)]
 
 
 def rows_of(count: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Zeros in the shapes of the tiny spec."""
+    """Return zeros in the shapes of the tiny spec."""
     return {
         name: np.zeros((count, *layout.shape), layout.dtype)
         for name, layout in array_layouts(TINY).items()
@@ -73,7 +73,7 @@ def rows_of(count: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def write_real(store: Store, start: int) -> tuple[float, float]:
-    """Seconds to claim and to write one shard of one row."""
+    """Measure the seconds to claim and to write a shard of one row."""
     begin = time.perf_counter()
     with claim_shard(store, start) as shard:
         claimed = time.perf_counter()
@@ -82,13 +82,13 @@ def write_real(store: Store, start: int) -> tuple[float, float]:
 
 
 def claim_once(store: Store) -> None:
-    """Claim without a guess where the finished shards end, and give it back."""
+    """Claim a shard without a hint where the finished shards end, and release it."""
     with claim_shard(store):
         pass
 
 
 def fill(store: Store, first: int, last: int, rows: int, files: bool) -> None:
-    """Receipts of finished shards, and empty files where wanted."""
+    """Write receipts of finished shards, and optionally empty array files."""
     names = list(array_layouts(TINY))
     empty = {name: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()} for name in names}
     folders = [store.shard_file(name, 0) for name in names]
@@ -106,7 +106,7 @@ def fill(store: Store, first: int, last: int, rows: int, files: bool) -> None:
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
-    """Median seconds, and the last result."""
+    """Return median seconds and the last result."""
     seconds, result = [], None
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -116,7 +116,7 @@ def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
 
 
 def measure(folder: Path, shards: int, rows: int, files: bool) -> float:
-    """Print what a store of growing size costs; returns the seconds that one growth holds the store's lock."""
+    """Print the costs of a growing store, and return the seconds for which one growth locks the store."""
     store = create_store(folder, TINY, SIZE)
     head = ("finished shards", "claim, start known", "claim from 0", "write", "grow (lock held)", "list", "receipts")
     print(" | ".join(head))
@@ -141,9 +141,10 @@ def measure(folder: Path, shards: int, rows: int, files: bool) -> float:
     record = shard_record(len(array_layouts(TINY))).itemsize
     size = index_path(store).stat().st_size
     print(
-        f"index made from all receipts: {rebuild:.1f} s; one shard more: {one_more:.2f} s; unchanged: {unchanged:.2f} s"
+        f"index built from all receipts: {rebuild:.1f} s; with one more shard: {one_more:.2f} s; "
+        f"unchanged: {unchanged:.2f} s"
     )
-    print(f"index: {size / 1e6:.1f} MB = 64 + {record} a shard + 36 a row; {len(index):,} rows")
+    print(f"index: {size / 1e6:.1f} MB = 64 + {record} per shard + 36 per row; {len(index):,} rows")
     inventory, found = timed(lambda: take_inventory(store))
     wrong = len(found.broken)
     print(f"take_inventory: {inventory:.2f} s{f' ({wrong:,} shards without files)' if wrong else ''}")
@@ -168,32 +169,32 @@ class Run:
     """Result of one simulated extraction."""
 
     seconds: float
-    """Until the last receipt."""
+    """Seconds until the last receipt."""
     ideal: float
-    """Without scheduler, lock and failures."""
+    """Seconds without scheduler, lock and failures."""
     scheduler: float
-    """Share of the time in which the scheduler works."""
+    """Share of the time in which the scheduler is busy."""
     repeated: int
-    """Attempts that were lost."""
+    """Number of lost attempts."""
 
 
 def simulate(
     tasks: int, workers: int, task_seconds: float, lock_seconds: float, failure: float, restart: float, seed: int = 0
 ) -> Run:
-    """One serial scheduler, one serial lock, workers that take task after task.
+    """Simulate a serial scheduler, a serial lock, and workers that run one task at a time.
 
     Args:
-        tasks: Shards.
-        workers: GPUs.
-        task_seconds: Mean of a task (log-normal, sigma 0.2).
-        lock_seconds: For which a finishing task holds the lock of the store.
-        failure: Probability that an attempt dies, at a uniformly drawn part of its time.
-        restart: Seconds until the worker is back.
-        seed: Of the draws.
+        tasks: Number of shards.
+        workers: Number of GPUs.
+        task_seconds: Mean duration of a task (log-normal, sigma 0.2).
+        lock_seconds: Duration for which a finishing task locks the store.
+        failure: Probability that an attempt dies, at a uniformly distributed time.
+        restart: Seconds until a dead worker is back.
+        seed: Seed of the simulation.
     """
     draw = random.Random(seed)
-    # (time, what, worker): "ask" for a task, "store" its rows.
-    events = [(0.0, "ask", worker) for worker in range(workers)]
+    # (time, action, worker): "request" a task, "store" its rows.
+    events = [(0.0, "request", worker) for worker in range(workers)]
     waiting, handled, locked, lost, done = tasks, 0.0, 0.0, 0, 0
     busy = 0.0
     while done < tasks:
@@ -201,14 +202,14 @@ def simulate(
         if what == "store":
             locked = max(locked, now) + lock_seconds
             done += 1
-            heapq.heappush(events, (locked, "ask", worker))
+            heapq.heappush(events, (locked, "request", worker))
         elif waiting:
             handled = max(handled, now) + SCHEDULER_SECONDS
             busy += SCHEDULER_SECONDS
             length = task_seconds * draw.lognormvariate(-0.02, 0.2)
             if draw.random() < failure:
                 lost += 1
-                heapq.heappush(events, (handled + length * draw.random() + restart, "ask", worker))
+                heapq.heappush(events, (handled + length * draw.random() + restart, "request", worker))
             else:
                 waiting -= 1
                 heapq.heappush(events, (handled + length, "store", worker))
@@ -217,13 +218,13 @@ def simulate(
 
 
 def show_simulations(lock_seconds: float) -> None:
-    """Print how the scheduler bounds the run as tasks get shorter, and what one growth a shard would do to it.
+    """Print how the scheduler limits the run as tasks get shorter, and the effect of growing arrays once per shard.
 
     Args:
-        lock_seconds: For which one growth of the arrays holds the store's lock.
+        lock_seconds: Duration for which one growth of the arrays locks the store.
     """
     print(
-        "a task | tasks | hours | of ideal | scheduler busy | attempts lost | of ideal, if each shard grew the arrays"
+        "per task | tasks | hours | of ideal | scheduler busy | attempts lost | of ideal, if each shard grew the arrays"
     )
     for size, seconds in ((32, 0.02), (32, 0.05), (32, 0.2), (32, 1.0), (32, 5.0), (1024, 1.7), (1024, 32.0)):
         tasks = -(-IMAGES // size)
@@ -237,8 +238,10 @@ def show_simulations(lock_seconds: float) -> None:
 
 
 def show_costs() -> None:
-    """Print what ten million images cost for some models."""
-    print("model | GFLOP an image | A100 hours on 64 | H100 hours on 64 | bytes an image | TB | GB/s to keep up (A100)")
+    """Print the cost of ten million images for some models."""
+    print(
+        "model | GFLOP per image | A100 hours on 64 | H100 hours on 64 | bytes per image | TB | GB/s to keep up (A100)"
+    )
     models: Sequence[tuple[str, str, int]] = (
         ("fpt+", "vit_base_patch16_384.orig_in21k_ft_in1k", 512),
         ("fpt", "vit_base_patch16_384.orig_in21k_ft_in1k", 512),
@@ -259,7 +262,7 @@ def show_costs() -> None:
             f"{spec.bytes_per_image:,} | {total / 1e12:.1f} | {total / 1e9 / (3600 * hours['A100']):.1f}"
         )
     arrays = len(array_layouts(TINY))
-    print("images a shard | shards | files | extraction receipt | index of rows")
+    print("images per shard | shards | files | extraction receipt | index of rows")
     for size in (32, 256, 1024, 4096):
         shards = -(-IMAGES // size)
         index = shards * shard_record(arrays).itemsize + 36 * IMAGES
@@ -267,7 +270,7 @@ def show_costs() -> None:
 
 
 def main() -> None:
-    """Run all three parts."""
+    """Measure, simulate and compute."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=31_250)
     parser.add_argument("--rows", type=int, default=1)

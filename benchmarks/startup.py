@@ -1,8 +1,9 @@
-"""How long verbs take before they work: CPU seconds and imported modules of each, on a study of six tiny images.
+"""Measure the start-up cost of verbs: CPU seconds and imported modules, on a study of twelve tiny images.
 
     python benchmarks/startup.py [--runs 5]
 
-CPU time (user and system) is printed, not wall-clock time, which other processes change; one thread, warm file cache.
+Prints CPU time (user and system) instead of wall-clock time, which depends on other processes; one thread, warm file
+cache.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ except SystemExit:
 
 
 def make_study(folder: Path) -> None:
-    """Images, weights and a trained model."""
+    """Write images and weights, and train a model."""
     import numpy as np
     import timm
     from PIL import Image
@@ -55,7 +56,7 @@ def make_study(folder: Path) -> None:
 
 
 def measure(verb: str, folder: Path) -> tuple[float, list[str]]:
-    """CPU seconds of one run, and number and names of its modules."""
+    """Return the CPU seconds of one run, and the number of its modules with the names of the heavy ones."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", PROBE.format(heavy=HEAVY), *verb.split()]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -65,7 +66,7 @@ def measure(verb: str, folder: Path) -> tuple[float, list[str]]:
 
 
 def main() -> None:
-    """Measure every verb in turn, several times, and print the medians."""
+    """Measure each verb several times and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
@@ -74,9 +75,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_study(folder)
-        found = {verb: [measure(verb, folder) for _ in range(runs)] for verb in VERBS}
+        results_of = {verb: [measure(verb, folder) for _ in range(runs)] for verb in VERBS}
     print(f"{'verb':<28}{'CPU s':>7}{'modules':>9}  heavy modules")
-    for verb, results in found.items():
+    for verb, results in results_of.items():
         seconds = statistics.median(seconds for seconds, _ in results)
         count, *heavy = results[-1][1]
         print(f"{verb:<28}{seconds:>7.2f}{count:>9}  {', '.join(heavy)}")

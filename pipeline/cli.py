@@ -1,4 +1,4 @@
-"""The command line: one verb an arrow of the pipeline, and the one place where errors become words."""
+"""The command line: one verb per arrow of the pipeline, and the conversion of exceptions to messages."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
-from pipeline.console import complain, make_encodable, say
+from pipeline.console import make_encodable, print_error, say
 from pipeline.interrupt import interrupted_message
 from schemas.errors import FptError, PlatformError, StorageError
 from schemas.urls import masked, secrets_in
 from stages.ranks import Ranks
 
 INTERRUPTED = 130
-"""Exit code."""
-TOGETHER = ("train",)
-"""Verbs that several processes run together."""
+"""Exit code after Ctrl-C."""
+DISTRIBUTED = ("train",)
+"""Verbs that support several processes."""
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""click's `UsageError`: newer versions of typer contain click under a private name."""
+"""The `UsageError` of click, which newer versions of typer bundle under a private name."""
 
 
 class _InterruptedError(Exception):
-    """Ctrl-C within a verb; the cause is the KeyboardInterrupt, which typer would turn into a bare exit code."""
+    """Raised on Ctrl-C within a verb, because typer would turn the KeyboardInterrupt, its cause, into an exit code."""
 
 
 class _Verbs(TyperGroup):
@@ -54,7 +54,7 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     name="fpt",
     cls=_Verbs,
-    help="Pay for a large vision transformer once per image, then train side networks for nearly nothing.",
+    help="Run a large vision transformer once per image, cache its features, and train small classifiers on them.",
     epilog="--debug, anywhere on the line, shows the traceback of an error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,8 +66,8 @@ app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(version("fpt"))
         raise typer.Exit
 
@@ -80,35 +80,35 @@ def _root(
     ] = False,
 ) -> None:
     count = Ranks.of().count
-    if count > 1 and context.invoked_subcommand not in TOGETHER:
+    if count > 1 and context.invoked_subcommand not in DISTRIBUTED:
         verb = context.invoked_subcommand
         raise PlatformError(
-            f"{count} processes were started to run `fpt {verb}`, which one does.",
-            "torchrun starts several; of all verbs only train makes use of them.",
+            f"{count} processes were started for `fpt {verb}`, which needs only one.",
+            "torchrun starts several processes, which only `fpt train` supports.",
             f"Run `fpt {verb}` without torchrun.",
         )
 
 
 def _masked(text: str, words: Sequence[str]) -> str:
-    """Hide what is secret in URLs, and the passwords of URLs on the command line wherever libraries quote them."""
+    """Mask secrets in URLs, and passwords from URLs on the command line that libraries quote in their errors."""
     return masked(text, secrets_in(" ".join(words)))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 an error of this program, 2 an error that the user can mend, 130 interrupted.
+    """Run a command and exit: 0 success, 1 internal error, 2 error that the user can fix, 130 interrupted.
 
     Args:
-        arguments: Words after `fpt`; those of the process where None.
+        arguments: Arguments after `fpt`, or None for those of the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Taken out here, so that it is understood before and after the verb and holds while the words are being read.
+    # Removed here, so that it works before and after the verb, and already while the arguments are parsed.
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     make_encodable()
     try:
-        # Without its own printing of errors, which would pass control characters of a word on to the terminal.
+        # Not standalone, because click would print errors without escaping control characters.
         code = app(words, prog_name="fpt", standalone_mode=False)
-        if code == INTERRUPTED:  # What typer makes of Ctrl-C while the words are being read.
+        if code == INTERRUPTED:  # typer returns this after Ctrl-C while it parses arguments.
             raise KeyboardInterrupt
     except (KeyboardInterrupt, _InterruptedError) as error:
         cause = error.__cause__ if isinstance(error, _InterruptedError) and error.__cause__ is not None else error
@@ -117,28 +117,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         explained = _explained(error)
         if message := traceback.format_exc() if debug else _internal(error) if explained is None else str(explained):
-            complain(_masked(message.rstrip(), words))
+            print_error(_masked(message.rstrip(), words))
         sys.exit(1 if explained is None else 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explained(error: Exception) -> FptError | None:
-    """The error as one that the user can fix, or None for a fault of this program."""
+    """Convert an exception to an error that the user can fix, or return None for an internal error."""
     if isinstance(error, FptError):
         return error
     if isinstance(error, USAGE_ERROR):
         context = error.ctx
         if context is None:
             return FptError(error.format_message())
-        repair = f"`{context.command_path} --help` lists what is possible."
+        repair = f"For all options: `{context.command_path} --help`"
         if not (message := error.format_message()):
-            return FptError("")  # no words after `fpt` or a group of verbs: the help is printed already
+            return FptError("")  # without a verb, the help has already been printed
         return FptError(f"Error: {message}", context.get_usage(), repair)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        # Every path comes from the user: as an argument, as a setting, or as the folder of the study.
+        # All paths come from the user: as arguments, settings, or the folder of the study.
         return StorageError(
             f"{error.filename}: {error.strerror}.",
-            "The system refuses this path.",
+            "The operating system rejects this path.",
             "Correct the path, or repeat the command with --debug to see where it is used.",
         )
     return None

@@ -1,4 +1,4 @@
-"""Output: progress and messages to stderr, results to stdout, nothing that a terminal would obey."""
+"""Print messages to stderr and results to stdout, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -12,88 +12,88 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
-from pipeline.tables import pairs as pairs_table
-from pipeline.tables import tables
+from pipeline.terminal_tables import pairs as pairs_table
+from pipeline.terminal_tables import tables
 from schemas.text import json_visible, shortened, visible
 from stages.ranks import Ranks
 
-MOST_COLUMNS = 8
-"""Models beyond which a table has a row per model."""
+MAX_MODEL_COLUMNS = 8
+"""Number of models above which a table has a row per model instead of a column."""
 
 LAYOUT = "\n\t"
-"""Control characters that our own messages contain."""
+"""Control characters that messages of this program contain."""
 
 
 class SafeConsole(Console):
-    """A console whose text cannot steer the terminal, whatever file names, labels and settings hold.
+    """A console that prints file names, labels and settings without executing control sequences in them.
 
-    Rich drops some control characters silently and passes others on, ESC among them. Text is escaped before it is
-    laid out wherever this module prints it; this catches what comes another way, such as a progress bar.
+    Rich removes some control characters silently and passes on others, such as ESC. The functions of this module escape
+    text before layout; this class covers all other output, such as progress bars.
     """
 
     def __init__(self, *, stderr: bool = False, soft_wrap: bool = True) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Escape the text of each segment; control segments are Rich's own (cursor, clear)."""
+        """Escape the text of each segment, except control segments of Rich itself (cursor, clear)."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text, LAYOUT))
 
 
 def make_encodable() -> None:
-    """Escape characters that the encoding of stdout or stderr lacks, instead of stopping at them."""
+    """Escape characters that the encoding of stdout or stderr lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
 
 
-def talk() -> Console:
-    """The console for people: stderr, so that a pipe receives only results."""
+def stderr_console() -> Console:
+    """Return a console for messages on stderr, so that a pipe receives only results."""
     return SafeConsole(stderr=True)
 
 
 def say(message: str) -> None:
-    """Print one line for people, without markup; of several processes that train together, only rank 0."""
+    """Print a message for the user, only on rank 0 in distributed training."""
     if Ranks.of().first:
-        talk().print(visible(message, LAYOUT))
+        stderr_console().print(visible(message, LAYOUT))
 
 
-def complain(message: str) -> None:
-    """Print an error on stderr; the middle of very long lines is left out."""
-    talk().print("\n".join(shortened(visible(line, LAYOUT)) for line in message.split("\n")))
+def print_error(message: str) -> None:
+    """Print an error on stderr, omitting the middle of very long lines."""
+    stderr_console().print("\n".join(shortened(visible(line, LAYOUT)) for line in message.split("\n")))
 
 
 def say_next(command: str) -> None:
-    """The next command, for who runs the verbs by hand; inside `dvc repro` the next stage starts by itself."""
+    """Print the next command, except within `dvc repro`, which starts the next stage itself."""
     if "DVC_STAGE" not in os.environ:
         say(f"Next: {command}")
 
 
 def show(message: str) -> None:
-    """One line of the result, on stdout."""
+    """Print a line of the result on stdout."""
     SafeConsole().print(visible(message, LAYOUT))
 
 
 def show_json(value: Mapping[str, Any]) -> None:
-    """The result for machines: only JSON on stdout."""
+    """Print the result as JSON on stdout, for machines."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     show(json_visible(json.dumps(value, indent=2, ensure_ascii=not unicode)))
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """The result for people: one named value a line."""
+    """Print the result as named values, one per line."""
     show(title)
     _print(pairs_table([(_cell(name), _cell(value)) for name, value in pairs], Console().width))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
-    """A table on stdout: names on the left, numbers on the right; more columns than fit go into further tables.
+    """Print a table on stdout, continued in further tables if not all columns fit.
 
     Args:
-        title: Line above it.
-        columns: Names.
-        rows: Of text without markup.
-        words: Whether it holds words instead of numbers, which start on the left.
+        title: Line above the table.
+        columns: Column names.
+        rows: Cells, text without markup.
+        words: Whether cells are words, aligned left, instead of numbers, aligned right.
     """
     show(title)
     cells = [[_cell(cell) for cell in row] for row in (columns, *rows)]
@@ -102,15 +102,15 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def show_models(title: str, head: str, names: Sequence[str], values: Mapping[str, Sequence[str]]) -> None:
-    """A table that compares models: a row per metric and a column per model, turned round where there are many models.
+    """Print a table with a row per metric and a column per model, or transposed for many models.
 
     Args:
-        title: Line above it.
-        head: What `names` are, such as "settings".
-        names: Of the models.
+        title: Line above the table.
+        head: Header of the model names, such as "settings".
+        names: Model names.
         values: Metric -> value of each model.
     """
-    if len(names) > MOST_COLUMNS:
+    if len(names) > MAX_MODEL_COLUMNS:
         rows = [[name, *(row[at] for row in values.values())] for at, name in enumerate(names)]
         show_table(title, [head, *values], rows)
     else:
@@ -119,7 +119,7 @@ def show_models(title: str, head: str, names: Sequence[str], values: Mapping[str
 
 def _print(table: Table) -> None:
     console = SafeConsole(soft_wrap=False)
-    # Wider than the terminal rather than with broken numbers, where the terminal is too narrow for a single column.
+    # If the terminal is too narrow for a single column, print a wider table rather than break numbers.
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
     if needed > console.width:
         console.width = needed
@@ -131,16 +131,18 @@ def _cell(text: str) -> str:
 
 
 def show_sizes(by_dtype: Mapping[str, int], chosen: str) -> None:
-    """Bytes of an image in the cache for each type of its features."""
+    """Print the cache size per image for each dtype of the features."""
     rows = [
         (name + (" (chosen)" if name == chosen else ""), f"{count:,}", f"{by_dtype['float32'] / count:.1f}x")
         for name, count in by_dtype.items()
     ]
-    show_table("Cache for each features.dtype", ("dtype", "bytes an image", "smaller"), rows)
+    show_table("Cache for each features.dtype", ("dtype", "bytes per image", "smaller"), rows)
 
 
+# dask.utils.format_bytes and format_time do not replace the next two functions: importing dask.utils would add 0.1 s to
+# the start of every command, and they print 999 bytes as "0.98 kiB" and 3 s as "3.00 s".
 def size(count: float) -> str:
-    """Bytes for people: `1.5 GiB`."""
+    """Format a number of bytes: `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -149,15 +151,15 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """Format a duration: `42 s`, `3 min 20 s`, `2 h 05 min`."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def score(value: float | None) -> str:
-    """A metric with three digits; a dash where it is not defined."""
+    """Format a metric with three digits, or as a dash if undefined."""
     return "-" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""What training says while it runs: a line an epoch for people, metrics and plots for DVC."""
+"""Log the progress of training: a line per epoch on the terminal, metrics and plots for DVC."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class EpochLogger:
-    """Call it with each epoch; DVCLive's files are in `folder` at the end.
+    """Logger to be called with each epoch; writes the files of DVCLive to `folder`.
 
-    DVCLive clears its folder when it starts: it starts with the first epoch, so that a training that cannot start
-    leaves the metrics of the last one. After a resume the earlier epochs come first, and the files are whole again.
+    DVCLive clears its folder when it starts. So it starts with the first epoch, and a training that fails to start does
+    not delete the metrics of the previous one. After a resume, the earlier epochs are logged first, so that the files
+    are complete.
     """
 
     def __init__(self, folder: Path, epochs: int, title: str = "") -> None:
@@ -64,7 +65,7 @@ class EpochLogger:
         )
 
     def finish(self, best: EpochLog) -> None:
-        """Record which epoch the model is of, and what all epochs took."""
+        """Record the selected epoch and the total time."""
         if self._live is not None:
             self._live.summary["seconds"] = round(self._seconds, 3)
             self._live.summary["best"] = {"epoch": best.epoch} | ({} if best.val_auc is None else {"auc": best.val_auc})
@@ -77,11 +78,11 @@ def _open_live(folder: Path) -> Any:
     from scmrepo.exceptions import SCMError
 
     class QuietLive(Live):
-        """DVCLive in a repository without a commit: it asks for the revision of HEAD and stops where there is none."""
+        """DVCLive that also works in a repository without commits, where looking up HEAD raises an error."""
 
         def _init_dvc(self) -> None:
             with suppress(SCMError):
                 super()._init_dvc()
 
-    # The folder is an output of a stage: DVCLive must neither save experiments nor write stages.
+    # The folder is the output of a stage, so DVCLive must neither save experiments nor write stages.
     return QuietLive(dir=str(folder), save_dvc_exp=False, dvcyaml=False)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what a verb keeps, and how it is resumed."""
+"""Handle Ctrl-C and SIGTERM: save finished work, and print how to resume."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from stages.store.layout import Store
 
 KEPT = {
-    "prepare": "Nothing is kept: prepare reads all images again.",
+    "prepare": "No results were saved; prepare reads all images again.",
     "extract": "Finished shards are kept.",
     "train": "Finished epochs are kept.",
     "sweep": "Finished trainings and epochs are kept.",
-    "evaluate": "Nothing is kept: evaluate starts from the beginning.",
-    "predict": "Nothing is kept: predict starts from the beginning.",
+    "evaluate": "No results were saved; evaluate starts from the beginning.",
+    "predict": "No results were saved; predict starts from the beginning.",
 }
-"""Verb -> what an interruption leaves behind."""
+"""Verb -> description of what an interruption leaves behind."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
-"""A progress bar hides it."""
+"""Progress bars hide the cursor."""
 
 
 def interrupted_message(words: Sequence[str], error: BaseException) -> str:
-    """Return what is kept of an interrupted command, and the command that resumes it.
+    """Describe what is kept of an interrupted command, and the command that resumes it.
 
     Args:
-        words: After `fpt`.
-        error: A KeyboardInterrupt; its own message comes first.
+        words: Arguments after `fpt`.
+        error: A KeyboardInterrupt, whose message takes precedence.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
     kept = str(error) or KEPT.get(verb, "")
@@ -55,21 +55,21 @@ def stop_gently(
         Iterable[ShardDone],
     ],
 ) -> Callable[[ResolvedSettings, Path, Store, Sequence[ShardTask], Callable[[int], None]], Iterator[ShardDone]]:
-    """Return an `Execute` that keeps what is computed on the first Ctrl-C or SIGTERM, and ends at once on the second.
+    """Return an `Execute` that saves finished work on the first Ctrl-C or SIGTERM, and exits immediately on the second.
 
     Args:
-        execute: Does tasks until its last argument returns true; then it saves what is finished, and ends.
+        execute: Runs tasks until its last argument returns true; then it saves finished work and returns.
 
     Raises:
         InterruptedRunError: After a signal, when everything that was computed is in the store.
     """
 
     def run(
-        settings: ResolvedSettings, root: Path, store: Store, tasks: Sequence[ShardTask], tell: Callable[[int], None]
+        settings: ResolvedSettings, root: Path, store: Store, tasks: Sequence[ShardTask], report: Callable[[int], None]
     ) -> Iterator[ShardDone]:
         left = sum(len(task.images) for task in tasks)
         with _signals_counted() as stop:
-            for done in execute(settings, root, store, tasks, tell, stop):
+            for done in execute(settings, root, store, tasks, report, stop):
                 left -= done.rows + len(done.failures)
                 yield done
             if stop() and left > 0:
@@ -80,24 +80,24 @@ def stop_gently(
 
 @contextmanager
 def _signals_counted() -> Iterator[Callable[[], bool]]:
-    """Whether a signal to stop came, within the block; a second one ends the process.
+    """Provide a function that returns whether a stop signal arrived; a second signal exits the process.
 
-    A thread reads them from Python's wake-up socket: the main thread may be in a forward pass for many seconds, and
-    handlers written in Python wait for its end.
+    A thread reads the signals from Python's wake-up socket, because the main thread may be in a forward pass for many
+    seconds, and signal handlers in Python would only run after it.
     """
-    taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = threading.Event()
+    stopping = threading.Event()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    watcher = threading.Thread(target=_watch, args=(reader, frozenset(taken), asked), daemon=True)
-    previous = {number: signal.signal(number, lambda *_: None) for number in taken}
+    watcher = threading.Thread(target=_watch, args=(reader, frozenset(handled), stopping), daemon=True)
+    previous = {number: signal.signal(number, lambda *_: None) for number in handled}
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher.start()
     try:
-        yield asked.is_set
+        yield stopping.is_set
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in previous.items():
@@ -107,14 +107,14 @@ def _signals_counted() -> Iterator[Callable[[], bool]]:
         reader.close()
 
 
-def _watch(reader: socket.socket, taken: frozenset[int], asked: threading.Event) -> None:
+def _watch(reader: socket.socket, handled: frozenset[int], stopping: threading.Event) -> None:
     while received := reader.recv(64):
         for number in received:
-            if number not in taken:
+            if number not in handled:
                 continue
-            if asked.is_set():
-                # Shards are written so that a process may die at any time; threads of libraries are not waited for.
+            if stopping.is_set():
+                # Exit without waiting for library threads: shards are written so that a process may die at any time.
                 os.write(2, f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}Stopped. {KEPT['extract']}\n".encode())
                 os._exit(130)
-            asked.set()
-            say("Stopping: the images at hand are finished and saved. Press Ctrl-C again to stop at once.")
+            stopping.set()
+            say("Stopping: finishing and saving the current images. Press Ctrl-C again to stop immediately.")

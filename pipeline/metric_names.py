@@ -1,4 +1,4 @@
-"""What tables call the metrics."""
+"""Display names of the metrics in tables."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAMES = {
     "f1_micro": "F1, micro",
     "hamming": "Hamming loss",
 }
-"""By the names of the fields."""
+"""Field of `Metrics` -> display name."""
 
 MARKS = ("true negatives", "false positives", "false negatives", "true positives")
-"""Columns of `Metrics.confusion` with several labels an image."""
+"""Columns of `Metrics.confusion` in a multi-label study."""
 
 
 def metric_name(field: str, task: Task, start: bool = False) -> str:
-    """Name of a field of `Metrics`; `start`: at the start of a line."""
+    """Return the display name of a field of `Metrics`, capitalised if it is at the start of a line."""
     name = "exact match" if task == "multilabel" and field == "accuracy" else NAMES[field]
     return name[0].upper() + name[1:] if start else name

@@ -1,4 +1,4 @@
-"""`params.yaml`: read safely, override with `--set`, write the resolved settings beside a result."""
+"""Read `params.yaml`, apply `--set` overrides, and write the resolved settings next to a result."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from schemas.settings import Settings
 from stages.files import read_small
 
 PARAMS = "params.yaml"
-LARGEST = 2**20
-"""Bytes of a `params.yaml`; one with all keys and their comments has 20 KiB."""
+MAX_BYTES = 2**20
+"""Largest `params.yaml`; a file with all keys and comments has 20 KiB."""
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """The raw settings tree of a file; an empty file holds all defaults.
+    """Read the raw settings tree of a file; an empty file means all defaults.
 
     Raises:
-        ProjectError: There is no such file.
-        SettingsError: It is not a YAML mapping.
-        StorageError: It is no regular file, or cannot be read.
+        ProjectError: The file does not exist.
+        SettingsError: The file is not a YAML mapping.
+        StorageError: The file is not a regular file, or cannot be read.
     """
     try:
         if path.is_dir():
             raise ProjectError(f"{path} is a folder.", "", f"Name the file in it: --params {path / PARAMS}")
-        text = read_small(path, LARGEST).decode("utf-8-sig")
+        text = read_small(path, MAX_BYTES).decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise ProjectError(
             f"There is no {path.name} in {path.absolute().parent}.",
-            "fpt works inside a study, a folder with a params.yaml.",
-            "Make one with `fpt init my-study --images DIR`, go into it with `cd`, or name its file with --params.",
+            "fpt runs in a study, which is a folder with a params.yaml.",
+            "Create one with `fpt init my-study --images DIR`, change to it with `cd`, or name its file with --params.",
         ) from None
     except StorageError:
         raise
     except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not text in UTF-8.", repair="Save it as UTF-8.") from None
+        raise SettingsError(f"{path} is not UTF-8 text.", repair="Save it as UTF-8.") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
     raw = load_yaml(text, str(path))
@@ -48,66 +48,69 @@ def read_params(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise SettingsError(
-            f"{path} holds a {type(raw).__name__}, not keys with values.", repair="Compare it with one from `fpt init`."
+            f"{path} contains a {type(raw).__name__} instead of keys with values.",
+            repair="Compare it with one from `fpt init`.",
         )
     return _copy(raw)
 
 
 def read_optional_params(path: Path) -> dict[str, Any]:
-    """Like `read_params`, but empty outside of a study: where no file was named and the usual one is not there."""
+    """Like `read_params`, but empty outside of a study, when no file was named and the default one does not exist."""
     return read_params(path) if path != Path(PARAMS) or path.exists() else {}
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """The tree with `key.path=value` assignments applied, later ones last; values are YAML.
+    """Return the tree with `key.path=value` assignments applied in order; values are YAML.
 
     Raises:
         SettingsError: An assignment has no `=`, an empty key, a value that is not YAML, or a path through a value.
     """
+    # OmegaConf does not replace this function: its dot lists have another key syntax (`a[0]`, `${...}`), and its YAML
+    # loader lacks the limits and error messages of `load_yaml`.
     tree = _copy(raw)
     problems: list[tuple[str, str]] = []
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
-        parts = path.strip().split(".")
-        if not separator or not all(parts):
+        keys = path.strip().split(".")
+        if not separator or not all(keys):
             problems.append((assignment or "(empty)", "must be key.path=value, such as train.lr=0.001"))
             continue
-        place = tree
-        for depth, part in enumerate(parts[:-1]):
-            if not isinstance(place.setdefault(part, {}), dict):
-                problems.append((path, f"{'.'.join(parts[: depth + 1])} is a value and holds no keys"))
+        section = tree
+        for depth, key in enumerate(keys[:-1]):
+            if not isinstance(section.setdefault(key, {}), dict):
+                problems.append((path, f"{'.'.join(keys[: depth + 1])} is a value and has no keys"))
                 break
-            place = place[part]
+            section = section[key]
         else:
-            place[parts[-1]] = load_yaml(text, f"The value of --set {path}")
+            section[keys[-1]] = load_yaml(text, f"The value of --set {path}")
     if problems:
-        raise SettingsError("A --set override cannot be read.", problems)
+        raise SettingsError("Invalid --set override.", problems)
     return tree
 
 
 def _copy(value: dict[Any, Any]) -> dict[str, Any]:
-    # YAML reads a bare `on`, `1` or date as a key that is no text; as text it is reported like any unknown key.
+    # YAML parses the keys `on`, `1` and dates as other types; as text they are reported like any unknown key.
     return {str(key): _copy(item) if isinstance(item, dict) else item for key, item in value.items()}
 
 
 def load_settings(path: Path, assignments: Sequence[str] = ()) -> Settings:
-    """The settings of a file with overrides, valid but not yet resolved.
+    """Load and validate the settings of a file with overrides, without resolving them.
 
     Raises:
-        ProjectError: There is no such file.
-        SettingsError: With every problem at once.
+        ProjectError: The file does not exist.
+        SettingsError: Lists all problems.
     """
     return parse_settings(override(read_params(path), assignments), source=path.name)
 
 
 def dump_settings(settings: Settings) -> str:
-    """YAML text of all settings."""
+    """Format all settings as YAML."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def write_settings(settings: Settings, folder: Path) -> None:
-    """Write `settings.yaml` beside the result in `folder`."""
+    """Write `settings.yaml` next to the result in `folder`."""
     from stages.files import atomic_write
 
-    head = "# The resolved settings that this result was made with.\n"
+    head = "# The resolved settings that produced this result.\n"
     atomic_write(folder / "settings.yaml", (head + dump_settings(settings)).encode())

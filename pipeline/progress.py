@@ -1,4 +1,4 @@
-"""How far a stage is: a live bar on a terminal, a plain line now and then where the output is kept in a file."""
+"""Show the progress of a stage: a live bar on a terminal, or periodic plain lines if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipeline.console import duration, say, talk
+from pipeline.console import duration, say, stderr_console
 
 LINE_EVERY = 15.0
-"""Seconds between two plain lines."""
+"""Seconds between plain lines."""
 
 
 class ImageBar:
     """Progress over images with rate and remaining time; call it with (done, total).
 
-    The rate counts only what was done since the bar was opened: what earlier runs left behind took no time.
+    The rate only counts work since the first call, not the results of earlier runs.
     """
 
     def __init__(self, what: str, unit: str = "image") -> None:
@@ -25,7 +25,7 @@ class ImageBar:
         self._first: int | None = None
         self._task: TaskID | None = None
         self._progress: Progress | None = None
-        console = talk()
+        console = stderr_console()
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),

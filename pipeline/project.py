@@ -56,7 +56,7 @@ class Study:
 
         DVC deletes the outputs of a stage before it runs the stage again: a run that failed leaves no manifest.
         """
-        from stages.prepare.memory import manifest_copy
+        from stages.prepare.split_history import manifest_copy
 
         written = self.manifest_folder / "manifest.parquet"
         copy = manifest_copy(self.splits, self.settings.data)

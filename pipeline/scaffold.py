@@ -1,4 +1,4 @@
-"""A new study directory: its two files, what Git and DVC ignore, and both initialised; all of it or nothing."""
+"""Create a study directory with its two files, ignore files, and initialised Git and DVC repositories."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from schemas.settings import OUTPUTS, Settings
 from stages.files import atomic_write
 
 PARAMS_HEAD = """\
-Settings of this study: what is not listed here does not exist, what is left out has the value shown here.
-`dvc repro` runs what a change touches; `fpt cost` tells what a setting costs before anything runs."""
+All settings of this study; a setting that is removed falls back to the value shown here.
+`dvc repro` runs the stages that a change affects; `fpt cost` prints the cost of a setting before anything runs."""
 
-IGNORED_BY_GIT = ("# what fpt computes", f"/{OUTPUTS}/", "/.fpt/", "/dvc_plots/")
+IGNORED_BY_GIT = ("# results of fpt", f"/{OUTPUTS}/", "/.fpt/", "/dvc_plots/")
 DEMO_IGNORED_BY_GIT = (*IGNORED_BY_GIT, "/data/", "/weights/")
-IGNORED_BY_DVC = ("# the cache and checkpoints of fpt: large, and not DVC's business", "/.fpt/")
+IGNORED_BY_DVC = ("# cache and checkpoints of fpt: large, and not tracked by DVC", "/.fpt/")
 
 
 @dataclass(frozen=True)
 class Added:
-    """What `initialise` did."""
+    """Changes made by `initialise`."""
 
-    parts: tuple[str, ...]
-    """Of "a Git repository" and "a DVC project", those that were made."""
+    created: tuple[str, ...]
+    """What was created: "a Git repository", "a DVC project", both or nothing."""
     unstaged: tuple[str, ...]
     """Files, relative to the study, that the user's own Git repository does not track yet."""
 
 
 @contextmanager
 def undone_on_failure(folder: Path) -> Iterator[None]:
-    """Remove what the block adds to a study's folder, and the folder if it made it, where the block fails."""
-    absent = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    """If the block fails, remove the files that it added to a study, and the folder if it was created."""
+    missing_folders = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     names = ("params.yaml", "dvc.yaml", ".git", ".dvc", ".gitignore", ".dvcignore")
     new = [folder / name for name in names if not (folder / name).exists()]
     contents = {path: path.read_bytes() for path in (folder / ".gitignore", folder / ".dvcignore") if path.is_file()}
@@ -52,8 +52,8 @@ def undone_on_failure(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             for path, content in contents.items():
                 path.write_bytes(content)
-            for place in absent:
-                place.rmdir()
+            for path in missing_folders:
+                path.rmdir()
         raise
 
 
@@ -61,29 +61,29 @@ def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list
     """Write the files of a study.
 
     Args:
-        folder: Made where it does not exist.
+        folder: Folder of the study, created if missing.
         settings: Values of `params.yaml`.
-        demo: Whether it is the demo, whose pipeline begins with its data and ends with a baseline.
+        demo: Whether to write the demo study, whose pipeline also makes its data and a baseline.
 
     Returns:
-        The files that were written.
+        All files that were written.
 
     Raises:
-        ProjectError: The folder is a study already; nothing is overwritten.
+        ProjectError: The folder is already a study; nothing is overwritten.
         StorageError: The folder cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
-    own = dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub")
+    pipeline = dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub")
     files = {
         folder / "params.yaml": params_yaml(settings, DEMO_HEAD if demo else PARAMS_HEAD),
-        folder / "dvc.yaml": demo_dvc_yaml() if demo else own,
+        folder / "dvc.yaml": demo_dvc_yaml() if demo else pipeline,
     }
-    there = [path.name for path in (*files, folder / "dvc.lock", folder / OUTPUTS) if path.exists()]
-    if there:
+    existing = [path.name for path in (*files, folder / "dvc.lock", folder / OUTPUTS) if path.exists()]
+    if existing:
         raise ProjectError(
-            f"{folder} already holds {', '.join(there)}.",
-            "It is a study already; fpt init overwrites nothing.",
+            f"{folder} already contains {', '.join(existing)}.",
+            "It is already a study, and fpt init overwrites nothing.",
             "Choose another folder, or edit its params.yaml.",
         )
     try:
@@ -96,13 +96,13 @@ def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list
             _add_lines(path, lines)
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written: {error.strerror}.", repair="Choose a folder where you may write."
+            f"{folder} cannot be written: {error.strerror}.", repair="Choose a folder where you have write permission."
         ) from None
     return [*files, *ignores]
 
 
 def _add_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append the lines that an ignore file lacks; what its owner wrote stays."""
+    """Append missing lines to an ignore file, and keep its content."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     missing = [line for line in lines if line not in text.splitlines()]
     if all(line.startswith("#") for line in missing):
@@ -112,39 +112,39 @@ def _add_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def initialise(folder: Path, written: Sequence[Path]) -> Added:
-    """Put the study under Git and DVC where it is not yet.
+    """Initialise Git and DVC for a study unless it is inside existing repositories.
 
-    Files are staged only in a repository that was made here: the index of the user's own repository stays as it is.
+    Files are staged only in a new repository: the index of an existing repository does not change.
 
     Raises:
-        ProjectError: Git or DVC failed; the message holds their output.
+        ProjectError: Git or DVC failed; the message contains their output.
     """
-    done: list[str] = []
+    created: list[str] = []
     git = shutil.which("git") is not None
     in_git = git and _run(["git", "rev-parse", "--is-inside-work-tree"], folder, check=False) is not None
     if git and not in_git:
         _run(["git", "init", "--quiet"], folder)
-        done.append("a Git repository")
-    if not any((place / ".dvc").is_dir() for place in (folder, *folder.resolve().parents)):
-        # DVC looks for `.git` in its own folder, unless told that the repository starts further up.
+        created.append("a Git repository")
+    if not any((path / ".dvc").is_dir() for path in (folder, *folder.resolve().parents)):
+        # DVC looks for `.git` in its own folder, and needs --subdir if the repository starts further up.
         kind = ["--no-scm"] if not git else [] if (folder / ".git").exists() else ["--subdir"]
         with _index_kept(folder) if in_git else nullcontext():
             _dvc(["init", "--quiet", *kind], folder)
         _dvc(["config", "core.analytics", "false"], folder)
-        done.append("a DVC project")
+        created.append("a DVC project")
     if not git:
-        return Added(tuple(done), ())
-    dvc = [folder / ".dvc" / name for name in ("config", ".gitignore")] if "a DVC project" in done else []
+        return Added(tuple(created), ())
+    dvc = [folder / ".dvc" / name for name in ("config", ".gitignore")] if "a DVC project" in created else []
     names = tuple(str(path.relative_to(folder)) for path in (*written, *dvc) if path.exists())
     if not in_git:
         _run(["git", "add", "--", *names], folder)
-        return Added(tuple(done), ())
-    return Added(tuple(done), names)
+        return Added(tuple(created), ())
+    return Added(tuple(created), names)
 
 
 @contextmanager
 def _index_kept(folder: Path) -> Iterator[None]:
-    """Restore Git's index after the block: `dvc init` stages its files, and no option of it prevents that."""
+    """Restore the index of Git after the block, because `dvc init` stages its files and has no option against it."""
     path = folder / (_run(["git", "rev-parse", "--git-path", "index"], folder) or "").removesuffix("\n")
     content = path.read_bytes() if path.is_file() else None
     try:
@@ -161,7 +161,7 @@ def _dvc(words: Sequence[str], folder: Path) -> None:
 
 
 def _run(command: Sequence[str], folder: Path, check: bool = True) -> str | None:
-    """Standard output of a command, or None where it fails and `check` is off."""
+    """Return the standard output of a command, or None if it fails and `check` is false."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if not done.returncode:
         return done.stdout
@@ -170,5 +170,5 @@ def _run(command: Sequence[str], folder: Path, check: bool = True) -> str | None
     raise ProjectError(
         f"`{' '.join(map(str, command))}` failed in {folder}.",
         (done.stderr or done.stdout).strip(),
-        "Nothing is left behind. Fix that, and repeat `fpt init`.",
+        "No files were left behind. Fix the problem and repeat `fpt init`.",
     )

@@ -1,4 +1,4 @@
-"""YAML of settings: data only, no key twice, no document that is small as text and huge in memory."""
+"""Load YAML of settings safely: only data, no duplicate keys, and no small text that expands to a huge document."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import yaml
 from schemas.errors import SettingsError
 from schemas.text import visible
 
-DEEPEST = 32
+MAX_DEPTH = 32
 """Levels of nesting; the settings have four."""
-MOST = 100_000
-"""Values of a document, those behind aliases counted each time."""
+MAX_VALUES = 100_000
+"""Values per document; those behind an alias count each time."""
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without tags that run code, and without a key that silently wins over its twin."""
+    """YAML loader without tags that run code, and without silently overwritten duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -28,31 +28,31 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose one value within the limits of depth and number; an alias counts as all that it stands for."""
+        """Compose a value within the limits of depth and number; an alias counts as many values as its target."""
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         alias, before = self.check_event(yaml.AliasEvent), self._count
         self._depth += 1
-        if self._depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels of nesting", mark)
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_DEPTH} levels of nesting", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:
             return node
         if alias and node not in self._sizes:
-            raise yaml.composer.ComposerError(None, None, "an alias within the value that it stands for", mark)
+            raise yaml.composer.ComposerError(None, None, "an alias inside of its own target", mark)
         self._count += self._sizes[node] if alias else 1
-        if self._count > MOST:
-            raise yaml.composer.ComposerError(None, None, f"more than {MOST:,} values", mark)
+        if self._count > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES:,} values", mark)
         if not alias:
             self._sizes[node] = self._count - before
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Construct one value; what its type does not accept becomes an error with its line."""
+        """Construct a value; an invalid one raises an error with its line."""
         try:
             value = super().construct_object(node, deep=deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            # Such as a date in month 13, `!!int x`, or an integer of more digits than Python converts.
+            # For example month 13 in a date, `!!int x`, or an integer with more digits than Python converts.
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind}", node.start_mark) from None
         if isinstance(value, str) and (unusable := _UNUSABLE.search(value)):
@@ -77,7 +77,7 @@ def load_yaml(text: str, source: str) -> Any:
     """Read one YAML document.
 
     Raises:
-        SettingsError: Naming the line of a syntax error, of a key that stands twice, or of a value beyond the limits.
+        SettingsError: Names the line of a syntax error, of a duplicate key, or of a value beyond the limits.
     """
     try:
         return yaml.load(text, Loader=_Loader)

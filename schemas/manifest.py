@@ -1,4 +1,4 @@
-"""The manifest: one row per image, the hand-over from `prepare` to every later stage."""
+"""The manifest: one row per image, written by `prepare` and read by all later stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from schemas.base import Contract
 from schemas.tasks import Task, names_in
 
 Split = Literal["train", "val", "test", "external"]
-"""Which images: of a study train, val or test; external: images outside of it, which are only evaluated."""
+"""Split of an image: train, val or test in a study, or external for images that are only evaluated."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 """Splits of a study."""
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -21,81 +21,81 @@ class ManifestRow(Contract):
     """One image of a study."""
 
     id: ImageId
-    """Sha256 of the file's content: the name of its features in the store."""
+    """Sha256 of the file, which identifies its features in the store."""
     path: str
     """Relative to `data.images`, with forward slashes."""
     label: str
-    """One of the manifest's classes; with several labels an image, those that it has, joined by `|`."""
+    """One of the classes of the manifest; multi-label: the labels of the image, joined by `|`."""
     group: str
-    """Patient, or the image's own path where no group is known."""
+    """Patient or other group, or the path of the image if no group is known."""
     split: Split
-    """One of `SPLITS`; in predictions of images outside of a study external."""
+    """One of `SPLITS`, or external for predictions of images outside of a study."""
 
 
 GroupUnit = Literal["patients", "groups"]
-"""What the groups of a study are."""
+"""Kind of the groups of a study."""
 
 
 class Manifest(Contract):
     """All rows of a study, sorted by path, and the classes in the order of the model's outputs."""
 
     classes: tuple[str, ...]
-    """Label names; the index of a label here is its index in the logits."""
+    """Label names, in the order of the logits."""
     rows: tuple[ManifestRow, ...]
-    """Sorted by path. Two rows may share an id (a file under two names): then they share a split."""
+    """Sorted by path. Rows with the same id (copies of a file) have the same split."""
     task: Task = "multiclass"
-    """What the labels say."""
+    """Task of the study."""
     unit: GroupUnit | None = None
-    """What the groups are; None: not known, or each image stands for itself."""
+    """Kind of the groups, or None if unknown or if no image has a group."""
 
     def names(self, row: ManifestRow) -> tuple[str, ...]:
-        """The class names of one of its rows: one, or with several labels an image any number."""
+        """Return the class names of a row: exactly one, or any number in a multi-label study."""
         return names_in(row.label, self.task)
 
     def of(self, split: Split) -> Iterator[ManifestRow]:
-        """The rows of one split, in order."""
+        """Iterate over the rows of one split, in order."""
         return (row for row in self.rows if row.split == split)
 
     def ids(self) -> tuple[str, ...]:
-        """Each image content once, in order of first appearance."""
+        """Return each image id once, in order of first appearance."""
         return tuple(dict.fromkeys(row.id for row in self.rows))
 
 
 class PrepareSummary(Contract):
-    """The data set that `prepare` made, as in `outputs/manifest/summary.json`."""
+    """Summary of a prepared data set, as in `outputs/manifest/summary.json`."""
 
     images: int
     """Rows of the manifest."""
     duplicates: int
-    """Rows whose content another row has too."""
+    """Rows that share their content with another row."""
     groups: int
-    """Patients (or other groups); images that stand for themselves are none."""
+    """Number of patients or other groups, without images that have no group."""
     singles: int = 0
-    """Images that stand for themselves, as no group is known."""
+    """Images without a group."""
     unit: GroupUnit | None = None
-    """What the groups are; null: there are none."""
+    """Kind of the groups, or null without groups."""
     group_column: str | None = None
-    """Column of the groups, folder for sub-folders of class folders, or null."""
+    """Column with the groups, folder for sub-folders of class folders, or null."""
     split_column: str | None = None
-    """Column of the ready splits, or null."""
+    """Column with predefined splits, or null."""
     quarantined: int
-    """Images set aside."""
+    """Images that were set aside."""
     passed_over: dict[str, int] = Field(default_factory=dict)
-    """Kind -> files and folders in which no image was read."""
+    """Kind -> number of skipped files."""
     warned: int = 0
-    """Images that are used although their data is corrupt (`data.on_warning: accept`)."""
+    """Images that are used despite corrupt data (`data.on_warning: accept`)."""
     counts: dict[str, dict[str, int]]
-    """split -> class -> images; with several labels an image, it counts for each of them."""
+    """Split -> class -> images; a multi-label image counts for each of its labels."""
     split_images: dict[str, int]
-    """split -> images."""
+    """Split -> images."""
 
 
 class PrepareResult(PrepareSummary):
-    """What one run of `prepare` did."""
+    """Result of one run of `prepare`."""
 
     known: int = 0
-    """Images whose split an earlier run decided."""
+    """Images that an earlier run assigned to a split."""
     moved: dict[str, int] = Field(default_factory=dict)
-    """Such as "train -> val" -> known images that changed split."""
+    """Change, such as "train -> val" -> number of known images that changed split."""
     notes: tuple[str, ...] = ()
-    """What was chosen or passed over, for people."""
+    """Automatic choices and skipped files, as lines for the user."""

@@ -1,4 +1,4 @@
-"""Raw values to `Settings`: every problem at once, by dotted path, with the nearest valid key."""
+"""Validate raw values as `Settings`, and report all problems at once with suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from schemas.settings import Settings
 from schemas.urls import masked
 
 _LONGEST_GUESS = 100
-"""Characters of an unknown key for which a similar valid one is sought; comparing takes quadratic time."""
+"""Longest unknown key, in characters, for which a similar valid key is sought; comparing takes quadratic time."""
 
 SHOWN = 20
-"""Problems that a message lists."""
+"""Number of problems that a message lists."""
 MOST = 1000
-"""Problems that are counted: a long list of wrong values has one for each."""
+"""Number of problems after which counting stops; a long list of wrong values has one for each."""
 LONG = 60
-"""Characters of a key or a value from which it is cut short."""
+"""Length in characters beyond which a key or a value is abbreviated."""
 
 
 def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Settings:
-    """Validate a whole settings tree.
+    """Validate a complete settings tree.
 
     Args:
-        raw: The tree as YAML gives it.
+        raw: Nested mapping, as loaded from YAML.
         source: Name of the file, for the message.
 
     Raises:
-        SettingsError: With every problem, up to `SHOWN`; `problems` holds (dotted path, message).
+        SettingsError: With all problems, up to `SHOWN`, as (dotted path, message) in `problems`.
     """
     try:
         return Settings.model_validate(raw)
@@ -47,23 +47,23 @@ def parse_settings(raw: Mapping[str, Any], source: str = "params.yaml") -> Setti
 
 
 def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
-    """(dotted path, message) of each problem: one line for all alternatives of a union that were tried in vain."""
+    """Return (dotted path, message) for each problem, merging the failed alternatives of a union."""
     messages: dict[tuple[str, ...], list[str]] = {}
     rejected: dict[tuple[str, ...], object] = {}
     for item in error.errors(include_url=False)[:MOST]:
-        path = _written(item["loc"], item["type"])
+        path = _user_path(item["loc"], item["type"])
         if item["type"] == "extra_forbidden":
             near = _nearest(path)
             text = f"unknown key{f', did you mean {near!r}?' if near else ''}"
         else:
             text = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             rejected[path] = item.get("input")
-        known = messages.setdefault(path, [])
-        if text not in known:
-            known.append(text)
+        texts = messages.setdefault(path, [])
+        if text not in texts:
+            texts.append(text)
     lines = []
     for path, texts in messages.items():
-        # [1, "x"] is no "auto" either, but what is wrong is the "x".
+        # For [1, "x"], report the invalid "x" rather than that the list is not "auto".
         if isinstance(rejected.get(path), list | tuple) and any(p[: len(path)] == path for p in messages if p != path):
             continue
         value = rejected.get(path)
@@ -78,7 +78,7 @@ def _problems(error: ValidationError) -> tuple[tuple[str, str], ...]:
 
 
 def _short(value: object) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message."""
     # Python refuses to write integers of more than 4,300 digits.
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of about {value.bit_length() * 3 // 10} digits"
@@ -90,26 +90,26 @@ def _short_key(key: str) -> str:
     return key if len(key) <= LONG and key.isprintable() else _short(key)
 
 
-def _written(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
-    """The part of a location that the user wrote: unions add their alternatives to it ("literal['auto']")."""
+def _user_path(location: tuple[int | str, ...], kind: str) -> tuple[str, ...]:
+    """Return the keys of a location without the union alternatives that pydantic adds, such as "literal['auto']"."""
     if kind == "extra_forbidden":
-        return tuple(str(part) for part in location)
+        return tuple(str(key) for key in location)
     section: type[BaseModel] | None = Settings
     path: list[str] = []
-    for part in location:
-        if section is not None or isinstance(part, int):
-            path.append(str(part))
-        section = _child(section, str(part))
+    for key in location:
+        if section is not None or isinstance(key, int):
+            path.append(str(key))
+        section = _child(section, str(key))
     return tuple(path)
 
 
 def _nearest(path: tuple[str, ...]) -> str | None:
-    """The nearest valid key: the same name elsewhere, then the same section, then anywhere in the tree."""
+    """Return the most similar valid key: the same name elsewhere, else in the same section, else anywhere."""
     if len(path[-1]) > _LONGEST_GUESS:
         return None
     section: type[BaseModel] | None = Settings
-    for part in path[:-1]:
-        section = _child(section, part)
+    for key in path[:-1]:
+        section = _child(section, key)
     every = settings_keys()
     if len(path[-1]) > LONG:
         return None
@@ -135,7 +135,7 @@ def _child(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
 
 
 def settings_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """Every dotted key that `params.yaml` may hold, leaves only, in order."""
+    """Return all dotted leaf keys of `params.yaml`, in order."""
     keys: list[str] = []
     for name in model.model_fields:
         child = _child(model, name)

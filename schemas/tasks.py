@@ -1,4 +1,4 @@
-"""What is learnt of an image: one class, several labels, or a grade; and how a manifest writes it down."""
+"""Tasks: one class, several labels or a grade per image, and their notation in manifests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 Task = Literal["multiclass", "multilabel", "ordinal"]
 
 SEPARATOR = "|"
-"""Between the labels of an image in manifests and predictions; no label of a multi-label study contains it."""
+"""Separates the labels of an image in manifests and predictions; no label of a multi-label study contains it."""
 
 METRICS: dict[Task, tuple[str, ...]] = {
     "multiclass": (
@@ -41,16 +41,16 @@ METRICS: dict[Task, tuple[str, ...]] = {
         "calibration_error",
     ),
 }
-"""Fields of `Metrics` that are shown, the one that counts most first."""
+"""Displayed fields of `Metrics`, in order of importance."""
 
 
 def names_in(label: str, task: Task) -> tuple[str, ...]:
-    """The class names that a written label stands for: one, or with several labels an image any number."""
+    """Split a label of a manifest into class names: exactly one, or any number in a multi-label study."""
     if task != "multilabel":
         return (label,)
     return tuple(label.split(SEPARATOR)) if label else ()
 
 
 def written(names: Iterable[str]) -> str:
-    """The opposite of `names_in`."""
+    """Join class names to a label of a manifest, the inverse of `names_in`."""
     return SEPARATOR.join(names)

@@ -1,4 +1,4 @@
-"""Clusters of images that must share a split: images of one group (such as a patient) and copies of an image."""
+"""Find clusters of images that must share a split: images of one group (such as a patient) and copies of an image."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from schemas.manifest import Manifest
 from schemas.tasks import Task, names_in
 
 ALL_IMAGES = ""
-"""The column of all images in `Cluster.counts`; no label is empty."""
+"""Key of the total in `Cluster.counts`; no label is empty."""
 
 
 class Grouped(Protocol):
-    """An image with a label and maybe a group."""
+    """An image with a label and an optional group."""
 
     @property
     def path(self) -> str:
@@ -23,11 +23,11 @@ class Grouped(Protocol):
 
     @property
     def label(self) -> str:
-        """As a manifest writes it."""
+        """In the notation of manifests."""
 
     @property
     def group(self) -> str | None:
-        """Patient or other group; None: not known."""
+        """Patient or other group, or None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Cluster:
     """Images that must share a split."""
 
     key: str
-    """Least content id: depends neither on file names nor on order."""
+    """Smallest content id, which depends neither on file names nor on order."""
     paths: tuple[str, ...]
-    """Its images."""
+    """Paths of its images."""
     counts: Mapping[str, int]
-    """Label -> images, and the column of all images."""
+    """Label -> number of images, and `ALL_IMAGES` -> total."""
 
 
 class _Row(NamedTuple):
@@ -49,19 +49,19 @@ class _Row(NamedTuple):
 
 
 def find_clusters(items: Sequence[Grouped], ids: Mapping[str, str], task: Task = "multiclass") -> list[Cluster]:
-    """Join images that share a group or a content, directly or through others: connected components.
+    """Join images that share a group or content, directly or through others (connected components).
 
     Args:
         items: Images.
-        ids: Path -> content.
-        task: What a label means; an image counts for each of its labels.
+        ids: Path -> content id.
+        task: Task of the study; a multi-label image counts for each of its labels.
 
     Returns:
         The clusters, in the order of their first images.
     """
     if not items:
         return []
-    # Imported late: half a second that only the first split of a study needs.
+    # Imported here because it takes half a second, which only the first split of a study needs.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -90,11 +90,11 @@ def find_clusters(items: Sequence[Grouped], ids: Mapping[str, str], task: Task =
 
 
 def manifest_clusters(manifest: Manifest) -> list[Cluster]:
-    """Clusters of the images of a manifest, which names the group of an image without one by its own path."""
+    """Find the clusters of a manifest, where an image without a group has its path as group."""
     rows = [_Row(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]
     return find_clusters(rows, {row.path: row.id for row in manifest.rows}, manifest.task)
 
 
 def cluster_of(manifest: Manifest) -> dict[str, str]:
-    """Path -> key of its cluster: images of a group, and whatever is a copy of one of them."""
+    """Return path -> key of its cluster."""
     return {path: cluster.key for cluster in manifest_clusters(manifest) for path in cluster.paths}

@@ -1,4 +1,4 @@
-"""`fpt demo`: images that the demo draws itself, and what came out."""
+"""`fpt demo`: a small study of synthetic images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from stages.files import read_regular
 
 FOLDER = Path("fpt-demo")
 
-demo = typer.Typer(help="A small study of images that the demo draws itself: `fpt demo run`.", no_args_is_help=True)
+demo = typer.Typer(help="Run a small study of synthetic images: `fpt demo run`.", no_args_is_help=True)
 
 
 @demo.command()
 def run(
-    folder: Annotated[Path, typer.Argument(help="Folder of the demo study; made where it does not exist.")] = FOLDER,
+    folder: Annotated[Path, typer.Argument(help="Folder of the demo study, created if missing.")] = FOLDER,
     assignments: Assignments = None,
 ) -> None:
-    """Make the demo study, run its pipeline, and print the test AUC. Some minutes; a second call resumes."""
+    """Create the demo study, run its pipeline, and print the test AUC. Takes some minutes; a second call resumes."""
     from pipeline.params import override
     from pipeline.scaffold import initialise, undone_on_failure, write_study
     from pipeline.template import DEMO
@@ -41,11 +41,11 @@ def run(
             initialise(folder, write_study(folder, settings, demo=True))
     elif assignments:
         raise SettingsError(
-            f"{folder} is a study already.",
-            [("--set", "only for a new one")],
+            f"{folder} is already a study.",
+            [("--set", "only possible for a new one")],
             f"Edit {folder / PARAMS}, or choose another folder.",
         )
-    # The stages of `dvc.yaml` call `fpt`, which must be the one of this environment.
+    # The stages of `dvc.yaml` call `fpt`, which has to be the one of this environment.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "repro"], cwd=folder, env={**os.environ, "PATH": path}, check=False
@@ -54,14 +54,14 @@ def run(
         raise ProjectError(
             f"The pipeline of the demo in {folder} failed.",
             "Its messages are above.",
-            f"Fix that, and repeat `fpt demo run {shlex.quote(str(folder))}`: finished stages are kept.",
+            f"Fix the problem and repeat `fpt demo run {shlex.quote(str(folder))}`: finished stages are kept.",
         )
     summary(folder / PARAMS)
 
 
 @demo.command()
 def data(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
-    """Draw the images and fetch the weights that params.yaml names."""
+    """Draw the images, and download the weights, at the paths in params.yaml."""
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
     from stages.demo.images import make_demo_images
@@ -71,7 +71,7 @@ def data(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
         raise ProjectError(
             f"There is no {PARAMS} here.",
             "This verb is the first stage of the demo study.",
-            "Run `fpt demo run`: it makes that study, and runs all of it.",
+            "Run `fpt demo run`, which creates the study and runs all stages.",
         )
     settings, root = load_settings(params, assignments or []), params.absolute().parent
     images, weights = root / settings.data.images, root / settings.lpm.weights
@@ -89,8 +89,8 @@ def summary(params: Params = PARAMS_FILE) -> None:
     show_pairs(
         "Test AUC",
         [
-            ("With the cached features", score(_auc(with_features))),
-            ("Only the side network, without features", score(_auc(without))),
+            ("With cached features", score(_auc(with_features))),
+            ("Side network only, without features", score(_auc(without))),
         ],
     )
     say(f"Report: {with_features / 'report.html'}")
@@ -103,6 +103,6 @@ def _auc(folder: Path) -> float | None:
     except (OSError, ValueError):
         raise ProjectError(
             f"There are no metrics at {path}.",
-            "The demo has not run to its end, or this is not its folder.",
-            f"Run `dvc repro` in the folder of the demo study; `fpt demo run` makes one in {FOLDER}.",
+            "The demo has not finished, or this is not its folder.",
+            f"Run `dvc repro` in the folder of the demo study; `fpt demo run` creates one in {FOLDER}.",
         ) from None

@@ -1,4 +1,4 @@
-"""`fpt init`: a study directory for a folder of images."""
+"""`fpt init`: create a study directory for a folder of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from schemas.errors import DataError, SettingsError
 from schemas.settings import DataSettings, Settings
 
 _KEY = re.compile(r"\bdata\.(images|labels|path_column|label_column|group_column|split_column)\b")
-"""Keys that have an option of their own."""
+"""Settings with an option of their own."""
 _COLUMN = re.compile(r"\b(path_column|label_column|group_column|split_column)\b")
 
 
@@ -24,22 +24,22 @@ def init(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.", show_default=False)],
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", help="CSV with a row per image; without it, class folders.", show_default=False),
+        typer.Option("--labels", help="CSV with a row per image; by default, class folders.", show_default=False),
     ] = None,
     path_column: Annotated[str, typer.Option("--path-column", help="Column with the image's path.")] = "path",
     label_column: Annotated[str, typer.Option("--label-column", help="Column with the label.")] = "label",
     group_column: Annotated[
-        str, typer.Option("--group-column", help="Column with the patient; none: each image by itself.")
+        str, typer.Option("--group-column", help="Column with the patient; none: independent images.")
     ] = "auto",
     split_column: Annotated[
-        str, typer.Option("--split-column", help="Column with train, val or test; none: splits are drawn.")
+        str, typer.Option("--split-column", help="Column with train, val or test; none: draw splits.")
     ] = "auto",
     assignments: Assignments = None,
 ) -> None:
-    """Make a study directory: params.yaml, dvc.yaml, Git and DVC ready to go. Overwrites nothing."""
+    """Create a study directory with params.yaml, dvc.yaml, Git and DVC. Overwrites nothing."""
     from pipeline.scaffold import initialise, undone_on_failure, write_study
 
-    # Absolute, because an experiment that DVC runs in a temporary copy of the repository has tracked files only.
+    # Absolute, because DVC runs experiments in a temporary copy of the repository that has only tracked files.
     data = {
         "images": str(images.expanduser().resolve()),
         "labels": None if labels is None else str(labels.expanduser().resolve()),
@@ -52,16 +52,16 @@ def init(
     notes = _check(settings.data, study)
     with undone_on_failure(study):
         added = initialise(study, write_study(study, settings))
-    parts = " and ".join(added.parts)
-    say(f"{study} is a study{f', with {parts}' if parts else ''}. Its settings: {study / 'params.yaml'}")
+    created = " and ".join(added.created)
+    say(f"Created the study {study}{f', with {created}' if created else ''}. Its settings: {study / 'params.yaml'}")
     for note in notes:
         say(note)
     say("Next:")
     if study.resolve() != Path.cwd():
         say(f"  cd {shlex.quote(str(study))}")
-    say("  dvc repro                             # images in, a tested classifier out")
+    say("  dvc repro                             # from images to a tested classifier")
     if added.unstaged:
-        say(f"  git add {shlex.join(added.unstaged)}   # nothing is staged in your repository")
+        say(f"  git add {shlex.join(added.unstaged)}   # not staged yet in your repository")
     say('  git commit -m "A new study"           # before the first `dvc exp run`')
 
 
@@ -78,14 +78,14 @@ def _settings(raw: dict[str, Any], assignments: list[str]) -> Settings:
             for path, message in error.problems
         ]
         raise SettingsError(
-            "The options of `fpt init` do not make valid settings.",
+            "The options of `fpt init` are not valid.",
             problems,
             "Correct them and repeat `fpt init`; nothing was written.",
         ) from None
 
 
 def _as_options(text: str) -> str:
-    """A message about `params.yaml`, which does not exist yet, with the options of `fpt init` in place of its keys."""
+    """Replace keys of `params.yaml`, which does not exist yet, by options of `fpt init` in a message."""
     text = text.replace("the folder of params.yaml", "the working directory").replace(" in params.yaml", "")
     return _KEY.sub(_option, text)
 
@@ -95,13 +95,13 @@ def _option(key: re.Match[str]) -> str:
 
 
 def _check(data: DataSettings, study: Path) -> list[str]:
-    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image.
+    """Run those checks of `fpt prepare` on images and labels that do not open an image.
 
     Returns:
-        What was chosen by header or layout, for people.
+        Choices made from the header or the layout, as lines for the user.
     """
-    from stages.prepare.items import check_listing, read_listing
-    from stages.prepare.table import check_files
+    from stages.prepare.dataset_listing import check_listing, read_listing
+    from stages.prepare.label_table import check_files
 
     try:
         listing = read_listing(data, study)

@@ -34,7 +34,7 @@ def lr_find(
     """
     from pipeline.project import open_study
     from pipeline.sweep_jobs import Part, plan_jobs, train_jobs
-    from stages.evaluate.sweeps import find_rate
+    from stages.evaluate.sweep_statistics import find_rate
     from stages.files import atomic_write
     from stages.manifest import read_manifest
 

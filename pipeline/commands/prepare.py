@@ -1,4 +1,4 @@
-"""`fpt prepare`: images and labels to a manifest."""
+"""`fpt prepare`: check images and labels, and write the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prepare(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     redraw: Annotated[
-        bool, typer.Option("--redraw", help="Draw all splits again; else known images keep theirs.")
+        bool, typer.Option("--redraw", help="Draw all splits again; by default, known images keep theirs.")
     ] = False,
     write_split: Annotated[
         Path | None,
@@ -35,9 +35,9 @@ def prepare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read images and labels, name every image by its content, give each a split.
+    """Check images and labels, and assign every image to train, val or test.
 
-    Images keep their split when others come and go; new ones are dealt out.
+    Images keep their split when others are added or removed.
     """
     from pipeline.params import write_settings
     from pipeline.progress import ImageBar
@@ -54,7 +54,7 @@ def prepare(
     if write_split is not None:
         check_free(write_split)
     output = study.manifest_folder
-    _adopt(study)
+    _adopt_splits(study)
     with ImageBar("Reading images") as bar:
         result = run(data, study.root, output, bar, study.splits, redraw)
     write_settings(_resolved(study.settings, result), output)
@@ -73,16 +73,16 @@ def prepare(
     say_next("fpt extract")
 
 
-def _adopt(study: Study) -> None:
-    """Let images of a manifest that is there keep its splits, although nothing else is known of its draw.
+def _adopt_splits(study: Study) -> None:
+    """Record the splits of an existing manifest, so that its images keep them, if the history of its draw is missing.
 
-    Such a manifest was pulled with DVC, or written before splits were kept.
+    This happens if the manifest was pulled with DVC, or written by a version without history.
     """
     from pipeline.params import read_params
     from schemas.parse import parse_settings
     from stages.manifest import read_manifest
     from stages.prepare import MANIFEST_FILE
-    from stages.prepare.memory import KnownSplits, is_known, same_draw, write_known
+    from stages.prepare.split_history import KnownSplits, is_known, same_draw, write_known
 
     data, file = study.settings.data, study.manifest_folder / MANIFEST_FILE
     if is_known(study.splits, data) or not file.exists():
@@ -91,14 +91,14 @@ def _adopt(study: Study) -> None:
         drawn_with = parse_settings(read_params(file.with_name("settings.yaml"))).data
         manifest = read_manifest(file)
     except FptError:
-        # Without its settings, or damaged, it tells nothing: `prepare` replaces it.
+        # Without its settings, or if it is damaged, it cannot be used, and `prepare` replaces it.
         return
     if same_draw(drawn_with, data):
         write_known(study.splits, data, KnownSplits().with_manifest(manifest), manifest)
 
 
 def _resolved(settings: Settings, result: PrepareResult) -> Settings:
-    """The settings with the columns that "auto" stood for."""
+    """Replace "auto" in the settings by the chosen columns."""
     columns = {"group_column": result.group_column, "split_column": result.split_column}
     return settings.model_copy(update={"data": settings.data.model_copy(update=columns)})
 
@@ -124,13 +124,13 @@ def _title(result: PrepareResult) -> str:
         return f"{counted(result.images, 'image')}, {copies}"
     unit = result.unit.removesuffix("s") if result.groups == 1 else result.unit
     grouped = f"{counted(result.images - result.singles, 'image')} of {result.groups:,} {unit}"
-    alone = f", {result.singles:,} without a {result.unit.removesuffix('s')}" if result.singles else ""
-    return f"{grouped}{alone}, {copies}"
+    without_group = f", {result.singles:,} without a {result.unit.removesuffix('s')}" if result.singles else ""
+    return f"{grouped}{without_group}, {copies}"
 
 
 def _show_written(path: Path, data: DataSettings) -> None:
     null = " and data.split_column: auto" if data.split_column is None else ""
     say(
-        f"The splits are in {path}. To take them from there, set data.labels: {path.resolve()}{null} in params.yaml; "
-        "rows that are added without a split have it drawn."
+        f"The splits are in {path}. To use them, set data.labels: {path.resolve()}{null} in params.yaml; "
+        "rows added without a split get one by drawing."
     )

@@ -68,8 +68,8 @@ def sweep(
     """
     from pipeline.project import open_study
     from pipeline.sweep_jobs import evaluate_job, plan_jobs, train_jobs
-    from stages.evaluate.summary import summarise
-    from stages.evaluate.sweeps import metric_values
+    from stages.evaluate.sweep_statistics import metric_values
+    from stages.evaluate.sweep_summary import summarise
     from stages.files import atomic_write
     from stages.manifest import read_manifest
 

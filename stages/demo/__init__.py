@@ -1,1 +1,1 @@
-"""What the demo needs and no study has: images made here, and pretrained weights where the hub cannot be reached."""
+"""Data of the demo study: synthetic images, and pretrained weights even if the hub cannot be reached."""

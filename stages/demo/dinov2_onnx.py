@@ -1,8 +1,8 @@
-"""From an ONNX export of a Hugging Face DINOv2 backbone to weights under timm's names.
+"""Convert an ONNX export of a Hugging Face DINOv2 backbone to weights with timm's names.
 
-The exporter keeps the names of biases and norms, but folds the transposed matrix of each linear layer and the two
-parts of the position embedding into nameless constants (`onnx::MatMul_1966`). Those are found by the node that reads
-them, never by their number.
+The exporter keeps the names of biases and norms, but stores the transposed matrix of each linear layer and the two
+parts of the position embedding as constants with generated names (`onnx::MatMul_1966`). They are identified by the
+node that reads them, never by their number.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _QKV = ("query", "key", "value")
 
 
 def timm_weights(content: bytes) -> dict[str, torch.Tensor]:
-    """Read the backbone of an ONNX file; the rest of its network is left out.
+    """Read the backbone of an ONNX file; other parts of its network are ignored.
 
     Args:
-        content: The ONNX file. Protobuf is data: nothing in it is executed.
+        content: The ONNX file. Protobuf contains only data, so nothing is executed.
 
     Returns:
         timm's names of a DINOv2 vision transformer without registers -> float32 tensors; `pos_embed` is
         (1, 1 + patches, D) with the class token first.
 
     Raises:
-        WeightsError: It is no ONNX file, `onnx` is not installed, or the graph holds no such backbone.
+        WeightsError: The file is not ONNX, `onnx` is not installed, or the graph has no such backbone.
     """
     try:
         import onnx
     except ImportError as error:
         raise WeightsError(
             "The package onnx is not installed.",
-            "It reads the demo's weights where the hub cannot be reached.",
+            "It reads the weights of the demo if the hub cannot be reached.",
             "Run: pip install onnx",
         ) from error
     try:
@@ -73,7 +73,7 @@ class _Backbone:
         self.depth = sum(bool(pattern.fullmatch(name)) for name in self.initializers)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights under timm's names."""
+        """Return all weights under timm's names."""
         if not self.depth:
             raise _foreign("it has no backbone.encoder.layer.0.norm1.weight")
         weights = {
@@ -92,13 +92,13 @@ class _Backbone:
             for place, target in _LINEAR.items():
                 weights[f"{ours}.{target}.weight"] = self.matrix(layer, place)
             weights[f"{ours}.attn.qkv.weight"] = torch.cat(
-                [self.matrix(layer, f"attention/attention/{part}") for part in _QKV]
+                [self.matrix(layer, f"attention/attention/{name}") for name in _QKV]
             )
-            weights[f"{ours}.attn.qkv.bias"] = torch.cat([self.tensor(f"{attention}.{part}.bias") for part in _QKV])
+            weights[f"{ours}.attn.qkv.bias"] = torch.cat([self.tensor(f"{attention}.{name}.bias") for name in _QKV])
         return weights
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The initializer of that name as a float32 tensor of its own memory."""
+        """Return a copy of an initializer as a float32 tensor."""
         from onnx import numpy_helper
 
         if name not in self.initializers:
@@ -106,7 +106,7 @@ class _Backbone:
         return torch.from_numpy(numpy_helper.to_array(self.initializers[name]).copy()).float()
 
     def matrix(self, layer: int, place: str) -> torch.Tensor:
-        """Weight (out, in) of a linear layer: the constant that its MatMul reads is (in, out)."""
+        """Return the weight (out, in) of a linear layer; the constant that its MatMul reads is (in, out)."""
         node = self.by_name.get(f"/backbone/encoder/layer.{layer}/{place}/MatMul")
         constants = [name for name in node.input if name in self.initializers] if node is not None else []
         if len(constants) != 1:
@@ -114,22 +114,24 @@ class _Backbone:
         return self.tensor(constants[0]).T.contiguous()
 
     def position_embedding(self) -> torch.Tensor:
-        """Class and patch position embeddings, (1, 1 + patches, D).
+        """Return class and patch position embeddings, (1, 1 + patches, D).
 
-        The graph adds Concat(class position, Resize(Reshape(patch positions))) to Concat(cls_token, patches): the
-        class position is the constant of a Concat beside the token sequence, the patch positions are the constant
-        of a Reshape.
+        The graph adds Concat(class position, Resize(Reshape(patch positions))) to Concat(cls_token, patches). So the
+        class position is the constant input of a Concat other than the class token, and the patch positions are the
+        constant input of a Reshape.
         """
         width = tuple(self.initializers["backbone.embeddings.cls_token"].dims)[-1]
-        found: dict[str, list[str]] = {"Concat": [], "Reshape": []}
+        constants: dict[str, list[str]] = {"Concat": [], "Reshape": []}
         for node in self.nodes:
-            if node.op_type in found and node.name.startswith("/backbone/embeddings/"):
-                found[node.op_type] += [n for n in node.input if n in self.initializers and self._is_tokens(n, width)]
-        if len(found["Concat"]) != 1 or len(found["Reshape"]) != 1:
-            raise _foreign("its position embedding cannot be told apart")
-        token, patches = self.tensor(found["Concat"][0]), self.tensor(found["Reshape"][0])
+            if node.op_type in constants and node.name.startswith("/backbone/embeddings/"):
+                constants[node.op_type] += [
+                    n for n in node.input if n in self.initializers and self._is_tokens(n, width)
+                ]
+        if len(constants["Concat"]) != 1 or len(constants["Reshape"]) != 1:
+            raise _foreign("its position embedding is ambiguous")
+        token, patches = self.tensor(constants["Concat"][0]), self.tensor(constants["Reshape"][0])
         if token.shape[1] != 1 or math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
-            raise _foreign("its position embedding is not one class token and a square of patches")
+            raise _foreign("its position embedding does not consist of one class token and a square of patches")
         return torch.cat([token, patches], dim=1)
 
     def _is_tokens(self, name: str, width: int) -> bool:
@@ -139,7 +141,7 @@ class _Backbone:
 
 def _foreign(reason: str) -> WeightsError:
     return WeightsError(
-        "The ONNX model holds no DINOv2 backbone that is known here.",
-        f"The export has another layout: {reason}.",
+        "The ONNX model does not contain a DINOv2 backbone in the expected layout.",
+        f"The export differs: {reason}.",
         "Set lpm.weights to a local file (.safetensors, .pth, .npz).",
     )

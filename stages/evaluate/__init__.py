@@ -1,1 +1,1 @@
-"""Judge a trained model on one split: predictions, metrics, plots for DVC, and a report for people."""
+"""Stage `evaluate`: predictions, metrics, plots for DVC and an HTML report of a trained model on one split."""

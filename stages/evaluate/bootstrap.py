@@ -1,4 +1,4 @@
-"""The uncertainty of the AUC: a percentile bootstrap that draws whole patients."""
+"""Estimate the uncertainty of the AUC by a percentile bootstrap over patients."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy.typing as npt
 from stages.tasks import positives, scored_columns
 
 RESAMPLES = 1000
-"""Bootstrap samples; the ends of a 95% interval then rest on 25 samples each."""
+"""Bootstrap samples; each end of a 95% interval is then determined by 25 of them."""
 
 _WEIGHTS_AT_ONCE = 4_000_000
-"""Weights held in memory at a time (rows times resamples), 32 MB."""
+"""Number of weights in memory at a time (rows times resamples), 32 MB."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -21,29 +21,29 @@ Floats = npt.NDArray[np.float64]
 def auc_interval(
     labels: npt.NDArray[np.int64], probabilities: Floats, groups: Sequence[str], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95% confidence interval of the (macro one-vs-rest) AUC.
+    """Return a 95% confidence interval of the (macro one-vs-rest) AUC.
 
-    Images of one patient resemble each other, so patients are drawn with replacement, each with all its images.
-    Samples in which a class does not occur have no AUC and are left out.
+    Images of one patient are correlated, so patients are drawn with replacement, each with all its images. Samples
+    without any image of some class have no AUC and are dropped.
 
     Args:
         labels: (n,) class indices, or (n, C) zeros and ones.
         probabilities: (n, C) in [0, 1].
         groups: (n,) patient of each row.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        The 2.5th and 97.5th percentile; None where there are fewer than two groups, a class is absent, or fewer than
+        The 2.5th and 97.5th percentile, or None with fewer than two groups, with an absent class, or if fewer than
         half of the samples have an AUC.
     """
     classes = probabilities.shape[1]
-    there = positives(labels, classes)
-    if len(set(groups)) < 2 or not there.any(axis=0).all() or there.all(axis=0).any():
+    positive = positives(labels, classes)
+    if len(set(groups)) < 2 or not positive.any(axis=0).all() or positive.all(axis=0).any():
         return None
-    judged = scored_columns(labels, classes)
+    columns = scored_columns(labels, classes)
     values: list[Floats] = []
     for weights in group_draws(groups, seed=seed):
-        aucs = [weighted_auc(there[:, index], probabilities[:, index], weights) for index in judged]
+        aucs = [weighted_auc(positive[:, index], probabilities[:, index], weights) for index in columns]
         values.append(np.mean(aucs, axis=0))
     sample = np.concatenate(values)
     sample = sample[np.isfinite(sample)]
@@ -54,15 +54,15 @@ def auc_interval(
 
 
 def group_draws(groups: Sequence[str], *, seed: int = 0) -> Iterator[Floats]:
-    """Bootstrap samples of whole groups, some at a time.
+    """Yield bootstrap samples of groups in batches.
 
     Args:
         groups: (n,) patient of each row.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Yields:
-        (n, r), how often each row is in each of r samples; `RESAMPLES` in all, none where there are fewer than two
-        groups.
+        (n, r) number of times each row is in each of r samples: `RESAMPLES` samples in total, none with fewer than
+        two groups.
     """
     names, unit = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     if len(names) < 2:
@@ -78,29 +78,29 @@ def group_draws(groups: Sequence[str], *, seed: int = 0) -> Iterator[Floats]:
 
 
 def weighted_auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """AUC under many weightings of the same rows at once.
+    """Compute the AUC for many weightings of the same rows at once.
 
-    The share of (positive, negative) pairs in which the positive row scores higher, ties counting half. It equals
-    scikit-learn's `roc_auc_score(positive, scores, sample_weight=...)`, which takes some milliseconds a call: half a
-    minute for one interval.
+    The AUC is the share of (positive, negative) pairs in which the positive row scores higher, with ties counting half.
+    The result equals scikit-learn's `roc_auc_score(positive, scores, sample_weight=...)`, which takes milliseconds per
+    weighting, or half a minute per interval.
 
     Args:
-        positive: (n,) which rows are positive.
+        positive: (n,) whether each row is positive.
         scores: (n,).
-        weights: (n, r), how often each row occurs.
+        weights: (n, r) number of times each row occurs.
 
     Returns:
-        (r,), NaN where one side has no weight.
+        (r,) AUC, NaN if the positive or the negative rows have no weight.
     """
     order = np.argsort(scores, kind="stable")
     ranked, hit = scores[order], np.flatnonzero(positive[order])
     below = np.zeros((len(scores) + 1, weights.shape[1]))
     np.cumsum(weights[order], axis=0, out=below[1:])
-    first, behind = np.searchsorted(ranked, ranked[hit], "left"), np.searchsorted(ranked, ranked[hit], "right")
-    own = weights[order[hit]]
-    wins = (own * (below[first] + below[behind])).sum(axis=0) / 2
-    total, positives = below[-1], own.sum(axis=0)
-    # Positive rows were compared with all rows; among themselves they win exactly half.
+    first, last = np.searchsorted(ranked, ranked[hit], "left"), np.searchsorted(ranked, ranked[hit], "right")
+    positive_weights = weights[order[hit]]
+    wins = (positive_weights * (below[first] + below[last])).sum(axis=0) / 2
+    total, positives = below[-1], positive_weights.sum(axis=0)
+    # Positive rows were compared with all rows, including each other, where they win exactly half.
     wins -= positives**2 / 2
     pairs = positives * (total - positives)
     aucs: Floats = np.full(len(pairs), np.nan)

@@ -1,4 +1,4 @@
-"""Several judged models as one: the average of their log-probabilities, a logarithmic opinion pool."""
+"""Score ensembles of evaluated models, which average log-probabilities (a logarithmic opinion pool)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from schemas.results import EvaluatedModel, Metrics
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
 from stages.evaluate.scoring import score
 from stages.files import atomic_write
-from stages.tasks import pool as log_pool
+from stages.tasks import pool
 
 
-def judge_together(folders: Sequence[Path]) -> Metrics:
-    """Metrics of the average of evaluations of the same rows.
+def score_ensemble(folders: Sequence[Path]) -> Metrics:
+    """Compute the metrics of an ensemble of models that were evaluated on the same rows.
 
     Args:
-        folders: Each from `evaluate`.
+        folders: Output folders of `evaluate`.
 
     Raises:
-        EvaluationError: There are none, or they are of other rows or classes.
+        EvaluationError: There are no folders, or their rows or classes differ.
     """
     return score(_average(folders))
 
 
-def pool(parts: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics:
-    """One judgement of all parts of a cross-validation: in each, models are averaged; then the parts are joined.
+def score_pooled(folds: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics:
+    """Compute the metrics of an ensemble per fold, pooled over folds.
 
     Args:
-        parts: Of each split or fold the evaluations of the same rows; no row is in two parts.
-        output: Folder for `predictions.parquet` and `metrics.json`, which `compare` reads; None: nothing is written.
+        folds: For each fold, the output folders of `evaluate` for the models of its ensemble. No row is in two folds.
+        output: Folder for `predictions.parquet` and `metrics.json`, which `compare` reads, or None to write nothing.
 
     Raises:
-        EvaluationError: Evaluations of one part are of other rows or classes, or a row is in two parts.
+        EvaluationError: Evaluations of one fold differ in rows or classes, or a row is in two folds.
         StorageError: The output cannot be written.
     """
-    table = _join([_average(folders) for folders in parts])
+    table = _join([_average(folders) for folders in folds])
     metrics = score(table)
     if output is not None:
         write_predictions(table, output / "predictions.parquet")
@@ -50,19 +50,19 @@ def pool(parts: Sequence[Sequence[Path]], output: Path | None = None) -> Metrics
 def _average(folders: Sequence[Path]) -> Predictions:
     tables = [read_predictions(folder / "predictions.parquet") for folder in folders]
     if not tables:
-        raise EvaluationError("There is nothing to average.", repair="Name folders that `fpt evaluate` wrote.")
+        raise EvaluationError("No evaluations to average.", repair="Name output folders of `fpt evaluate`.")
     first = tables[0]
     for folder, table in zip(folders, tables, strict=True):
         if (table.rows, table.classes, table.task) != (first.rows, first.classes, first.task):
             raise EvaluationError(
-                f"{folder} judges other rows, classes or tasks than {folders[0]}.",
-                "They are of different splits or studies.",
-                "Judge both again with `fpt evaluate`.",
+                f"The rows, classes or tasks of {folder} and {folders[0]} differ.",
+                "They are evaluations of different splits or studies.",
+                "Repeat both with `fpt evaluate`.",
             )
-    shares = log_pool([table.probabilities for table in tables], first.task)
+    probabilities = pool([table.probabilities for table in tables], first.task)
     learnable = sum(table.model.learnable for table in tables if table.model is not None)
     return Predictions(
-        first.classes, first.rows, shares.astype(np.float32), _model(tables, learnable), first.task, first.unit
+        first.classes, first.rows, probabilities.astype(np.float32), _model(tables, learnable), first.task, first.unit
     )
 
 
@@ -70,16 +70,16 @@ def _join(tables: Sequence[Predictions]) -> Predictions:
     first, rows = tables[0], [row for table in tables for row in table.rows]
     if len({row.path for row in rows}) != len(rows) or any(table.classes != first.classes for table in tables):
         raise EvaluationError(
-            "These evaluations cannot be joined.", "An image is in two of them, or they are of other classes."
+            "These evaluations cannot be pooled.", "An image is in two of them, or their classes differ."
         )
-    order = sorted(range(len(rows)), key=lambda place: rows[place].path)
+    order = sorted(range(len(rows)), key=lambda index: rows[index].path)
     p = np.concatenate([table.probabilities for table in tables])[order]
     model = _model(tables, first.model.learnable if first.model is not None else 0)
-    return Predictions(first.classes, tuple(rows[place] for place in order), p, model, first.task, first.unit)
+    return Predictions(first.classes, tuple(rows[index] for index in order), p, model, first.task, first.unit)
 
 
 def _model(tables: Sequence[Predictions], learnable: int) -> EvaluatedModel | None:
-    """One description of several models; None where they are of several kinds, or unknown."""
+    """Describe several models as one; None if their methods or LPMs differ or are unknown."""
     models = [table.model for table in tables]
     first = models[0]
     known = [model for model in models if model is not None]

@@ -1,4 +1,4 @@
-"""Figures of the report: matplotlib, as SVG elements that take their colours and font from the page."""
+"""Draw the figures of the report with matplotlib, as SVG elements that inherit colours and font from the page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from stages.evaluate.wording import quoted
 from stages.files import read_regular
 
 SERIES = 6
-"""Colours that the page defines, --c1 to --c6; further series repeat them with another dash."""
+"""Number of colours that the page defines, --c1 to --c6; further series repeat them with another dash."""
 
-# Colours that no one would draw with stand for the page's own, so that one figure serves light, dark and print.
+# Unused colours as placeholders for those of the page, so that one figure works in light mode, dark mode and print.
 _INK, _LINE = "#010101", "#020202"
 _COLOURS = [f"#0{n}0{n}0{n}" for n in range(3, 3 + SERIES)]
 _PAGE = {_INK: "currentColor", _LINE: "var(--line)"} | {
@@ -29,7 +29,7 @@ _PAGE = {_INK: "currentColor", _LINE: "var(--line)"} | {
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 
-# Any: matplotlib types the keys one by one in some versions and not at all in others.
+# Any, because only some versions of matplotlib declare types for these keys.
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fpt",
@@ -56,7 +56,7 @@ _STYLE: Any = {
 
 
 def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, limit: int = 8) -> str:
-    """ROC curves; with two classes that of the second alone, with more than `limit` the worst of them."""
+    """Draw ROC curves: with two classes only that of the second, with more than `limit` classes the worst ones."""
     with rc_context(_STYLE):
         figure, axes = _figure(4.6, 4.1)
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
@@ -73,11 +73,13 @@ def draw_roc(roc: Roc, auc: Mapping[str, float | None], mean_auc: float | None, 
         return _svg(figure, "roc")
 
 
-def draw_reliability(curve: Reliability, ylabel: str = "Share that is right") -> str:
-    """Accuracy against confidence; the area of a dot is the number of rows in its bin."""
+def draw_reliability(curve: Reliability, ylabel: str = "Accuracy") -> str:
+    """Draw accuracy against confidence; the area of a dot grows with the number of rows in its bin."""
     with rc_context(_STYLE):
         figure, axes = _figure(4.6, 4.1)
-        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6, label="as it should be")
+        axes.plot(
+            [0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6, label="perfect calibration"
+        )
         axes.plot(curve.confidence, curve.accuracy, color=_COLOURS[0], label="this model")
         axes.scatter(curve.confidence, curve.accuracy, s=20 + 160 * curve.rows / curve.rows.sum(), color=_COLOURS[0])
         for x, rows in zip(curve.confidence, curve.rows, strict=True):
@@ -88,14 +90,14 @@ def draw_reliability(curve: Reliability, ylabel: str = "Share that is right") ->
 
 
 def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int | None, ylabel: str) -> str:
-    """Values by epoch; `curves` maps a name to (epochs, 2): epoch from 1 and value."""
+    """Draw values by epoch; `curves` maps a name to (epochs, 2): epoch, counted from 1, and value."""
     with rc_context(_STYLE):
         figure, axes = _figure(4.6, 3.1)
         for number, (name, points) in enumerate(curves.items()):
             marker = "o" if len(points) == 1 else ""
             axes.plot(points[:, 0], points[:, 1], label=name, marker=marker, **_series(number))
         if best_epoch is not None:
-            axes.axvline(best_epoch, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), label="epoch that is kept")
+            axes.axvline(best_epoch, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), label="selected epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="Epoch", ylabel=ylabel)
         axes.legend(loc="best")
@@ -103,11 +105,11 @@ def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int |
 
 
 def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
-    """The series that DVCLive wrote under `plots/metrics`: name ("train/loss") -> (epochs, 2), epoch from 1 and value.
+    """Read the series that DVCLive wrote: name, such as "train/loss" -> (epochs, 2), epoch from 1 and value.
 
-    Lines that are not numbers are left out, and with them a file of a metric that was never defined.
+    Lines without numbers are skipped, and so is the file of a metric that was never defined.
     """
-    root, found = folder / "plots" / "metrics", {}
+    root, curves = folder / "plots" / "metrics", {}
     for path in sorted(root.rglob("*.tsv")):
         points = []
         for line in read_regular(path).decode(errors="replace").splitlines()[1:]:
@@ -118,8 +120,8 @@ def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
             if np.isfinite(value):
                 points.append((step, value))
         if points:
-            found[path.relative_to(root).with_suffix("").as_posix()] = np.asarray(points, dtype=np.float64)
-    return found
+            curves[path.relative_to(root).with_suffix("").as_posix()] = np.asarray(points, dtype=np.float64)
+    return curves
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -137,12 +139,12 @@ def _short(name: str, longest: int = 24) -> str:
 
 
 def _legend(label: str, auc: float | None) -> str:
-    # A dollar sign would start a formula.
+    # An unescaped dollar sign would start a formula.
     return label.replace("$", r"\$") + ("" if auc is None else f"  {auc:.3f}")
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` for a page: no size of its own, no ids that another figure has too, no font."""
+    """Return the figure as an `<svg>` element for a page: without size and font, and with unique ids."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -162,7 +164,7 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def group_curves(curves: Mapping[str, npt.NDArray[np.float64]]) -> Sequence[tuple[str, dict[str, Any]]]:
-    """Training series by what they share an axis with: losses, and shares between 0 and 1."""
+    """Group training series that share an axis: losses, and scores between 0 and 1."""
     losses = {name: points for name, points in curves.items() if name.endswith("loss")}
-    shares = {name: points for name, points in curves.items() if name.endswith(("auc", "accuracy"))}
-    return [(title, group) for title, group in (("Loss", losses), ("Validation", shares)) if group]
+    scores = {name: points for name, points in curves.items() if name.endswith(("auc", "accuracy"))}
+    return [(title, group) for title, group in (("Loss", losses), ("Validation", scores)) if group]

@@ -1,4 +1,4 @@
-"""Every number of the evaluation, from scikit-learn and torchmetrics."""
+"""Compute the metrics of an evaluation with scikit-learn and torchmetrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stages.scores import auc_per_class, macro_auc
 from stages.tasks import decide
 
 CALIBRATION_BINS = 10
-"""Equal-width bins of confidence, for the calibration error and the reliability curve."""
+"""Number of equal-width bins of confidence, for the calibration error and the reliability curve."""
 
 Labels = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
@@ -35,32 +35,31 @@ def compute_metrics(
     split: Split = "test",
     task: Task = "multiclass",
 ) -> Metrics:
-    """All metrics of one split.
+    """Compute all metrics of one split.
 
     Args:
-        labels: (n,) index of each row's label in `classes`; with several labels an image (n, C) zeros and ones.
+        labels: (n,) index of each row's label in `classes`; multi-label: (n, C) zeros and ones.
         probabilities: (n, C), each in [0, 1].
         classes: The C label names, in the order of the model's outputs.
-        groups: (n,) patient of each row, the unit of the bootstrap; None: each row by itself.
-        split: Which rows these are; only recorded.
-        task: What was learnt.
+        groups: (n,) patient of each row, the unit of the bootstrap; None to resample single rows.
+        split: Split of the rows; only recorded.
+        task: Task of the model.
 
     Returns:
-        The metrics. What is not defined for these rows (the AUC of a class that does not occur) is null, never NaN.
+        The metrics. Undefined ones, such as the AUC of an absent class, are None, never NaN.
 
     Raises:
-        EvaluationError: There are no rows, shapes or labels do not fit, or a probability is not in [0, 1].
+        EvaluationError: There are no rows, shapes or labels do not match, or a probability is not in [0, 1].
     """
-    # Seconds of import that training, which needs the AUC alone, does not pay.
+    # Imported here because it takes seconds, and training only needs the AUC.
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     y, p = check_predictions(labels, probabilities, classes, task)
     units = [str(row) for row in range(len(y))] if groups is None else list(groups)
     if len(units) != len(y):
         raise EvaluationError(f"{len(y)} rows were given with {len(units)} groups.")
-    per_class = auc_per_class(y, p)
     if task == "multilabel":
-        return multilabel_metrics(y, p, classes, per_class, units, split, CALIBRATION_BINS)
+        return multilabel_metrics(y, p, classes, units, split, CALIBRATION_BINS)
     predicted = decide(p, task)
     indices = np.arange(len(classes))
     present = np.unique(y)
@@ -82,7 +81,7 @@ def compute_metrics(
                 torch.from_numpy(p), torch.from_numpy(y), num_classes=len(classes), n_bins=CALIBRATION_BINS, norm="l1"
             )
         ),
-        auc_per_class=dict(zip(classes, per_class, strict=True)),
+        auc_per_class=dict(zip(classes, auc_per_class(y, p), strict=True)),
         absent_classes=tuple(name for index, name in enumerate(classes) if index not in present),
         confusion=tuple(tuple(int(n) for n in row) for row in sk.confusion_matrix(y, predicted, labels=indices)),
     )
@@ -91,10 +90,10 @@ def compute_metrics(
 def check_predictions(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, classes: Sequence[str], task: Task = "multiclass"
 ) -> tuple[Labels, Probabilities]:
-    """The rows as arrays (n,), multi-label (n, C), and (n, C), refused where a metric of them would be meaningless."""
+    """Check labels, (n,) or multi-label (n, C), and probabilities (n, C), and return them as arrays."""
     y, p = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
     if y.size == 0:
-        raise EvaluationError("There are no rows to judge.")
+        raise EvaluationError("There are no rows to evaluate.")
     if len(classes) < 2:
         raise EvaluationError(f"Metrics need at least two classes, these rows have {len(classes)}.")
     shape = (len(y), len(classes)) if task == "multilabel" else (len(y),)
@@ -104,29 +103,29 @@ def check_predictions(
         )
     if y.min() < 0 or y.max() >= (2 if task == "multilabel" else len(classes)):
         raise EvaluationError(f"A label is not one of the {len(classes)} classes.")
-    broken = np.flatnonzero(~np.isfinite(p).all(axis=1))
-    if broken.size:
+    invalid = np.flatnonzero(~np.isfinite(p).all(axis=1))
+    if invalid.size:
         raise EvaluationError(
-            f"{broken.size} of {len(y)} rows have probabilities that are not finite, the first is row {broken[0]}.",
+            f"{invalid.size} of {len(y)} rows have probabilities that are not finite, the first is row {invalid[0]}.",
             "The weights of the model are damaged, or training diverged.",
-            "Train again, with a lower rate: fpt train --set train.lr=1e-4",
+            "Train again with a lower learning rate: fpt train --set train.lr=1e-4",
         )
-    # Sums of float32 probabilities may pass one by a rounding error.
+    # Probabilities computed in float32 may exceed one by a rounding error.
     if p.min() < -1e-5 or p.max() > 1 + 1e-5:
-        raise EvaluationError("A probability is not between 0 and 1.", "Logits may have been given in its place.")
+        raise EvaluationError("A probability is not between 0 and 1.", "Logits may have been passed instead.")
     return y, np.clip(p, 0.0, 1.0)
 
 
 def _kappa(
     y: Labels, predicted: npt.NDArray[Any], indices: npt.NDArray[Any], weights: Literal["quadratic"] | None
 ) -> float | None:
-    """Cohen's kappa; None where labels and predictions are all of one class (0 / 0)."""
+    """Return Cohen's kappa; None if all labels and predictions are the same class (0 / 0)."""
     if len(np.union1d(y, predicted)) < 2:
         return None
     return float(sk.cohen_kappa_score(y, predicted, labels=indices, weights=weights))
 
 
 def _brier(y: Labels, p: Probabilities) -> float:
-    """Brier score: of the second class with two classes, summed over classes with more."""
+    """Return the Brier score: of the second of two classes, or summed over three or more."""
     columns = [1] if p.shape[1] == 2 else range(p.shape[1])
     return float(sum(sk.brier_score_loss(y == index, p[:, index], pos_label=True) for index in columns))

@@ -1,4 +1,4 @@
-"""Numbers of a study with several labels an image: each label is a yes or no of its own."""
+"""Metrics of a multi-label study, in which each label is a binary decision."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 from schemas.manifest import Split
 from schemas.results import Metrics
 from stages.evaluate.bootstrap import auc_interval
+from stages.scores import auc_per_class
 from stages.tasks import Floats, Labels, decide
 
 
@@ -18,28 +19,27 @@ def multilabel_metrics(
     labels: Labels,
     probabilities: Floats,
     classes: Sequence[str],
-    per_class: Sequence[float | None],
     units: Sequence[str],
     split: Split,
     bins: int,
 ) -> Metrics:
-    """All metrics of one split.
+    """Compute all metrics of one split.
 
     Args:
         labels: (n, C) zeros and ones.
         probabilities: (n, C).
-        classes: The C label names.
-        per_class: AUC of each label.
+        classes: The C label names, in the order of the columns.
         units: (n,) patient of each row.
-        split: Which rows these are.
-        bins: Of the calibration error.
+        split: Split of the rows; only recorded.
+        bins: Number of bins of the calibration error.
     """
     from torchmetrics.functional.classification import binary_calibration_error
 
+    per_class = auc_per_class(labels, probabilities)
     predicted = decide(probabilities, "multilabel")
     columns = range(len(classes))
     occurring = [index for index in columns if labels[:, index].any() or predicted[:, index].any()]
-    known = [value for value in per_class if value is not None]
+    defined = [value for value in per_class if value is not None]
     counts = sk.multilabel_confusion_matrix(labels, predicted).reshape(len(classes), 4)
     errors = [
         float(
@@ -54,7 +54,7 @@ def multilabel_metrics(
         task="multilabel",
         images=len(labels),
         groups=len(set(units)),
-        auc=float(np.mean(known)) if len(known) == len(classes) else None,
+        auc=float(np.mean(defined)) if len(defined) == len(classes) else None,
         auc_interval=auc_interval(labels, probabilities, units),
         accuracy=float(sk.accuracy_score(labels, predicted)),
         balanced_accuracy=float(np.mean([_balanced(labels[:, index], predicted[:, index]) for index in columns])),
@@ -71,12 +71,12 @@ def multilabel_metrics(
 
 
 def average_precision(labels: Labels, probabilities: Floats) -> float | None:
-    """Area under the precision-recall curve, the mean over labels; None where a label has no row."""
+    """Return the area under the precision-recall curve, averaged over labels; None if a label has no row."""
     if not labels.any(axis=0).all():
         return None
     return float(sk.average_precision_score(labels, probabilities, average="macro"))
 
 
-def _balanced(there: Labels, predicted: Labels) -> float:
-    """Mean recall of yes and no, of those that occur."""
-    return float(sk.recall_score(there, predicted, labels=np.unique(there), average="macro", zero_division=0.0))
+def _balanced(actual: Labels, predicted: Labels) -> float:
+    """Return the mean of sensitivity and specificity of one label, or the defined one of them."""
+    return float(sk.recall_score(actual, predicted, labels=np.unique(actual), average="macro", zero_division=0.0))

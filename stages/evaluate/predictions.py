@@ -1,4 +1,4 @@
-"""`predictions.parquet`: one row per judged image, with the probability of every class."""
+"""Read and write `predictions.parquet`: one row per evaluated image, with the probability of every class."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from stages.tasks import decide, label_array, texts
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said about the rows of a split."""
+    """Predicted probabilities for the rows of a split."""
 
     classes: tuple[str, ...]
     """Label names in the order of the columns of `probabilities`."""
     rows: tuple[ManifestRow, ...]
-    """n rows of the manifest."""
+    """The n rows of the manifest."""
     probabilities: npt.NDArray[np.float32]
-    """(n, C)."""
+    """(n, C) in [0, 1]."""
     model: EvaluatedModel | None = None
-    """Who said it; None where the table does not say."""
+    """Model that made the predictions, or None if not recorded."""
     task: Task = "multiclass"
-    """What the probabilities mean."""
+    """Task of the model, which defines the meaning of the probabilities."""
     unit: GroupUnit | None = None
-    """What the groups of the rows are, where that is known."""
+    """Kind of the groups, or None if unknown."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """(n,) index of each row's label; with several labels an image (n, C) zeros and ones."""
+        """(n,) index of each row's label; multi-label: (n, C) zeros and ones."""
         return label_array([row.label for row in self.rows], self.classes, self.task)
 
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
-        """The same of the prediction (`decide`)."""
+        """Predicted labels (`decide`), in the same form as `labels`."""
         return decide(self.probabilities, self.task)
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write the table: id, path, label, group, split, predicted and p_<class> for every class.
 
-    The same predictions give the same bytes. Class names in order, the task where it is not multiclass, and the model
-    are in the schema's metadata.
+    The same predictions give the same bytes. The metadata of the schema has the class names in order, the model, and
+    the task if it is not multiclass.
     """
     rows, classes = predictions.rows, predictions.classes
     columns: dict[str, pa.Array] = {
@@ -74,10 +74,10 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read what `write_predictions` wrote.
+    """Read the table written by `write_predictions`.
 
     Raises:
-        EvaluationError: The file is missing, damaged, or not such a table.
+        EvaluationError: The file is missing, damaged, or not a table of predictions.
     """
     repair = "Write it again: fpt evaluate"
     try:

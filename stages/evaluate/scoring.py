@@ -1,4 +1,4 @@
-"""From a table of predictions to its metrics, with the digest of its rows and what speaks against the numbers."""
+"""Compute the metrics of a table of predictions, with a digest of its rows and warnings about their validity."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from stages.manifest import fitted_sha256
 
 TRAINED_ON = "the model was trained on these images; this is not a test result."
 CHANGED = (
-    "the training or validation images changed after the model was trained, which may have read some of these. "
-    "Run `fpt train` again."
+    "the training or validation images changed after the model was trained, so it may have been trained on some of "
+    "these. Run `fpt train` again."
 )
-CHOSEN_ON = "validation images choose the epoch and the settings of a model; this is not a test result."
+CHOSEN_ON = "validation images were used to choose the epoch and the settings; this is not a test result."
 
 
 def score(predictions: Predictions, warnings: Sequence[str] = ()) -> Metrics:
     """Compute all metrics of a table of predictions.
 
     Args:
-        predictions: All of one split.
-        warnings: What speaks against the numbers; recorded with them.
+        predictions: Predictions for the rows of one split.
+        warnings: Reasons to distrust the metrics, recorded with them.
 
     Raises:
         EvaluationError: There are no rows, or a probability is not finite.
@@ -38,17 +38,17 @@ def score(predictions: Predictions, warnings: Sequence[str] = ()) -> Metrics:
         split=predictions.rows[0].split,
         task=predictions.task,
     )
-    noted = {"rows_sha256": rows_sha256(predictions.rows), "warnings": tuple(warnings), "unit": predictions.unit}
-    return metrics.model_copy(update=noted)
+    recorded = {"rows_sha256": rows_sha256(predictions.rows), "warnings": tuple(warnings), "unit": predictions.unit}
+    return metrics.model_copy(update=recorded)
 
 
 def rows_sha256(rows: Sequence[ManifestRow]) -> str:
-    """Digest of the sorted content ids and labels: equal where metrics come from the same images and labels."""
+    """Return a digest of the sorted content ids and labels, equal for metrics of the same images and labels."""
     return digest(sorted([row.id, row.label] for row in rows))
 
 
 def split_warnings(spec: BundleSpec, split: Split, manifest: Manifest) -> tuple[str, ...]:
-    """Why metrics of a split are not a test result; empty for images that the training never read."""
+    """Return why metrics of a split are not a test result; empty if the training did not use its images."""
     if split in spec.fitted_splits:
         return (TRAINED_ON,)
     changed = spec.fitted_sha256 is not None and spec.fitted_sha256 != fitted_sha256(manifest)

@@ -1,4 +1,4 @@
-"""What the report says about each metric, by task, and about each mistake."""
+"""Texts of the report: a description of each metric by task, and of each misclassified row."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Meaning = Callable[[Metrics], str]
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A metric for people."""
+    """Format a metric."""
     return NOT_DEFINED if value is None else f"{value:.{digits}f}"
 
 
 def quoted(name: str) -> str:
-    """A class name as the report writes it: in quotation marks, so that a class named 1 is no figure."""
+    """Put a class name in quotation marks, so that a class named 1 does not look like a number."""
     return f"“{name}”"
 
 
 def metric_rows(metrics: Metrics) -> list[dict[str, str]]:
-    """Name, value and meaning of every metric of the task, the one that counts most first."""
+    """Return name, value and meaning of every metric of the task, in order of importance."""
     several = metrics.task == "multilabel"
     rows = []
     for field in METRICS[metrics.task]:
-        name, meaning = {**_NAMED, **(_OF_LABELS if several else {})}[field]
+        name, meaning = {**_SINGLE_LABEL, **(_MULTILABEL if several else {})}[field]
         rows.append({"name": name, "value": number(getattr(metrics, field)), "meaning": meaning(metrics)})
     return rows
 
@@ -40,8 +40,8 @@ def metric_rows(metrics: Metrics) -> list[dict[str, str]]:
 def _accuracy(metrics: Metrics) -> str:
     counts = [sum(row) for row in metrics.confusion]
     name, constant = tuple(metrics.auc_per_class)[int(np.argmax(counts))], max(counts) / metrics.images
-    answer = "predicted grade" if metrics.task == "ordinal" else "most probable class"
-    return f"Share of images whose {answer} is the label. Always predicting {quoted(name)} gives {constant:.3f}."
+    prediction = "predicted grade" if metrics.task == "ordinal" else "most probable class"
+    return f"Share of images whose {prediction} is the label. Always predicting {quoted(name)} gives {constant:.3f}."
 
 
 def _brier(metrics: Metrics) -> str:
@@ -54,7 +54,7 @@ def _always(text: str) -> Meaning:
     return lambda _: text
 
 
-_NAMED: dict[str, tuple[str, Meaning]] = {
+_SINGLE_LABEL: dict[str, tuple[str, Meaning]] = {
     "auc": (
         "AUC",
         _always(
@@ -75,16 +75,16 @@ _NAMED: dict[str, tuple[str, Meaning]] = {
     "quadratic_kappa": (
         "Quadratic kappa",
         _always(
-            "Cohen's kappa for ordered grades, a miss weighs as the square of its distance; 0 is chance, 1 is best."
+            "Cohen's kappa for ordered grades, errors are weighted by their squared distance; 0 is chance, 1 is best."
         ),
     ),
     "brier": ("Brier score", _brier),
     "calibration_error": (
         "Calibration error",
-        _always("Mean distance of confidence from accuracy over ten bins (ECE); 0 is best, 1 is worst."),
+        _always("Mean distance between confidence and accuracy over ten bins (ECE); 0 is best, 1 is worst."),
     ),
 }
-_OF_LABELS: dict[str, tuple[str, Meaning]] = {
+_MULTILABEL: dict[str, tuple[str, Meaning]] = {
     "auc": (
         "AUC",
         _always(
@@ -94,12 +94,12 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
     ),
     "average_precision": (
         "Average precision",
-        _always("Area under the precision-recall curve, mean over labels; guessing gives the share of the label."),
+        _always("Area under the precision-recall curve, mean over labels; guessing gives the frequency of the label."),
     ),
     "f1": ("Macro F1", _always("Harmonic mean of precision and recall at 0.5, mean over labels; 1 is best.")),
-    "f1_micro": ("Micro F1", _always("The same of all pairs of image and label together: common labels count more.")),
-    "accuracy": ("Exact match", _always("Share of images of which every label is right.")),
-    "hamming": ("Hamming loss", _always("Share of the pairs of image and label that are wrong; 0 is best.")),
+    "f1_micro": ("Micro F1", _always("F1 over all pairs of image and label, so that frequent labels count more.")),
+    "accuracy": ("Exact match", _always("Share of images for which every label is right.")),
+    "hamming": ("Hamming loss", _always("Share of wrong pairs of image and label; 0 is best.")),
     "balanced_accuracy": (
         "Balanced accuracy",
         _always("Mean recall of images with and without a label, mean over labels; guessing gives 0.5."),
@@ -111,31 +111,31 @@ _OF_LABELS: dict[str, tuple[str, Meaning]] = {
     "calibration_error": (
         "Calibration error",
         _always(
-            "Distance of a label's probability from how often it is there, over ten bins (ECE), mean over labels; 0 is "
-            "best, 1 is worst."
+            "Distance between probability and frequency of a label over ten bins (ECE), mean over labels; 0 is best, "
+            "1 is worst."
         ),
     ),
 }
 
 
 def sureness(predictions: Predictions) -> npt.NDArray[np.float64]:
-    """(n,) confidence of each prediction; multi-label: of the most confident wrong label."""
+    """Return the (n,) confidence of each prediction; multi-label: of the most confident wrong label."""
     p = predictions.probabilities.astype(np.float64)
     if predictions.task != "multilabel":
         return np.asarray(p[np.arange(len(p)), p.argmax(axis=1)])
-    return np.asarray(_wrong_by(predictions).max(axis=1))
+    return np.asarray(_error_margin(predictions).max(axis=1))
 
 
 def mistake(predictions: Predictions, row: int) -> dict[str, str]:
     """Describe a misclassified row: prediction, its probability, true label, and the true label's probability."""
     p, classes = predictions.probabilities[row], predictions.classes
     if predictions.task == "multilabel":
-        worst = int(_wrong_by(predictions)[row].argmax())
-        said, have = texts(predictions.predicted[row : row + 1], classes)[0], predictions.rows[row].label
+        worst = int(_error_margin(predictions)[row].argmax())
+        predicted, actual = texts(predictions.predicted[row : row + 1], classes)[0], predictions.rows[row].label
         return {
-            "predicted": _several(said),
+            "predicted": _quoted_labels(predicted),
             "probability": "",
-            "label": _several(have),
+            "label": _quoted_labels(actual),
             "of_label": f"{quoted(classes[worst])} at {p[worst]:.1%}",
         }
     guess, label = int(predictions.predicted[row]), int(predictions.labels[row])
@@ -147,11 +147,11 @@ def mistake(predictions: Predictions, row: int) -> dict[str, str]:
     }
 
 
-def _several(label: str) -> str:
+def _quoted_labels(label: str) -> str:
     return ", ".join(map(quoted, names_in(label, "multilabel"))) or "no label"
 
 
-def _wrong_by(predictions: Predictions) -> npt.NDArray[np.float64]:
-    """(n, C): distance of a probability from a label that it misses; 0 where it is right."""
+def _error_margin(predictions: Predictions) -> npt.NDArray[np.float64]:
+    """Return the (n, C) distance of each probability from the label if the prediction is wrong, else 0."""
     distance = np.abs(predictions.probabilities.astype(np.float64) - predictions.labels)
     return np.where(predictions.predicted != predictions.labels, distance, 0.0)

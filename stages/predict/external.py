@@ -1,10 +1,10 @@
-"""Evaluate a bundle on labelled images outside of its study: features from the cache where they are, else computed."""
+"""Evaluate a bundle on labelled images outside of its study, with cached features if available."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,14 @@ from stages.extract.features import to_pixels
 from stages.images import read_image
 from stages.predict.classifier import check_task, load_classifier
 from stages.prepare import QUARANTINE_FILE
-from stages.prepare.check import check_conflicts
-from stages.prepare.digest import Digests, digest_images
+from stages.prepare.dataset_listing import Listing, check_listing, read_listing
+from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.exports import write_quarantine
-from stages.prepare.items import Listing, check_listing, read_listing
-from stages.prepare.listing import did_you_mean, listed
-from stages.prepare.scan import Item
-from stages.prepare.survey import passed_over_lines
-from stages.prepare.table import check_files
+from stages.prepare.image_digests import Digests, digest_images
+from stages.prepare.image_files import skipped_lines
+from stages.prepare.label_checks import check_conflicts
+from stages.prepare.label_table import check_files
+from stages.prepare.labelled_image import LabelledImage
 from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
@@ -43,24 +43,24 @@ from stages.store.reader import StoreReader
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import source_logits
 
-Shares = dict[str, npt.NDArray[np.float32]]
+Probabilities = dict[str, npt.NDArray[np.float32]]
 """Image id -> (C,) probabilities."""
 
 
 @dataclass(frozen=True)
 class ExternalResult:
-    """What an external evaluation gave."""
+    """Result of an external evaluation."""
 
     metrics: Metrics
-    """Of all images that can be used."""
+    """Metrics of all usable images."""
     cached: int
-    """Image contents whose features were in the cache."""
+    """Number of distinct images whose features were cached."""
     computed: int
-    """Image contents that the LPM ran on."""
+    """Number of distinct images on which the LPM ran."""
     quarantined: int
-    """Images, and class folders without any, set aside."""
+    """Number of images and empty class folders that were set aside."""
     notes: tuple[str, ...]
-    """What was chosen by header or layout, and what was passed over."""
+    """Choices made from the header or the layout, and skipped files."""
 
 
 def evaluate_external(
@@ -77,37 +77,37 @@ def evaluate_external(
     reading: Progress | None = None,
     predicting: Progress | None = None,
 ) -> ExternalResult:
-    """Evaluate a model on other images and write what `stages.evaluate.evaluator.evaluate` writes.
+    """Evaluate a model on other images and write the files of `stages.evaluate.evaluator.evaluate`.
 
-    Beside that `quarantine.csv`, where images were set aside (`data.on_error`). Nothing is written to the cache.
+    Also writes `quarantine.csv` if images were set aside (`data.on_error`). Nothing is written to the cache.
 
     Args:
         bundle_dir: From `train`.
-        data: Images and labels, as for `prepare`; a ready split is not read.
-        root: Folder that relative paths of the settings start at.
-        output: Folder of the results.
-        lpm: Where the LPM's weights are; None: the hub. Not loaded where all features are in the cache.
+        data: Images and labels, as for `prepare`; splits are ignored.
+        root: Folder where relative paths of the settings start.
+        output: Output folder.
+        lpm: Location of the LPM's weights, or None for the hub. Not loaded if all features are cached.
         cache_root: Folder of all stores.
-        study: Manifest of the bundle's study, to find images that the model was trained on; None: not known.
-        device: Of both networks.
+        study: Manifest of the bundle's study, to detect images that the model was trained on, or None if unknown.
+        device: Device of LPM and side network.
         batch_size: Images per forward pass of the LPM.
         reading: Called with (images read, images).
         predicting: Called with (images predicted, images without cached features).
 
     Raises:
-        FptError: As `prepare` and `predict`; also DataError where a label is none of the bundle's classes.
+        FptError: As `prepare` and `predict`; also DataError if a label is not one of the bundle's classes.
     """
     bundle = load_bundle(bundle_dir, device)
     spec = bundle.spec
     check_task(spec, data)
     data = data.model_copy(update={"task": spec.task, "split_column": None})
     listing = _list_labelled(data, root, spec)
-    images, items = listing.images, listing.items
-    digests = _digests(items, images, data, reading)
-    rows = _rows(items, digests, spec)
-    paths = {row.id: images / row.path for row in reversed(rows)}
-    found, cached = _probabilities(bundle, paths, data, root, lpm, cache_root, batch_size, predicting)
-    p = np.stack([found[row.id] for row in rows])
+    digests = _digests(listing, data, reading)
+    rows = _rows(listing.items, digests, spec)
+    paths = {row.id: listing.images / row.path for row in reversed(rows)}
+    source = _Source(bundle, data, root, lpm, cache_root, batch_size)
+    probability_of, cached = source.probabilities(paths, predicting)
+    p = np.stack([probability_of[row.id] for row in rows])
     predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task, listing.unit)
     metrics = score(predictions, (*_overlap(rows, spec, study), *_absent(rows, spec)))
     report = render_report(
@@ -120,13 +120,13 @@ def evaluate_external(
     )
     write_evaluation(predictions, metrics, report, output)
     aside = listing.set_aside()
-    write_quarantine(aside, items, digests.failures, output / QUARANTINE_FILE)
-    notes = (*listing.notes, *passed_over_lines(listing.passed_over, images))
+    write_quarantine(aside, listing.items, digests.failures, output / QUARANTINE_FILE)
+    notes = (*listing.notes, *skipped_lines(listing.skipped, listing.images))
     return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
 
 
 def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
-    """List the images, with labels that the model was trained on."""
+    """List the images, and check that the model was trained on their labels."""
     listing = read_listing(data, root)
     if data.on_error == "fail":
         check_listing(listing)
@@ -136,7 +136,7 @@ def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
     return listing
 
 
-def _check_labels(items: Sequence[Item], spec: BundleSpec) -> None:
+def _check_labels(items: Sequence[LabelledImage], spec: BundleSpec) -> None:
     counts = Counter(name for item in items for name in names_in(item.label, spec.task))
     unknown = [
         f"{name!r}, {counted(count, 'image')}{did_you_mean(name, spec.classes)}"
@@ -152,7 +152,7 @@ def _check_labels(items: Sequence[Item], spec: BundleSpec) -> None:
 
 
 def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
-    """Without a column it is not known whether an image has the label, and absence would be a guess."""
+    """Refuse missing label columns: without one it is unknown whether an image has the label."""
     missing = [name for name in spec.classes if name not in columns]
     if missing:
         raise DataError(
@@ -162,12 +162,12 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
         )
 
 
-def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: Progress | None) -> Digests:
+def _digests(listing: Listing, data: DataSettings, progress: Progress | None) -> Digests:
     if data.labels is not None and data.on_error == "fail":
-        check_files(items, images, data.labels)
+        check_files(listing.items, listing.images, data.labels)
     digests = digest_images(
-        items,
-        images,
+        listing.items,
+        listing.images,
         max_pixels=data.max_pixels,
         min_side=data.min_side,
         accept_warnings=data.on_warning == "accept",
@@ -181,7 +181,7 @@ def _digests(items: Sequence[Item], images: Path, data: DataSettings, progress: 
     return digests
 
 
-def _rows(items: Sequence[Item], digests: Digests, spec: BundleSpec) -> tuple[ManifestRow, ...]:
+def _rows(items: Sequence[LabelledImage], digests: Digests, spec: BundleSpec) -> tuple[ManifestRow, ...]:
     usable = [item for item in items if item.path in digests.ids]
     if not usable:
         reasons = listed(f"{path}: {reason}" for path, reason in sorted(digests.failures.items()))
@@ -190,44 +190,52 @@ def _rows(items: Sequence[Item], digests: Digests, spec: BundleSpec) -> tuple[Ma
     return tuple(_row(item, digests.ids[item.path], spec) for item in usable)
 
 
-def _row(item: Item, image_id: str, spec: BundleSpec) -> ManifestRow:
+def _row(item: LabelledImage, image_id: str, spec: BundleSpec) -> ManifestRow:
     label = written(sorted(names_in(item.label, spec.task), key=spec.classes.index))
     group = item.path if item.group is None else item.group
     return ManifestRow(id=image_id, path=item.path, label=label, group=group, split="external")
 
 
-def _probabilities(
-    bundle: Bundle,
-    paths: Mapping[str, Path],
-    data: DataSettings,
-    root: Path,
-    lpm: LpmSettings | None,
-    cache_root: Path,
-    batch_size: int,
-    progress: Progress | None,
-) -> tuple[Shares, int]:
-    """Probabilities of each image content, and how many came from cached features."""
-    found: Shares = {}
-    cached = "image" not in model_inputs(bundle.spec.network)
-    with _local_store(cache_root, bundle.spec.features) if cached else nullcontext() as store:
-        ids = list(paths)
-        there = [] if store is None else [ids[at] for at in np.flatnonzero(store.find(ids) >= 0).tolist()]
-        if store is not None and there:
-            found = dict(zip(there, probabilities(source_logits(bundle, store, there), bundle.spec.task), strict=True))
-    missing = [image_id for image_id in paths if image_id not in found]
-    if missing:
-        classifier = load_classifier(bundle, lpm, root, data)
-        computed = classifier.probabilities([paths[image_id] for image_id in missing], batch_size, progress)
-        for image_id, p in zip(missing, computed, strict=True):
-            if isinstance(p, ImageError):  # It was read a moment ago.
-                raise p
-            found[image_id] = p
-    return found, len(paths) - len(missing)
+@dataclass(frozen=True)
+class _Source:
+    """Bundle, cache and LPM, from which probabilities of images are computed."""
+
+    bundle: Bundle
+    data: DataSettings
+    root: Path
+    lpm: LpmSettings | None
+    cache_root: Path
+    batch_size: int
+
+    def probabilities(self, paths: Mapping[str, Path], progress: Progress | None) -> tuple[Probabilities, int]:
+        """Compute image id -> (C,) probabilities, and the number of images with cached features."""
+        probability_of = self._from_cache(list(paths))
+        missing = [image_id for image_id in paths if image_id not in probability_of]
+        if missing:
+            classifier = load_classifier(self.bundle, self.lpm, self.root, self.data)
+            computed = classifier.probabilities([paths[image_id] for image_id in missing], self.batch_size, progress)
+            for image_id, p in zip(missing, computed, strict=True):
+                if isinstance(p, ImageError):  # Unexpected, since the image was readable a moment ago.
+                    raise p
+                probability_of[image_id] = p
+        return probability_of, len(paths) - len(missing)
+
+    def _from_cache(self, ids: list[str]) -> Probabilities:
+        spec = self.bundle.spec
+        if "image" in model_inputs(spec.network):
+            return {}
+        with _local_store(self.cache_root, spec.features) as store:
+            if store is None:
+                return {}
+            cached = [ids[index] for index in np.flatnonzero(store.find(ids) >= 0).tolist()]
+            if not cached:
+                return {}
+            return dict(zip(cached, probabilities(source_logits(self.bundle, store, cached), spec.task), strict=True))
 
 
 @contextmanager
 def _local_store(cache_root: Path, spec: FeatureSpec) -> Iterator[StoreReader | None]:
-    """Every finished shard of the local store of these features; None where there is no such store."""
+    """Open the finished shards of the local store of these features; None if the store does not exist."""
     try:
         layout = open_store_layout(cache_root, spec)
     except FileNotFoundError:
@@ -242,7 +250,7 @@ def _local_store(cache_root: Path, spec: FeatureSpec) -> Iterator[StoreReader | 
 
 
 def _overlap(rows: Sequence[ManifestRow], spec: BundleSpec, study: Manifest | None) -> list[str]:
-    """Images that the study has, too, by their content."""
+    """Warn of images that are also in the study, by their content."""
     if study is None:
         return []
     split_of = {row.id: row.split for row in study.rows}
@@ -250,18 +258,18 @@ def _overlap(rows: Sequence[ManifestRow], spec: BundleSpec, study: Manifest | No
     trained = sum(counts[split] for split in spec.fitted_splits)
     others = {split: counts[split] for split in SPLITS if counts[split] and split not in spec.fitted_splits}
     total = counted(len(rows), "image")
-    found = []
+    warnings = []
     if trained:
-        found.append(f"the model was trained on {trained} of {total}; this is not a test result.")
+        warnings.append(f"the model was trained on {trained} of {total}; this is not a test result.")
     if others:
-        named = ", ".join(f"{count} {split}" for split, count in others.items())
-        found.append(f"already in the study of the model: {sum(others.values())} of {total} ({named}).")
-    return found
+        by_split = ", ".join(f"{count} {split}" for split, count in others.items())
+        warnings.append(f"already in the study of the model: {sum(others.values())} of {total} ({by_split}).")
+    return warnings
 
 
 def _absent(rows: Sequence[ManifestRow], spec: BundleSpec) -> list[str]:
-    there = {name for row in rows for name in names_in(row.label, spec.task)}
-    absent = [f'"{name}"' for name in spec.classes if name not in there]
+    present = {name for row in rows for name in names_in(row.label, spec.task)}
+    absent = [f'"{name}"' for name in spec.classes if name not in present]
     if not absent:
         return []
     return [f"no image of class {', '.join(absent)}: metrics that need every class (the AUC) are not defined."]
@@ -270,7 +278,7 @@ def _absent(rows: Sequence[ManifestRow], spec: BundleSpec) -> list[str]:
 def _thumbnails(
     predictions: Predictions, paths: Mapping[str, Path], spec: FeatureSpec, data: DataSettings
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """Side images of the mistakes that the report shows, by image id."""
+    """Return the side images of the misclassified rows in the report, by image id."""
     ids = {predictions.rows[row].id for row in confident_mistakes(predictions)}
     accept = None if data.on_warning == "error" else lambda _: None
     return {

@@ -1,4 +1,4 @@
-"""Which images the words of a command line name: files, folders, patterns, lists and tables of paths."""
+"""Find the images that command-line arguments name: files, folders, patterns, lists and tables of paths."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from schemas.errors import DataError
 from schemas.settings import DataSettings
 from stages.files import read_regular
-from stages.prepare.survey import PassedOver, classify, passed_over_lines, survey
-from stages.prepare.table import read_paths
+from stages.prepare.image_files import SkippedFile, classify, find_image_files, skipped_lines
+from stages.prepare.label_table import read_paths
 
 TABLES = (".csv", ".tsv")
 LISTS = (".txt",)
@@ -19,89 +19,93 @@ LISTS = (".txt",)
 
 @dataclass
 class Inputs:
-    """What was found."""
+    """Images to predict, and notes for the user."""
 
     images: list[Path] = field(default_factory=list)
-    """In the order in which they were named; files named one by one may be missing or no images."""
+    """In the order of the arguments; files that were named individually may be missing or not images."""
     notes: list[str] = field(default_factory=list)
-    """What was passed over, one line each."""
+    """Descriptions of skipped files."""
 
 
 def find_images(words: Sequence[str], data: DataSettings, root: Path) -> Inputs:
-    """List the images that words name.
+    """List the images that command-line arguments name.
 
-    A word is an image, a folder (all images below it), a pattern such as `images/*.png` (`**`: folders at any depth),
-    `@list.txt` or a .txt file with a path per line, or a .csv or .tsv table with the column `data.path_column`. A
-    relative path in a list or table starts at the folder of that file, else at the working directory, else at
-    `data.images`: the first place where it exists.
+    An argument is an image, a folder (all images below it), a pattern such as `images/*.png` (`**`: folders at any
+    depth), `@list.txt` or a .txt file with a path per line, or a .csv or .tsv table with the column
+    `data.path_column`. A relative path in a list or table is looked up in the folder of that file, then in the working
+    directory, then in `data.images`.
 
     Args:
-        words: As typed.
+        words: Arguments as typed.
         data: Settings.
         root: Folder of `params.yaml`.
 
     Raises:
         DataError: A folder or pattern has no images, or a list or table cannot be read.
     """
-    found = Inputs()
+    inputs = Inputs()
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            _add_folder(found, path)
+            _add_folder(inputs, path)
         elif word.startswith("@") and not path.exists():
-            _add_listed(found, _read_list(Path(word[1:]).expanduser()), Path(word[1:]).expanduser(), data, root)
+            _add_listed(inputs, _read_list(Path(word[1:]).expanduser()), Path(word[1:]).expanduser(), data, root)
         elif path.suffix.lower() in LISTS:
-            _add_listed(found, _read_list(path), path, data, root)
+            _add_listed(inputs, _read_list(path), path, data, root)
         elif path.suffix.lower() in TABLES:
-            _add_listed(found, read_paths(path, data.path_column), path, data, root)
+            _add_listed(inputs, read_paths(path, data.path_column), path, data, root)
         elif glob.has_magic(word) and not path.exists():
-            _add_pattern(found, path)
+            _add_pattern(inputs, path)
         else:
-            found.images.append(path)
-    return found
+            inputs.images.append(path)
+    return inputs
 
 
-def _add_folder(found: Inputs, folder: Path) -> None:
-    below = survey(folder)
-    lines = passed_over_lines(below.passed_over, folder)
-    if not below.images:
-        raise DataError(f"{folder} has no images.", "\n".join(lines), "Name a folder with images, or the images.")
-    found.images += below.images
-    found.notes += lines
+def _add_folder(inputs: Inputs, folder: Path) -> None:
+    contents = find_image_files(folder)
+    lines = skipped_lines(contents.skipped, folder)
+    if not contents.images:
+        raise DataError(
+            f"{folder} has no images.",
+            "\n".join(lines),
+            "Name a folder that contains images, or the images themselves.",
+        )
+    inputs.images += contents.images
+    inputs.notes += lines
 
 
-def _add_pattern(found: Inputs, pattern: Path) -> None:
+def _add_pattern(inputs: Inputs, pattern: Path) -> None:
     images: dict[Path, None] = {}
-    passed_over: dict[Path, PassedOver] = {}
+    skipped: dict[Path, SkippedFile] = {}
     matches = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))  # noqa: PTH207  (any pattern)
     for path in matches:
         if path.is_dir():
-            below = survey(path)
-            images |= dict.fromkeys(below.images)
-            passed_over |= {one.path: one for one in below.passed_over}
+            contents = find_image_files(path)
+            images |= dict.fromkeys(contents.images)
+            skipped |= {file.path: file for file in contents.skipped}
             continue
         reason, named = classify(path)
         if reason is None:
             images[path] = None
         else:
-            passed_over[path] = PassedOver(path, reason, named)
-    fixed = pattern
-    while glob.has_magic(str(fixed)):
-        fixed = fixed.parent
-    lines = passed_over_lines(passed_over.values(), fixed)
+            skipped[path] = SkippedFile(path, reason, named)
+    base = pattern
+    while glob.has_magic(str(base)):
+        base = base.parent
+    lines = skipped_lines(skipped.values(), base)
     if not images:
-        cause = "\n".join(lines) or "No file has such a name; a relative pattern starts at the working directory."
+        cause = "\n".join(lines) or "No file matches; a relative pattern starts at the working directory."
         raise DataError(f"{pattern} matches no images.", cause, "Correct the pattern.")
-    found.images += images
-    found.notes += lines
+    inputs.images += images
+    inputs.notes += lines
 
 
-def _add_listed(found: Inputs, names: Sequence[str], file: Path, data: DataSettings, root: Path) -> None:
+def _add_listed(inputs: Inputs, names: Sequence[str], file: Path, data: DataSettings, root: Path) -> None:
     starts = (file.parent, Path(), root / Path(data.images).expanduser())
     for name in names:
-        # With its blanks first: a file may be called "x.png ".
-        places = [start / Path(spelled).expanduser() for start in starts for spelled in (name, name.strip())]
-        found.images.append(next((place for place in places if place.exists()), places[1]))
+        # The unstripped name first: a file may be called "x.png ".
+        candidates = [start / Path(spelled).expanduser() for start in starts for spelled in (name, name.strip())]
+        inputs.images.append(next((path for path in candidates if path.exists()), candidates[1]))
 
 
 def _read_list(file: Path) -> list[str]:
@@ -109,10 +113,12 @@ def _read_list(file: Path) -> list[str]:
         text = read_regular(file).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(
-            f"The list of images {file} cannot be read.", f"{error.strerror}.", "Name a file with a path per line."
+            f"The list of images {file} cannot be read.",
+            f"{error.strerror}.",
+            "Name a text file with one path per line.",
         ) from None
-    # Not splitlines: file names may hold its other separators.
+    # File names may contain the other separators of splitlines.
     names = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not names:
-        raise DataError(f"The list of images {file} is empty.", repair="Write a path per line.")
+        raise DataError(f"The list of images {file} is empty.", repair="Write one path per line.")
     return names

@@ -1,4 +1,4 @@
-"""Names of classes: what `data.class_names` makes of the labels of a table or of class folders."""
+"""Apply `data.class_names` to the labels of a table or of class folders."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from schemas.errors import DataError
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from schemas.text import counted
-from stages.prepare.listing import did_you_mean, listed
-from stages.prepare.scan import Item
+from stages.prepare.error_text import did_you_mean, listed
+from stages.prepare.labelled_image import LabelledImage
 
 _NUMBER = re.compile(r"[+-]?\d+(\.0+)?")
 
 
-def name_classes(items: Sequence[Item], data: DataSettings) -> list[Item]:
-    """The items with the name of each label; labels without an entry keep their own.
+def name_classes(items: Sequence[LabelledImage], data: DataSettings) -> list[LabelledImage]:
+    """Replace each label by its name in `data.class_names`; labels without an entry stay as they are.
 
     Raises:
         DataError: Two labels would have one name.
@@ -25,35 +25,35 @@ def name_classes(items: Sequence[Item], data: DataSettings) -> list[Item]:
     names = data.class_names
     if not names:
         return list(items)
-    found = {label for item in items for label in names_in(item.label, data.task)}
-    both = sorted((found - names.keys()) & set(names.values()))
-    if both:
+    labels = {label for item in items for label in names_in(item.label, data.task)}
+    ambiguous = sorted((labels - names.keys()) & set(names.values()))
+    if ambiguous:
         raise DataError(
-            f"{counted(len(both), 'name')} for two labels in data.class_names.",
+            f"{counted(len(ambiguous), 'name')} in data.class_names for two labels each.",
             listed(
-                f"{name!r}: the label {name!r} of the images, and that of {label!r}"
-                for name in both
+                f"{name!r}: a label of the images, and the name of label {label!r}"
+                for name in ambiguous
                 for label, given in names.items()
                 if given == name
             ),
-            "Choose other names, or name these labels as well.",
+            "Choose other names, or rename these labels as well.",
         )
     return [replace(item, label=_renamed(item.label, names, data.task)) for item in items]
 
 
 def given_labels(label: str, data: DataSettings) -> tuple[str, ...]:
-    """The labels of an image as the table or folder has them: the opposite of `name_classes`."""
+    """Return the labels of an image as in the table or folder: the inverse of `name_classes`."""
     back = {name: given for given, name in (data.class_names or {}).items()}
     return tuple(back.get(name, name) for name in names_in(label, data.task))
 
 
 def class_order(data: DataSettings) -> tuple[str, ...] | None:
-    """The names of `data.classes`, else of `data.label_columns`, or None.
+    """Return the class names in the order of `data.classes`, else of `data.label_columns`, or None.
 
-    `data.classes` may list names or labels; what could be either is a name.
+    `data.classes` may list names or original labels; an ambiguous entry is taken as a name.
 
     Raises:
-        DataError: A label is listed beside its own name.
+        DataError: A class is listed both by its label and by its name.
     """
     order = data.classes or data.label_columns
     names = data.class_names
@@ -71,30 +71,32 @@ def class_order(data: DataSettings) -> tuple[str, ...] | None:
     return order
 
 
-def check_named(data: DataSettings, items: Sequence[Item]) -> None:
-    """Refuse entries of `data.class_names` that no image has.
+def check_named(data: DataSettings, items: Sequence[LabelledImage]) -> None:
+    """Refuse entries of `data.class_names` whose label no image has.
 
     Args:
         data: Settings.
-        items: All images, named.
+        items: All images, after `name_classes`.
 
     Raises:
-        DataError: All such entries are listed.
+        DataError: Lists all such entries.
     """
     names = data.class_names or {}
-    found = {name for item in items for name in names_in(item.label, data.task)}
+    present = {name for item in items for name in names_in(item.label, data.task)}
     labels = {label for item in items for label in given_labels(item.label, data)} - names.keys()
-    unknown = [f"{label!r} ({name}){did_you_mean(label, labels)}" for label, name in names.items() if name not in found]
+    unknown = [
+        f"{label!r} ({name}){did_you_mean(label, labels)}" for label, name in names.items() if name not in present
+    ]
     if unknown:
         raise DataError(
-            f"{counted(len(unknown), 'label')} of data.class_names that no image has.",
+            f"{counted(len(unknown), 'label')} in data.class_names that no image has.",
             listed(unknown),
             "Correct data.class_names in params.yaml, or the labels.",
         )
 
 
 def numbers_hint(data: DataSettings, classes: Sequence[str]) -> list[str]:
-    """A line for people where all classes are numbers and none has a name."""
+    """Suggest `data.class_names` if all classes are numbers and none has a name."""
     if data.class_names or not all(_NUMBER.fullmatch(name) for name in classes):
         return []
     example = ", ".join(f"{name}: ..." for name in classes[:2])

@@ -1,4 +1,4 @@
-"""Tables that `prepare` writes: what was set aside, and the splits as a table that can grow."""
+"""Write tables of `prepare`: the images that were set aside, and the splits for reuse in other studies."""
 
 from __future__ import annotations
 
@@ -13,59 +13,62 @@ from schemas.manifest import Manifest, PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import atomic_write, storage_errors
 from stages.prepare.class_names import given_labels
-from stages.prepare.columns import AUTO, FOLDER
-from stages.prepare.scan import Item
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.table_columns import AUTO, FOLDER
 from stages.tables import safe_cell
 
 
 def write_quarantine(
-    set_aside: Sequence[tuple[Item, str]], items: Sequence[Item], failures: Mapping[str, str], path: Path
+    set_aside: Sequence[tuple[LabelledImage, str]],
+    items: Sequence[LabelledImage],
+    failures: Mapping[str, str],
+    path: Path,
 ) -> None:
-    """Write path, label, group and reason of everything that was set aside.
+    """Write path, label, group and reason of all images that were set aside.
 
     Args:
-        set_aside: Stray images and empty class folders, with their reasons.
+        set_aside: Stray images and empty class folders, with reasons.
         items: All other images.
-        failures: Path -> reason, of those that cannot be used.
-        path: File to write; removed where nothing was set aside.
+        failures: Path -> reason, for images that cannot be used.
+        path: File to write; removed if nothing was set aside.
     """
-    aside = [*set_aside, *((item, failures[item.path]) for item in items if item.path in failures)]
-    if not aside:
-        # A file of an earlier run would accuse images that are in the manifest now.
+    excluded = [*set_aside, *((item, failures[item.path]) for item in items if item.path in failures)]
+    if not excluded:
+        # The file of an earlier run may list images that are in the manifest now.
         with storage_errors(path):
             path.unlink(missing_ok=True)
         return
-    rows = [[item.path, item.label, item.group or "", reason] for item, reason in aside]
+    rows = [[item.path, item.label, item.group or "", reason] for item, reason in excluded]
     _write(path, ["path", "label", "group", "reason"], rows)
 
 
 def check_free(path: Path) -> None:
-    """Refuse another kind of table than CSV, and to overwrite one: rows may have been added to it.
+    """Refuse file names other than CSV, and existing files, to which rows may have been added.
 
     Raises:
-        DataError: The file is there, or its name is not that of a CSV.
+        DataError: The file exists, or its name does not end in .csv.
     """
     if path.suffix.lower() != ".csv":
         raise DataError(
-            f"{path} is not named as CSV, which is what is written.", "", "Choose a name that ends in .csv."
+            f"{path} does not end in .csv.", "The splits are written as CSV.", "Choose a name that ends in .csv."
         )
     if os.path.lexists(path):
-        raise DataError(f"{path} is there already.", "", "Choose another name, or remove it first.")
+        raise DataError(f"{path} exists already.", "", "Choose another name, or remove the file.")
 
 
 def write_splits(manifest: Manifest, summary: PrepareSummary, data: DataSettings, path: Path) -> None:
-    """Write path, label, patient and split of each image as a table that `data.labels` can name.
+    """Write path, label, patient and split of each image to a table that can serve as `data.labels`.
 
-    Its columns are those that the settings name, so that nothing but `data.labels` has to change. Rows that are added
-    without a split have it drawn; the others keep theirs.
+    The column names are those of the settings, so that only `data.labels` has to change. Images of rows without a
+    split, which users may add, get one by drawing; the others keep theirs.
 
     Raises:
-        DataError: The file is there already.
-        StorageError: It cannot be written.
+        DataError: The file exists already.
+        StorageError: The file cannot be written.
     """
     check_free(path)
-    known_groups = None if summary.group_column == FOLDER else summary.group_column
-    group_column = known_groups or "patient" if data.group_column == AUTO else data.group_column
+    table_column = None if summary.group_column == FOLDER else summary.group_column
+    group_column = table_column or "patient" if data.group_column == AUTO else data.group_column
     split_column = summary.split_column or (data.split_column if data.split_column not in (None, AUTO) else "split")
     columns = list(data.label_columns or (data.label_column,))
     rows = []
@@ -83,7 +86,7 @@ def write_splits(manifest: Manifest, summary: PrepareSummary, data: DataSettings
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
-    # Outer blanks belong to a name only within quotes.
+    # Leading and trailing blanks are part of a name only within quotes.
     blanks = any(cell != cell.strip() for row in rows for cell in row)
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if blanks else csv.QUOTE_MINIMAL)
     writer.writerow(header)

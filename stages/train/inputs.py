@@ -169,7 +169,7 @@ def image_rows(files: StudyFiles, spec: FeatureSpec) -> RowSource:
     """
     # Imported late: training on cached features needs neither Pillow nor the code of the LPM.
     from stages.extract.image_rows import ImageRows
-    from stages.prepare.scan import images_folder
+    from stages.prepare.class_folders import images_folder
 
     return ImageRows(files.manifest, images_folder(files.data, files.root), files.data, spec)
 

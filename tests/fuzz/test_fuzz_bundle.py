@@ -1,4 +1,4 @@
-"""Every edit of a model bundle is refused, or changes nothing."""
+"""Every edit of a model bundle is refused or has no effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = int(os.environ.get("FPT_FUZZ_CASES", "1000"))
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two models of one study, of the same shapes."""
+    """Two models of one study, with the same shapes."""
     root = tmp_path_factory.mktemp("bundles")
     study = make_study(root, per_class=5, train={"epochs": 1})
     receipt = study.extract()
@@ -39,7 +39,7 @@ def folder(bundles: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def edits(value: Any) -> Iterator[Any]:
-    """The same tree with one leaf, key or item changed, for every one of them."""
+    """Yield variants of a tree with one leaf, key or item changed, for each of them."""
     if isinstance(value, dict):
         for name in value:
             rest = {key: item for key, item in value.items() if key != name}
@@ -74,7 +74,7 @@ def test_every_edit_of_a_field(bundles: tuple[Path, Path], folder: Path) -> None
             read_spec(folder)
         count += 1
     assert count > 500
-    path.write_text(json.dumps(content, sort_keys=True))  # another order and other spaces change nothing
+    path.write_text(json.dumps(content, sort_keys=True))  # order and spaces have no effect
     assert read_spec(folder) == intact
 
 
@@ -91,7 +91,7 @@ def test_random_damage(bundles: tuple[Path, Path], folder: Path, name: str) -> N
             found = read_spec(folder) if name == "model.json" else load_bundle(folder).spec
         except BundleError:
             continue
-        # Spaces between the fields may change.
+        # Spaces between fields are irrelevant.
         assert name == "model.json"
         assert found == intact
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint: it is resumed to the same model, or named and not used."""
+"""A damaged checkpoint resumes to the same model, or is reported and not used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from stages.train.models import build_learner
 from study import Study, make_study
 
 from schemas.features import ExtractionReceipt
@@ -16,7 +17,6 @@ from schemas.resolve import network_spec
 from schemas.results import EpochLog
 from stages.train.checkpoints import Fit, load_checkpoint, save_checkpoint
 from stages.train.loop import make_optimizer
-from stages.train.models import build_learner
 from stages.train.trainer import run_key, train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
@@ -24,11 +24,11 @@ CASES = int(os.environ.get("FPT_FUZZ_CASES", "200"))
 
 
 class Killed(BaseException):
-    """A kill signal, from inside."""
+    """Simulates a kill signal from inside."""
 
 
 class Half:
-    """A study whose training was killed after its first epoch, and the model of an undisturbed one."""
+    """A study whose training was killed after its first epoch, and the model of an uninterrupted one."""
 
     def __init__(self, root: Path) -> None:
         self.study: Study = make_study(root, per_class=5, train={"epochs": 2, "lr": 2e-3})
@@ -121,7 +121,7 @@ def test_a_foreign_file_is_not_resumed(half: Half, tmp_path: Path) -> None:
 
 
 def test_equal_trainings_may_write_at_once(half: Half, tmp_path: Path) -> None:
-    """Each writes, reads and finally removes the same file, as equal trainings do."""
+    """Each process writes, reads and finally removes the same file, like identical runs."""
     path, errors = tmp_path / "x.ckpt", []
 
     def work() -> None:

@@ -1,6 +1,6 @@
 """Mutants of small image files: each is refused by an ImageError, or decodes, within bounds of time and memory.
 
-FPT_FUZZ_SEED and FPT_FUZZ_CASES run other and more of them.
+FPT_FUZZ_SEED selects other cases, FPT_FUZZ_CASES their number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECONDS = 2.0
 
 
 def originals() -> dict[str, bytes]:
-    """One small file of each format, type of pixels, layout and kind of metadata."""
+    """Encode a small file for each format, pixel type, layout and kind of metadata."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:48, 0:64]
     smooth = np.stack([x * 4, y * 5, (x + y) * 2], axis=-1)
@@ -99,7 +99,7 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random], None], ...] = (flip, flip,
 
 
 def outcome(path: Path, data: bytes) -> Image.Image | str:
-    """The image, or why it is refused; prepare and extraction agree."""
+    """Return the image, or the reason for its rejection; prepare and extraction must agree."""
     path.write_bytes(data)
     start = time.process_time()
     found: Image.Image | str
@@ -139,7 +139,7 @@ def test_mutants_are_refused_or_decode(tmp_path: Path) -> None:
 
 
 def test_no_jpeg_of_which_libjpeg_warns_is_accepted(tmp_path: Path) -> None:
-    """Compared with a complete decoding in colour, where the check decodes one channel at an eighth of the size."""
+    """Compare with complete decoding in colour, since the check only decodes one channel at an eighth of the size."""
     files, rng = originals(), random.Random(SEED)
     jpegs = [data for name, data in files.items() if name.startswith("jpeg") and "cmyk" not in name]
     warned = 0
@@ -162,7 +162,7 @@ def test_no_jpeg_of_which_libjpeg_warns_is_accepted(tmp_path: Path) -> None:
 def test_every_flip_that_a_checksum_covers_is_refused(tmp_path: Path, name: str) -> None:
     data, rng = originals()[name], random.Random(SEED)
     end = data.index(b"IEND") + 8
-    # The signature, and the lengths of the chunks, which no checksum covers, but which shift what follows.
+    # The signature and the lengths of the chunks, which no checksum covers.
     places = range(8, end)
     for at in rng.sample(places, min(len(places), max(20, CASES // 6))):
         damaged = bytearray(data)

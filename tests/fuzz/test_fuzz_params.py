@@ -1,6 +1,6 @@
-"""Random settings and command lines: refused in a few plain words, or accepted, and never a fault of the program.
+"""Random settings and command lines are accepted or refused with a short message, without internal errors.
 
-`FPT_FUZZ_SEED` and `FPT_FUZZ_CASES` choose other cases and more of them.
+`FPT_FUZZ_SEED` selects other cases, `FPT_FUZZ_CASES` their number.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ WORDS = [
 
 
 def random_text(rng: random.Random) -> str:
-    """YAML-like text of structure marks and values."""
+    """Return YAML-like text of indicators and values."""
     marks = ["\n", "  ", ": ", "- ", ", ", "[", "]", "{", "}", "&a ", "*a", "? ", "train", "data", "lr", "images", "#"]
     return "".join(rng.choice(marks if rng.random() < 0.7 else SCALARS) for _ in range(rng.randrange(1, 40)))
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    """Settings with a few values replaced, lines repeated or dropped, or pieces cut out."""
+    """Return settings with some values replaced, lines repeated or dropped, or text cut out."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     for _ in range(rng.randrange(1, 4)):
         place = rng.randrange(len(lines))
@@ -80,7 +80,7 @@ def mutated(text: str, rng: random.Random) -> str:
 
 
 def fpt(words: list[str]) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
+    """Return the exit code and the complete output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
         cli.main(words)
@@ -108,7 +108,7 @@ def test_any_settings_are_accepted_or_refused(kind: str, tmp_path: Path, monkeyp
         try:
             settings = load_settings(Path("params.yaml"))
         except FptError:
-            # The same through the command, which must print it.
+            # The same through the command line, which has to print it.
             check_output(fpt(["prepare"])[1], 2, case)
         except BaseException as error:
             raise AssertionError(case) from error
@@ -165,7 +165,7 @@ def test_any_words_after_any_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         rng = random.Random(f"{SEED} words {number}")
         verb = rng.choice(VERBS)
         words = [*verb.split(), *(rng.choice(WORDS) for _ in range(rng.randrange(1, 5)))]
-        # There is no such file, so that no verb gets further than its settings.
+        # The file does not exist, so that no verb gets further than its settings.
         at = rng.randrange(len(verb.split()), len(words) + 1)
         words[at:at] = ["--params", "missing.yaml"] if verb not in ("init", "nothing", "cache", "demo") else []
         case = f"case {number} of seed {SEED}: {[word[:99] for word in words]}"

@@ -1,6 +1,6 @@
-"""Predictions of hostile file and class names come back from CSV, TSV, Parquet and Excel as they were.
+"""Predictions with hostile file and class names survive a round trip through CSV, TSV, Parquet and Excel.
 
-An hour of attack: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_prediction_tables.py`.
+One hour: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_prediction_tables.py`.
 """
 
 import csv
@@ -31,7 +31,7 @@ HOSTILE = ["=1+1", "+cmd|'/c calc'!A0", "-2", "@SUM(A1)", "'=1", "\t=1", "\r=1",
            "two\rlines", "_x0041_", "_x000a_", "\x07bell", "\x1b[31m", " edges ", "\u202egnp.exe", "\ufffe",
            "\ufeffmark", "1e5", "TRUE", "#N/A", "模型"]  # fmt: skip
 texts = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30))
-# What the file system gives for bytes that are no text.
+# How Python represents file names that are not text.
 paths = st.one_of(texts, st.binary(min_size=1, max_size=12).map(lambda raw: raw.decode("utf-8", "surrogateescape")))
 shares = st.floats(0.0, 1.0).map(lambda value: round(value, 6))
 
@@ -50,7 +50,7 @@ def predictions(draw: st.DrawFn) -> list[Prediction]:
 
 
 def expected(rows: list[Prediction]) -> list[list[object]]:
-    """Header and rows, None for an empty cell; bytes that are no text as an escape."""
+    """Return header and rows, with None for empty cells and escapes for bytes that are not text."""
     classes = next((list(row.probabilities) for row in rows if row.probabilities), [])
     header: list[object] = ["path", "predicted", *(f"p_{name}" for name in classes), "error"]
     return [header] + [
@@ -65,7 +65,7 @@ def expected(rows: list[Prediction]) -> list[list[object]]:
 
 
 def from_excel(value: object) -> object:
-    """What Excel shows of a text: openpyxl leaves the escapes as they are in cells of this kind."""
+    """Decode a text as Excel does, because openpyxl keeps the escapes in cells of this type."""
     if not isinstance(value, str):
         return value
     return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda found: chr(int(found.group(1), 16)), value)

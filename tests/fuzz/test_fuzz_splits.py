@@ -1,6 +1,6 @@
 """No arrangement of patients, copies, additions and removals yields a leak, and known images keep their split.
 
-An hour of attack: FPT_FUZZ_CASES=1000000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_splits.py --timeout=0
+One hour: FPT_FUZZ_CASES=1000000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_splits.py --timeout=0
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from schemas.errors import DataError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, Split
 from schemas.settings import DataSettings
 from stages.groups import find_clusters
-from stages.prepare.assign import assign_splits
-from stages.prepare.memory import KnownSplits
-from stages.prepare.scan import Item
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.split_assignment import assign_splits
+from stages.prepare.split_history import KnownSplits
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "0"))
@@ -28,14 +28,14 @@ def content(number: int) -> str:
 
 
 class World:
-    """A study that changes: images with a content, a class by content, perhaps a patient, perhaps a split."""
+    """A changing study: images with a content, a class that depends on it, and optionally a patient and a split."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.next = 0
         self.patients = rng.choice([0, 6, 30])
         self.named = rng.choice([0.0, 0.0, 0.3])
-        self.items: dict[str, Item] = {}
+        self.items: dict[str, LabelledImage] = {}
         self.ids: dict[str, str] = {}
         self.add(rng.randint(12, 60))
 
@@ -46,7 +46,7 @@ class World:
             group = f"p{self.rng.randrange(self.patients)}" if self.patients and self.rng.random() < 0.8 else None
             split = self.rng.choice(SPLITS) if self.rng.random() < self.named else None
             self.ids[path] = content(number)
-            self.items[path] = Item(path, "abc"[number % (2 + self.patients % 4 // 2)], group, split)
+            self.items[path] = LabelledImage(path, "abc"[number % (2 + self.patients % 4 // 2)], group, split)
             self.next += 1
 
     def change(self) -> None:
@@ -56,14 +56,14 @@ class World:
         elif kind == 1:
             for path in self.rng.sample(sorted(self.items), self.rng.randint(1, max(1, len(self.items) // 5))):
                 del self.items[path]
-        elif kind == 2:  # another table names other patients
+        elif kind == 2:  # another table with other patients
             for path, item in self.items.items():
                 if self.rng.random() < 0.2:
-                    self.items[path] = Item(path, item.label, f"p{self.rng.randrange(40)}", item.split)
-        elif kind == 3:  # one image more
+                    self.items[path] = LabelledImage(path, item.label, f"p{self.rng.randrange(40)}", item.split)
+        elif kind == 3:  # one more image
             self.add(1)
         else:  # a new table without splits
-            self.items = {path: Item(path, item.label, item.group) for path, item in self.items.items()}
+            self.items = {path: LabelledImage(path, item.label, item.group) for path, item in self.items.items()}
 
     def assign(self, known: KnownSplits) -> dict[str, Split]:
         items = list(self.items.values())
@@ -72,7 +72,7 @@ class World:
 
 
 def check(world: World, split_of: dict[str, Split], known: KnownSplits) -> bool:
-    """Whether every known image kept its split; leaks and moves that nothing asks for are failures."""
+    """Return whether every known image kept its split; fail for leaks and unnecessary moves."""
     items = list(world.items.values())
     assert split_of.keys() == world.items.keys()
     assert {(item.label, split_of[item.path]) for item in items} == {

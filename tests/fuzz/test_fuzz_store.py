@@ -1,6 +1,6 @@
-"""Flips, cuts, exchanges and copies among the files of a store: rows are read as they were written, or refused.
+"""Flipped, truncated, exchanged and copied files of a store: rows are read as written, or refused.
 
-FPT_FUZZ_SEED and FPT_FUZZ_CASES choose other and more cases.
+FPT_FUZZ_SEED selects other cases, FPT_FUZZ_CASES their number.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ IDS = [image_id(number) for number in range(1, 12)]
 
 
 @pytest.fixture(scope="module", params=SPECS)
-def whole(
+def complete(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, ExtractionReceipt, dict[str, Any]]]:
-    """A store with index, its receipt and its rows."""
-    cache = tmp_path_factory.mktemp("whole") / "cache"
+    """Write a store with index, and return its receipt and rows."""
+    cache = tmp_path_factory.mktemp("complete") / "cache"
     store, rows = filled(cache, spec=SPECS[request.param])
     take_inventory(store)
     yield cache, receipt_of(store), rows
 
 
 def damage(files: list[Path], random: np.random.Generator) -> str:
-    """Do one thing to the files of a store and return what was done."""
+    """Damage the files of a store and return a description."""
     first = files[int(random.integers(len(files)))]
     alike = [path for path in files if path.parent == first.parent and path.suffix == first.suffix and path != first]
     kinds = ["flip", "cut", "remove", "empty", "longer"] + (["exchange", "copy", "part"] * 2 if alike else [])
@@ -56,7 +56,7 @@ def damage(files: list[Path], random: np.random.Generator) -> str:
         if not (first.exists() and second.exists()):
             return "nothing"
         theirs = second.read_bytes()
-        # A part: rows of one file in the place of those of another.
+        # Replace some rows of a file by those of another.
         first.write_bytes(theirs[:at] + content[at:] if kind == "part" else theirs)
         if kind == "exchange":
             second.write_bytes(content)
@@ -71,7 +71,7 @@ def damage(files: list[Path], random: np.random.Generator) -> str:
 
 
 def compare(reader: Any, rows: dict[str, Any], what: str) -> int:
-    """Read each row of each array; return how many were refused."""
+    """Read each row of each array, and return the number of refused rows."""
     refused = 0
     for number, row_id in enumerate(IDS):
         for name, values in rows.items():
@@ -95,9 +95,9 @@ def in_memory(reader: StoreReader, rows: dict[str, Any], what: str) -> None:
 
 
 def test_rows_are_those_that_were_written_or_refused(
-    whole: tuple[Path, ExtractionReceipt, dict[str, Any]], tmp_path: Path
+    complete: tuple[Path, ExtractionReceipt, dict[str, Any]], tmp_path: Path
 ) -> None:
-    cache, receipt, rows = whole
+    cache, receipt, rows = complete
     random = np.random.default_rng(SEED)
     refused = 0
     for case in range(CASES if receipt.spec.codec == "none" else CASES // 5):

@@ -1,6 +1,6 @@
 """Random tables and class folders end in a manifest of exactly the given rows, or in an `FptError`.
 
-An hour of attack: FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_tables.py --timeout=0
+One hour: FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 python -m pytest tests/fuzz/test_fuzz_tables.py --timeout=0
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from schemas.errors import FptError
 from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
-from stages.prepare.table import read_table
+from stages.prepare.label_table import read_table
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "0"))
@@ -75,7 +75,7 @@ def picture(path: Path, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty images with odd names."""
+    """Write forty images with unusual names."""
     folder = tmp_path_factory.mktemp("fuzz") / "images"
     for number in range(40):
         picture(folder / f"{NAMES[number % len(NAMES)]}{number}.png", number)
@@ -93,7 +93,7 @@ def a_row(rng: random.Random, names: list[str], number: int) -> dict[str, str]:
 
 
 def spoil(rng: random.Random, raw: bytes) -> bytes:
-    """Damage a file as editors, transfers and spreadsheets do."""
+    """Damage a file in ways typical of editors, transfers and spreadsheets."""
     kind = rng.randrange(8)
     if kind == 0:
         place = rng.randrange(len(raw))
@@ -125,7 +125,7 @@ def write(rows: list[dict[str, str]], header: list[str], delimiter: str, quoting
 
 
 def test_a_sound_table_is_read_as_it_is(images: Path, tmp_path: Path) -> None:
-    """Whatever the separator, quotes, order and encoding: every row, and only those."""
+    """Exactly the given rows are read, for any separator, quoting, order and encoding."""
     names = sorted(path.name for path in images.iterdir())
     for case in range(CASES or 150):
         rng = random.Random(f"{SEED}/sound/{case}")
@@ -141,7 +141,7 @@ def test_a_sound_table_is_read_as_it_is(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_spoilt_table_is_an_error_or_a_table(images: Path, tmp_path: Path) -> None:
-    """Never another exception, and never a row that the CSV module would not read there, too."""
+    """No other exception, and no row that the CSV module would not read as well."""
     names = sorted(path.name for path in images.iterdir())
     outcomes: Counter[str] = Counter()
     for case in range(CASES or 600):
@@ -176,7 +176,7 @@ def test_a_spoilt_table_is_an_error_or_a_table(images: Path, tmp_path: Path) -> 
         assert table.items
         assert all(item.path and (item.label or data.task == "multilabel") for item in table.items)
         assert len({item.path for item in table.items}) == len(table.items)
-        # Every cell of every row stands in the file.
+        # Every cell of every row is in the file.
         plain = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig").replace('""', '"')
         for item in table.items:
             assert item.group is None or item.group in plain
@@ -185,7 +185,7 @@ def test_a_spoilt_table_is_an_error_or_a_table(images: Path, tmp_path: Path) -> 
 
 
 def a_folder(rng: random.Random, root: Path) -> set[tuple[str, str]]:
-    """Class folders of odd names; returns (path, label) of every image in them."""
+    """Write class folders with unusual names, and return (path, label) of every image."""
     expected = set()
     for label in rng.sample(NAMES, rng.randint(1, 3)):
         depth = rng.choice([0, 0, 1])

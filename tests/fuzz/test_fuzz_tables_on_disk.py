@@ -1,6 +1,6 @@
-"""Flipped and cut bytes of the manifest and of predictions: the content is read as it was, or refused.
+"""Flipped and truncated bytes of the manifest and of predictions: the content is read as written, or refused.
 
-FPT_FUZZ_SEED and FPT_FUZZ_CASES choose other and more cases.
+FPT_FUZZ_SEED selects other cases, FPT_FUZZ_CASES their number.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_damage_is_refused_or_changes_nothing(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_single_bit_of_the_end_is_refused_or_changes_nothing(tmp_path: Path, kind: str) -> None:
-    """The end holds the schema, its metadata and the places of the pages, which have no page checksum."""
+    """The footer has the schema, its metadata and the page offsets, which have no page checksum."""
     write, read, error = FILES[kind]
     path = tmp_path / "table.parquet"
     write(path)

@@ -1,6 +1,6 @@
-"""Tables of any shape on any terminal: every number is on one line, whole.
+"""In tables of any shape on any terminal, no number is broken.
 
-An hour of attack: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_terminal_tables.py`.
+One hour: `FPT_FUZZ_CASES=100000 FPT_FUZZ_SEED=1 pytest tests/fuzz/test_fuzz_terminal_tables.py`.
 """
 
 import io
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from pipeline.tables import fold, pairs, tables
+from pipeline.terminal_tables import fold, pairs, tables
 
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "150"))
 SEED = os.environ.get("FPT_FUZZ_SEED")
@@ -57,7 +57,7 @@ def test_every_number_is_on_one_line(data: st.DataObject, models: int, metrics: 
     rows = [[name, *data.draw(st.lists(cells, min_size=models, max_size=models))] for name in first]
     text = printed(columns, rows, width)
     assert all(cell_len(line) <= width for line in text.splitlines())
-    # What a reader sees in the columns of the models: the words of each line, between the frames.
+    # The words of each line in the model columns, between the frames.
     seen = [
         word
         for line in text.splitlines()

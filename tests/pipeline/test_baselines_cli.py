@@ -64,7 +64,7 @@ def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> N
 def test_images_that_a_model_has_fitted_splits_are_named_as_such(study: Path, fpt: Fpt) -> None:
     for method, split, seen in (
         ("linear", "train", "the model was trained on these images"),
-        ("linear", "val", "validation images choose the epoch and the settings of a model"),
+        ("linear", "val", "validation images were used to choose the epoch and the settings"),
         ("statistics", "val", "the model was trained on these images"),
         ("statistics", "test", None),
     ):

@@ -1,4 +1,4 @@
-"""The demo without the repository: one command makes its study and runs it."""
+"""The demo outside of the repository: one command creates and runs its study."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def test_one_command_makes_and_runs_the_demo(tmp_path: Path, run: Run, weights: 
     changes += ["train.side_image_size=32", "train.side_reduction=2"]
     study, settings = tmp_path / "mine", parse_settings(override(DEMO, changes))
     initialise(study, write_study(study, settings, demo=True))
-    # Weights that are there are kept: with a copy of the small ones no network is needed.
+    # Existing weights are kept, so a copy of small ones makes the download unnecessary.
     text = (study / "dvc.yaml").read_text()
     copied = text.replace("cmd: fpt demo data", f"cmd: mkdir weights && cp {weights} ${{lpm.weights}} && fpt demo data")
     (study / "dvc.yaml").write_text(copied)
     run(["git", "commit", "--quiet", "--all", "-m", "Start"], cwd=study)
     done = run([*FPT, "demo", "run", "mine"], cwd=tmp_path)
-    assert "With the cached features" in done.stdout and "Only the side network, without features" in done.stdout
+    assert "With cached features" in done.stdout and "Side network only, without features" in done.stdout
     assert run(["git", "status", "--short"], cwd=study).stdout == "?? dvc.lock\n", "data and weights are ignored"
     again = run([*FPT, "demo", "run", "mine"], cwd=tmp_path)
     assert "Running stage" not in again.stdout
     refused = run([*FPT, "demo", "run", "mine", "--set", "train.epochs=2"], cwd=tmp_path, code=2)
-    assert "study already" in refused.stderr
+    assert "already a study" in refused.stderr
 
 
 @pytest.mark.parametrize("words", [["demo", "data"], ["demo", "summary"]])

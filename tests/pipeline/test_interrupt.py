@@ -1,4 +1,4 @@
-"""Ctrl-C sent to real processes: what was computed is kept, and the next run does the rest."""
+"""Ctrl-C sent to real processes: finished work is kept, and the next run computes the rest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ work.compute_features = slow
 from pipeline.cli import main
 main()
 """
-"""A forward pass of a large LPM, in the time that it takes; whoever starts tests in the background ignores Ctrl-C."""
+"""Simulates the slow forward pass of a large LPM, and restores Ctrl-C, which background processes ignore."""
 
 NAMES = ("keys", "values", "indices", "side")
 
@@ -58,7 +58,7 @@ def start(study: Study, *words: str, seconds: float) -> subprocess.Popen[str]:
 
 
 def wait_for_passes(study: Study, process: subprocess.Popen[str], passes: int) -> None:
-    """Wait until so many forward passes have begun."""
+    """Wait until a number of forward passes have started."""
     counted, end = study.root / "forwards", time.monotonic() + 60
     while not counted.exists() or counted.stat().st_size < passes:
         assert process.poll() is None and time.monotonic() < end
@@ -66,7 +66,7 @@ def wait_for_passes(study: Study, process: subprocess.Popen[str], passes: int) -
 
 
 def stored(study: Study) -> dict[str, list[bytes]]:
-    """Image -> the bytes of all its features."""
+    """Return image -> bytes of all its features."""
     receipt = ExtractionReceipt.model_validate_json((study.features / "receipt.json").read_bytes())
     with closing(open_store(study.cache, receipt)) as reader:
         rows = {row.id: reader.read([row.id], NAMES) for row in study.manifest.rows}
@@ -98,7 +98,7 @@ def test_a_second_ctrl_c_stops_at_once_and_damages_nothing(study: Study) -> None
     wait_for_passes(study, process, 1)
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
-    # Printed while the forward pass still runs.
+    # Printed while the forward pass is still running.
     assert "Press Ctrl-C again" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130

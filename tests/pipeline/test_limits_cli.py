@@ -1,4 +1,4 @@
-"""Words of a command that would never end are refused; Ctrl-C is answered from the first moment."""
+"""Arguments that would never end are refused, and Ctrl-C works from the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fpt prepare` as a user runs it: what it prints, the splits as a table, and a failed run under DVC."""
+"""`fpt prepare` on the command line: output, the table of splits, and a failed run under DVC."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def test_patients_are_found_and_called_so(tmp_path: Path, weights: Path, fpt: Fp
     write_table(study)
     out, err = fpt("prepare", cwd=study)
     assert out.startswith("40 images of 20 patients, 0 duplicates")
-    assert "Column 'patient_id' of labels.csv names the patient" in err
+    assert "Column 'patient_id' of labels.csv has the patient" in err
     assert "kept their split" not in err
     resolved = yaml.safe_load((study / "outputs/manifest/settings.yaml").read_text())
     assert (resolved["data"]["group_column"], resolved["data"]["split_column"]) == ("patient_id", None)
@@ -74,7 +74,7 @@ def test_the_splits_as_a_table(tmp_path: Path, weights: Path, fpt: Fpt) -> None:
     assert "data.labels" in err
     assert (study / "splits.csv").read_text().startswith("path,label,patient,split\nbright/000.png,bright,,")
     _, err = fpt("prepare", "--write-split", "splits.csv", cwd=study, code=2)
-    assert "is there already" in err
+    assert "exists already" in err
     shutil.rmtree(study / ".fpt")
     after, err = fpt("prepare", "--set", "data.labels=splits.csv", cwd=study)
     assert after == before

@@ -21,7 +21,7 @@ def test_a_log_gets_a_line_now_and_then(clock: list[float], capsys: pytest.Captu
             clock[0] = 10.0 * step
             bar(100 + step, 200)
     lines = capsys.readouterr().err.splitlines()
-    # What was there before the start took no time: 10 s an image, whatever the cache held.
+    # Cached images do not count: 10 s per image, regardless of the number in the cache.
     assert lines[0] == "Features: 102 of 200, 10.0 s/image, 16 min 20 s left"
     assert len(lines) == 4
 
@@ -30,7 +30,7 @@ def test_a_terminal_gets_a_bar_with_rate(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "talk", lambda: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "stderr_console", lambda: Console(file=screen, force_terminal=True, width=120))
     with ImageBar("Features") as bar:
         bar(0, 4)
         clock[0] = 1.0

@@ -24,7 +24,7 @@ def params(study: Path) -> Settings:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     write_study(tmp_path, Settings())
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ProjectError, match=r"already holds params\.yaml, dvc\.yaml"):
+    with pytest.raises(ProjectError, match=r"already contains params\.yaml, dvc\.yaml"):
         write_study(tmp_path, Settings(method="fpt"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -41,7 +41,7 @@ def test_ignore_files_are_added_to(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("mine\n/outputs/")
     write_study(tmp_path, Settings())
     lines = (tmp_path / ".gitignore").read_text().splitlines()
-    assert lines == ["mine", "/outputs/", "# what fpt computes", "/.fpt/", "/dvc_plots/"]
+    assert lines == ["mine", "/outputs/", "# results of fpt", "/.fpt/", "/dvc_plots/"]
 
 
 def test_init_makes_a_repository_with_staged_files(tmp_path: Path, images: Path, run: Run) -> None:
@@ -79,7 +79,7 @@ def test_init_in_a_subfolder_of_a_git_repository(tmp_path: Path, images: Path, r
     assert (study / ".dvc").is_dir()
     assert run(["git", "ls-files", "--stage"], cwd=tmp_path).stdout == before, "the index is the user's"
     run(["dvc", "status"], cwd=study)
-    # The printed command adds all that DVC needs.
+    # The printed command adds all files that DVC needs.
     command = next(line for line in done.stderr.splitlines() if line.startswith("  git add "))
     run(["sh", "-c", command], cwd=study)
     staged = run(["git", "diff", "--cached", "--name-only", "--relative"], cwd=study).stdout.split()
@@ -105,7 +105,7 @@ def test_a_failed_init_leaves_nothing_behind(
             cwd=tmp_path, env=broken, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
-        assert "broken" in done.stderr and "Nothing is left behind" in done.stderr
+        assert "broken" in done.stderr and "No files were left behind" in done.stderr
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
     run(["fpt", "init", "there", "--images", images], cwd=tmp_path)
 
@@ -142,7 +142,7 @@ def test_init_with_a_csv_watches_it(tmp_path: Path, images: Path, run: Run) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--images", "nowhere"], "no folder of images|Correct --images."),
+        (["--images", "nowhere"], "no image folder|Correct --images."),
         (["--images", "empty"], "no class folders|name a CSV with --labels."),
         (["--images", "images", "--labels", "nothing.csv"], "no CSV|Correct --labels."),
         (["--images", "images", "--labels", "labels.csv"], "did you mean 'lable'|--label-column"),
@@ -167,4 +167,4 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_init_twice_is_refused(tmp_path: Path, images: Path, run: Run) -> None:
     run(["fpt", "init", "study", "--images", "images"], cwd=tmp_path)
     done = run(["fpt", "init", "study", "--images", "images"], cwd=tmp_path, code=2)
-    assert "already holds params.yaml, dvc.yaml" in done.stderr
+    assert "already contains params.yaml, dvc.yaml" in done.stderr

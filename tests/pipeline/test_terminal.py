@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing that it would obey, nothing endless; and paths that the system refuses."""
+"""Terminal output without control sequences, files that would block, and paths that the system rejects."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_long_lines_lose_their_middle() -> None:
     [
         captured(console.say, NASTY),
         captured(console.show, NASTY),
-        captured(console.complain, NASTY),
+        captured(console.print_error, NASTY),
         captured(console.show_pairs, NASTY, [(NASTY, NASTY)]),
         captured(console.show_table, NASTY, [NASTY], [[NASTY]]),
-        captured(console.talk().print, NASTY),
+        captured(console.stderr_console().print, NASTY),
     ],
 )
 def test_every_way_out_is_escaped(text: str) -> None:

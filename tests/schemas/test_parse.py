@@ -1,4 +1,4 @@
-"""Raw values to settings: all problems at once, by the path that the user wrote, with the nearest key."""
+"""Settings from raw values: all problems at once, by the path in the file, with the most similar key."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_unknown_keys_come_with_the_nearest_valid_one(raw: dict[str, Any], path:
     ],
 )
 def test_paths_are_those_that_the_user_wrote(raw: dict[str, Any], path: str) -> None:
-    """No alternative of a union, and no validator, shows in a path; an index may."""
+    """Paths contain no union alternatives or validators, but may contain an index."""
     found = problems(raw)
     assert all(key == path or (key.startswith(f"{path}.") and key[len(path) + 1 :].isdigit()) for key in found), found
 

@@ -45,7 +45,7 @@ def test_classes_take_turns_and_nothing_else_lies_in_the_folders(tmp_path: Path)
 
 
 def band_power(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Spectral power per orientation of `ORIENTATIONS`, within periods of `low` to `high` pixels."""
+    """Return the spectral power for each of `ORIENTATIONS`, for periods of `low` to `high` pixels."""
     size = len(pixels)
     power = np.abs(np.fft.fft2(pixels - pixels.mean())) ** 2
     across, down = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size))

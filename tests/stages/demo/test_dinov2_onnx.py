@@ -17,7 +17,7 @@ TOKENS = 1 + GRID * GRID
 
 
 class Export:
-    """A runnable graph with the names of an exported Hugging Face DINOv2 backbone, of random weights."""
+    """Build a runnable graph with the names of an exported Hugging Face DINOv2 backbone and random weights."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
@@ -58,7 +58,7 @@ class Export:
 
     def layer(self, layer: int) -> None:
         theirs = f"backbone.encoder.layer.{layer}"
-        # The order in which the exporter numbers them is not the order of query, key, value.
+        # The exporter does not number them in the order query, key, value.
         for place, wide in (
             ("attention.attention.key", (WIDTH, WIDTH)),
             ("attention.attention.value", (WIDTH, WIDTH)),
@@ -169,11 +169,11 @@ def test_an_incomplete_backbone_is_refused(lost: str, reason: str) -> None:
 
 def test_another_model_is_refused() -> None:
     graph = helper.make_graph([], "empty", [], [], [])
-    with pytest.raises(WeightsError, match="no DINOv2 backbone"):
+    with pytest.raises(WeightsError, match="not contain a DINOv2 backbone"):
         timm_weights(helper.make_model(graph).SerializeToString())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x13\x37" * 100, b"PK\x03\x04 not onnx"])
 def test_garbage_is_refused(content: bytes) -> None:
-    with pytest.raises(WeightsError, match=r"not an ONNX model|no DINOv2 backbone"):
+    with pytest.raises(WeightsError, match=r"not an ONNX model|not contain a DINOv2 backbone"):
         timm_weights(content)

@@ -1,4 +1,4 @@
-"""Models on the same rows: paired differences, and refusals where the rows differ."""
+"""Comparison of models: paired differences on the same rows, and errors for different rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ("a", "b", "c")
 
 
 def predictions(strength: float, seed: int = 0, n: int = 120, classes: tuple[str, ...] = CLASSES) -> Predictions:
-    """Pairs of rows a group; the noise of a seed is the same at every strength."""
+    """Predictions with two rows per group; the noise of a seed does not depend on the strength."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % len(classes)
     logits = rng.normal(size=(n, len(classes))) + strength * np.eye(len(classes))[labels]
@@ -64,7 +64,7 @@ def test_the_intervals_are_of_the_same_draws(tmp_path: Path, classes: tuple[str,
     for name, difference in found.items():
         assert difference.interval is not None
         low, high = np.percentile(samples[name], [2.5, 97.5])
-        # 200 of the 1,000 draws: the ends rest on five samples each.
+        # With 200 of the 1,000 samples, each end of the interval is determined by five.
         width = difference.interval[1] - difference.interval[0]
         assert difference.interval == pytest.approx((low, high), abs=0.2 * width)
         assert difference.interval[0] < difference.value < difference.interval[1]
@@ -99,18 +99,18 @@ def changed(case: str) -> Predictions:
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     [
         ("fewer", "120 rows of test against 119 of test; 119 images"),
         ("split", "test and val"),
         ("label", "labels or groups"),
         ("group", "labels or groups"),
-        ("classes", "other classes"),
+        ("classes", "different classes"),
     ],
 )
-def test_other_rows_are_refused(tmp_path: Path, case: str, said: str) -> None:
+def test_other_rows_are_refused(tmp_path: Path, case: str, message: str) -> None:
     folders = [write(tmp_path / "a", predictions(1.0)), write(tmp_path / "b", changed(case))]
-    with pytest.raises(EvaluationError, match=said) as caught:
+    with pytest.raises(EvaluationError, match=message) as caught:
         compare(folders)
     assert "fpt evaluate" in str(caught.value)
 
@@ -132,5 +132,5 @@ def test_one_group_has_no_interval(tmp_path: Path) -> None:
 def test_folders_without_predictions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no predictions"):
         compare([tmp_path])
-    with pytest.raises(EvaluationError, match="nothing to compare"):
+    with pytest.raises(EvaluationError, match="No evaluations to compare"):
         compare([])

@@ -22,7 +22,7 @@ def random_rows(n: int, classes: int, signal: float = 1.0, seed: int = 0) -> tup
 def test_two_classes_use_the_probability_of_the_second() -> None:
     labels, p = [0, 0, 1, 1], np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
     metrics = compute_metrics(labels, p, ("healthy", "ill"))
-    assert metrics.auc == pytest.approx(0.75)  # three of four pairs are in order
+    assert metrics.auc == pytest.approx(0.75)  # three of four pairs are ordered correctly
     assert metrics.auc_per_class == pytest.approx({"healthy": 0.75, "ill": 0.75})
     assert metrics.accuracy == metrics.balanced_accuracy == metrics.f1 == 0.5
     assert metrics.cohen_kappa == 0.0

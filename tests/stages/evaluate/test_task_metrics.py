@@ -1,4 +1,4 @@
-"""Numbers of several labels an image, and of grades, against scikit-learn and by hand."""
+"""Multi-label and ordinal metrics, compared with scikit-learn and manual calculation."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_models_of_other_tasks_are_not_compared(tmp_path: Path) -> None:
     write_predictions(ordinal, tmp_path / "a/predictions.parquet")
     plain = Predictions(ordinal.classes, ordinal.rows, ordinal.probabilities)
     write_predictions(plain, tmp_path / "b/predictions.parquet")
-    with pytest.raises(EvaluationError, match="other tasks"):
+    with pytest.raises(EvaluationError, match="different tasks"):
         compare([tmp_path / "a", tmp_path / "b"])
 
 

@@ -1,4 +1,4 @@
-"""A study of class folders, and one with images that cannot be used."""
+"""Fixtures: a study with class folders, and one with unusable images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def study(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def broken(study: Path) -> Path:
-    """The study and five images that cannot be used."""
+    """The study with five unusable images added."""
     images = study / "data/images"
     make(images / "benign/truncated.jpg", 1, size=200)
-    whole = (images / "benign/truncated.jpg").read_bytes()
-    (images / "benign/truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (images / "benign/truncated.jpg").read_bytes()
+    (images / "benign/truncated.jpg").write_bytes(content[: len(content) // 2])
     Image.new("RGB", (1, 1)).save(images / "benign/dot.png")
     (images / "malignant/text.png").write_text("not an image")
     (images / "malignant/empty.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What `prepare` chooses by itself and says so: patients, splits, names of classes, and what it passes over."""
+"""Choices that `prepare` makes and reports: patients, splits, class names, and skipped files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def patients(study: Path, per_class: int = 4) -> None:
 
 def test_sub_folders_are_patients(study: Path) -> None:
     patients(study)
-    make(study / "data/images/malignant/p0/2.png", 50)  # a patient of two classes
+    make(study / "data/images/malignant/p0/2.png", 50)  # a patient with images of two classes
     manifest, summary = run(study)
     assert (summary.unit, summary.groups, summary.singles) == ("patients", 8, 0)
     assert "8 patients" in summary.notes[0]
@@ -38,7 +38,7 @@ def test_sub_folders_that_may_be_patients(study: Path) -> None:
     patients(study)
     make(study / "data/images/benign/direct.png", 60)
     text = fails(study)
-    assert "1 image of 'benign' lies in no sub-folder" in text and "data.group_column" in text
+    assert "1 image of 'benign' is in no sub-folder" in text and "data.group_column" in text
     _, summary = run(study, group_column="folder")
     assert (summary.groups, summary.singles) == (8, 1)
     shutil.rmtree(study / "outputs")
@@ -51,7 +51,7 @@ def test_sub_folders_that_may_be_patients(study: Path) -> None:
         for number, name in enumerate(("train", "val", "test")):
             for image in range(2):
                 make(study / f"data/images/{label}/{name}/{image}.png", 100 * len(label) + 10 * number + image)
-    assert "names are those of splits" in fails(study)
+    assert "they are named like splits" in fails(study)
 
 
 def test_folders_of_splits_are_no_classes(study: Path) -> None:
@@ -114,8 +114,8 @@ def test_all_complaints_about_a_folder_at_once(broken: Path) -> None:
     assert summary.passed_over == {"DICOM, not read yet": 1}
     with (broken / "outputs/manifest/quarantine.csv").open(newline="") as file:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
-    assert "beside the class folders" in reasons["'=stray.png"]
-    assert reasons["unclear/"].startswith("class folder without any image")
+    assert "outside of the class folders" in reasons["'=stray.png"]
+    assert reasons["unclear/"].startswith("class folder without images")
 
 
 def test_what_lies_beside_the_class_folders_is_named(study: Path) -> None:

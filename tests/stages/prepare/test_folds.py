@@ -1,4 +1,4 @@
-"""Other splits of a manifest: nothing leaks, every image is tested once, and the first split can be drawn again."""
+"""Other splits of a manifest: no leaks, every image is tested once, and the first split is reproducible."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by_patient(counts: dict[str, int], images: int = 3) -> Manifest:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    """Images of two or three classes with shared groups and contents, and some of their own for each class."""
+    """Images of two or three classes with shared groups and contents, and some without for each class."""
     labels = "abc"[: draw(st.integers(2, 3))]
     some = st.tuples(st.sampled_from(labels), st.none() | st.integers(0, 9), st.integers(0, 30))
     rows = [
@@ -118,7 +118,7 @@ def test_too_few_patients_for_the_folds_are_named() -> None:
     with pytest.raises(DataError, match=r"'rare': 4 groups") as found:
         draw_folds(by_patient({"rare": 4, "common": 20}), 5, 0.25, seed=0)
     assert "--folds" in found.value.repair
-    with pytest.raises(DataError, match="need 4 each"):
+    with pytest.raises(DataError, match="need at least 4 per class"):
         draw_folds(by_patient({"rare": 3, "common": 20}), 2, 0.25, seed=0)
 
 

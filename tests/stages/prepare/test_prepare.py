@@ -1,4 +1,4 @@
-"""`prepare` as a whole: folders and tables in, a manifest or one clear error out."""
+"""End-to-end tests of `prepare`: from folders and tables to a manifest or one clear error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from schemas.manifest import PrepareSummary
 from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.prepare import prepare
-from stages.prepare.scan import scan_folders
+from stages.prepare.class_folders import scan_folders
 
 
 def test_class_folders(study: Path) -> None:
@@ -119,12 +119,12 @@ def test_an_empty_class(study: Path) -> None:
     (study / "data/images/unclear").mkdir()
     (study / "data/images/unclear/scan.dcm").write_bytes(b"x")
     text = fails(study)
-    assert "1 class without any image" in text and "unclear" in text and ".dcm" in text
+    assert "1 class without images" in text and "unclear" in text and ".dcm" in text
 
 
 def test_one_class_only(study: Path) -> None:
     shutil.rmtree(study / "data/images/malignant")
-    assert "one label: 'benign'" in fails(study)
+    assert "the same label: 'benign'" in fails(study)
 
 
 def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
@@ -132,14 +132,14 @@ def test_no_class_folders_stray_images_and_no_folder(study: Path) -> None:
     assert "no class folders" in fails(study, images="flat")
     make(study / "data/images/stray.png", 0)
     text = fails(study)
-    assert "stray.png" in text and "beside the class folders" in text
+    assert "stray.png" in text and "outside of the class folders" in text
     assert "data.images" in fails(study, images="nowhere")
 
 
 def test_a_folder_that_may_not_be_read(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(study / "data/images/benign/locked/x.png", 700)
     (study / "data/images/benign/locked").chmod(0)
-    # Root may read everything: the test needs a user who may not, and starts where that user may be.
+    # Root can read everything, so the test runs as another user, in a folder that this user can access.
     study.chmod(0o755)
     monkeypatch.chdir(study)
     uid = os.geteuid()

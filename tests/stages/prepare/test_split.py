@@ -1,4 +1,4 @@
-"""Splits: nothing leaks, classes keep their shares, and neither names nor order matter."""
+"""Splits: no leaks, classes keep their shares, and neither names nor order matter."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
 from stages.groups import find_clusters
-from stages.prepare.assign import assign_splits
-from stages.prepare.memory import KnownSplits
-from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.split_assignment import assign_splits
+from stages.prepare.split_history import KnownSplits
+from stages.prepare.stratified_split import draw_splits
 
 
 def content(name: object) -> str:
     return hashlib.sha256(str(name).encode()).hexdigest()
 
 
-def draw(items: Sequence[Item], ids: dict[str, str], val: float = 0.2, test: float = 0.2, seed: int = 0):
+def draw(items: Sequence[LabelledImage], ids: dict[str, str], val: float = 0.2, test: float = 0.2, seed: int = 0):
     return draw_splits(find_clusters(items, ids), val, test, seed)
 
 
-def singles(counts: dict[str, int]) -> tuple[list[Item], dict[str, str]]:
-    items = [Item(f"{label}/{number}.png", label) for label, count in counts.items() for number in range(count)]
+def singles(counts: dict[str, int]) -> tuple[list[LabelledImage], dict[str, str]]:
+    items = [
+        LabelledImage(f"{label}/{number}.png", label) for label, count in counts.items() for number in range(count)
+    ]
     return items, {item.path: content(item.path) for item in items}
 
 
 @st.composite
-def studies(draw: st.DrawFn) -> tuple[list[Item], dict[str, str]]:
-    """Images of 2-4 classes with shared groups and shared contents, and for each class three images of their own."""
+def studies(draw: st.DrawFn) -> tuple[list[LabelledImage], dict[str, str]]:
+    """Images of 2-4 classes with shared groups and shared contents, and three independent images of each class."""
     labels = "abcd"[: draw(st.integers(2, 4))]
     rows = draw(
         st.lists(st.tuples(st.sampled_from(labels), st.none() | st.integers(0, 12), st.integers(0, 40)), max_size=60)
     )
     items = [
-        Item(f"{number}.png", label, None if group is None else f"g{group}")
+        LabelledImage(f"{number}.png", label, None if group is None else f"g{group}")
         for number, (label, group, _) in enumerate(rows)
     ]
-    # A content has one label: conflicts are refused before.
+    # A content has one label, since conflicts are refused earlier.
     ids = {item.path: content((item.label, row[2])) for item, row in zip(items, rows, strict=True)}
     for label in labels:
-        own = [Item(f"own/{label}{number}.png", label) for number in range(3)]
+        own = [LabelledImage(f"own/{label}{number}.png", label) for number in range(3)]
         items += own
         ids |= {item.path: content(item.path) for item in own}
     return items, ids
@@ -57,7 +59,7 @@ def studies(draw: st.DrawFn) -> tuple[list[Item], dict[str, str]]:
 
 @given(study=studies(), seed=st.integers(0, 5), data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_invariants(study: tuple[list[Item], dict[str, str]], seed: int, data: st.DataObject) -> None:
+def test_invariants(study: tuple[list[LabelledImage], dict[str, str]], seed: int, data: st.DataObject) -> None:
     items, ids = study
     split_of = draw(items, ids, seed=seed)
     assert split_of.keys() == {item.path for item in items}
@@ -73,9 +75,9 @@ def test_invariants(study: tuple[list[Item], dict[str, str]], seed: int, data: s
     shuffled = data.draw(st.permutations(items))
     assert draw(shuffled, ids, seed=seed) == split_of
 
-    # Other names of files, groups and labels, the same contents.
+    # Different names of files, groups and labels, but the same contents.
     renamed = [
-        Item(f"moved/{item.path}", item.label, None if item.group is None else f"patient {item.group}")
+        LabelledImage(f"moved/{item.path}", item.label, None if item.group is None else f"patient {item.group}")
         for item in items
     ]
     again = draw(renamed, {f"moved/{path}": id_ for path, id_ in ids.items()}, seed=seed)
@@ -108,7 +110,7 @@ KNOWN_TEST = ["a/0.png", "a/1.png", "b/1.png", "b/2.png"]
 
 
 def test_a_known_split_stays_as_it_is() -> None:
-    # Changing this changes the test set of every study: then say so in the changelog.
+    # A change here changes the test set of every study, so it has to be in the changelog.
     items, ids = singles({"a": 10, "b": 10})
     split_of = draw(items, ids)
     assert sorted(path for path, split in split_of.items() if split == "test") == [
@@ -124,7 +126,7 @@ def test_shares_with_very_unequal_groups(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [120, 60, 40, 20, 20, 10, 10, *[rng.randint(1, 6) for _ in range(40)]]
     items = [
-        Item(f"{group}/{number}.png", rng.choice("aab"), f"g{group}")
+        LabelledImage(f"{group}/{number}.png", rng.choice("aab"), f"g{group}")
         for group, size in enumerate(sizes)
         for number in range(size)
     ]
@@ -137,8 +139,8 @@ def test_shares_with_very_unequal_groups(seed: int) -> None:
 
 
 def test_one_group_with_most_images_goes_to_train() -> None:
-    items = [Item(f"big/{n}.png", "ab"[n % 2], "big") for n in range(80)]
-    items += [Item(f"{n}.png", "ab"[n % 2], f"g{n}") for n in range(20)]
+    items = [LabelledImage(f"big/{n}.png", "ab"[n % 2], "big") for n in range(80)]
+    items += [LabelledImage(f"{n}.png", "ab"[n % 2], f"g{n}") for n in range(20)]
     ids = {item.path: content(item.path) for item in items}
     split_of = draw(items, ids)
     counts = Counter(split_of.values())
@@ -148,14 +150,14 @@ def test_one_group_with_most_images_goes_to_train() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_large_groups_are_dealt_first(seed: int) -> None:
-    items = [Item(f"big/{n}.png", "ab"[n % 2], "big") for n in range(60)]
-    items += [Item(f"{n}.png", "ab"[n % 2], f"g{n}") for n in range(100)]
+    items = [LabelledImage(f"big/{n}.png", "ab"[n % 2], "big") for n in range(60)]
+    items += [LabelledImage(f"{n}.png", "ab"[n % 2], f"g{n}") for n in range(100)]
     ids = {item.path: content(item.path) for item in items}
     assert Counter(draw(items, ids, seed=seed).values()) == {"train": 96, "val": 32, "test": 32}
 
 
 def test_large_groups_are_not_all_in_train() -> None:
-    items = [Item(f"{g}/{n}.png", "ab"[g % 2], f"g{g}") for g in range(40) for n in range(10 if g < 20 else 1)]
+    items = [LabelledImage(f"{g}/{n}.png", "ab"[g % 2], f"g{g}") for g in range(40) for n in range(10 if g < 20 else 1)]
     ids = {item.path: content(item.path) for item in items}
     split_of = draw(items, ids)
     sizes = Counter(item.group for item in items)
@@ -166,10 +168,10 @@ def test_large_groups_are_not_all_in_train() -> None:
 def test_groups_and_copies_join_through_each_other() -> None:
     # g1 - shared content - g2 - another - g3: one cluster of three patients.
     items = [
-        Item("1.png", "a", "g1"),
-        Item("2.png", "a", "g2"),
-        Item("3.png", "a", "g2"),
-        Item("4.png", "a", "g3"),
+        LabelledImage("1.png", "a", "g1"),
+        LabelledImage("2.png", "a", "g2"),
+        LabelledImage("3.png", "a", "g2"),
+        LabelledImage("4.png", "a", "g3"),
         *singles({"a": 9, "b": 9})[0],
     ]
     ids = {item.path: content(item.path) for item in items}
@@ -191,15 +193,15 @@ def test_a_class_of_three_images_is_everywhere(val: float, test: float) -> None:
 
 def test_a_class_with_too_few_groups() -> None:
     items, ids = singles({"a": 10, "b": 10})
-    items += [Item(f"rare/{n}.png", "rare", f"g{n % 2}") for n in range(8)]
+    items += [LabelledImage(f"rare/{n}.png", "rare", f"g{n % 2}") for n in range(8)]
     ids |= {item.path: content(item.path) for item in items}
     with pytest.raises(DataError, match=r"'rare': 8 images of 2 groups"):
         draw(items, ids)
 
 
-def of_groups(groups: dict[str, str], salt: object = "") -> tuple[list[Item], dict[str, str]]:
-    """An image of each class (a letter) in each group."""
-    items = [Item(f"{group}{label}.png", label, group) for group, labels in groups.items() for label in labels]
+def of_groups(groups: dict[str, str], salt: object = "") -> tuple[list[LabelledImage], dict[str, str]]:
+    """One image per class (a letter) in each group."""
+    items = [LabelledImage(f"{group}{label}.png", label, group) for group, labels in groups.items() for label in labels]
     return items, {item.path: content((salt, item.path)) for item in items}
 
 
@@ -224,7 +226,7 @@ def test_mixed_groups_are_split_wherever_they_can_be(seed: int) -> None:
 
 
 def test_other_orders_are_tried() -> None:
-    # Eight groups of five classes: the order of the first attempt ends without a way out.
+    # Eight groups of five classes: the order of the first attempt leads to a dead end.
     groups = {"0": "ad", "1": "ac", "2": "e", "3": "b", "4": "abcd", "5": "bcde", "6": "acde", "7": "e"}
     for salt in range(40):
         items, ids = of_groups(groups, salt)
@@ -233,22 +235,22 @@ def test_other_orders_are_tried() -> None:
 
 
 def test_an_impossible_arrangement_is_an_error() -> None:
-    # a needs g1, g2, g3 in three splits and b needs g1, g2, g4, so g3 and g4 share one: c is left with two.
+    # a needs g1, g2, g3 in three splits and b needs g1, g2, g4, so g3 and g4 share one, which leaves two for c.
     items, ids = of_groups({"g1": "ab", "g2": "ab", "g3": "ac", "g4": "bc", "g5": "c"})
     with pytest.raises(DataError) as caught:
         draw(items, ids)
-    assert "keeps groups whole" in caught.value.state
+    assert "keeps groups together" in caught.value.state
     assert "no 'c' in" in caught.value.cause
     assert "data.split_column" in caught.value.repair
 
 
-def ready(**splits: Split) -> tuple[list[Item], dict[str, str]]:
-    base = [Item(f"{label}{s}.png", label, None, s) for label in "ab" for s in SPLITS]
-    extra = [Item(f"{name}.png", "a", "p1", s) for name, s in splits.items()]
+def ready(**splits: Split) -> tuple[list[LabelledImage], dict[str, str]]:
+    base = [LabelledImage(f"{label}{s}.png", label, None, s) for label in "ab" for s in SPLITS]
+    extra = [LabelledImage(f"{name}.png", "a", "p1", s) for name, s in splits.items()]
     return base + extra, {item.path: content(item.path) for item in base + extra}
 
 
-def assign(items: Sequence[Item], ids: dict[str, str]) -> dict[str, Split]:
+def assign(items: Sequence[LabelledImage], ids: dict[str, str]) -> dict[str, Split]:
     return assign_splits(items, ids, ("a", "b"), DataSettings(), KnownSplits())
 
 

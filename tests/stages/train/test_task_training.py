@@ -19,7 +19,7 @@ from schemas.features import ExtractionReceipt
 from schemas.results import Metrics, TrainResult
 from schemas.settings import DataSettings, Method, Settings
 from stages.evaluate.compare import compare
-from stages.evaluate.ensemble import judge_together
+from stages.evaluate.ensemble import score_ensemble
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.methods.fpt import Ensemble
@@ -197,7 +197,7 @@ def test_models_are_compared_and_averaged(tmp_path: Path, task: str) -> None:
     assert ("hamming" in differences) == (task == "multilabel")
     for name, difference in differences.items():
         assert difference.value == pytest.approx(getattr(single[1], name) - getattr(single[0], name))
-    together = judge_together([tmp_path / "knn/evaluation", tmp_path / "linear/evaluation"])
+    together = score_ensemble([tmp_path / "knn/evaluation", tmp_path / "linear/evaluation"])
     tables = [read_predictions(tmp_path / name / "evaluation/predictions.parquet") for name in ("knn", "linear")]
     a, b = (table.probabilities.astype(np.float64).clip(1e-12, 1) for table in tables)
     if task == "multilabel":

@@ -1,4 +1,4 @@
-"""Everything in a folder is an image, or is passed over by name or number; nothing is skipped without a word."""
+"""Every file in a folder is an image, or is reported as skipped, by name or as a count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stages.image_kinds import is_read, kind_of_bytes
-from stages.prepare.survey import passed_over_lines, survey
+from stages.prepare.image_files import find_image_files, skipped_lines
 
 
 def encoded(kind: str) -> bytes:
@@ -21,9 +21,9 @@ def encoded(kind: str) -> bytes:
 
 
 def found(folder: Path) -> tuple[list[str], dict[str, str]]:
-    result = survey(folder)
+    result = find_image_files(folder)
     images = [path.relative_to(folder).as_posix() for path in result.images]
-    return images, {one.path.relative_to(folder).as_posix(): one.reason for one in result.passed_over}
+    return images, {one.path.relative_to(folder).as_posix(): one.reason for one in result.skipped}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "WebP"])
@@ -50,7 +50,7 @@ def test_kinds_that_are_not(start: bytes, kind: str | None) -> None:
     assert kind is None or not is_read(kind)
 
 
-def test_images_by_content_and_what_is_passed_over(tmp_path: Path) -> None:
+def test_images_by_content_and_what_is_skipped(tmp_path: Path) -> None:
     for name in ("a.png", "b.jfif", "c", "d.png ", "deep/e.JPG"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encoded("JPEG"))
@@ -60,9 +60,9 @@ def test_images_by_content_and_what_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "i.nef").write_bytes(encoded("TIFF"))
     for name in ("Thumbs.db", "notes.txt", "more.txt", ".DS_Store", "desktop.ini"):
         (tmp_path / name).write_text("text")
-    images, passed_over = found(tmp_path)
+    images, skipped = found(tmp_path)
     assert images == ["a.png", "b.jfif", "c", "d.png ", "deep/e.JPG"]
-    assert passed_over == {
+    assert skipped == {
         "f.gif": "GIF, not read yet",
         "g.dcm": "DICOM, not read yet",
         "h": "DICOM, not read yet",
@@ -73,12 +73,12 @@ def test_images_by_content_and_what_is_passed_over(tmp_path: Path) -> None:
         "more.txt": ".txt",
         ".DS_Store": "hidden",
     }
-    lines = passed_over_lines(survey(tmp_path).passed_over, tmp_path)
+    lines = skipped_lines(find_image_files(tmp_path).skipped, tmp_path)
     assert lines == [
-        "Passed over 2 files (DICOM, not read yet): g.dcm, h",
-        "Passed over 1 file (GIF, not read yet): f.gif",
-        "Passed over 1 file (camera raw, not read yet): i.nef",
-        "Passed over 5 files that are no images (2 .txt, 1 hidden, 1 .db, 1 .ini).",
+        "Skipped 2 files (DICOM, not read yet): g.dcm, h",
+        "Skipped 1 file (GIF, not read yet): f.gif",
+        "Skipped 1 file (camera raw, not read yet): i.nef",
+        "Skipped 5 files that are not images (2 .txt, 1 hidden, 1 .db, 1 .ini).",
     ]
 
 
@@ -90,14 +90,14 @@ def test_links_pipes_and_sockets_are_named(tmp_path: Path, monkeypatch: pytest.M
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "back").symlink_to(tmp_path)
-    # Where an image is expected it stays one: reading it reports the broken link, so that no study shrinks unnoticed.
+    # A broken link with the suffix of an image counts as one, so that reading it raises an error.
     (tmp_path / "lost.png").symlink_to("nowhere.png")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
-        images, passed_over = found(tmp_path)
+        images, skipped = found(tmp_path)
     assert images == ["a.png", "lost.png"]
-    assert passed_over.pop("loop").startswith("link that cannot be followed")
-    assert passed_over == {
+    assert skipped.pop("loop").startswith("link that cannot be followed")
+    assert skipped == {
         "gone": "broken link",
         "pipe": "named pipe",
         "zero": "device",

@@ -1,4 +1,4 @@
-"""Everything that lies in a folder: the images, and by name or number what is passed over."""
+"""Find the image files in a folder, and report every file that is skipped."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from schemas.text import counted
 from stages.image_kinds import image_kind, is_read
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
-"""An image by its name: if it cannot be read, that is an error. Any other file is an image by its content."""
+"""Suffixes of images: such a file that cannot be read is an error. Other files are classified by their content."""
 
 _ARCHIVE_FOLDERS = frozenset({"__MACOSX"})
-"""Left in folders by archive tools."""
+"""Folders that archive tools leave behind."""
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class PassedOver:
-    """A file or folder in which no image is read."""
+class SkippedFile:
+    """A file, or a link to a folder, that is not read as an image."""
 
     path: Path
     reason: str
     """Such as "DICOM, not read yet" or ".txt"."""
     named: bool
-    """Whether its owner may take it for an image, so that messages name it; other files are counted only."""
+    """Whether the user may take it for an image, so that messages give its name; other files are only counted."""
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What lies in a folder."""
+class FolderContents:
+    """Images and skipped files of a folder."""
 
     images: list[Path]
-    """Sorted; each starts with the folder."""
-    passed_over: list[PassedOver]
+    """Sorted; each path starts with the folder."""
+    skipped: list[SkippedFile]
     """Sorted by path."""
 
 
-def survey(folder: Path) -> Survey:
-    """List the images below a folder, at any depth, and whatever is passed over.
+def find_image_files(folder: Path) -> FolderContents:
+    """List the images below a folder, at any depth, and the files that are skipped.
 
-    Files with a suffix of `SUFFIXES` are images; any other file is one if its first bytes are those of an image that
-    can be read. Links are followed, and each folder is read once. Hidden files and folders (a dot first) are passed
-    over. No pipe or device is opened.
+    Files with a suffix of `SUFFIXES` are images; any other file is an image if its first bytes are those of a
+    supported format. Links are followed, and each folder is read once. Hidden files and folders (a leading dot) are
+    skipped. Pipes and devices are never opened.
 
     Raises:
         DataError: A folder or file below it cannot be read.
     """
     images: list[Path] = []
-    passed_over: list[PassedOver] = []
+    skipped: list[SkippedFile] = []
     for path, reason, named in _walk(folder, set()):
         if reason is None:
             images.append(path)
         else:
-            passed_over.append(PassedOver(path, reason, named))
-    return Survey(sorted(images), sorted(passed_over, key=lambda one: one.path))
+            skipped.append(SkippedFile(path, reason, named))
+    return FolderContents(sorted(images), sorted(skipped, key=lambda file: file.path))
 
 
 def classify(path: Path) -> tuple[str | None, bool]:
-    """Why a path that is no folder is passed over, and whether messages name it; (None, False) for an image.
+    """Return why a path that is not a folder is skipped, and whether messages name it; (None, False) for an image.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read.
     """
     if is_hidden(path.name):
         return "hidden", False
     suffix = path.suffix.strip().lower()
-    # Also a broken link or a pipe of such a name: an image is expected there, and reading it reports what is wrong.
+    # A broken link or a pipe with such a name counts as an image: reading it will raise the error.
     if suffix in SUFFIXES:
         return None, False
     try:
@@ -98,33 +98,33 @@ def is_hidden(name: str) -> bool:
 
 
 def unreadable(path: Path | str, error: OSError) -> DataError:
-    """The error for a folder or file that may not be read: without it, a study would lack images unnoticed."""
+    """Return the error for a folder or file without read permission; skipping it would silently shrink the study."""
     return DataError(f"{path} cannot be read.", f"{error.strerror}.", "Make it readable.")
 
 
-def passed_over_lines(passed_over: Iterable[PassedOver], folder: Path) -> list[str]:
-    """Describe what was passed over, one line per kind; other files than images in one line.
+def skipped_lines(skipped: Iterable[SkippedFile], folder: Path) -> list[str]:
+    """Describe skipped files: one line per kind of named file, and one line for all others.
 
     Args:
-        passed_over: From `survey`.
+        skipped: From `find_image_files`.
         folder: Paths are shown relative to it.
     """
-    named: dict[str, list[str]] = defaultdict(list)
+    paths_by_reason: dict[str, list[str]] = defaultdict(list)
     others: Counter[str] = Counter()
-    for one in passed_over:
-        if one.named:
-            named[one.reason].append(one.path.relative_to(folder).as_posix())
+    for file in skipped:
+        if file.named:
+            paths_by_reason[file.reason].append(file.path.relative_to(folder).as_posix())
         else:
-            others[one.reason] += 1
+            others[file.reason] += 1
     lines = []
-    for reason, paths in sorted(named.items()):
+    for reason, paths in sorted(paths_by_reason.items()):
         rest = f", ... and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-        lines.append(f"Passed over {counted(len(paths), 'file')} ({reason}): {', '.join(paths[:_SHOWN])}{rest}")
+        lines.append(f"Skipped {counted(len(paths), 'file')} ({reason}): {', '.join(paths[:_SHOWN])}{rest}")
     if others:
         kinds = ", ".join(f"{number} {reason}" for reason, number in others.most_common(_SHOWN))
         rest = ", ..." if len(others) > _SHOWN else ""
-        what = "that is no image" if others.total() == 1 else "that are no images"
-        lines.append(f"Passed over {counted(others.total(), 'file')} {what} ({kinds}{rest}).")
+        description = "that is not an image" if others.total() == 1 else "that are not images"
+        lines.append(f"Skipped {counted(others.total(), 'file')} {description} ({kinds}{rest}).")
     return lines
 
 
@@ -137,23 +137,23 @@ _SPECIAL = {
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str | None, bool]]:
-    """Each file below a folder, with the reason to pass it over and whether to name it."""
+    """Yield each file below a folder, with the result of `classify`."""
     waiting = [folder]
     while waiting:
         here = waiting.pop()
         try:
             status = here.stat()
-            # Links to folders are followed: large data sets are often linked into a study. A loop ends here.
+            # Links to folders are followed: large data sets are often linked into a study. This check ends loops.
             if (status.st_dev, status.st_ino) in seen:
                 yield here, "link to a folder that is read already", True
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(here) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
+                by_name = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise unreadable(here, error) from error
         folders = []
-        for entry in listed:
+        for entry in by_name:
             path = here / entry.name
             if is_hidden(entry.name):
                 yield path, "hidden", False

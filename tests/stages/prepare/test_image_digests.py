@@ -1,4 +1,4 @@
-"""Corrupt data that decoders only warn of: `data.on_warning` in prepare."""
+"""Corrupt data for which decoders only warn: `data.on_warning` in prepare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.prepare import prepare
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataSettings:
-    """Three classes of four images, of which one lost the end of its last chunk."""
+    """Three classes of four images, one of them without the end of its last chunk."""
     make_images(tmp_path / "images", 4)
     path = tmp_path / "images/grid/0-000.png"
     path.write_bytes(path.read_bytes()[:-12])

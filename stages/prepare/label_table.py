@@ -1,4 +1,4 @@
-"""Which images a study has, from a CSV as people and spreadsheets write it."""
+"""Read the images of a study from a CSV, as written by people and spreadsheets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
 from schemas.text import counted
-from stages.prepare.columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
-from stages.prepare.labels import is_missing, join_labels, label_keys
-from stages.prepare.listing import did_you_mean, listed
-from stages.prepare.scan import Item
-from stages.prepare.source import read_text
+from stages.prepare.error_text import did_you_mean, listed
+from stages.prepare.label_cells import is_missing, join_labels, label_keys
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.table_columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
+from stages.prepare.table_text import read_text
 from stages.tables import plain_cell
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -26,68 +26,69 @@ _DELIMITERS = (",", ";", "\t", "|")
 
 @dataclass(frozen=True)
 class TableRows:
-    """The images that a table names."""
+    """Images listed in a table."""
 
-    items: list[Item]
+    items: list[LabelledImage]
     """Sorted by path."""
     group_column: str | None
-    """Column of the groups; None: no group is known."""
+    """Column with the groups, or None if no group is known."""
     split_column: str | None
-    """Column of the ready splits; None: splits are drawn."""
+    """Column with predefined splits, or None if all splits are drawn."""
     notes: list[str]
-    """What was chosen by the header, for people."""
+    """Choices made from the header, as notes for the user."""
 
 
 def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
-    """The rows of `data.labels`, sorted by path. Images are not opened.
+    """Read the rows of `data.labels`, sorted by path. Images are not opened.
 
-    UTF-8 with or without a byte order mark, or UTF-16 with one; the separator (comma, semicolon, tab, bar) is the one
-    under which the header has the columns that the settings name. Blanks around cells are dropped. An image without
-    an entry in the group column stands for itself, one without an entry in the split column has its split drawn.
+    The file is UTF-8 with or without a byte order mark, or UTF-16 with one. The delimiter (comma, semicolon, tab or
+    bar) is the one for which the header has the most columns that the settings name. Blanks around cells are removed.
+    An empty group cell means that no patient is known, an empty split cell that the split is drawn.
 
     Raises:
-        DataError: The file is missing or no CSV, lacks a column, or has rows without path or label, with a path
-            outside of `images`, with a path twice, or with an unknown split. All rows of one kind are listed.
+        DataError: The file is missing or not a CSV, lacks a column, or has rows without a path or label, with a path
+            outside of `images`, with a duplicate path, or with an unknown split. All rows with the same problem are
+            listed.
     """
     if data.labels is None:
         raise DataError("data.labels is not set.")
     table = root / Path(data.labels).expanduser()
-    wanted = {"data.path_column": data.path_column, **label_keys(data)}
-    taken = tuple(wanted.values())
+    column_of = {"data.path_column": data.path_column, **label_keys(data)}
+    taken = tuple(column_of.values())
     for key, name in (("data.group_column", data.group_column), ("data.split_column", data.split_column)):
         if name is not None and name != AUTO:
-            wanted[key] = name
-    header, rows = _cells(table, read_text(table), tuple(wanted.values()))
-    _check_header(table, header, wanted)
+            column_of[key] = name
+    header, rows = _cells(table, read_text(table), tuple(column_of.values()))
+    _check_header(table, header, column_of)
     group_column, split_column, notes = find_columns(data, table.name, header, taken)
-    wide = [line for line, row in rows if len(row) != len(header)]
-    _check_rows(table, "does not have as many cells as the header", wide)
+    wrong_length = [line for line, row in rows if len(row) != len(header)]
+    _check_rows(table, "does not have as many cells as the header", wrong_length)
 
     def column(name: str | None) -> list[str]:
         if name is None:
             return [""] * len(rows)
-        place = header.index(name)
-        return [plain_cell(row[place].strip()) for _, row in rows]
+        position = header.index(name)
+        return [plain_cell(row[position].strip()) for _, row in rows]
 
     lines = [line for line, _ in rows]
-    at = header.index(data.path_column)
-    paths = _paths(table, lines, [row[at] for _, row in rows], images, data.path_column)
+    path_position = header.index(data.path_column)
+    paths = _paths(table, lines, [row[path_position] for _, row in rows], images, data.path_column)
     labels = join_labels(data, str(table), lines, [column(name) for name in label_keys(data).values()])
     splits = _splits(table, lines, column(split_column), split_column)
     items = [
-        Item(path, label, None if is_missing(group) else group, split)
+        LabelledImage(path, label, None if is_missing(group) else group, split)
         for path, label, group, split in zip(paths, labels, column(group_column), splits, strict=True)
     ]
     return TableRows(sorted(items, key=lambda item: item.path), group_column, split_column, notes)
 
 
-def check_files(items: Sequence[Item], images: Path, table: str) -> None:
-    """Refuse a table that names files that are not there.
+def check_files(items: Sequence[LabelledImage], images: Path, table: str) -> None:
+    """Refuse a table that lists missing files.
 
     Raises:
-        DataError: All missing files are listed.
+        DataError: Lists all missing files.
     """
-    # Not Path.exists, which raises for a name that is too long for the file system.
+    # Path.exists raises for a name that is too long for the file system.
     missing = [item.path for item in items if not os.path.lexists(images / item.path)]
     if not missing:
         return
@@ -98,18 +99,18 @@ def check_files(items: Sequence[Item], images: Path, table: str) -> None:
     raise DataError(
         f"{counted(len(missing), 'image')} of {counted(len(items), 'row')} in {table} not found in {images}.",
         cause,
-        "Correct the paths or data.images (paths are relative to it), or set data.on_error: quarantine to go on "
+        "Correct the paths or data.images (paths are relative to it), or set data.on_error: quarantine to continue "
         "without them.",
     )
 
 
-def _cells(table: Path, text: str, wanted: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and (line, cells as they are) of each row that is not blank."""
+def _cells(table: Path, text: str, needed: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header, and (line, raw cells) of each row that is not blank."""
     reader = None
     try:
         headers = {delimiter: _header(text, delimiter) for delimiter in _DELIMITERS}
-        best = max(_DELIMITERS, key=lambda one: (len(set(wanted) & set(headers[one])), len(headers[one])))
-        # Strict: a quote that is never closed would otherwise take the rows after it into one cell.
+        best = max(_DELIMITERS, key=lambda mark: (len(set(needed) & set(headers[mark])), len(headers[mark])))
+        # Strict, because an unclosed quote would otherwise merge all rows after it into one cell.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=best, skipinitialspace=True, strict=True)
         header = _strip(next(reader, []))
         rows = [(reader.line_num, row) for row in reader]
@@ -118,7 +119,7 @@ def _cells(table: Path, text: str, wanted: tuple[str, ...]) -> tuple[list[str], 
         raise DataError(f"{table} is not a CSV.", f"{line}{error}.", "Correct it, or save it as CSV UTF-8.") from error
     rows = [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
     if not rows:
-        raise DataError(f"{table} has no rows.", "A header and one row per image are needed.", "Correct data.labels.")
+        raise DataError(f"{table} has no rows.", "It needs a header and one row per image.", "Correct data.labels.")
     return header, rows
 
 
@@ -130,18 +131,18 @@ def _strip(cells: list[str]) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def _check_header(table: Path, header: list[str], wanted: dict[str, str]) -> None:
+def _check_header(table: Path, header: list[str], column_of: dict[str, str]) -> None:
     problems = [
         f"{key}: no column {name!r}{did_you_mean(name, header)}"
         if name not in header
         else f"{key}: {header.count(name)} columns {name!r}"
-        for key, name in wanted.items()
+        for key, name in column_of.items()
         if header.count(name) != 1
     ]
     if problems:
         raise DataError(
-            f"{table} does not have the columns that the settings name.",
-            listed([*problems, f"columns there: {', '.join(header)}"]),
+            f"{table} does not have the columns named in the settings.",
+            listed([*problems, f"existing columns: {', '.join(header)}"]),
             "Correct the column names in params.yaml.",
         )
 
@@ -153,7 +154,7 @@ def _check_rows(table: Path, problem: str, lines: list[int]) -> None:
 
 
 def _paths(table: Path, lines: list[int], cells: list[str], images: Path, column: str) -> list[str]:
-    """The paths of all rows, relative to `images`."""
+    """Return the paths of all rows, relative to `images`."""
     _check_rows(table, f"has no {column}", [n for n, cell in zip(lines, cells, strict=True) if not cell.strip()])
     paths: list[str] = []
     outside: list[str] = []
@@ -165,22 +166,22 @@ def _paths(table: Path, lines: list[int], cells: list[str], images: Path, column
             paths.append(path)
     if outside:
         raise DataError(
-            f"{counted(len(outside), 'path')} in {table} outside of the folder of images {images}.",
+            f"{counted(len(outside), 'path')} in {table} outside of the image folder {images}.",
             listed(outside),
-            "Set data.images to a folder that holds all of them.",
+            "Set data.images to a folder that contains all of them.",
         )
     _check_twice(table, lines, paths)
     return paths
 
 
 def _relative(cell: str, images: Path) -> str | None:
-    """Below `images`, or None. Outside of it DVC would not see a change."""
+    """Return the path relative to `images`, or None if it is outside, where DVC would not notice changes."""
     stripped = cell.strip()
     usual = plain_cell(stripped).replace("\\", "/")
-    # Outer blanks, backslashes and a first apostrophe may belong to a name: then there is a file of it. The escape of
-    # our own tables comes first, as only there the apostrophe has a fixed meaning.
+    # Outer blanks, backslashes and a leading apostrophe are part of the name if a file of that name exists. The escape
+    # of our own tables is tried first, since only there the apostrophe has a fixed meaning.
     readings = (plain_cell(cell), plain_cell(stripped), usual, cell, stripped) if usual != cell else ()
-    exact = (one for one in readings if one == posixpath.normpath(one) and os.path.lexists(images / one))
+    exact = (text for text in readings if text == posixpath.normpath(text) and os.path.lexists(images / text))
     plain = next(exact, posixpath.normpath(usual))
     if plain.startswith("/"):
         plain = posixpath.relpath(plain, posixpath.normpath(images.absolute().as_posix()))
@@ -199,7 +200,7 @@ def _check_twice(table: Path, lines: list[int], paths: list[str]) -> None:
 
 
 def _splits(table: Path, lines: list[int], cells: list[str], column: str | None) -> list[Split | None]:
-    """The split of each row, None where the cell is empty."""
+    """Return the split of each row, or None if the cell is empty."""
     splits = [None if is_missing(cell) else split_of_word(cell) for cell in cells]
     unknown = [
         f"line {line}: {cell!r}{did_you_mean(cell, SPLIT_WORDS)}"
@@ -210,17 +211,17 @@ def _splits(table: Path, lines: list[int], cells: list[str], column: str | None)
         raise DataError(
             f"{counted(len(unknown), 'row')} of {table} without a known split in column {column!r}.",
             listed(unknown),
-            f"Splits are {', '.join(SPLITS)}; an empty cell has it drawn. If the column is no split, set "
+            f"Splits are {', '.join(SPLITS)}; for an empty cell it is drawn. If the column has another meaning, set "
             "data.split_column: null in params.yaml.",
         )
     return splits
 
 
 def read_paths(table: Path, path_column: str) -> list[str]:
-    """The paths in one column of a table, in its order, as they are written. Other columns are not looked at.
+    """Read one column of a table as paths, unchanged and in order; other columns are ignored.
 
     Raises:
-        DataError: The file is missing or no CSV, lacks the column, or has rows without a path.
+        DataError: The file is missing or not a CSV, lacks the column, or has rows without a path.
     """
     header, rows = _cells(table, read_text(table), (path_column,))
     if header.count(path_column) != 1:
@@ -228,9 +229,13 @@ def read_paths(table: Path, path_column: str) -> list[str]:
         raise DataError(
             f"{table} has {counted(number, 'column') if number else 'no column'} named {path_column!r}"
             f"{did_you_mean(path_column, header) or '.'}",
-            f"Columns there: {', '.join(header)}.",
-            "Name the column of the paths: --set data.path_column=NAME",
+            f"Existing columns: {', '.join(header)}.",
+            "Name the column with the paths: --set data.path_column=NAME",
         )
-    at = header.index(path_column)
-    _check_rows(table, f"has no {path_column}", [line for line, row in rows if len(row) <= at or not row[at].strip()])
-    return [plain_cell(row[at]) for _, row in rows]
+    position = header.index(path_column)
+    _check_rows(
+        table,
+        f"has no {path_column}",
+        [line for line, row in rows if len(row) <= position or not row[position].strip()],
+    )
+    return [plain_cell(row[position]) for _, row in rows]

@@ -1,4 +1,4 @@
-"""Predictions as a table: path, predicted, p_<class> for every class, error; as CSV, TSV, Parquet or Excel."""
+"""Write predictions as CSV, TSV, Parquet or Excel, with the columns path, predicted, p_<class> and error."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from stages.files import atomic_write
 from stages.tables import csv_text, safe_cell
 
 EXCEL_ROWS = 1_048_576
-"""Most rows of a worksheet."""
+"""Maximum number of rows of a worksheet."""
 
 _NOT_IN_XML = re.compile(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
-"""Characters that a worksheet cannot hold, and what would be read as the escape of one."""
+"""Characters that XML cannot represent, and text that would be read as the escape of one."""
 
 
 def predictions_csv(rows: Sequence[Prediction], delimiter: str = ",") -> str:
     """Format predictions as text.
 
-    Probabilities have six digits; without any usable image there are no such columns. Text that a spreadsheet would run
+    Probabilities have six digits; if no image is usable, these columns are missing. Text that a spreadsheet would run
     as a formula is escaped (`stages.tables.safe_cell`).
     """
     classes = _classes(rows)
     lines = [_header(classes)]
     for row in rows:
-        shares = row.probabilities or {}
-        cells = [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
-        named = [safe_cell(_encodable(cell or "")) for cell in (row.path, row.predicted, row.error)]
-        lines.append([*named[:2], *cells, named[2]])
+        probabilities = row.probabilities or {}
+        cells = [f"{probabilities[name]:.6f}" if name in probabilities else "" for name in classes]
+        texts = [safe_cell(_encodable(cell or "")) for cell in (row.path, row.predicted, row.error)]
+        lines.append([*texts[:2], *cells, texts[2]])
     return csv_text(lines, delimiter)
 
 
 def write_predictions_table(rows: Sequence[Prediction], path: Path) -> None:
-    """Write the table in the format of the file's suffix, whole or not at all.
+    """Write the table atomically, in the format given by the suffix of the file.
 
     Raises:
-        SettingsError: The suffix is of no format, or there are more rows than a worksheet holds.
-        StorageError: It cannot be written.
+        SettingsError: The suffix is not supported, or there are too many rows for a worksheet.
+        StorageError: The file cannot be written.
     """
     atomic_write(path, _format(path)(rows))
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file name that no format belongs to, before anything is computed.
+    """Refuse a file name with an unsupported suffix, before anything is computed.
 
     Raises:
-        SettingsError: Naming the suffixes that are understood.
+        SettingsError: Names the supported suffixes.
     """
     _format(path)
 
 
 def _format(path: Path) -> Callable[[Sequence[Prediction]], bytes]:
-    found = _FORMATS.get(path.suffix.lower())
-    if found is None:
+    encode = _FORMATS.get(path.suffix.lower())
+    if encode is None:
         raise SettingsError(
             f"Predictions cannot be written to {path}.",
-            [("--output", f"{path.suffix or 'a name without a suffix'} is of no format of a table")],
+            [("--output", f"{path.suffix or 'a name without a suffix'} is not a supported table format")],
             f"Choose a name that ends in {', '.join(_FORMATS)}.",
         )
-    return found
+    return encode
 
 
 def _csv(rows: Sequence[Prediction]) -> bytes:
@@ -78,11 +78,11 @@ def _parquet(rows: Sequence[Prediction]) -> bytes:
     import pyarrow.parquet as pq
 
     classes = _classes(rows)
-    shares = [row.probabilities or {} for row in rows]
+    probabilities = [row.probabilities or {} for row in rows]
     columns = [
         pa.array([_encodable(row.path) for row in rows], pa.string()),
         pa.array([row.predicted for row in rows], pa.string()),
-        *(pa.array([share.get(name) for share in shares], pa.float64()) for name in classes),
+        *(pa.array([by_class.get(name) for by_class in probabilities], pa.float64()) for name in classes),
         pa.array([None if row.error is None else _encodable(row.error) for row in rows], pa.string()),
     ]
     sink = pa.BufferOutputStream()
@@ -92,13 +92,13 @@ def _parquet(rows: Sequence[Prediction]) -> bytes:
 
 
 def _excel(rows: Sequence[Prediction]) -> bytes:
-    """An Excel workbook; text is stored as text, so that no cell is a formula."""
+    """Encode an Excel workbook with text cells, so that no cell is a formula."""
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
 
     if len(rows) >= EXCEL_ROWS:
         raise SettingsError(
-            f"{len(rows):,} predictions are more than an Excel worksheet holds.",
+            f"{len(rows):,} predictions do not fit into an Excel worksheet.",
             repair="Choose a name that ends in .csv or .parquet.",
         )
     book = Workbook(write_only=True)
@@ -106,23 +106,23 @@ def _excel(rows: Sequence[Prediction]) -> bytes:
 
     def text(value: str | None) -> WriteOnlyCell:
         cell = WriteOnlyCell(sheet, _NOT_IN_XML.sub(_escaped, _encodable(value)) if value else None)
-        # Text that starts with an equals sign was taken for a formula.
+        # openpyxl takes text that starts with an equals sign for a formula.
         cell.data_type = "s" if value else "n"
         return cell
 
     classes = _classes(rows)
     sheet.append([text(name) for name in _header(classes)])
     for row in rows:
-        shares = row.probabilities or {}
-        sheet.append([text(row.path), text(row.predicted), *map(shares.get, classes), text(row.error)])
+        probabilities = row.probabilities or {}
+        sheet.append([text(row.path), text(row.predicted), *map(probabilities.get, classes), text(row.error)])
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
 
 
-def _escaped(found: re.Match[str]) -> str:
-    """The escape of Office Open XML: `_x000A_` for a line feed."""
-    return f"_x{ord(found.group()):04X}_"
+def _escaped(match: re.Match[str]) -> str:
+    """Escape a character as in Office Open XML: `_x000A_` for a line feed."""
+    return f"_x{ord(match.group()):04X}_"
 
 
 def _classes(rows: Sequence[Prediction]) -> list[str]:
@@ -134,7 +134,7 @@ def _header(classes: Sequence[str]) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    r"""Bytes of file names that are no text as `\udcff`, so that any name can be written."""
+    r"""Write bytes of file names that are not text as `\udcff`, so that any name can be stored."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

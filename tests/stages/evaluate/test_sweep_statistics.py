@@ -1,4 +1,4 @@
-"""The numbers of a sweep: means and deviations, choices by validation alone, joined folds."""
+"""Sweep statistics: means and deviations, choices only by validation, and pooled folds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from schemas.manifest import ManifestRow
 from schemas.results import EvaluatedModel
 from schemas.sweeps import SweptRun
 from stages.evaluate.compare import compare
-from stages.evaluate.ensemble import pool
+from stages.evaluate.ensemble import score_pooled
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
-from stages.evaluate.summary import summarise
-from stages.evaluate.sweeps import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
+from stages.evaluate.sweep_statistics import best_settings, by_axis, chosen_test_auc, find_rate, gather, spread
+from stages.evaluate.sweep_summary import summarise
 from stages.scores import macro_auc
 
 
@@ -51,7 +51,7 @@ def test_spread_is_of_the_sample() -> None:
 
 def test_the_test_has_no_say_in_the_choice() -> None:
     assert best_settings(RUNS) == "lr=1"
-    # Split a chooses lr 1 (0.91 against 0.81), split b lr 2 (0.74 against 0.71), whatever their test says.
+    # Split a chooses lr 1 (0.91 against 0.81), split b lr 2 (0.74 against 0.71), regardless of their test AUC.
     chosen = chosen_test_auc(RUNS)
     assert chosen is not None
     assert chosen.values == pytest.approx((0.61, 0.83))
@@ -82,7 +82,7 @@ def test_neighbours_outvote_a_lucky_rate() -> None:
 
 
 def table(folder: Path, fold: int, seed: int, method: str = "fpt+", rows: int = 12) -> Path:
-    """Predictions of images of a fold: paths in another order than the folds."""
+    """Predictions of a fold, whose paths are not in the order of the folds."""
     rng = np.random.default_rng((fold, seed, len(method)))
     made = tuple(
         ManifestRow(
@@ -105,7 +105,7 @@ def table(folder: Path, fold: int, seed: int, method: str = "fpt+", rows: int = 
 
 def test_folds_are_averaged_then_joined(tmp_path: Path) -> None:
     parts = [[table(tmp_path / f"{fold}-{seed}", fold, seed) for seed in range(3)] for fold in range(2)]
-    metrics = pool(parts, tmp_path / "out")
+    metrics = score_pooled(parts, tmp_path / "out")
     labels, pools = [], []
     for folders in parts:
         tables = [read_predictions(folder / "predictions.parquet") for folder in folders]
@@ -124,8 +124,8 @@ def test_folds_are_averaged_then_joined(tmp_path: Path) -> None:
 
 
 def test_a_row_in_two_folds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="cannot be joined"):
-        pool([[table(tmp_path / "one", 0, 0)], [table(tmp_path / "two", 0, 1)]])
+    with pytest.raises(EvaluationError, match="cannot be pooled"):
+        score_pooled([[table(tmp_path / "one", 0, 0)], [table(tmp_path / "two", 0, 1)]])
 
 
 def test_methods_are_compared_on_equal_rows(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_methods_are_compared_on_equal_rows(tmp_path: Path) -> None:
     assert difference.difference.values == tuple(one.models[1].differences["auc"].value for one in comparisons)
     averaged = summary.settings["method=attentive"].averaged_auc
     assert averaged is not None
-    assert len(averaged.values) == 2, "one a split"
+    assert len(averaged.values) == 2, "one per split"

@@ -1,4 +1,4 @@
-"""Is this a data set that a classifier can be trained and judged on?"""
+"""Check that a classifier can be trained and evaluated on the labels of a data set."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Mapping, Sequence
 from schemas.errors import DataError
 from schemas.tasks import Task, names_in
 from schemas.text import counted
-from stages.prepare.listing import did_you_mean, listed
-from stages.prepare.scan import Item
+from stages.prepare.error_text import did_you_mean, listed
+from stages.prepare.labelled_image import LabelledImage
 
 
-def check_classes(items: Sequence[Item], classes: tuple[str, ...] | None, task: Task = "multiclass") -> tuple[str, ...]:
-    """The labels in the order of the model's outputs.
+def check_classes(
+    items: Sequence[LabelledImage], classes: tuple[str, ...] | None, task: Task = "multiclass"
+) -> tuple[str, ...]:
+    """Return the classes in the order of the model's outputs.
 
     Args:
         items: All images.
-        classes: As listed by the user, or None: the labels found, sorted.
-        task: What a label says.
+        classes: As listed by the user, or None for the sorted labels of the images.
+        task: Determines whether an image has one label or several.
 
     Raises:
-        DataError: Fewer than two classes, a label that is not listed, or a listed class that no image has.
+        DataError: There are fewer than two classes, a label is not listed, or a listed class has no image.
     """
     counts = Counter(name for item in items for name in names_in(item.label, task))
     if classes is not None:
@@ -35,37 +37,39 @@ def check_classes(items: Sequence[Item], classes: tuple[str, ...] | None, task: 
                 listed(problems),
                 "Correct data.classes in params.yaml, or the labels.",
             )
-    found = tuple(sorted(counts)) if classes is None else classes
+    names = tuple(sorted(counts)) if classes is None else classes
     if task == "multilabel":
-        _check_labels(items, found, counts)
-    elif len(found) < 2:
+        _check_multilabel(items, names, counts)
+    elif len(names) < 2:
         raise DataError(
-            f"All {counted(len(items), 'image')} have one label: {found[0]!r}.",
+            f"All {counted(len(items), 'image')} have the same label: {names[0]!r}.",
             "A classifier needs at least two classes.",
             "Correct data.images, data.labels or data.label_column in params.yaml.",
         )
-    return found
+    return names
 
 
-def _check_labels(items: Sequence[Item], found: Sequence[str], counts: Mapping[str, int]) -> None:
-    """Refuse labels that would not be several, and those that tell no image from another."""
-    if len(found) < 2:
+def _check_multilabel(items: Sequence[LabelledImage], names: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Refuse fewer than two labels, and labels that every image has."""
+    if len(names) < 2:
         raise DataError(
-            f"The images have {counted(len(found), 'label')} in all{': ' + repr(found[0]) if found else ''}.",
-            "Several labels an image need at least two of them; the separator may be another.",
+            f"The images have {counted(len(names), 'label')} in total{': ' + repr(names[0]) if names else ''}.",
+            "A multi-label study needs at least two labels; the separator may be wrong.",
             "Correct data.label_column or data.label_separator in params.yaml, or set data.task: multiclass.",
         )
-    everywhere = [repr(name) for name in found if counts[name] == len(items)]
+    everywhere = [repr(name) for name in names if counts[name] == len(items)]
     if everywhere:
         raise DataError(
             f"Every image has the label {', '.join(everywhere)}.",
-            "There is nothing to tell it from.",
-            "Leave it out of the table.",
+            "A classifier cannot learn it without images that lack it.",
+            "Remove it from the table.",
         )
 
 
-def check_left(items: Sequence[Item], classes: Sequence[str], failures: int, task: Task = "multiclass") -> None:
-    """Refuse a data set that lost a whole class to quarantine.
+def check_left(
+    items: Sequence[LabelledImage], classes: Sequence[str], failures: int, task: Task = "multiclass"
+) -> None:
+    """Refuse a data set that lost all images of a class to quarantine.
 
     Raises:
         DataError: A class has no readable image.
@@ -80,17 +84,17 @@ def check_left(items: Sequence[Item], classes: Sequence[str], failures: int, tas
         )
 
 
-def check_conflicts(items: Sequence[Item], ids: Mapping[str, str]) -> None:
-    """Refuse one content under two labels: one of them is wrong, and no rule can know which.
+def check_conflicts(items: Sequence[LabelledImage], ids: Mapping[str, str]) -> None:
+    """Refuse identical files with different labels, since at least one of the labels is wrong.
 
     Args:
         items: All readable images.
-        ids: Path -> content.
+        ids: Path -> content id.
 
     Raises:
-        DataError: All such contents are listed.
+        DataError: Lists all such files.
     """
-    copies: dict[str, list[Item]] = defaultdict(list)
+    copies: dict[str, list[LabelledImage]] = defaultdict(list)
     for item in items:
         copies[ids[item.path]].append(item)
     conflicts = [
@@ -100,7 +104,7 @@ def check_conflicts(items: Sequence[Item], ids: Mapping[str, str]) -> None:
     ]
     if conflicts:
         raise DataError(
-            f"{counted(len(conflicts), 'image')} with two labels: the same content, byte for byte.",
+            f"{counted(len(conflicts), 'image')} with two labels (byte-identical files).",
             listed(conflicts),
             "Remove or relabel the wrong copies.",
         )

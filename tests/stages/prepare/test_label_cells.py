@@ -1,4 +1,4 @@
-"""Several labels an image, and grades: read, refused, split and written down."""
+"""Multi-label and ordinal studies: parsing, errors, splits, and the manifest."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from stages.groups import find_clusters
 from stages.manifest import read_manifest, write_manifest
 from stages.parquet import CONTENT
 from stages.prepare import prepare
-from stages.prepare.scan import Item
-from stages.prepare.split import draw_splits
-from stages.prepare.table import read_table
+from stages.prepare.label_table import read_table
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.stratified_split import draw_splits
 
 TABLE = "path,label,x,y z\na.png,y z|x,1,1\nb.png,,0,0\nc.png, x ,1.0,False\n"
-ITEMS = [Item("a.png", "x|y z"), Item("b.png", ""), Item("c.png", "x")]
+ITEMS = [LabelledImage("a.png", "x|y z"), LabelledImage("b.png", ""), LabelledImage("c.png", "x")]
 
 
-def read(tmp_path: Path, content: str, **settings: Any) -> list[Item]:
+def read(tmp_path: Path, content: str, **settings: Any) -> list[LabelledImage]:
     (tmp_path / "labels.csv").write_text(content)
     data = DataSettings.model_validate({"task": "multilabel", "labels": "labels.csv", **settings})
     return read_table(data, tmp_path, tmp_path / "images").items
@@ -58,13 +58,13 @@ def test_the_same_labels(tmp_path: Path, content: str, settings: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"),
+    ("cell", "message"),
     [("", "line 2: empty"), ("-1", "line 2: '-1'"), ("yes", "line 2: 'yes'"), ("0.5", "line 2: '0.5'")],
 )
-def test_cells_that_are_neither_0_nor_1_are_refused(tmp_path: Path, cell: str, said: str) -> None:
+def test_cells_that_are_neither_0_nor_1_are_refused(tmp_path: Path, cell: str, message: str) -> None:
     with pytest.raises(DataError, match=r"1 cell of column 'x'(.|\n)*neither 0 nor 1") as caught:
         read(tmp_path, TABLE.replace("y z|x,1,1", f"y z|x,{cell},1"), label_columns=["x", "y z"])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_missing_label_column_is_named(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_sign_between_labels_is_not_part_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"task": "ordinal"}, "needs classes"),
         ({"task": "multilabel"}, "needs a labels CSV"),
@@ -88,8 +88,8 @@ def test_the_sign_between_labels_is_not_part_of_one(tmp_path: Path) -> None:
         ({"task": "regression"}, "multiclass"),
     ],
 )
-def test_settings_that_contradict_each_other(data: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_settings_that_contradict_each_other(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         parse_settings({"data": data})
 
 
@@ -120,7 +120,7 @@ def test_labels_keep_their_shares_and_patients_their_split() -> None:
     for group in range(300):
         own = {name for name, share in often.items() if draws.random() < share}
         for number in range(draws.randint(1, 4)):
-            items.append(Item(f"{group}/{number}.png", "|".join(sorted(own)), f"g{group}"))
+            items.append(LabelledImage(f"{group}/{number}.png", "|".join(sorted(own)), f"g{group}"))
     ids = {item.path: hashlib.sha256(item.path.encode()).hexdigest() for item in items}
     split_of = draw_splits(find_clusters(items, ids, "multilabel"), 0.2, 0.2, 0)
     where = defaultdict(set)
@@ -147,15 +147,15 @@ def test_tables_that_are_not_several_labels(tmp_path: Path) -> None:
     text = (tmp_path / "labels.csv").read_text()
     with pytest.raises(DataError, match=r"(.|\n)*data\.classes"):
         run(tmp_path, task="multilabel", classes=["bars", "bright"])
-    for change, said in (
-        (lambda label: "one", r"1 label in all: 'one'(.|\n)*label_separator"),
-        (lambda label: "", "0 labels in all"),
+    for change, message in (
+        (lambda label: "one", r"1 label in total: 'one'(.|\n)*label_separator"),
+        (lambda label: "", "0 labels in total"),
         (lambda label: f"{label}|all", "Every image has the label 'all'"),
     ):
         rows = [line.split(",") for line in text.splitlines()]
         changed = [rows[0], *([row[0], change(row[1]), *row[2:]] for row in rows[1:])]
         (tmp_path / "labels.csv").write_text("\n".join(",".join(row) for row in changed))
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             run(tmp_path, task="multilabel")
 
 
@@ -184,7 +184,7 @@ def test_manifests_of_one_class_an_image_are_written_as_before(tmp_path: Path) -
 
 
 def _as_before(manifest: Manifest, path: Path) -> None:
-    """The file as it was before there were tasks."""
+    """The manifest format from before tasks existed."""
     import pyarrow as pa
 
     names = ("id", "path", "label", "group", "split")

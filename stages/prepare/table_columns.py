@@ -1,4 +1,4 @@
-"""Which columns of a table hold patients and ready splits, where the settings leave that to the header."""
+"""Detect the columns with patients and predefined splits by their names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from schemas.errors import DataError
 from schemas.manifest import GroupUnit, Split
 from schemas.settings import DataSettings
-from stages.prepare.listing import listed
+from stages.prepare.error_text import listed
 
 AUTO = "auto"
 FOLDER = "folder"
-"""`data.group_column` for the sub-folders of class folders."""
+"""Value of `data.group_column` that makes sub-folders of class folders the groups."""
 
 _GROUP_NAMES = frozenset({"patient", "patientid", "subject", "subjectid", "case", "caseid", "group", "groupid"})
 _SPLIT_NAMES = frozenset({"split"})
@@ -28,16 +28,16 @@ SPLIT_WORDS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-"""Words for a split, in small letters -> its name here."""
+"""Accepted spelling of a split, in lower case -> split."""
 
 
 def split_of_word(word: str) -> Split | None:
-    """The split that a word names, in any capitals, or None."""
+    """Return the split that a word names, ignoring case, or None."""
     return SPLIT_WORDS.get(word.strip().casefold())
 
 
 def unit_of_column(name: str) -> GroupUnit:
-    """What the groups of a column are called, by its name."""
+    """Derive the kind of the groups from the name of their column."""
     return "patients" if _plain(name).startswith(_PERSON) else "groups"
 
 
@@ -48,30 +48,32 @@ def find_columns(
 
     Args:
         data: Settings.
-        table: Name of the file, for messages.
-        header: Its columns.
-        taken: Columns with another meaning: paths and labels.
+        table: File name for messages.
+        header: All column names.
+        taken: Columns with another role: paths and labels.
 
     Returns:
-        Column of the groups, column of the splits, and lines for people.
+        Column with the groups, column with the splits, and notes for the user.
 
     Raises:
-        DataError: Two columns may be meant.
+        DataError: Several columns match.
     """
     free = [name for name in header if name not in taken]
     notes: list[str] = []
     split = _find(data.split_column, "split_column", table, free, _SPLIT_NAMES)
     group = _find(data.group_column, "group_column", table, [name for name in free if name != split], _GROUP_NAMES)
     if group is not None and data.group_column == AUTO:
-        what = "patient" if unit_of_column(group) == "patients" else "group"
-        notes.append(f"Column {group!r} of {table} names the {what} of each image, which stays in one split.")
+        noun = "patient" if unit_of_column(group) == "patients" else "group"
+        notes.append(
+            f"Column {group!r} of {table} has the {noun} of each image: all images of a {noun} stay in one split."
+        )
     if split is not None and data.split_column == AUTO:
-        notes.append(f"Column {split!r} of {table} names the split of each image.")
+        notes.append(f"Column {split!r} of {table} has the split of each image.")
     unused = [name for name in free if _plain(name) in _GROUP_NAMES]
     if data.group_column is None and unused:
         notes.append(
             f"Column {unused[0]!r} of {table} is not used (data.group_column: null): images of one patient may be in "
-            "two splits."
+            "different splits."
         )
     return group, split, notes
 
@@ -82,7 +84,7 @@ def _find(named: str | None, key: str, table: str, free: Sequence[str], names: f
     candidates = [name for name in free if _plain(name) in names]
     if len(candidates) > 1:
         raise DataError(
-            f"Several columns of {table} may be meant by data.{key}: auto.",
+            f"Several columns of {table} match data.{key}: auto.",
             listed(map(repr, candidates)),
             f"Name one of them with data.{key} in params.yaml, or set it to none.",
         )

@@ -1,4 +1,4 @@
-"""The text of a table's file, and an error that names what it is where it is none."""
+"""Read the text of a CSV file, and report what kind of file it is otherwise."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from schemas.errors import DataError
 
-_LARGEST = 4 * 2**30
-"""Bytes; a row per image takes about a hundred of them."""
-_CHECKED = 2**16
-"""Bytes at the start in which a file shows that it is no text."""
+_MAX_BYTES = 4 * 2**30
+"""A row per image takes about 100 bytes."""
+_PROBED_BYTES = 2**16
+"""Bytes at the start that are checked for binary content."""
 
 _BINARY = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel workbook (XLS)"),
@@ -29,10 +29,10 @@ _BINARY = (
 
 
 def read_text(table: Path) -> str:
-    """Read a table's file: UTF-8 with or without a byte order mark, or UTF-16 with one.
+    """Read a CSV file encoded as UTF-8, with or without a byte order mark, or UTF-16 with one.
 
     Raises:
-        DataError: It is missing, no regular file, no text, or larger than any table.
+        DataError: The file is missing, not a regular file, not text, or too large.
     """
     raw = _bytes(table)
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -40,8 +40,8 @@ def read_text(table: Path) -> str:
     if kind is not None:
         raise DataError(
             f"{table} is {kind}, not a CSV.",
-            "Tables are read as CSV only; spreadsheets cannot be read yet.",
-            "Save it as CSV UTF-8 and name that file with data.labels.",
+            "Only CSV is supported, not spreadsheets.",
+            "Save it as CSV UTF-8 and set data.labels to that file.",
         )
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
@@ -51,8 +51,8 @@ def read_text(table: Path) -> str:
         ) from error
     if "\0" in text:
         raise DataError(
-            f"{table} is not text: it holds the character NUL.",
-            "It may be UTF-16 without a byte order mark, or no table at all.",
+            f"{table} is not text: it contains the character NUL.",
+            "It may be UTF-16 without a byte order mark, or not a table.",
             "Save it as CSV UTF-8.",
         )
     return text
@@ -61,21 +61,21 @@ def read_text(table: Path) -> str:
 def _bytes(table: Path) -> bytes:
     try:
         status = table.stat()
-        # Checked first because opening a pipe would wait for a writer for ever, and a device may never end.
+        # Checked first because opening a pipe would block until a writer appears, and a device may never end.
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "It is a pipe, a socket or a device"
-            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Name a regular file.")
+            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Set data.labels to a regular file.")
         with table.open("rb") as file:
-            start = file.read(_CHECKED)
+            start = file.read(_PROBED_BYTES)
             if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
-                return start + (file.read(_LARGEST) if start.startswith(b"PK\x03\x04") else b"")
-            if status.st_size > _LARGEST:
+                return start + (file.read(_MAX_BYTES) if start.startswith(b"PK\x03\x04") else b"")
+            if status.st_size > _MAX_BYTES:
                 raise DataError(
                     f"{table} is too large for a table: {status.st_size / 2**30:,.1f} GiB.",
                     "",
-                    "Correct data.labels, or remove columns that are not needed.",
+                    "Correct data.labels, or remove unneeded columns.",
                 )
-            return start + file.read(_LARGEST)
+            return start + file.read(_MAX_BYTES)
     except FileNotFoundError:
         raise DataError(
             f"There is no CSV at {table}.",
@@ -83,7 +83,9 @@ def _bytes(table: Path) -> bytes:
             "Correct data.labels in params.yaml.",
         ) from None
     except OSError as error:
-        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Name a table that can be read.") from error
+        raise DataError(
+            f"{table} cannot be read.", f"{error.strerror}.", "Set data.labels to a readable table."
+        ) from error
 
 
 def _binary_kind(raw: bytes) -> str | None:

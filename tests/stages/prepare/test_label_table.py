@@ -1,4 +1,4 @@
-"""Tables as people and spreadsheets write them."""
+"""Label tables as written by people and spreadsheets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 from schemas.errors import DataError
 from schemas.settings import DataSettings
-from stages.prepare.scan import Item
-from stages.prepare.table import TableRows, check_files, read_table
+from stages.prepare.label_table import TableRows, check_files, read_table
+from stages.prepare.labelled_image import LabelledImage
 
 PLAIN = "path,label,patient\na/1.png,x,p1\na/2.png,y,p2\n"
-ITEMS = [Item("a/1.png", "x", "p1"), Item("a/2.png", "y", "p2")]
+ITEMS = [LabelledImage("a/1.png", "x", "p1"), LabelledImage("a/2.png", "y", "p2")]
 
 
-def read(tmp_path: Path, content: str | bytes, **settings: str) -> list[Item]:
+def read(tmp_path: Path, content: str | bytes, **settings: str) -> list[LabelledImage]:
     (tmp_path / "labels.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     data = DataSettings.model_validate({"labels": "labels.csv", "group_column": "patient", **settings})
     return read_table(data, tmp_path, tmp_path / "images").items
@@ -54,7 +54,7 @@ def test_the_same_rows(tmp_path: Path, content: str | bytes) -> None:
 
 
 def test_names_beyond_ascii(tmp_path: Path) -> None:
-    assert read(tmp_path, "path,label,patient\nä b.png,naïve,\n") == [Item("ä b.png", "naïve", None)]
+    assert read(tmp_path, "path,label,patient\nä b.png,naïve,\n") == [LabelledImage("ä b.png", "naïve", None)]
 
 
 def test_absolute_paths_below_the_images(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_columns_with_typos(tmp_path: Path) -> None:
     assert "data.label_column: no column 'lable', did you mean 'label'?" in text
     assert "data.group_column: no column 'Patient_ID', did you mean 'patient'?" in text
     assert "data.path_column: no column 'PATH', did you mean 'path'?" in text
-    assert "columns there: path, label, patient" in text
+    assert "existing columns: path, label, patient" in text
 
 
 def test_a_column_twice(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Known images keep their split: growth, removal, new patients, and a fresh draw that is asked for by name."""
+"""Known images keep their split when images or patients are added or removed, and `--redraw` draws again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.prepare.exports import check_free, write_splits
-from stages.prepare.memory import manifest_copy
+from stages.prepare.split_history import manifest_copy
 
 
 def draw(path: Path, number: int) -> None:
@@ -37,7 +37,7 @@ def run(study: Path, redraw: bool = False, **settings: object) -> tuple[Manifest
     # As DVC does before it runs a stage.
     shutil.rmtree(study / "outputs", ignore_errors=True)
     data = DataSettings.model_validate(settings)
-    result = prepare(data, study, study / "outputs/manifest", memory=study / ".fpt/splits", redraw=redraw)
+    result = prepare(data, study, study / "outputs/manifest", history=study / ".fpt/splits", redraw=redraw)
     return read_manifest(study / "outputs/manifest/manifest.parquet"), result
 
 
@@ -209,7 +209,7 @@ def test_the_split_as_a_table_that_grows(study: Path, grouped: bool) -> None:
 
 
 def pairs_with_odd(study: Path) -> list[dict[str, str]]:
-    """A patient each, in a table as this project writes it."""
+    """A table as this project writes it, with one image per patient."""
     from stages.tables import safe_cell
 
     images = study / "data/images"
@@ -225,6 +225,6 @@ def pairs_with_odd(study: Path) -> list[dict[str, str]]:
 
 def test_the_table_of_splits_is_csv_by_name(tmp_path: Path) -> None:
     for name in ("splits.xlsx", "splits"):
-        with pytest.raises(DataError, match="not named as CSV"):
+        with pytest.raises(DataError, match=r"does not end in \.csv"):
             check_free(tmp_path / name)
     check_free(tmp_path / "splits.CSV")

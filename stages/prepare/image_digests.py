@@ -1,4 +1,4 @@
-"""Read every image once: is it complete, and what is the sha256 of its content."""
+"""Decode every image once to check that it is complete, and compute the sha256 of its file."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from schemas.errors import ImageError
 from stages.files import sha256_file
 from stages.images import check_image
-from stages.prepare.scan import Item
+from stages.prepare.labelled_image import LabelledImage
 from stages.progress import Progress
 
 _AHEAD = 512
-"""Images handed to the threads at a time: bounds memory for long lists and the wait after Ctrl-C."""
+"""Images submitted to the threads at a time: bounds memory for long lists and the delay after Ctrl-C."""
 
 
 @dataclass(frozen=True)
 class Digests:
-    """What reading all images gave."""
+    """Results of reading all images."""
 
     ids: dict[str, str]
-    """Path -> sha256 of the content, of every image that can be used."""
+    """Path -> sha256 of the file, for usable images."""
     failures: dict[str, str]
-    """Path -> reason, of every other."""
+    """Path -> reason, for all other images."""
     warnings: dict[str, str] = field(default_factory=dict)
-    """Path -> warning about corrupt data, of every image that is used all the same."""
+    """Path -> warning about corrupt data, for images that are used nevertheless."""
 
 
 def digest_images(
-    items: Sequence[Item],
+    items: Sequence[LabelledImage],
     images: Path,
     *,
     max_pixels: int,
@@ -40,23 +40,23 @@ def digest_images(
     accept_warnings: bool = False,
     progress: Progress | None = None,
 ) -> Digests:
-    """Decode and digest images in threads.
+    """Decode images and compute their digests in threads.
 
     Args:
-        items: What to read.
-        images: Folder that their paths start at.
-        max_pixels: Images with more pixels cannot be used.
-        min_side: Images with a shorter side, in pixels, cannot be used.
-        accept_warnings: Whether an image is used whose data is corrupt by its checksums or its decoder.
-        progress: Called in this thread after each image.
+        items: Images to read.
+        images: Image folder, to which paths are relative.
+        max_pixels: Images with more pixels are failures.
+        min_side: Images with a side shorter than this, in pixels, are failures.
+        accept_warnings: Whether to use images that the decoder reports as corrupt, for example by a wrong checksum.
+        progress: Called in this thread with (images read, images).
     """
 
-    def read(item: Item) -> tuple[str | None, str]:
-        path, seen = images / item.path, [""]
-        accept = seen.append if accept_warnings else None
+    def read(item: LabelledImage) -> tuple[str | None, str]:
+        path, warnings_seen = images / item.path, [""]
+        accept = warnings_seen.append if accept_warnings else None
         try:
             check_image(path, max_pixels=max_pixels, min_side=min_side, accept=accept)
-            return sha256_file(path), seen[-1]
+            return sha256_file(path), warnings_seen[-1]
         except ImageError as error:
             return None, error.reason
         except OSError as error:
@@ -80,13 +80,13 @@ def digest_images(
 
 
 def _threads() -> int:
-    """As many as this process may use; decoding releases the interpreter lock."""
+    """Return the number of usable CPUs, at most 16; decoding releases the interpreter lock."""
     if hasattr(os, "sched_getaffinity"):
         return min(16, len(os.sched_getaffinity(0)))
     return min(16, os.cpu_count() or 1)
 
 
-def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+def _batches(items: Sequence[LabelledImage]) -> Iterator[list[LabelledImage]]:
     rest = iter(items)
     while batch := list(islice(rest, _AHEAD)):
         yield batch

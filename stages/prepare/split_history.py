@@ -1,8 +1,8 @@
-"""What earlier draws decided, so that images keep their split when others come and go.
+"""Record the splits of earlier draws, so that images keep their split when others are added or removed.
 
-Below a folder that outlives `outputs/manifest` (DVC deletes that before it runs the stage again) lie, for each draw
-(seed, shares, task), two files named by its digest: a copy of the last manifest, and the split of every image content
-and group that any manifest of this draw had.
+The records are kept in a folder that outlives `outputs/manifest`, which DVC deletes before it runs the stage again.
+For each draw (seed, shares, task) it has two files named by a digest of these settings: a copy of the last manifest,
+and the split of every image content and group that occurred in any manifest of the draw.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stages.parquet import read_table, write_table
 _KNOWN_SUFFIX = ".known.parquet"
 _COLUMNS = ("kind", "name", "split")
 _CONTENT, _GROUP = "content", "group"
-_KNOWN: dict[str, Split] = {split: split for split in SPLITS}
+_BY_NAME: dict[str, Split] = {split: split for split in SPLITS}
 
 
 @dataclass
 class KnownSplits:
-    """Splits of earlier draws."""
+    """Splits that earlier draws assigned."""
 
     contents: dict[str, Split] = field(default_factory=dict)
     """Content id -> split."""
@@ -38,32 +38,32 @@ class KnownSplits:
     """Group -> split."""
 
     def of_contents(self, ids: Iterable[str]) -> list[Split]:
-        """The splits of those contents that are known."""
-        return [self.contents[one] for one in ids if one in self.contents]
+        """Return the splits of the known ones among some contents."""
+        return [self.contents[content_id] for content_id in ids if content_id in self.contents]
 
     def of_groups(self, groups: Iterable[str | None]) -> list[Split]:
-        """The splits of those groups that are known."""
-        return [self.groups[one] for one in groups if one is not None and one in self.groups]
+        """Return the splits of the known ones among some groups."""
+        return [self.groups[group] for group in groups if group is not None and group in self.groups]
 
     def with_manifest(self, manifest: Manifest) -> KnownSplits:
-        """These and those of a manifest, which win."""
+        """Return these splits updated with those of a manifest."""
         groups = {row.group: row.split for row in manifest.rows if row.group != row.path}
         contents = {row.id: row.split for row in manifest.rows}
         return KnownSplits({**self.contents, **contents}, {**self.groups, **groups})
 
 
 def manifest_copy(folder: Path, data: DataSettings) -> Path:
-    """Where the copy of the last manifest of a draw lies.
+    """Return the path of the copy of the last manifest of a draw.
 
     Args:
-        folder: Of all draws of a study.
-        data: Their settings decide which draw it is.
+        folder: Folder with the history of a study.
+        data: Settings, which identify the draw.
     """
     return folder / f"{_draw(data)}.parquet"
 
 
 def is_known(folder: Path, data: DataSettings) -> bool:
-    """Whether there was a draw with these settings."""
+    """Whether splits were drawn with these settings before."""
     return _known_file(folder, data).exists()
 
 
@@ -74,7 +74,7 @@ def same_draw(one: DataSettings, other: DataSettings) -> bool:
 
 @contextmanager
 def locked(folder: Path | None, data: DataSettings) -> Iterator[None]:
-    """Keep other processes from changing what is known of a draw: experiments of one study share it."""
+    """Lock the history of a draw, which parallel experiments of one study share."""
     if folder is None:
         yield
         return
@@ -85,7 +85,7 @@ def locked(folder: Path | None, data: DataSettings) -> Iterator[None]:
 
 
 def read_known(folder: Path, data: DataSettings) -> KnownSplits:
-    """What earlier draws with these settings decided; empty before the first.
+    """Read the splits of earlier draws with these settings; empty before the first draw.
 
     Raises:
         ManifestError: The file is damaged.
@@ -101,24 +101,24 @@ def read_known(folder: Path, data: DataSettings) -> KnownSplits:
         raise _damaged(path, str(error)) from error
     try:
         kinds, names, splits = (table.column(name).to_pylist() for name in _COLUMNS)
-        found: dict[str, dict[str, Split]] = {_CONTENT: {}, _GROUP: {}}
+        split_of: dict[str, dict[str, Split]] = {_CONTENT: {}, _GROUP: {}}
         for kind, name, split in zip(kinds, names, splits, strict=True):
-            found[kind][name] = _KNOWN[split]
+            split_of[kind][name] = _BY_NAME[split]
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    return KnownSplits(found[_CONTENT], found[_GROUP])
+    return KnownSplits(split_of[_CONTENT], split_of[_GROUP])
 
 
 def _damaged(path: Path, cause: str) -> ManifestError:
     return ManifestError(
-        f"{path} is damaged: the splits of earlier draws are lost.",
+        f"{path} is damaged: the splits of earlier draws cannot be read.",
         cause,
-        "Restore it, or draw all splits again with `fpt prepare --redraw`.",
+        "Restore the file, or draw all splits again with `fpt prepare --redraw`.",
     )
 
 
 def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: Manifest) -> None:
-    """Keep what is known from now on, and a copy of the manifest.
+    """Write the known splits of a draw, and a copy of its manifest.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -128,13 +128,13 @@ def write_known(folder: Path, data: DataSettings, known: KnownSplits, manifest: 
     rows = [(_CONTENT, *item) for item in sorted(known.contents.items())]
     rows += [(_GROUP, *item) for item in sorted(known.groups.items())]
     schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in _COLUMNS])
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(_COLUMNS)}
+    columns = {name: [row[position] for row in rows] for position, name in enumerate(_COLUMNS)}
     write_table(pa.table(columns, schema=schema), _known_file(folder, data))
     write_manifest(manifest, manifest_copy(folder, data))
 
 
 def latest_copy(folder: Path) -> Path | None:
-    """The copy of the manifest that was written last, of whatever draw, or None."""
+    """Return the most recent manifest copy of any draw, or None."""
     copies = [path for path in folder.glob("*.parquet") if not path.name.endswith(_KNOWN_SUFFIX)]
     return max(copies, key=lambda path: path.stat().st_mtime_ns, default=None)
 

@@ -1,0 +1,113 @@
+"""List the images of a data set with label, group and split, from class folders or from a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from schemas.errors import DataError
+from schemas.manifest import GroupUnit
+from schemas.settings import DataSettings
+from schemas.text import counted
+from stages.prepare.class_folders import check_names, images_folder, scan_folders
+from stages.prepare.class_names import name_classes
+from stages.prepare.error_text import listed
+from stages.prepare.image_files import SUFFIXES, SkippedFile
+from stages.prepare.label_table import read_table
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.patients import groups_spelled_alike
+from stages.prepare.table_columns import FOLDER, unit_of_column
+
+STRAY = "outside of the class folders, so it has no label"
+EMPTY = "class folder without images"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a data set, and the other contents of their folder."""
+
+    images: Path
+    """Image folder, to which paths are relative."""
+    items: list[LabelledImage]
+    """Sorted by path; labels are already renamed by `data.class_names`."""
+    group_column: str | None = None
+    """Column with the groups, "folder" for sub-folders of class folders, or None."""
+    split_column: str | None = None
+    """Column with predefined splits, or None."""
+    notes: list[str] = field(default_factory=list)
+    """Choices made from the header or the layout, as lines for the user."""
+    stray: list[str] = field(default_factory=list)
+    """Names of images outside of the class folders."""
+    empty: dict[str, str] = field(default_factory=dict)
+    """Class folder without images -> description of what it contains instead."""
+    skipped: list[SkippedFile] = field(default_factory=list)
+    """Files that were not read as images."""
+
+    @property
+    def unit(self) -> GroupUnit | None:
+        """Kind of the groups, or None if no image has one."""
+        if self.group_column is None or all(item.group is None for item in self.items):
+            return None
+        return "patients" if self.group_column == FOLDER else unit_of_column(self.group_column)
+
+    def set_aside(self) -> list[tuple[LabelledImage, str]]:
+        """Entries that quarantine excludes before any image is opened, with the reasons."""
+        stray = [(LabelledImage(name, ""), STRAY) for name in self.stray]
+        return stray + [
+            (LabelledImage(f"{name}/", name), f"{EMPTY}: {contents}") for name, contents in self.empty.items()
+        ]
+
+    def problems(self) -> list[str]:
+        """One line for each image without a label and each class folder without images."""
+        return [f"{item.path}: {reason}" for item, reason in self.set_aside()]
+
+
+def read_listing(data: DataSettings, root: Path) -> Listing:
+    """List the images of a data set. Files with the suffix of an image are not opened.
+
+    Args:
+        data: Settings; relative folders start at `root`.
+        root: Folder of `params.yaml`.
+
+    Raises:
+        DataError: The folder or table is missing, unreadable or malformed. Stray images and empty class folders do not
+            raise: they are in `Listing.stray` and `Listing.empty`.
+    """
+    images = images_folder(data, root)
+    if data.labels is None:
+        scan = scan_folders(images, data.group_column)
+        listing = Listing(images, scan.items, scan.group_column, None, scan.notes, scan.stray, scan.empty, scan.skipped)
+    else:
+        table = read_table(data, root, images)
+        listing = Listing(images, table.items, table.group_column, table.split_column, table.notes)
+    check_names([*listing.items, *(item for item, _ in listing.set_aside())])
+    listing.items[:] = name_classes(listing.items, data)
+    listing.notes.extend(groups_spelled_alike(item.group for item in listing.items if item.group is not None))
+    return listing
+
+
+def check_listing(listing: Listing) -> None:
+    """Refuse stray images and empty class folders.
+
+    Raises:
+        DataError: Lists all of them.
+    """
+    if listing.problems():
+        raise layout_error(listing)
+
+
+def layout_error(listing: Listing, unreadable: list[tuple[str, str]] | None = None) -> DataError:
+    """Return one error for all stray images, empty class folders and unusable images."""
+    stray, empty, unusable = len(listing.stray), len(listing.empty), unreadable or []
+    counts = [counted(stray, "image") + " outside of the class folders, so without a label"] if stray else []
+    counts += [counted(empty, "class") + " without images"] if empty else []
+    counts += [counted(len(unusable), "image") + " that cannot be used"] if unusable else []
+    repairs = ["Move stray images into a class folder"] if stray else []
+    repairs += [f"add images ({', '.join(sorted(SUFFIXES))}) to empty class folders or remove them"] if empty else []
+    repairs += ["repair or remove images that cannot be used"] if unusable else []
+    repair = "; ".join(repairs)
+    return DataError(
+        f"In {listing.images}: {'; '.join(counts)}.",
+        listed([*listing.problems(), *(f"{path}: {reason}" for path, reason in unusable)]),
+        f"{repair[0].upper()}{repair[1:]}. Or set data.on_error: quarantine in params.yaml to continue without them.",
+    )

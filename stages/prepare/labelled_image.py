@@ -1,0 +1,21 @@
+"""An image of a study with the label, group and split that the user gave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schemas.manifest import Split
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image as the user listed it, before its file is opened."""
+
+    path: str
+    """Relative to the image folder, with forward slashes."""
+    label: str
+    """In the notation of manifests; empty only in a multi-label study, for an image without labels."""
+    group: str | None = None
+    """Patient or other group, or None if unknown."""
+    split: Split | None = None
+    """Split given by the user, or None if it is still to be drawn."""
