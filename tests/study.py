@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
 from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.prepare import prepare
+from stages.train.inputs import StudyFiles
 
 CLASSES = ("grid", "plain", "stripe")
 
@@ -47,7 +48,7 @@ def save_weights(path: Path, seed: int = 0) -> Path:
 @dataclass
 class Study:
     root: Path
-    settings: Settings
+    settings: ResolvedSettings
     lpm: LpmInfo
     manifest: Manifest
 
@@ -59,7 +60,7 @@ class Study:
     def features(self) -> Path:
         return self.root / "outputs/features"
 
-    def changed(self, **sections: dict[str, Any]) -> Settings:
+    def changed(self, **sections: dict[str, Any]) -> ResolvedSettings:
         """Settings with some keys of some sections changed."""
         update = {name: getattr(self.settings, name).model_copy(update=keys) for name, keys in sections.items()}
         return self.settings.model_copy(update=update)
@@ -68,6 +69,19 @@ class Study:
         prepare(self.settings.data, self.root, self.root / "outputs/manifest")
         self.manifest = read_manifest(self.root / "outputs/manifest/manifest.parquet")
         return self.manifest
+
+    def files(self, receipt: ExtractionReceipt | None, **changes: Any) -> StudyFiles:
+        """What training and evaluation of this study read; `changes` replace fields."""
+        files = StudyFiles(
+            manifest=self.manifest,
+            lpm=self.lpm,
+            receipt=receipt,
+            cache_root=self.cache,
+            root=self.root,
+            data=self.settings.data,
+            weights=self.settings.lpm,
+        )
+        return replace(files, **changes)
 
     def extract(self, **keywords: Any) -> ExtractionReceipt:
         options = {name: keywords.pop(name) for name in ("all_views", "check") if name in keywords}
