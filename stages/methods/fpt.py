@@ -6,17 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from schemas.features import LpmInfo
-from schemas.resolved import ResolvedSettings
-from schemas.specs import MethodSpec, SideNetworkSpec
-from stages.methods.base import Details, GradientMethod, Network
+from schemas.specs import SideNetworkSpec
 from stages.methods.fusion import Fusion
 from stages.methods.joint_attention import TokenNetwork
 from stages.methods.side_network import SideNetwork
@@ -100,55 +96,3 @@ class PromptedSideNetwork(TokenNetwork):
         """Draw the dropout of the complete batch, and use that of some rows."""
         if self.fusion is not None:
             self.fusion.dropout.draw_part(rows, batch_rows, again=again)
-
-
-class FptMethod(GradientMethod):
-    """FPT, FPT+, FPT-X and the side network only: presets of one family."""
-
-    def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
-        """Return the spec of resolved settings."""
-        train = settings.train
-        return SideNetworkSpec.model_validate(
-            {
-                "method": settings.method,
-                "classes": classes,
-                "layers": len(settings.features.layers),
-                "lpm_width": lpm.width,
-                "heads": lpm.heads,
-                "width": lpm.width // train.side_reduction,
-                "image_size": train.side_image_size,
-                "prompts": train.prompts,
-                "dropout": train.dropout,
-                "members": train.members,
-                "attentive": train.attentive,
-                "attentive_weight": train.attentive_weight,
-                "probe_weight": train.probe_weight,
-                "task": settings.data.task,
-            }
-        )
-
-    def build(self, spec: MethodSpec) -> Network:
-        """Build the network of a spec: one side network, or an ensemble."""
-        from stages.methods.fpt_x import Ensemble
-
-        spec = cast("SideNetworkSpec", spec)
-        several = spec.members > 1 or spec.attentive or spec.probe_weight
-        return Ensemble(spec) if several else PromptedSideNetwork(spec)
-
-    def describe(self, spec: MethodSpec) -> Details:
-        """Return the ensemble and the shape of the side network."""
-        spec = cast("SideNetworkSpec", spec)
-        ensemble = (
-            f"{spec.members} side networks ({spec.side_weight:g}), {spec.attentive} attentive probes "
-            f"({spec.attentive_weight:g}), linear probes ({spec.probe_weight:g})"
-        )
-        several = spec.members > 1 or spec.attentive or spec.probe_weight
-        return (
-            *((("Averaged", ensemble),) if several else ()),
-            ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
-            ("Width of the side network", str(spec.width)),
-            ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),
-        )
-
-
-METHOD = FptMethod()

@@ -79,7 +79,7 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         learnable_share=share,
         train_tensor_mib=mib,
         train_batch_mib=batch_mib,
-        train_states_mib=4 * _mib(network.parameters()),
+        train_states_mib=_states_mib(network),
         checkpointing=settings.train.checkpointing,
         accumulate=settings.train.accumulate,
         full_finetune_tensor_mib=full_mib,
@@ -93,6 +93,12 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
 def efficiency_factor(share: float) -> float:
     """exp(-log10(share + 1)): a score times this is its PPE (share of parameters) or PME (share of memory)."""
     return math.exp(-math.log10(share + 1.0))
+
+
+def _states_mib(network: Network) -> float:
+    """Parameters, and gradient and two moments of AdamW of the learnable ones, MiB."""
+    learnable = (parameter for parameter in network.parameters() if parameter.requires_grad)
+    return _mib(network.parameters()) + 3 * _mib(learnable)
 
 
 def _mib(tensors: Iterable[torch.Tensor]) -> float:

@@ -1,0 +1,62 @@
+"""FPT, FPT+, FPT-X and the side network only: presets of one family of networks."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from schemas.features import LpmInfo
+from schemas.resolved import ResolvedSettings
+from schemas.specs import MethodSpec, SideNetworkSpec
+from stages.methods.base import Details, GradientMethod, Network
+from stages.methods.fpt import PromptedSideNetwork
+from stages.methods.fpt_x import Ensemble
+
+
+class FptMethod(GradientMethod):
+    """FPT, FPT+, FPT-X and the side network only: presets of one family."""
+
+    def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
+        """Return the spec of resolved settings."""
+        train = settings.train
+        return SideNetworkSpec.model_validate(
+            {
+                "method": settings.method,
+                "classes": classes,
+                "layers": len(settings.features.layers),
+                "lpm_width": lpm.width,
+                "heads": lpm.heads,
+                "width": lpm.width // train.side_reduction,
+                "image_size": train.side_image_size,
+                "prompts": train.prompts,
+                "dropout": train.dropout,
+                "members": train.members,
+                "attentive": train.attentive,
+                "attentive_weight": train.attentive_weight,
+                "probe_weight": train.probe_weight,
+                "task": settings.data.task,
+            }
+        )
+
+    def build(self, spec: MethodSpec) -> Network:
+        """Build the network of a spec: one side network, or an ensemble."""
+        spec = cast("SideNetworkSpec", spec)
+        several = spec.members > 1 or spec.attentive or spec.probe_weight
+        return Ensemble(spec) if several else PromptedSideNetwork(spec)
+
+    def describe(self, spec: MethodSpec) -> Details:
+        """Return the ensemble and the shape of the side network."""
+        spec = cast("SideNetworkSpec", spec)
+        ensemble = (
+            f"{spec.members} side networks ({spec.side_weight:g}), {spec.attentive} attentive probes "
+            f"({spec.attentive_weight:g}), linear probes ({spec.probe_weight:g})"
+        )
+        several = spec.members > 1 or spec.attentive or spec.probe_weight
+        return (
+            *((("Averaged", ensemble),) if several else ()),
+            ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
+            ("Width of the side network", str(spec.width)),
+            ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),
+        )
+
+
+METHOD = FptMethod()
