@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # dvc runs `fpt`, and both must be the ones of the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check setup
+.PHONY: demo test check docs setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
