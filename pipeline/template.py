@@ -37,13 +37,14 @@ STAGES = """\
     outs:
       - outputs/features
   train:
-    desc: Train fusion and side network on the cached features.
+    desc: Train the method on the inputs that it reads.
     cmd: fpt train
     deps:
       - outputs/manifest/manifest.parquet
       - outputs/features/receipt.json
     params:
       - method
+      - methods
       - train
     outs:
       - outputs/model
