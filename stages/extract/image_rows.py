@@ -19,19 +19,19 @@ from stages.store.layout import ArrayLayout
 
 
 class ImageRows:
-    """Images of a manifest at the LPM's input size, with the resize rule of a spec; nothing is computed of them."""
+    """Images of a manifest at the LPM's input size, resized by the rule of a spec."""
 
     url = None
     """They are read on this machine."""
 
     def __init__(self, manifest: Manifest, folder: Path, data: DataSettings, spec: FeatureSpec) -> None:
-        """Remember where the images are.
+        """Open nothing yet.
 
         Args:
             manifest: From `prepare`.
-            folder: Of the images.
+            folder: Folder of the images.
             data: Limits of an image's size.
-            spec: With the input size, the resize rule and the padding colour.
+            spec: Gives the input size, the resize rule, the filter and the padding colour.
         """
         self._paths: Mapping[str, Path] = {row.id: folder / row.path for row in manifest.rows}
         self._data, self._spec = data, spec
@@ -67,7 +67,7 @@ class ImageRows:
         """Decode and resize images, in their order.
 
         Raises:
-            ImageError: If an image cannot be read any more.
+            ImageError: If an image can no longer be read.
         """
         size = self._spec.lpm.image_size
         if "image" not in set(names):

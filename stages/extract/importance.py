@@ -120,19 +120,19 @@ def _by_softmax(
     return received
 
 
-def select_tokens(importance: torch.Tensor, kept: int) -> torch.Tensor:
+def select_tokens(importance: torch.Tensor, count: int) -> torch.Tensor:
     """Select the most important tokens per head.
 
     Args:
         importance: (B, H, N).
-        kept: T, at most N.
+        count: T, at most N.
 
     Returns:
         (B, H, T) int64, importance descending; equal importance in order of the tokens, so that the selection does not
         depend on the device or the number of threads.
     """
     order = torch.sort(importance, dim=-1, descending=True, stable=True).indices
-    return order[..., :kept]
+    return order[..., :count]
 
 
 def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -241,7 +241,7 @@ def described_shard_size(attributes: Mapping[str, Any], spec: FeatureSpec, place
             repair="In the cache of this machine `fpt cache verify --repair` writes it again; elsewhere push it again.",
         )
     if differing := spec.differing(described):
-        raise CacheMismatchError(f"The store {place} holds other features than its name says.", differing)
+        raise CacheMismatchError(f"The store {place} holds other features than those of its name.", differing)
     return shard_size
 
 
