@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn import metrics as sk
 
 from schemas.tasks import Task
 from stages.tasks import positives, scored_columns
@@ -55,7 +54,10 @@ def macro_auc(labels: Labels, probabilities: Probabilities) -> float | None:
 
 def _auc(positive: npt.NDArray[Any], scores: Probabilities) -> float | None:
     """One-vs-rest AUC; None where only one side occurs."""
-    return float(sk.roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
+    # Imported late: prediction, which shares the functions above, needs no metric.
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
