@@ -8,8 +8,10 @@ import pytest
 
 from schemas.errors import SettingsError
 from schemas.features import LpmInfo
-from schemas.resolve import SIDE_PATCH, feature_spec, network_spec, resolve, stored_side_size
-from schemas.settings import Method, Settings
+from schemas.resolve import SIDE_PATCH, feature_spec, resolve, stored_side_size
+from schemas.settings import Settings
+from schemas.specs import SideNetworkSpec
+from stages.methods.base import gradient_method
 
 VIT_B = LpmInfo(
     name="vit_base_patch16_384.orig_in21k_ft_in1k",
@@ -40,12 +42,13 @@ def problems(settings: Settings, lpm: LpmInfo = VIT_B) -> dict[str, str]:
     ("method", "layers", "side", "stored"),
     [("fpt", range(12), 224, 256), ("fpt+", range(6, 12), 128, 144), ("side", range(6, 12), 128, 144)],
 )
-def test_presets(method: Method, layers: range, side: int, stored: int) -> None:
+def test_presets(method: str, layers: range, side: int, stored: int) -> None:
     resolved = resolve(made(method=method), VIT_B)
     assert resolved.features.layers == tuple(layers)
     assert resolved.train.side_image_size == side
     assert resolved.features.side_image_size == stored
-    spec = network_spec(resolved, VIT_B, classes=5)
+    spec = gradient_method(method).spec(resolved, VIT_B, 5)
+    assert isinstance(spec, SideNetworkSpec)
     assert (spec.layers, spec.width, spec.image_size, spec.heads) == (len(layers), 96, side, 12)
     assert feature_spec(resolved, VIT_B, "0" * 64).kept == int(0.2 * 1025)
 
