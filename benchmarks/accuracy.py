@@ -39,7 +39,8 @@ from stages.store.quantise import dequantise, encode
 from stages.store.reader import StoreReader, open_store, read_receipt, receipt_digest
 from stages.store.writer import claim_shard, write_shard
 from stages.train.bundle import load_bundle
-from stages.train.infer import store_logits
+from stages.train.infer import source_logits
+from stages.train.inputs import StudyFiles
 from stages.train.trainer import train
 
 TOLERANCE = 0.003
@@ -204,10 +205,10 @@ def train_and_test(
     output: Path,
 ) -> float:
     """Train, and return the test AUC of the best epoch."""
-    train(settings, study.lpm, manifest, receipt, cache, output, output / "checkpoints")
+    train(settings, StudyFiles(manifest, study.lpm, receipt, cache), output, output / "checkpoints")
     rows = list(manifest.of("test"))
     reader = open_store(cache, receipt)
-    logits = store_logits(load_bundle(output), reader, [row.id for row in rows])
+    logits = source_logits(load_bundle(output), reader, [row.id for row in rows])
     reader.close()
     labels = np.array([manifest.classes.index(row.label) for row in rows])
     auc = macro_auc(labels, probabilities(logits).astype(np.float64))

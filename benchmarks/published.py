@@ -31,6 +31,7 @@ from torchvision import transforms
 
 from schemas.settings import AugmentSettings
 from schemas.specs import SideNetworkSpec
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork
 
@@ -243,7 +244,7 @@ def require_same_function(spec: SideNetworkSpec, kept: int) -> None:
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     image = torch.randn(2, 3, spec.image_size, spec.image_size, generator=generator)
     left = PublishedNetwork.like(ours).eval()(image, keys.transpose(0, 1), values.transpose(0, 1))
-    right = ours(image, CachedTokens(keys, values))
+    right = ours(Batch(torch.zeros(len(image)), side=image, tokens=CachedTokens(keys, values)))
     error = float((left - right).abs().max() / right.abs().max())
     if error > 1e-4:
         raise RuntimeError(f"the networks are not the same function: relative difference of the logits {error:.1e}")

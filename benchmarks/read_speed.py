@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
+from schemas.methods import METHODS
 from stages.store.index import refresh_index
 from stages.store.layout import Store, array_layouts, create_store, grow_store
 from stages.store.reader import StoreReader, open_store, read_receipt
 from stages.store.writer import claim_shard, write_shard
-from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading
 
 BATCH = 16
 KEPT, HEADS, WIDTH, LAYERS = 205, 12, 768, 6
@@ -167,7 +168,7 @@ def through_loaders(store: Path, receipt: ExtractionReceipt, files: list[Path], 
     ids = [image_id(number) for number in range(rows)]
     for workers in (0, 2):
         print(f"through the data loader, {workers} workers, page cache warm")
-        data = FeatureDataset(reader, ids, [0] * rows, SIDE)
+        data = FeatureDataset(reader, ids, [0] * rows, Reading(METHODS["fpt+"].inputs, SIDE))
         ours = BatchLoader(data, EpochSampler(rows, BATCH, seed=0), workers)
         peer: Any = DataLoader(
             PeerDataset(files), BATCH, shuffle=True, num_workers=workers, persistent_workers=bool(workers),

@@ -29,37 +29,45 @@ from extract_speed import make_photos
 from published import PublishedDataset, PublishedNetwork, PublishedTraining, require_same_function
 from read_speed import BATCH, KEPT, LPM, fill, fill_peer, image_id, make_spec
 
+from schemas.features import FeatureSpec
+from schemas.methods import METHODS
 from schemas.parse import parse_settings
-from schemas.resolve import network_spec, resolve
-from schemas.resolved import ResolvedTrain
+from schemas.resolve import resolve
+from schemas.resolved import ResolvedSettings
 from stages.device import keep_freed_memory
+from stages.methods.base import gradient_method
+from stages.methods.batch import array_names
 from stages.methods.fpt import PromptedSideNetwork
 from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
 from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.checkpoints import Fit
-from stages.train.data import EpochSampler, FeatureDataset, array_names, batches
+from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 
 CLASSES = 5
 RATES = (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3)
-MEAN = STD = (0.5, 0.5, 0.5)
+METHOD = "fpt+"
 
 
-def settings(lr: float = 5e-4) -> ResolvedTrain:
+def settings(lr: float = 5e-4) -> ResolvedSettings:
     """Return the settings of the published recipe."""
-    return resolve(parse_settings({"method": "fpt+", "train": {"lr": lr}}), LPM).train
+    return resolve(parse_settings({"method": METHOD, "train": {"lr": lr}}), LPM)
 
 
 def network() -> PromptedSideNetwork:
     """Build FPT+ on ViT-B, with reproducible weights."""
     torch.manual_seed(0)
-    return PromptedSideNetwork(network_spec(resolve(parse_settings({"method": "fpt+"}), LPM), LPM, CLASSES))
+    method = gradient_method(METHOD)
+    built = method.build(method.spec(settings(), LPM, CLASSES))
+    if not isinstance(built, PromptedSideNetwork):
+        raise TypeError(f"{METHOD} is not a single side network")
+    return built
 
 
-def run_of(model: PromptedSideNetwork, lr: float = 5e-4) -> Run:
+def run_of(model: PromptedSideNetwork, features: FeatureSpec, lr: float = 5e-4) -> Run:
     """Set up a run at its first epoch."""
-    recipe = Recipe(settings(lr), MEAN, STD, None, torch.device("cpu"), 0)
+    recipe = Recipe(settings(lr).train, features, None, torch.device("cpu"), 0)
     model.train().reseed(0, 1)
     return Run(Fit(model, make_optimizer(model, recipe.settings)), recipe, Path(), lambda _: None)
 
@@ -96,12 +104,14 @@ def measure(folder: Path, arguments: argparse.Namespace, threads: Threads) -> No
     ids = [image_id(number) for number in range(arguments.rows)]
     files, images = fill_peer(folder / "peer", arguments.rows), make_photos(folder / "images", arguments.rows)
     reader = open_store(folder / "store", receipt)
-    memory = MemoryRows(reader, ids, array_names(reader.layouts, "fpt+"))
+    memory = MemoryRows(reader, ids, sorted(array_names(METHODS[METHOD].inputs)))
     labels = [number % CLASSES for number in range(arguments.rows)]
-    disk, in_memory = (FeatureDataset(rows, ids, labels, 128, augment=settings().augment) for rows in (reader, memory))
+    spec, recipe = receipt.spec, settings().train
+    reading = Reading(METHODS[METHOD].inputs, recipe.side_image_size, recipe.augment)
+    disk, in_memory = (FeatureDataset(rows, ids, labels, reading) for rows in (reader, memory))
     published = published_training([path for _, path in images], files, labels)
-    single, many = run_of(network()), [run_of(network(), lr) for lr in RATES]
-    sequential = [run_of(network(), lr) for lr in RATES]
+    single, many = run_of(network(), spec), [run_of(network(), spec, lr) for lr in RATES]
+    sequential = [run_of(network(), spec, lr) for lr in RATES]
     variants: dict[str, Callable[[], object]] = {
         "published": published.epoch,
         "fpt+, from disk": lambda: epoch([single], disk),
@@ -132,9 +142,9 @@ def measure(folder: Path, arguments: argparse.Namespace, threads: Threads) -> No
 
 def published_training(images: list[str], files: list[Path], labels: list[int]) -> PublishedTraining:
     """Set up the published loop at its first epoch."""
-    recipe, ours = settings(), network()
+    recipe, ours = settings().train, network()
     require_same_function(ours.spec, KEPT)
-    data = PublishedDataset(images, files, labels, ours.spec.image_size, recipe.augment, (MEAN, STD))
+    data = PublishedDataset(images, files, labels, ours.spec.image_size, recipe.augment, (LPM.mean, LPM.std))
     return PublishedTraining(PublishedNetwork.like(ours), data, BATCH, recipe.lr, recipe.weight_decay)
 
 

@@ -29,7 +29,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     receipt = study.extract()
     for name, lr in (("a", 1e-3), ("b", 2e-3)):
         settings = study.changed(train={"lr": lr})
-        train(settings, study.lpm, study.manifest, receipt, study.cache, root / name, root / "checkpoints")
+        train(settings, study.files(receipt), root / name, root / "checkpoints")
     return root / "a", root / "b"
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from stages.train.models import build_learner
 from study import Study, make_study
 
 from schemas.features import ExtractionReceipt
-from schemas.resolve import network_spec
 from schemas.results import EpochLog
+from stages.methods.base import gradient_method
 from stages.train.checkpoints import Fit, load_checkpoint, save_checkpoint
+from stages.train.inputs import inputs_key
+from stages.train.job import Watch, run_key
 from stages.train.loop import make_optimizer
-from stages.train.trainer import run_key, train
+from stages.train.trainer import train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "200"))
@@ -35,27 +37,27 @@ class Half:
         self.receipt: ExtractionReceipt = self.study.extract()
         self.calm = self.train("calm")[0]
 
-        def die(_: EpochLog) -> None:
+        def die(_position: int, _log: EpochLog) -> None:
             raise Killed
 
         with pytest.raises(Killed):
-            self.train("killed", die)
+            self.train("killed", on_epoch=die)
         (self.path,) = (root / "checkpoints").iterdir()
         self.data = self.path.read_bytes()
-        self.key = run_key(self.study.settings, self.study.manifest, self.receipt)
+        settings, files = self.study.settings, self.study.files(self.receipt)
+        self.key = run_key(settings, self.study.manifest, inputs_key(settings, files))
 
-    def train(self, output: str, on_epoch: object = None) -> tuple[bytes, list[str]]:
+    def train(self, output: str, **callbacks: Callable[[int, EpochLog], None]) -> tuple[bytes, list[str]]:
         notices: list[str] = []
         study = self.study
-        train(
-            study.settings, study.lpm, study.manifest, self.receipt, study.cache, study.root / output,
-            study.root / "checkpoints", on_epoch, on_notice=notices.append,  # type: ignore[arg-type]
-        )  # fmt: skip
+        watch = Watch(on_notice=notices.append, **callbacks)
+        train(study.settings, study.files(self.receipt), study.root / output, study.root / "checkpoints", watch)
         return (study.root / output / "model.safetensors").read_bytes(), notices
 
     def fresh(self) -> Fit:
+        method = gradient_method(self.study.settings.method)
         torch.manual_seed(0)
-        network = build_learner(network_spec(self.study.settings, self.study.lpm, 3))
+        network = method.build(method.spec(self.study.settings, self.study.lpm, 3))
         return Fit(network, make_optimizer(network, self.study.settings.train))
 
 

@@ -18,6 +18,7 @@ from study import Study, make_study
 from pipeline import cli
 from pipeline.params import dump_settings
 from schemas.results import EpochLog, TrainResult
+from stages.train.job import Watch
 from stages.train.trainer import train
 
 KILLED = """
@@ -78,11 +79,11 @@ def torchrun(study: Study, words: Sequence[str], script: str = "") -> subprocess
     )  # fmt: skip
 
 
-def single(study: Study, name: str, **keywords: Any) -> tuple[TrainResult, dict[str, torch.Tensor]]:
-    result = train(
-        study.settings, study.lpm, study.manifest, study.extract(), study.cache, study.root / name,
-        study.root / keywords.pop("checkpoints", "checkpoints"), **keywords,
-    )  # fmt: skip
+def single(
+    study: Study, name: str, checkpoints: str = "checkpoints", **callbacks: Any
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    files = study.files(study.extract())
+    result = train(study.settings, files, study.root / name, study.root / checkpoints, Watch(**callbacks))
     return result, load((study.root / name / "model.safetensors").read_bytes())
 
 
@@ -93,7 +94,7 @@ def epochs(study: Study, count: int, checkpoints: str) -> list[EpochLog]:
     class Enough(BaseException):
         pass
 
-    def note(log: EpochLog) -> None:
+    def note(_: int, log: EpochLog) -> None:
         found.append(log)
         if len(found) == count:
             raise Enough

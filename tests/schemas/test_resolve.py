@@ -9,7 +9,7 @@ import pytest
 from schemas.errors import SettingsError
 from schemas.features import LpmInfo
 from schemas.resolve import SIDE_PATCH, feature_spec, resolve, stored_side_size
-from schemas.settings import Method, Settings
+from schemas.settings import Settings
 from schemas.specs import SideNetworkSpec
 from stages.methods.base import gradient_method
 
@@ -42,7 +42,7 @@ def problems(settings: Settings, lpm: LpmInfo = VIT_B) -> dict[str, str]:
     ("method", "layers", "side", "stored"),
     [("fpt", range(12), 224, 256), ("fpt+", range(6, 12), 128, 144), ("side", range(6, 12), 128, 144)],
 )
-def test_presets(method: Method, layers: range, side: int, stored: int) -> None:
+def test_presets(method: str, layers: range, side: int, stored: int) -> None:
     resolved = resolve(made(method=method), VIT_B)
     assert resolved.features.layers == tuple(layers)
     assert resolved.train.side_image_size == side

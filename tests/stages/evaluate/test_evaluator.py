@@ -1,6 +1,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from study import Study, make_study
 
 from schemas.errors import BundleError, CacheIncompleteError, CacheMismatchError, EvaluationError
 from schemas.features import ExtractionReceipt
-from schemas.manifest import Manifest
+from schemas.manifest import Manifest, Split
 from schemas.results import Metrics
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
@@ -16,7 +17,7 @@ from stages.evaluate.scoring import CHANGED
 from stages.prepare.folds import draw_again
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
-from stages.train.infer import store_logits
+from stages.train.infer import source_logits
 from stages.train.trainer import train
 
 
@@ -31,7 +32,7 @@ def trained_study(root: Path, **keywords: object) -> Trained:
     study = make_study(root, **keywords)  # type: ignore[arg-type]
     receipt = study.extract()
     model = root / "outputs/model"
-    train(study.settings, study.lpm, study.manifest, receipt, study.cache, model, root / ".fpt/checkpoints")
+    train(study.settings, study.files(receipt), model, root / ".fpt/checkpoints")
     return Trained(study, receipt, model)
 
 
@@ -40,12 +41,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return trained_study(tmp_path_factory.mktemp("study"))
 
 
-def judge(trained: Trained, output: Path, split: str = "test") -> Metrics:
-    return evaluate(trained.study.manifest, trained.receipt, trained.model, trained.study.cache, output, split)  # type: ignore[arg-type]
+def run(trained: Trained, output: Path, split: Split = "test", **changes: Any) -> Metrics:
+    """Evaluate; `changes` replace fields of what the study reads."""
+    return evaluate(trained.study.files(**{"receipt": trained.receipt, **changes}), trained.model, output, split)
 
 
 def test_every_result_is_written_and_says_the_same(trained: Trained, tmp_path: Path) -> None:
-    metrics = judge(trained, tmp_path)
+    metrics = run(trained, tmp_path)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
         "metrics.json", "plots/confusion.csv", "plots/roc.csv", "predictions.parquet", "report.html",
     ]  # fmt: skip
@@ -61,33 +63,31 @@ def test_every_result_is_written_and_says_the_same(trained: Trained, tmp_path: P
 
 
 def test_probabilities_are_the_softmax_of_the_bundles_logits(trained: Trained, tmp_path: Path) -> None:
-    judge(trained, tmp_path, "val")
+    run(trained, tmp_path, "val")
     found = read_predictions(tmp_path / "predictions.parquet")
     store = open_store(trained.study.cache, trained.receipt)
-    logits = store_logits(load_bundle(trained.model), store, [row.id for row in found.rows])
+    logits = source_logits(load_bundle(trained.model), store, [row.id for row in found.rows])
     np.testing.assert_allclose(found.probabilities, logits.softmax(dim=1).numpy(), atol=1e-6)
     assert {row.split for row in found.rows} == {"val"}
 
 
 def test_splits_that_changed_after_the_training_are_warned_of(trained: Trained, tmp_path: Path) -> None:
-    assert judge(trained, tmp_path / "before").warnings == ()
-    manifest, features = draw_again(trained.study.manifest, 0.2, 0.2, seed=9), trained.receipt
+    assert run(trained, tmp_path / "before").warnings == ()
+    manifest = draw_again(trained.study.manifest, 0.2, 0.2, seed=9)
     assert {row.id for row in manifest.of("test")} & {row.id for row in trained.study.manifest.of("train")}
-    metrics = evaluate(manifest, features, trained.model, trained.study.cache, tmp_path / "after")
+    metrics = run(trained, tmp_path / "after", manifest=manifest)
     assert metrics.warnings == (CHANGED,)
     assert "changed after the model was trained" in (tmp_path / "after/report.html").read_text()
     # Test images that come or go touch no image that was trained on.
     fewer = trained.study.manifest
     rows = [row for row in fewer.rows if row.split != "test"] + list(fewer.of("test"))[1:]
-    less = evaluate(
-        fewer.model_copy(update={"rows": tuple(rows)}), features, trained.model, trained.study.cache, tmp_path
-    )
+    less = run(trained, tmp_path, manifest=fewer.model_copy(update={"rows": tuple(rows)}))
     assert less.warnings == ()
 
 
 def test_twice_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        judge(trained, tmp_path / name)
+        run(trained, tmp_path / name)
     for path in (tmp_path / "one").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path.name
 
@@ -96,7 +96,7 @@ def test_other_features_are_refused_with_the_fields(trained: Trained, tmp_path: 
     spec = trained.receipt.spec.model_copy(update={"kept": 1})
     receipt = trained.receipt.model_copy(update={"spec": spec, "fingerprint": spec.fingerprint})
     with pytest.raises(CacheMismatchError, match="kept") as error:
-        evaluate(trained.study.manifest, receipt, trained.model, trained.study.cache, tmp_path)
+        run(trained, tmp_path, receipt=receipt)
     assert error.value.differing == {"kept": (trained.receipt.spec.kept, 1)}
     assert not list(tmp_path.iterdir())
 
@@ -105,42 +105,35 @@ def test_other_classes_are_refused(trained: Trained, tmp_path: Path) -> None:
     manifest = trained.study.manifest
     turned = Manifest(classes=manifest.classes[::-1], rows=manifest.rows)
     with pytest.raises(BundleError, match="stripe, plain, grid"):
-        evaluate(turned, trained.receipt, trained.model, trained.study.cache, tmp_path)
+        run(trained, tmp_path, manifest=turned)
 
 
 def test_an_empty_split_is_refused(trained: Trained, tmp_path: Path) -> None:
     manifest = trained.study.manifest
     rows = tuple(row for row in manifest.rows if row.split != "test")
     with pytest.raises(EvaluationError, match="test split has no images"):
-        evaluate(
-            Manifest(classes=manifest.classes, rows=rows), trained.receipt, trained.model, trained.study.cache, tmp_path
-        )
+        run(trained, tmp_path, manifest=Manifest(classes=manifest.classes, rows=rows))
 
 
 def test_a_store_that_is_gone_is_noticed(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(CacheIncompleteError, match="fpt extract"):
-        evaluate(trained.study.manifest, trained.receipt, trained.model, tmp_path / "nowhere", tmp_path)
+        run(trained, tmp_path, cache_root=tmp_path / "nowhere")
 
 
-def test_a_file_under_two_names_is_judged_twice(trained: Trained, tmp_path: Path) -> None:
+def test_a_file_under_two_names_is_evaluated_twice(trained: Trained, tmp_path: Path) -> None:
     manifest = trained.study.manifest
     first = next(manifest.of("test"))
     twin = first.model_copy(update={"path": "zz/copy.png"})
-    metrics = evaluate(
-        Manifest(classes=manifest.classes, rows=(*manifest.rows, twin)),
-        trained.receipt, trained.model, trained.study.cache, tmp_path,
-    )  # fmt: skip
+    metrics = run(trained, tmp_path, manifest=Manifest(classes=manifest.classes, rows=(*manifest.rows, twin)))
     assert metrics.images == len(list(manifest.of("test"))) + 1
     found = read_predictions(tmp_path / "predictions.parquet")
     np.testing.assert_array_equal(found.probabilities[-1], found.probabilities[found.rows.index(first)])
 
 
-def test_a_split_without_a_class_is_judged_without_auc(trained: Trained, tmp_path: Path) -> None:
+def test_a_split_without_a_class_is_evaluated_without_auc(trained: Trained, tmp_path: Path) -> None:
     manifest = trained.study.manifest
     rows = tuple(row for row in manifest.rows if (row.split, row.label) != ("test", "grid"))
-    metrics = evaluate(
-        Manifest(classes=manifest.classes, rows=rows), trained.receipt, trained.model, trained.study.cache, tmp_path
-    )
+    metrics = run(trained, tmp_path, manifest=Manifest(classes=manifest.classes, rows=rows))
     assert metrics.auc is None
     assert metrics.absent_classes == ("grid",)
     assert "The AUC is not defined" in (tmp_path / "report.html").read_text()

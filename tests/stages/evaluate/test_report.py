@@ -7,8 +7,9 @@ import pytest
 
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.manifest import Manifest, ManifestRow
+from schemas.parse import parse_settings
+from schemas.resolve import resolve
 from schemas.results import BundleSpec
-from schemas.settings import TrainSettings
 from schemas.specs import SideNetworkSpec
 from stages.evaluate.curves import reliability, roc_curves
 from stages.evaluate.metrics import compute_metrics
@@ -62,8 +63,9 @@ def bundle_spec(classes: tuple[str, ...]) -> BundleSpec:
         method="fpt+", classes=len(classes), layers=1, lpm_width=64, heads=2, width=8, image_size=32, prompts=16,
         dropout=0.5,
     )  # fmt: skip
+    recipe = resolve(parse_settings({"method": "fpt+"}), lpm).train
     return BundleSpec(
-        classes=classes, network=network, features=features, train=TrainSettings(), best_epoch=3, val_auc=None,
+        classes=classes, network=network, features=features, train=recipe, best_epoch=3, val_auc=None,
         learnable=12_345, weights_sha256="b" * 64,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Trained:
 def trained_study(root: Path, method: str) -> Trained:
     study = make_study(root, method=method)
     receipt, model = study.extract(), root / "outputs/model"
-    train(study.settings, study.lpm, study.manifest, receipt, study.cache, model, root / "checkpoints")
+    train(study.settings, study.files(receipt), model, root / "checkpoints")
     return Trained(study, receipt, model)
 
 
@@ -80,7 +80,7 @@ def test_results_are_those_of_an_evaluation(trained: Trained, others: Path, tmp_
 
 def test_cached_features_are_read_and_give_what_computed_ones_give(trained: Trained, tmp_path: Path) -> None:
     images = trained.study.root / "images"
-    evaluate(trained.study.manifest, trained.receipt, trained.model, trained.study.cache, tmp_path / "test")
+    evaluate(trained.study.files(trained.receipt), trained.model, tmp_path / "test")
     cached = run(trained, images, tmp_path / "cached")
     computed = run(trained, images, tmp_path / "computed", cache=tmp_path / "nothing")
     assert (cached.cached, cached.computed) == (24, 0)

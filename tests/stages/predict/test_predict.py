@@ -29,8 +29,8 @@ class Trained:
 def trained_study(root: Path, method: str, dtype: str = "float16") -> Trained:
     study = make_study(root, method=method, features={"dtype": dtype})
     receipt, model = study.extract(), root / "outputs/model"
-    train(study.settings, study.lpm, study.manifest, receipt, study.cache, model, root / "checkpoints")
-    evaluate(study.manifest, receipt, model, study.cache, root / "evaluation", "train")
+    train(study.settings, study.files(receipt), model, root / "checkpoints")
+    evaluate(study.files(receipt), model, root / "evaluation", "train")
     found = read_predictions(root / "evaluation/predictions.parquet")
     return Trained(study, model, {row.path: p for row, p in zip(found.rows, found.probabilities, strict=True)})
 
