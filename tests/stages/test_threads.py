@@ -36,7 +36,7 @@ def seen(items: Sequence[int], together: threading.Barrier | None = None) -> lis
 
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize(("members", "shares"), [(2, [2] * 2), (3, [1] * 3), (4, [1] * 4), (9, [1] * 4)])
-def test_every_lane_has_its_share_of_the_threads(members: int, shares: list[int]) -> None:
+def test_every_thread_has_its_share_of_the_threads(members: int, shares: list[int]) -> None:
     with open_threads(members, CPU) as threads:
         # All parts at once, as with work that takes its time.
         found = threads.map(partial(seen, together=threading.Barrier(len(shares))), range(7))
@@ -47,7 +47,7 @@ def test_every_lane_has_its_share_of_the_threads(members: int, shares: list[int]
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_one_member_or_an_accelerator_has_one_lane() -> None:
+def test_one_member_or_an_accelerator_has_one_thread() -> None:
     for members, device in ((1, CPU), (8, torch.device("cuda"))):
         with open_threads(members, device) as threads:
             assert threads is CALLING_THREAD
@@ -55,7 +55,7 @@ def test_one_member_or_an_accelerator_has_one_lane() -> None:
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_what_fails_in_a_lane_is_raised() -> None:
+def test_what_fails_in_a_thread_is_raised() -> None:
     def fail(items: Sequence[int]) -> list[int]:
         if 2 in items:
             raise ValueError("two")
@@ -68,7 +68,7 @@ def test_what_fails_in_a_lane_is_raised() -> None:
 def run(study: Study, output: str, **keys: Any) -> TrainResult:
     settings = study.changed(train=keys)
     place = study.root / output
-    return train(settings, study.lpm, study.manifest, study.extract(), study.cache, place, place / "checkpoints")
+    return train(settings, study.files(study.extract()), place, place / "checkpoints")
 
 
 @pytest.mark.parametrize("keys", [{}, {"checkpointing": True, "accumulate": 2}])

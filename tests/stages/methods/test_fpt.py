@@ -10,8 +10,10 @@ import torch
 
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.specs import SideNetworkSpec
+from stages.methods.base import learnable_parameters
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
-from stages.methods.fpt import PromptedSideNetwork, learnable_parameters
+from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.fusion import context
 from stages.store.quantise import dequantise, encode
 
@@ -51,6 +53,17 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = (batch, TINY["layers"], TINY["heads"], KEPT, TINY["lpm_width"] // TINY["heads"])
     image = torch.randn(batch, 3, TINY["image_size"], TINY["image_size"], generator=generator)
     return image, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def logits_of(
+    network: PromptedSideNetwork,
+    image: torch.Tensor,
+    keys: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    tokens = None if keys is None or values is None else CachedTokens(keys, values)
+    logits: torch.Tensor = network(Batch(torch.zeros(len(image), dtype=torch.int64), side=image, tokens=tokens))
+    return logits
 
 
 # The transcription. x: vectors and matrices of one image in float64; w: the weights of the module by name.
@@ -153,7 +166,7 @@ def test_logits_are_those_of_the_equations(method: str) -> None:
     batch = inputs()
     expected = transcribe(network, *batch)
     with torch.no_grad():
-        found = network(batch[0], CachedTokens(*batch[1:]))
+        found = logits_of(network, *batch)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -170,7 +183,7 @@ def test_dropout_falls_on_the_fused_prompts_and_nowhere_else(method: str) -> Non
     # What the global generator draws must not matter.
     torch.manual_seed(11)
     with torch.no_grad():
-        found = network(batch[0], CachedTokens(*batch[1:]))
+        found = logits_of(network, *batch)
     torch.testing.assert_close(found.double(), transcribe(network, *batch, mask=mask.double()), rtol=1e-5, atol=1e-5)
 
 
@@ -197,9 +210,7 @@ def test_learnable_parameters_of_vit_base_are_the_published_ones(
 @pytest.mark.parametrize("method", ["fpt", "fpt+", "side"])
 def test_gradient_reaches_every_parameter(method: str) -> None:
     network = build(method).train()
-    torch.nn.functional.cross_entropy(
-        network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])
-    ).backward()
+    torch.nn.functional.cross_entropy(logits_of(network, *inputs()), torch.tensor([0, 2])).backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
 
@@ -209,9 +220,7 @@ def test_a_fresh_network_learns_from_its_first_step(method: str) -> None:
     """Prompts start near zero: the projections around them must pass a gradient all the same."""
     torch.manual_seed(0)
     network = PromptedSideNetwork(tiny(method)).train()
-    torch.nn.functional.cross_entropy(
-        network(inputs()[0], CachedTokens(*inputs()[1:])), torch.tensor([0, 2])
-    ).backward()
+    torch.nn.functional.cross_entropy(logits_of(network, *inputs()), torch.tensor([0, 2])).backward()
     for name in ("fusion.prompts", "fusion.out.weight", "side.patch_embed.weight"):
         assert network.get_parameter(name).grad.abs().sum() > 0, name
 
@@ -221,9 +230,9 @@ def test_features_change_the_logits_unless_the_method_ignores_them(method: str) 
     network = build(method).eval()
     image, keys, values = inputs()
     with torch.no_grad():
-        base = network(image, CachedTokens(keys, values))
-        moved_keys = network(image, CachedTokens(keys.flip(0), values))
-        moved_values = network(image, CachedTokens(keys, values + 1.0))
+        base = logits_of(network, image, keys, values)
+        moved_keys = logits_of(network, image, keys.flip(0), values)
+        moved_values = logits_of(network, image, keys, values + 1.0)
     changes = [(moved - base).abs().max() for moved in (moved_keys, moved_values)]
     assert all(change == 0 for change in changes) if method == "side" else all(change > 1e-3 for change in changes)
 
@@ -234,9 +243,9 @@ def test_half_precision_features_give_the_same_logits_within_rounding(method: st
     image, keys, values = inputs()
     halves = keys.half(), values.half()
     with torch.no_grad():
-        stored = network(image, CachedTokens(*halves))
-        exact = network(image, CachedTokens(*(half.float() for half in halves)))
-        single = network(image, CachedTokens(keys, values))
+        stored = logits_of(network, image, *halves)
+        exact = logits_of(network, image, *(half.float() for half in halves))
+        single = logits_of(network, image, keys, values)
     torch.testing.assert_close(stored, exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stored, single, rtol=2e-2, atol=2e-2)
 
@@ -328,6 +337,6 @@ def test_fresh_weights_are_those_of_the_recipe(method: str) -> None:
 
 def test_side_needs_no_features_and_the_presets_say_that_they_do() -> None:
     image, _, _ = inputs()
-    assert build("side")(image).shape == (2, TINY["classes"])
-    with pytest.raises(ValueError, match="keys and values are needed"):
-        build("fpt+")(image)
+    assert logits_of(build("side"), image).shape == (2, TINY["classes"])
+    with pytest.raises(ValueError, match="needs the input tokens"):
+        logits_of(build("fpt+"), image)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stages.train.models import Network
+from quantised import spec as feature_spec
 from study import Study, make_study
 
 from schemas.errors import SettingsError
 from schemas.parse import parse_settings
-from schemas.resolve import attentive_spec, network_spec, resolve
+from schemas.resolve import resolve
 from schemas.results import EpochLog, TrainResult
 from schemas.specs import SideNetworkSpec
 from stages.evaluate.evaluator import evaluate
@@ -21,19 +22,22 @@ from stages.groups import cluster_of
 from stages.images import read_image
 from stages.lpm.loading import load_lpm
 from stages.methods.attentive import AttentiveProbe
+from stages.methods.base import FitInputs, Network, build_model, gradient_method, learnable_parameters
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
-from stages.methods.calibration import sharpness
-from stages.methods.fpt import Ensemble, PromptedSideNetwork, build_network, learnable_parameters
-from stages.methods.joint_attention import member_logits
-from stages.methods.statistics import StatisticsFit, StatisticsProbe, describe, fit_statistics
+from stages.methods.calibration import inverse_temperatures
+from stages.methods.fit_rows import describe_rows
+from stages.methods.fpt import PromptedSideNetwork
+from stages.methods.fpt_x import Ensemble, _attentive_spec
+from stages.methods.statistics import StatisticsFit, StatisticsProbe, fit_statistics
 from stages.store.reader import open_store
-from stages.train import trainer as training
+from stages.train import gradient
 from stages.train.bundle import load_bundle
 from stages.train.checkpoints import Fit
-from stages.train.data import Batch
-from stages.train.infer import feature_logits, store_logits
+from stages.train.infer import feature_logits, source_logits
+from stages.train.job import SPLITS, Watch
 from stages.train.loop import Recipe, Run, keep_epoch, make_optimizer, training_step
-from stages.train.trainer import train
+from stages.train.trainer import train, train_together
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
 
@@ -49,12 +53,22 @@ def batch(seed: int, size: int = 5) -> Batch:
     g = torch.Generator().manual_seed(seed)
     cached = CachedTokens(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
     images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
-    return Batch(images, cached, torch.arange(size) % 3, torch.randn(size, 2, 32, generator=g))
+    return Batch(torch.arange(size) % 3, side=images, tokens=cached, pooled=torch.randn(size, 2, 32, generator=g))
+
+
+def prepared(seed: int, size: int = 5) -> Batch:
+    return batch(seed, size).prepared(feature_spec("float32"))
+
+
+def build_network(spec: SideNetworkSpec) -> Network:
+    network = build_model(spec)
+    assert isinstance(network, Network)
+    return network
 
 
 def recipe(**keys: Any) -> Recipe:
     settings = parse_settings({"train": {"lr": 1e-2, "clip_norm": 0.05, **keys}}).train
-    return Recipe(settings, (0.5,) * 3, (0.5,) * 3, None, torch.device("cpu"), 0)
+    return Recipe(settings, feature_spec("float32"), None, torch.device("cpu"), 0)
 
 
 def fill(probe: StatisticsProbe) -> None:
@@ -81,7 +95,7 @@ def test_members_learn_what_they_would_learn_alone() -> None:
     torch.manual_seed(0)
     together = build_network(tiny(3, 0.3, attentive=2, share=0.2))
     assert isinstance(together, Ensemble)
-    probes = [AttentiveProbe(attentive_spec(together.spec)) for _ in range(2)]
+    probes = [AttentiveProbe(_attentive_spec(together.spec)) for _ in range(2)]
     alone: list[Network] = [*(PromptedSideNetwork(tiny(1, 0.0, method="fpt+")) for _ in range(3)), *probes]
     for network, member in zip(alone, together.members, strict=True):
         network.load_state_dict(member.state_dict())
@@ -108,12 +122,12 @@ def test_members_differ_by_initialisation_and_dropout() -> None:
         for parameter in network.parameters():
             parameter.normal_(std=0.5)
     second.load_state_dict(first.state_dict())
-    own = batch(0)
+    own = prepared(0)
     network.train()
-    logits = member_logits(network.members, own.image.float(), own.cached)
+    logits = network.member_logits(network.members, own)
     assert not torch.allclose(logits[0], logits[1])
     network.eval()
-    logits = member_logits(network.members, own.image.float(), own.cached)
+    logits = network.member_logits(network.members, own)
     torch.testing.assert_close(logits[0], logits[1])
 
 
@@ -126,15 +140,14 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
     network.sharpness.copy_(torch.tensor([0.5, 0.1, 2.0]))
     for member in network.attentive:
         member.head.weight.data.normal_()  # type: ignore[operator, union-attr]
-    own = batch(0)
-    assert own.pooled is not None
+    own = prepared(0)
     with torch.no_grad():
-        found = network.eval()(own.image.float(), own.cached, own.pooled)
-        parts = [member(own.image.float(), own.cached).softmax(-1).log() for member in network.members]
-        probe = said_by(network.probe, describe(own.pooled, own.cached)).log_softmax(-1)
+        found = network.eval()(own)
+        parts = [member(own).softmax(-1).log() for member in network.members]
+        probe = said_by(network.probe, describe_rows(own)).log_softmax(-1)
     torch.testing.assert_close(found, 0.2 * (parts[0] + parts[1]) / 2 + 0.035 * (parts[2] + parts[3]) / 2 + 0.5 * probe)
     with pytest.raises(ValueError, match="pooled"):
-        network(own.image.float(), own.cached)
+        network(replace(own, pooled=None))
 
 
 def test_before_training_it_ranks_as_the_probe_does() -> None:
@@ -143,13 +156,12 @@ def test_before_training_it_ranks_as_the_probe_does() -> None:
     assert isinstance(network, Ensemble)
     assert network.probe is not None
     fill(network.probe)
-    own = batch(1, 12)
-    assert own.pooled is not None
+    own = prepared(1, 12)
     with torch.no_grad():
         for member in network.networks:
             member.side.head.weight.zero_()
-        found = network.eval()(own.image.float(), own.cached, own.pooled)
-        probe = said_by(network.probe, describe(own.pooled, own.cached)).log_softmax(-1)
+        found = network.eval()(own)
+        probe = said_by(network.probe, describe_rows(own)).log_softmax(-1)
     assert torch.equal(found.argsort(0), probe.argsort(0))
 
 
@@ -157,11 +169,11 @@ def test_one_member_without_a_probe_is_the_published_network() -> None:
     assert isinstance(build_network(tiny(1, 0.0)), PromptedSideNetwork)
     one = learnable_parameters(build_network(tiny(1, 0.0)))
     assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 7 * (3 * 2 * 32 + 3)
-    probe = learnable_parameters(AttentiveProbe(attentive_spec(tiny(1, 0.0))))
+    probe = learnable_parameters(AttentiveProbe(_attentive_spec(tiny(1, 0.0))))
     assert learnable_parameters(build_network(tiny(1, 0.0, attentive=2, share=0.5))) == one + 2 * probe
 
 
-def test_the_validation_images_settle_how_sure_an_expert_may_be() -> None:
+def test_validation_images_calibrate_each_expert() -> None:
     torch.manual_seed(0)
     network = build_network(tiny(1, 0.3, attentive=1, share=0.2))
     assert isinstance(network, Ensemble)
@@ -169,22 +181,20 @@ def test_the_validation_images_settle_how_sure_an_expert_may_be() -> None:
     honest = torch.randn(300, 3) + 1.5 * torch.nn.functional.one_hot(labels, 3)
     # 1.5 z is the log-odds of z ~ N(1.5, 1) against N(0, 1): that expert is as sure as it may be.
     experts = torch.stack([1.5 * honest, 15.0 * honest, 0.15 * honest], dim=1).log_softmax(-1)
-    pooled = network.settle(experts, labels)
+    pooled = network.calibrate(experts, labels)
     assert network.sharpness.tolist() == pytest.approx([1.0, 0.1, 10.0], rel=0.2)
     shares = torch.tensor([0.5, 0.2, 0.3])
     torch.testing.assert_close(pooled, (experts * (shares * network.sharpness)[:, None]).sum(1))
     assert network.state_dict()["sharpness"].tolist() == network.sharpness.tolist()
     # Three images cannot make an expert ten times as sure, none leaves it as it is.
-    assert 0.5 < float(sharpness(15.0 * honest[:0, None], labels[:0])) < 2.0
-    assert float(sharpness(torch.tensor([[[4.0, 0.0, 0.0]]]), torch.tensor([0]))) < 3.0
+    assert 0.5 < float(inverse_temperatures(15.0 * honest[:0, None], labels[:0])) < 2.0
+    assert float(inverse_temperatures(torch.tensor([[[4.0, 0.0, 0.0]]]), torch.tensor([0]))) < 3.0
 
 
 def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
     receipt = study.extract()
     settings = study.changed(train=train_keys) if train_keys else study.settings
-    return train(
-        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints"
-    )
+    return train(settings, study.files(receipt), study.root / output, study.root / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +239,7 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     late = result.epochs[1:]
     assert result.best == max(late, key=lambda log: (log.val_auc, -log.val_loss))
     bundle = load_bundle(study.root / "model")
-    assert bundle.spec.network == network_spec(study.settings, study.lpm, 3)
+    assert bundle.spec.network == gradient_method("fpt-x").spec(study.settings, study.lpm, 3)
     assert isinstance(bundle.network, Ensemble)
     assert bundle.network.probe is not None
     assert float(bundle.network.probe.weight.abs().sum()) > 0
@@ -237,7 +247,7 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     receipt = study.extract()
     rows = list(study.manifest.of("val"))
     reader = open_store(study.cache, receipt)
-    logits = store_logits(bundle, reader, [row.id for row in rows])
+    logits = source_logits(bundle, reader, [row.id for row in rows])
     target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
     loss = float(torch.nn.functional.cross_entropy(logits, target))
     # The linear probes have learnt from these images; training judged by probes that had not.
@@ -246,7 +256,7 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     image = read_image(study.root / "images" / rows[0].path, max_pixels=10**6)
     features = compute_features(lpm, receipt.spec, [to_pixels(image, receipt.spec)])
     torch.testing.assert_close(feature_logits(bundle, features.arrays)[0], logits[0], rtol=0, atol=0.02)
-    metrics = evaluate(study.manifest, receipt, study.root / "model", study.cache, study.root / "evaluation")
+    metrics = evaluate(study.files(receipt), study.root / "model", study.root / "evaluation")
     assert metrics.images == len(list(study.manifest.of("test")))
 
 
@@ -303,14 +313,14 @@ def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
-    def die(log: Any) -> None:
+    def die(_: int, log: Any) -> None:
         if log.epoch == 1:
             raise Killed
 
-    places = (study.settings, study.lpm, study.manifest, receipt, study.cache)
+    places = (study.settings, study.files(receipt))
     train(*places, study.root / "calm", study.root / "checkpoints")
     with pytest.raises(Killed):
-        train(*places, study.root / "killed", study.root / "checkpoints", die)
+        train(*places, study.root / "killed", study.root / "checkpoints", Watch(on_epoch=die))
     assert train(*places, study.root / "killed", study.root / "checkpoints").resumed_from == 1
     assert (study.root / "calm/model.safetensors").read_bytes() == (
         study.root / "killed/model.safetensors"
@@ -321,21 +331,19 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
     fits = []
 
-    def counted(*given: Any, **named: Any) -> tuple[StatisticsFit, torch.Tensor]:
+    def counted(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
         units = cluster_of(study.manifest)
-        for rows, split in zip(given[:2], training.SPLITS, strict=True):
+        for rows, split in zip((inputs.train, inputs.val), SPLITS, strict=True):
             assert rows.groups == [units[row.path] for row in study.manifest.of(split)]
-        found = fit_statistics(*given, **named)
+        found = fit_statistics(inputs)
         fits.append(found[0])
         return found
 
-    monkeypatch.setattr(training, "fit_statistics", counted)
+    monkeypatch.setattr(gradient, "fit_statistics", counted)
     weighted = {"class_weights": (1.0, 2.0, 3.0)}
     variants = [study.changed(train={"order_seed": 0, **keys}) for keys in ({}, {"lr": 1e-3}, weighted)]
     outputs = [tmp_path / str(number) for number in range(3)]
-    training.train_together(
-        variants, study.lpm, study.manifest, study.extract(), study.cache, outputs, tmp_path / "checkpoints"
-    )
+    train_together(variants, study.files(study.extract()), outputs, tmp_path / "checkpoints")
     assert len(fits) == 2
     for output, fit in zip(outputs, (fits[0], fits[0], fits[1]), strict=True):
         network = load_bundle(output).network

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from schemas.specs import SideNetworkSpec
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.reference import reference_forward
@@ -48,7 +49,7 @@ def test_reference_equals_the_fast_path_in_output_and_gradient(method: str) -> N
         (logits * weights).sum().backward()
         return [logits.detach(), *(parameter.grad for parameter in network.parameters() if parameter.grad is not None)]
 
-    fast = logits_and_gradients(network(image, CachedTokens(keys, values)))
+    fast = logits_and_gradients(network(Batch(torch.zeros(2), side=image, tokens=CachedTokens(keys, values))))
     plain = logits_and_gradients(reference_forward(network, image, keys, values))
     assert len(fast) == len(plain) == 1 + len(list(network.parameters()))
     for one, other in zip(fast, plain, strict=True):

@@ -11,10 +11,12 @@ from quantised import numpy, spec
 from sklearn.linear_model import LogisticRegression
 
 from schemas.errors import TrainingError
-from stages.methods import probes
+from stages.methods import regression
+from stages.methods.base import FitInputs
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
-from stages.methods.fit_rows import FitRows
-from stages.methods.statistics import StatisticsFit, StatisticsProbe, describe, fit_statistics
+from stages.methods.fit_rows import FitRows, describe_rows
+from stages.methods.statistics import StatisticsFit, StatisticsProbe, fit_statistics
 from stages.store.quantise import dequantise, encode
 
 SHAPE = (2, 2, 9, 6)
@@ -29,7 +31,7 @@ def test_sources_are_the_moments_of_what_is_stored(dtype: str) -> None:
     of = spec(dtype)
     arrays = numpy(encode(keys, values, of))
     pooled = torch.randn(6, 2, of.lpm.width, generator=g)
-    found = describe(pooled, CachedTokens.of(arrays))
+    found = describe_rows(Batch(torch.zeros(6), tokens=CachedTokens.of(arrays), pooled=pooled))
     layers, width = SHAPE[0], of.lpm.width
     assert found.shape == (6, 1 + 2 * layers, 2 * width)
     assert torch.equal(found[:, 0], pooled.flatten(1))
@@ -45,7 +47,7 @@ def test_sources_are_the_moments_of_what_is_stored(dtype: str) -> None:
 
 def test_without_cached_tokens_there_are_the_pooled_outputs() -> None:
     pooled = torch.randn(3, 2, 8)
-    assert torch.equal(describe(pooled, None), pooled.reshape(3, 1, 16))
+    assert torch.equal(describe_rows(Batch(torch.zeros(3), pooled=pooled)), pooled.reshape(3, 1, 16))
 
 
 def made(n: int, seed: int, told: float = 1.5, width: int = 12) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
@@ -67,7 +69,8 @@ def fit_to(
     """Fit to rows and labels; no two are of one patient unless it is said."""
     known = alone(len(train[1])) if groups is None else groups
     others = [f"val {number}" for number in range(len(val[1]))]
-    return fit_statistics(FitRows(*train, known, classes), FitRows(*val, others, classes), weights)
+    rows = FitRows(*train, known, classes), FitRows(*val, others, classes)
+    return fit_statistics(FitInputs(train=rows[0], val=rows[1], class_weights=weights))
 
 
 def probe_of(fit: StatisticsFit) -> StatisticsProbe:
@@ -91,7 +94,7 @@ def test_what_tells_more_has_the_larger_share() -> None:
 
 @pytest.mark.parametrize("width", [12, 200], ids=["more rows", "more features"])
 def test_each_is_a_logistic_regression(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(regression, "STRENGTHS", (0.01,))
     (x, y), (x_val, y_val) = made(60, 0, width=width), made(20, 1, width=width)
     fit, _ = fit_to((x, y), (x_val, y_val))
     x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])
@@ -119,8 +122,8 @@ def test_validation_images_are_fitted_to_and_judged_by_what_did_not_see_them() -
 def test_what_is_said_of_a_validation_image_is_the_regression_of_the_other_folds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(probes, "STRENGTHS", (0.01,))
-    monkeypatch.setattr(probes, "ROUGH", 1e-8)
+    monkeypatch.setattr(regression, "STRENGTHS", (0.01,))
+    monkeypatch.setattr(regression, "ROUGH", 1e-8)
     (x, y), (x_val, y_val) = made(60, 0), made(20, 1)
     fit, said = fit_to((x, y), (x_val, y_val))
     x, y = np.concatenate([x, x_val]), np.concatenate([y, y_val])

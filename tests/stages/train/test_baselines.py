@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,35 +13,39 @@ from study import Study, make_study
 
 from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt
-from schemas.resolve import PRESETS
+from schemas.methods import METHODS, Method
+from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, TrainResult
-from schemas.settings import Method, Settings
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.evaluate.report import METHODS
 from stages.lpm.loading import describe_lpm
 from stages.methods.attentive import AttentiveProbe
+from stages.methods.batch import Batch
 from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.cost import estimate_cost
-from stages.train.data import READS, Batch, EpochSampler, FeatureDataset, batches
-from stages.train.infer import store_logits
+from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
+from stages.train.infer import source_logits
+from stages.train.job import Watch
 from stages.train.trainer import train
 
 PROBES: tuple[Method, ...] = ("statistics", "linear", "knn", "attentive")
 LOOP = {"epochs": 12, "lr": 2e-3, "prompts": 4}
 
 
-def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywords: Any) -> TrainResult:
-    settings: Settings = keywords.pop("settings", study.settings)
-    return train(
-        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints",
-        **keywords,
-    )  # fmt: skip
+def run(
+    study: Study,
+    receipt: ExtractionReceipt,
+    output: str = "model",
+    settings: ResolvedSettings | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    checkpoints = study.root / "checkpoints"
+    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
 
 
-def as_method(study: Study, method: Method) -> Settings:
+def as_method(study: Study, method: Method) -> ResolvedSettings:
     return study.settings.model_copy(update={"method": method})
 
 
@@ -51,11 +54,11 @@ def test_a_baseline_learns_and_predicts_what_it_is_judged_by(tmp_path: Path, met
     study = make_study(tmp_path, method=method, train=LOOP)
     receipt = study.extract()
     logs: list[EpochLog] = []
-    result = run(study, receipt, on_epoch=logs.append)
+    result = run(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
     assert tuple(logs) == result.epochs
     assert result.best.val_auc is not None
     assert result.best.val_auc > 0.9
-    metrics = evaluate(study.manifest, receipt, tmp_path / "model", study.cache, tmp_path / "evaluation")
+    metrics = evaluate(study.files(receipt), tmp_path / "model", tmp_path / "evaluation")
     assert metrics.auc is not None
     assert metrics.auc > 0.9
     table = read_predictions(tmp_path / "evaluation/predictions.parquet")
@@ -83,7 +86,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method
     assert bundle.spec.learnable == result.learnable
     assert (result.learnable == 0) == (method == "knn")
     rows = list(study.manifest.of("val"))
-    logits = store_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
+    logits = source_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
     target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
     loss = float(torch.nn.functional.cross_entropy(logits, target))
     if method == "statistics":
@@ -108,10 +111,8 @@ def test_a_baseline_uses_the_features_of_another_method(tmp_path: Path, method: 
     with pytest.raises(CacheMismatchError, match="image_size"):
         larger = describe_lpm("test_vit", 96)
         image = other.settings.features.model_copy(update={"image_size": 96})
-        train(
-            other.settings.model_copy(update={"features": image}), larger, study.manifest, receipt, study.cache,
-            tmp_path / "x", tmp_path / "checkpoints",
-        )  # fmt: skip
+        changed = other.settings.model_copy(update={"features": image})
+        train(changed, study.files(receipt, lpm=larger), tmp_path / "x", tmp_path / "checkpoints")
 
 
 def test_only_what_reads_tokens_minds_how_they_are_kept(study: Study) -> None:
@@ -204,7 +205,7 @@ def test_the_attentive_probe_is_softmax_attention_head_by_head(study: Study) -> 
             found = torch.einsum("hj,hjd->hd", scores.softmax(dim=1), values[layer]).flatten()
             parts.append((found - found.mean()) / (found.var(unbiased=False) + 1e-5).sqrt())
     expected = torch.cat(parts) @ probe.head.weight.detach().double().T + probe.head.bias.detach().double()
-    found = store_logits(load_bundle(study.root / "model"), open_store(study.cache, receipt), [row])[0]
+    found = source_logits(load_bundle(study.root / "model"), open_store(study.cache, receipt), [row])[0]
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -229,20 +230,21 @@ def test_workers_hand_out_batches_without_images(study: Study) -> None:
     store = open_store(study.cache, study.extract())
     rows = list(study.manifest.rows)
     for method in PROBES:
-        data = FeatureDataset(store, [row.id for row in rows], list(range(len(rows))), 0, method=method)
+        data = FeatureDataset(store, [row.id for row in rows], list(range(len(rows))), Reading(METHODS[method].inputs))
         sampler = EpochSampler(len(data), 5, seed=1)
         alone = [copied(batch) for batch in batches(data, sampler)]
         helped = [copied(batch) for batch in batches(data, sampler, workers=1)]
         for left, right in zip(alone, helped, strict=True):
-            expected = {name for name in READS[method] if name in ("keys", "pooled")}
+            inputs = METHODS[method].inputs
+            expected = {"pooled"} & inputs | ({"keys"} if inputs & {"tokens", "statistics"} else set())
             assert left.keys() == right.keys() == expected | {"labels"}
             assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def copied(batch: Batch) -> dict[str, torch.Tensor]:
-    found = {"image": batch.image, "pooled": batch.pooled, "labels": batch.labels}
-    if batch.cached is not None:
-        found["keys"] = batch.cached.keys
+    found = {"side": batch.side, "pooled": batch.pooled, "labels": batch.labels}
+    if batch.tokens is not None:
+        found["keys"] = batch.tokens.keys
     return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
 
 

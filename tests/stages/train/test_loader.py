@@ -10,16 +10,20 @@ import pytest
 import torch
 from study import Study
 
+from schemas.cost import StoreMemory
 from schemas.machine import StoreSettings
+from schemas.methods import METHODS
 from stages.store.memory_rows import MemoryRows, available_memory, plan_memory
 from stages.store.reader import StoreReader, open_store
-from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading
+from stages.train.job import Watch
 from stages.train.trainer import train
 
 
 def dataset(study: Study, store: Any) -> FeatureDataset:
     ids = [row.id for row in study.manifest.rows]
-    return FeatureDataset(store, ids, list(range(len(ids))), 32, study.settings.train.augment, seed=3)
+    reading = Reading(METHODS["fpt+"].inputs, 32, study.settings.train.augment, seed=3)
+    return FeatureDataset(store, ids, list(range(len(ids))), reading)
 
 
 def opened(study: Study) -> StoreReader:
@@ -38,9 +42,9 @@ def test_workers_hand_out_the_same_batches_in_every_epoch(study: Study, start: s
         count = 0
         for helped, own in zip(loader, alone, strict=True):
             count += 1
-            assert torch.equal(helped.image, own.image), sampler.epoch
+            assert torch.equal(helped.side, own.side), sampler.epoch
             assert torch.equal(helped.labels, own.labels), sampler.epoch
-            for left, right in zip(helped.cached.tensors(), own.cached.tensors(), strict=True):
+            for left, right in zip(helped.tokens.tensors(), own.tokens.tensors(), strict=True):
                 assert torch.equal(left, right), sampler.epoch
         assert count == len(loader) == 8
 
@@ -55,7 +59,7 @@ def test_an_epoch_that_is_left_early_does_not_disturb_the_next(study: Study) -> 
             if step == 3:
                 break
     for helped, own in zip(loader, BatchLoader(data, sampler), strict=True):
-        assert torch.equal(helped.cached.keys, own.cached.keys)
+        assert torch.equal(helped.tokens.keys, own.tokens.keys)
 
 
 @pytest.mark.slow
@@ -67,8 +71,8 @@ def test_workers_read_from_shared_memory(study: Study) -> None:
     data = dataset(study, held)
     sampler = EpochSampler(len(data), 5, seed=1)
     for helped, own in zip(BatchLoader(data, sampler, workers=1), BatchLoader(data, sampler), strict=True):
-        assert torch.equal(helped.cached.keys, own.cached.keys)
-        assert torch.equal(helped.image, own.image)
+        assert torch.equal(helped.tokens.keys, own.tokens.keys)
+        assert torch.equal(helped.side, own.side)
 
 
 def test_memory_holds_the_rows_of_the_store(study: Study) -> None:
@@ -107,12 +111,11 @@ def test_training_from_memory_and_from_the_disk_give_the_same_model(study: Study
     receipt = study.extract()
     models = []
     for budget in ("auto", 0):
-        told: list[Any] = []
+        told: list[StoreMemory] = []
         folder: Path = study.root / f"model-{budget}"
-        train(
-            study.changed(store={"memory_budget": budget}), study.lpm, study.manifest, receipt, study.cache, folder,
-            study.root / f"checkpoints-{budget}", on_memory=told.append,
-        )  # fmt: skip
+        settings = study.changed(store={"memory_budget": budget})
+        watch = Watch(on_memory=told.append)
+        train(settings, study.files(receipt), folder, study.root / f"checkpoints-{budget}", watch)
         assert [memory.held for memory in told] == [budget == "auto"]
         models.append((folder / "model.safetensors").read_bytes())
     assert models[0] == models[1]

@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from quantised import spec as feature_spec
 from safetensors.torch import load
-from stages.train.models import Network
 from study import Study, make_study
 
 from schemas.parse import parse_settings
 from schemas.results import TrainResult
 from schemas.settings import TrainSettings
 from schemas.specs import SideNetworkSpec
+from stages.methods.base import Network, build_model
+from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
-from stages.methods.fpt import build_network
 from stages.methods.fusion import context
 from stages.methods.side_network import Block
 from stages.ranks import Ranks
 from stages.train.checkpoints import Fit
 from stages.train.compiling import compile_blocks
-from stages.train.data import Batch
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 from stages.train.micro_batches import split_batch
 from stages.train.trainer import train
@@ -37,19 +37,20 @@ def batch(size: int = 8, seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     cached = CachedTokens(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
     images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
-    return Batch(images, cached, torch.randint(0, 3, (size,), generator=g))
+    return Batch(torch.randint(0, 3, (size,), generator=g), side=images, tokens=cached)
 
 
 def a_run(method: str, weights: torch.Tensor | None = None, device: str = "cpu", **train: Any) -> Run:
     """A run whose every parameter is far from its initial value, at the start of an epoch."""
     spec = {**SHAPE, "method": method, "dropout": 0.5, "members": ALL[method], "probe_weight": 0.0}
     torch.manual_seed(0)
-    network = build_network(SideNetworkSpec.model_validate(spec))
+    network = build_model(SideNetworkSpec.model_validate(spec))
+    assert isinstance(network, Network)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.3)
     settings = parse_settings({"train": {"batch_size": 8, "clip_norm": 0.5, **train}}).train
-    recipe = Recipe(settings, (0.5,) * 3, (0.5,) * 3, weights, torch.device(device), 0)
+    recipe = Recipe(settings, feature_spec("float32"), weights, torch.device(device), 0)
     network.to(device).train().reseed(0, 1)
     return Run(Fit(network, make_optimizer(network, settings)), recipe, Path(), lambda _: None)
 
@@ -120,26 +121,24 @@ def test_accumulate_divides_the_batch() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("whole", [1, 2, 7, 16])
-def test_parts_of_all_processes_cover_a_batch_once(whole: int, count: int, accumulate: int) -> None:
+@pytest.mark.parametrize("batch_rows", [1, 2, 7, 16])
+def test_micro_batches_of_all_processes_cover_a_batch_once(batch_rows: int, count: int, accumulate: int) -> None:
     covered: list[int] = []
     for rank in range(count):
         ranks = Ranks(rank, count)
-        own = ranks.rows(whole)
-        parts = split_batch(own.stop - own.start, whole, 16, accumulate, ranks)
+        own = ranks.rows(batch_rows)
+        parts = split_batch(own.stop - own.start, batch_rows, 16, accumulate, ranks)
         assert len(parts) <= accumulate
         for part in parts:
-            place = part.place or slice(0, whole)
+            place = part.place or slice(0, batch_rows)
             assert place.stop - place.start == part.rows.stop - part.rows.start
             covered += range(place.start, place.stop)
-    assert covered == list(range(whole))
+    assert covered == list(range(batch_rows))
 
 
 def trained(study: Study, name: str, **keys: Any) -> tuple[TrainResult, dict[str, torch.Tensor]]:
-    result = train(
-        study.changed(train=keys), study.lpm, study.manifest, study.extract(), study.cache, study.root / name,
-        study.root / "checkpoints",
-    )  # fmt: skip
+    files = study.files(study.extract())
+    result = train(study.changed(train=keys), files, study.root / name, study.root / "checkpoints")
     return result, load((study.root / name / "model.safetensors").read_bytes())
 
 

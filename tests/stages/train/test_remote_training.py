@@ -20,6 +20,7 @@ from stages.evaluate.evaluator import evaluate
 from stages.store.layout import open_store_layout
 from stages.store.manage.transfer import push
 from stages.store.remote import open_remote
+from stages.train.job import Watch
 from stages.train.trainer import train
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -55,12 +56,10 @@ def outcome(
     """Everything about a training and an evaluation but their times."""
     told: list[StoreMemory] = []
     changed = study.changed(**settings)
-    result = train(
-        changed, study.lpm, study.manifest, receipt, cache, folder / "model", folder / "checkpoints",
-        on_memory=told.append, remote=remote,
-    )  # fmt: skip
+    files = study.files(receipt, cache_root=cache, remote=remote)
+    result = train(changed, files, folder / "model", folder / "checkpoints", Watch(on_memory=told.append))
     assert [bool(memory.remote) for memory in told] == [remote is not None and not remote.startswith("file")]
-    metrics = evaluate(study.manifest, receipt, folder / "model", cache, folder / "evaluation", remote=remote)
+    metrics = evaluate(files, folder / "model", folder / "evaluation")
     epochs = [epoch.model_dump(exclude={"seconds"}) for epoch in result.epochs]
     report = (folder / "evaluation/report.html").read_bytes()
     return epochs, (folder / "model/model.safetensors").read_bytes(), metrics, report.count(b"data:image")

@@ -16,38 +16,45 @@ from torch.nn import functional as F
 
 from schemas.errors import BundleError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt
+from schemas.methods import METHODS as ROWS
+from schemas.methods import Method
+from schemas.resolved import ResolvedSettings
 from schemas.results import Metrics, TrainResult
-from schemas.settings import DataSettings, Method, Settings
+from schemas.settings import DataSettings
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import score_ensemble
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.methods.fpt import Ensemble
+from stages.methods import statistics
+from stages.methods.fpt_x import Ensemble
 from stages.methods.statistics import fit_statistics
 from stages.predict import predict
 from stages.scores import probabilities
 from stages.store.reader import open_store
-from stages.train import closed_form, loop
-from stages.train import trainer as training
+from stages.train import gradient, loop
 from stages.train.bundle import load_bundle
-from stages.train.data import FeatureDataset
-from stages.train.infer import store_logits, training_logits
+from stages.train.data import FeatureDataset, Reading
+from stages.train.infer import source_logits
+from stages.train.job import Watch
 from stages.train.trainer import train, train_together
 
 METHODS: tuple[Method, ...] = ("fpt+", "fpt-x", "side", "statistics", "linear", "knn", "attentive")
 
 
-def run(study: Study, receipt: ExtractionReceipt, output: str = "run", **keywords: Any) -> TrainResult:
-    settings: Settings = keywords.pop("settings", study.settings)
-    return train(
-        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output / "model",
-        study.root / "checkpoints", **keywords,
-    )  # fmt: skip
+def run(
+    study: Study,
+    receipt: ExtractionReceipt,
+    output: str = "run",
+    settings: ResolvedSettings | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    checkpoints = study.root / "checkpoints"
+    return train(settings or study.settings, study.files(receipt), study.root / output / "model", checkpoints, watch)
 
 
-def judge(study: Study, receipt: ExtractionReceipt, output: str = "run") -> Metrics:
+def evaluated(study: Study, receipt: ExtractionReceipt, output: str = "run") -> Metrics:
     folder = study.root / output
-    return evaluate(study.manifest, receipt, folder / "model", study.cache, folder / "evaluation")
+    return evaluate(study.files(receipt), folder / "model", folder / "evaluation")
 
 
 def predicted_again(study: Study, output: str = "run") -> None:
@@ -76,7 +83,7 @@ def test_several_labels_from_images_to_predictions(tmp_path: Path, method: Metho
     receipt = study.extract()
     result = run(study, receipt)
     assert load_bundle(tmp_path / "run/model").spec.task == "multilabel"
-    metrics = judge(study, receipt)
+    metrics = evaluated(study, receipt)
     table = read_predictions(tmp_path / "run/evaluation/predictions.parquet")
     y, p = table.labels, table.probabilities.astype(np.float64)
     assert y.shape == p.shape == (metrics.images, 3)
@@ -105,7 +112,7 @@ def test_grades_from_images_to_predictions(tmp_path: Path, method: Method) -> No
     receipt = study.extract()
     run(study, receipt)
     assert load_bundle(tmp_path / "run/model").spec.task == "ordinal"
-    metrics = judge(study, receipt)
+    metrics = evaluated(study, receipt)
     table = read_predictions(tmp_path / "run/evaluation/predictions.parquet")
     p = table.probabilities.astype(np.float64)
     np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-5)
@@ -132,7 +139,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(
         held.append(found[1])
         return found
 
-    for module in (closed_form, training):
+    for module in (statistics, gradient):
         monkeypatch.setattr(module, "fit_statistics", kept)
     weights = {"class_weights": "balanced"}
     study = task_study(tmp_path, task, method, train={"epochs": 3, "label_smoothing": 0.1, **weights})
@@ -141,17 +148,18 @@ def test_the_bundle_gives_the_validation_loss_of_training(
     bundle = load_bundle(tmp_path / "run/model")
     rows = list(study.manifest.of("val"))
     store, ids = open_store(study.cache, receipt), [row.id for row in rows]
-    logits = store_logits(bundle, store, ids)
+    logits = source_logits(bundle, store, ids)
     if held:
         # The bundle's linear probes have learnt from these images: training judges by regressions that have not.
         (said,) = held
         assert not torch.allclose(said, logits, atol=0.05)
         logits = said
         if isinstance(bundle.network, Ensemble):
-            data = FeatureDataset(store, ids, [0] * len(ids), bundle.network.spec.image_size, method=method)
-            batch = data.__getitems__([(0, position) for position in range(len(ids))])
+            reading = Reading(ROWS[method].inputs, bundle.network.spec.image_size)
+            data = FeatureDataset(store, ids, [0] * len(ids), reading)
+            batch = data.__getitems__([(0, position) for position in range(len(ids))]).prepared(receipt.spec)
             with torch.inference_mode():
-                members = training_logits(bundle.network.members, batch, study.lpm.mean, study.lpm.std)
+                members = bundle.network.member_logits(bundle.network.members, batch)
                 logits = bundle.network.join(members, said)
     target = torch.tensor([[name in study.manifest.names(row) for name in bundle.spec.classes] for row in rows]).long()
     own = list(study.manifest.of("train"))
@@ -189,7 +197,7 @@ def test_models_are_compared_and_averaged(tmp_path: Path, task: str) -> None:
     receipt = study.extract()
     run(study, receipt, "knn")
     run(study, receipt, "linear", settings=study.settings.model_copy(update={"method": "linear"}))
-    single = [judge(study, receipt, name) for name in ("knn", "linear")]
+    single = [evaluated(study, receipt, name) for name in ("knn", "linear")]
     found = compare([tmp_path / "knn", tmp_path / "linear"])
     assert [model.metrics for model in found.models] == single
     differences = found.models[1].differences
@@ -217,7 +225,7 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
     run(study, receipt)
     plain = study.manifest.model_copy(update={"task": "multiclass"})
     with pytest.raises(BundleError, match=r"trained for ordinal; the manifest is multiclass(.|\n)*fpt train"):
-        evaluate(plain, receipt, tmp_path / "run/model", study.cache, tmp_path / "x")
+        evaluate(study.files(receipt, manifest=plain), tmp_path / "run/model", tmp_path / "x")
     image = [tmp_path / "images/000.png"]
     with pytest.raises(BundleError, match=r"trained for ordinal; data\.task is multiclass"):
         predict(
@@ -288,17 +296,21 @@ def test_runs_of_one_pass_may_differ_in_their_losses(study: Study) -> None:
         for keys in ({}, {"loss": "focal", "focal_gamma": 1.0}, {"label_smoothing": 0.2}, {"kappa_weight": 1.0})
     ]
     results = train_together(
-        variants, study.lpm, study.manifest, receipt, study.cache,
-        [study.root / f"together/{number}" for number in range(4)], study.root / "checkpoints",
-    )  # fmt: skip
+        variants,
+        study.files(receipt),
+        [study.root / f"together/{number}" for number in range(4)],
+        study.root / "checkpoints",
+    )
     for number, (settings, result) in enumerate(zip(variants, results, strict=True)):
         alone = run(study, receipt, f"alone/{number}", settings=settings)
         assert result.best.train_loss == pytest.approx(alone.best.train_loss, abs=1e-5)
     with pytest.raises(SettingsError, match=r"train\.sampling"):
         train_together(
-            [study.settings, study.changed(train={"sampling": "decay"})], study.lpm, study.manifest, receipt,
-            study.cache, [study.root / "x", study.root / "y"], study.root / "checkpoints",
-        )  # fmt: skip
+            [study.settings, study.changed(train={"sampling": "decay"})],
+            study.files(receipt),
+            [study.root / "x", study.root / "y"],
+            study.root / "checkpoints",
+        )
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -310,12 +322,12 @@ def test_a_killed_run_with_decaying_sampling_ends_where_a_calm_one_ends(tmp_path
     class Killed(BaseException):
         pass
 
-    def die(log: Any) -> None:
+    def die(_: int, log: Any) -> None:
         if log.epoch == after:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", on_epoch=die)
+        run(study, receipt, "killed", watch=Watch(on_epoch=die))
     assert run(study, receipt, "killed").resumed_from == after
     first, second = ((study.root / name / "model/model.safetensors").read_bytes() for name in ("calm", "killed"))
     assert first == second

@@ -10,9 +10,10 @@ from safetensors.torch import load
 from study import Study, make_study
 
 from schemas.errors import SettingsError
-from schemas.results import EpochLog
-from schemas.settings import Settings
+from schemas.resolved import ResolvedSettings
+from schemas.results import EpochLog, TrainResult
 from stages.methods.fpt import PromptedSideNetwork
+from stages.train.job import Watch
 from stages.train.trainer import train, train_together
 
 VARIANTS: list[dict[str, Any]] = [
@@ -28,15 +29,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return make_study(tmp_path_factory.mktemp("together"), train={"epochs": 3, "order_seed": 7})
 
 
-def variants(study: Study) -> list[Settings]:
+def variants(study: Study) -> list[ResolvedSettings]:
     return [study.changed(train=keys) for keys in VARIANTS]
 
 
-def together(study: Study, folder: str, **keywords: Any) -> list[Any]:
-    return train_together(
-        variants(study), study.lpm, study.manifest, study.extract(), study.cache,
-        [study.root / folder / str(number) for number in range(len(VARIANTS))], study.root / "checkpoints", **keywords,
-    )  # fmt: skip
+def together(study: Study, folder: str, watch: Watch | None = None) -> list[TrainResult]:
+    outputs = [study.root / folder / str(number) for number in range(len(VARIANTS))]
+    return train_together(variants(study), study.files(study.extract()), outputs, study.root / "checkpoints", watch)
 
 
 def weights(study: Study, folder: str) -> dict[str, torch.Tensor]:
@@ -46,10 +45,8 @@ def weights(study: Study, folder: str) -> dict[str, torch.Tensor]:
 def test_each_run_ends_where_it_would_alone(study: Study) -> None:
     results = together(study, "t")
     for number, settings in enumerate(variants(study)):
-        alone = train(
-            settings, study.lpm, study.manifest, study.extract(), study.cache, study.root / f"alone/{number}",
-            study.root / "checkpoints",
-        )  # fmt: skip
+        folder = study.root / f"alone/{number}"
+        alone = train(settings, study.files(study.extract()), folder, study.root / "checkpoints")
         assert alone.best.epoch == results[number].best.epoch
         for mine, other in zip(alone.epochs, results[number].epochs, strict=True):
             assert mine.val_loss == pytest.approx(other.val_loss, abs=1e-4)
@@ -94,7 +91,7 @@ def test_a_kill_between_two_checkpoints_is_made_good(study: Study, position: int
 
     calm = together(study, "calm")
     with pytest.raises(Killed):
-        together(study, "killed", on_epoch=die)
+        together(study, "killed", watch=Watch(on_epoch=die))
     again = together(study, "killed")
     # Those up to the killed one had their second checkpoint.
     assert [result.resumed_from for result in again] == [2 if at <= position else 1 for at in range(len(VARIANTS))]
@@ -111,6 +108,8 @@ def test_what_must_be_shared_is_named(study: Study, change: dict[str, Any]) -> N
     (name,) = change
     with pytest.raises(SettingsError, match=rf"train\.{name}"):
         train_together(
-            [study.settings, study.changed(train=change)], study.lpm, study.manifest, study.extract(), study.cache,
-            [study.root / "x", study.root / "y"], study.root / "checkpoints",
-        )  # fmt: skip
+            [study.settings, study.changed(train=change)],
+            study.files(study.extract()),
+            [study.root / "x", study.root / "y"],
+            study.root / "checkpoints",
+        )

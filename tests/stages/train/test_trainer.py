@@ -21,26 +21,33 @@ from schemas.errors import (
 )
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
+from schemas.methods import METHODS
+from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, TrainResult
 from schemas.settings import Settings
 from stages.store.reader import open_store
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.checks import class_weights
-from stages.train.data import EpochSampler, FeatureDataset, batches
-from stages.train.infer import store_logits
-from stages.train.trainer import run_key, train
+from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
+from stages.train.infer import source_logits
+from stages.train.inputs import inputs_key
+from stages.train.job import Watch, run_key
+from stages.train.trainer import train
 
 
 class Killed(BaseException):
     """A kill signal, from inside."""
 
 
-def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywords: Any) -> TrainResult:
-    settings: Settings = keywords.pop("settings", study.settings)
-    return train(
-        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints",
-        **keywords,
-    )  # fmt: skip
+def run(
+    study: Study,
+    receipt: ExtractionReceipt,
+    output: str = "model",
+    settings: ResolvedSettings | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    checkpoints = study.root / "checkpoints"
+    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,7 @@ def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str, dtype: str) -
     shutil.rmtree(study.root / "images")  # stage two opens no original image ...
     (study.root / "lpm.safetensors").unlink()  # ... and no LPM
     logs: list[EpochLog] = []
-    result = run(study, receipt, on_epoch=logs.append)
+    result = run(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
     assert tuple(logs) == result.epochs
     assert result.best == max(logs, key=lambda log: (log.val_auc, -log.val_loss))
     bundle = load_bundle(study.root / "model")
@@ -60,7 +67,7 @@ def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str, dtype: str) -
     assert (bundle.spec.best_epoch, bundle.spec.val_auc) == (result.best.epoch, result.best.val_auc)
     assert not list((study.root / "checkpoints").iterdir())
     rows = list(study.manifest.of("val"))
-    logits = store_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
+    logits = source_logits(bundle, open_store(study.cache, receipt), [row.id for row in rows])
     target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
     loss = float(torch.nn.functional.cross_entropy(logits, target))
     assert loss == pytest.approx(result.best.val_loss, abs=1e-6)
@@ -82,14 +89,14 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path: Path, after: 
     receipt = study.extract()
     calm = run(study, receipt, "calm")
 
-    def die(log: EpochLog) -> None:
+    def die(_: int, log: EpochLog) -> None:
         if log.epoch == after:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", on_epoch=die)
+        run(study, receipt, "killed", watch=Watch(on_epoch=die))
     replayed: list[EpochLog] = []
-    resumed = run(study, receipt, "killed", on_epoch=replayed.append)
+    resumed = run(study, receipt, "killed", watch=Watch(on_epoch=lambda _, log: replayed.append(log)))
     assert resumed.resumed_from == after
     assert [log.epoch for log in replayed] == [1, 2, 3, 4]
     without_times = [log.model_copy(update={"seconds": 0}) for log in calm.epochs]
@@ -100,11 +107,11 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path: Path, after: 
 def test_another_setting_does_not_take_up_the_checkpoint(study: Study) -> None:
     receipt = study.extract()
 
-    def die(_: EpochLog) -> None:
+    def die(_: int, __: EpochLog) -> None:
         raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, on_epoch=die)
+        run(study, receipt, watch=Watch(on_epoch=die))
     assert run(study, receipt, settings=study.changed(train={"lr": 1e-4})).resumed_from == 0
 
 
@@ -214,10 +221,9 @@ def test_class_weights_change_the_model(study: Study) -> None:
 def dataset(study: Study, receipt: ExtractionReceipt, augment: bool) -> FeatureDataset:
     rows = list(study.manifest.rows)
     settings = study.settings.train
-    return FeatureDataset(
-        open_store(study.cache, receipt), [row.id for row in rows], list(range(len(rows))), 32,
-        augment=settings.augment if augment else None, seed=3,
-    )  # fmt: skip
+    reading = Reading(METHODS["fpt+"].inputs, 32, settings.augment if augment else None, seed=3)
+    source = open_store(study.cache, receipt)
+    return FeatureDataset(source, [row.id for row in rows], list(range(len(rows))), reading)
 
 
 @pytest.mark.slow
@@ -225,8 +231,8 @@ def test_workers_give_the_batches_of_the_process_itself(study: Study) -> None:
     data = dataset(study, study.extract(), augment=True)
     sampler = EpochSampler(len(data), 5, seed=1)
     sampler.epoch = 2
-    alone = [(b.image.clone(), b.cached.keys.clone(), b.labels) for b in batches(data, sampler)]
-    helped = [(b.image.clone(), b.cached.keys.clone(), b.labels) for b in batches(data, sampler, workers=2)]
+    alone = [(b.side.clone(), b.tokens.keys.clone(), b.labels) for b in batches(data, sampler)]
+    helped = [(b.side.clone(), b.tokens.keys.clone(), b.labels) for b in batches(data, sampler, workers=2)]
     assert len(alone) == len(helped) == 5
     for left, right in zip(alone, helped, strict=True):
         for a, b in zip(left, right, strict=True):
@@ -238,12 +244,12 @@ def test_only_the_side_image_is_augmented(study: Study) -> None:
     plain, augmented = dataset(study, receipt, False), dataset(study, receipt, True)
     index = [(1, 4), (1, 9)]
     a, b = plain.__getitems__(index), augmented.__getitems__(index)
-    assert torch.equal(a.cached.keys, b.cached.keys)
-    assert not torch.equal(a.image, b.image)
-    first = b.image.clone()
-    again = augmented.__getitems__(index[::-1]).image.clone()
+    assert torch.equal(a.tokens.keys, b.tokens.keys)
+    assert not torch.equal(a.side, b.side)
+    first = b.side.clone()
+    again = augmented.__getitems__(index[::-1]).side.clone()
     assert torch.equal(again.flip(0), first), "the draw follows the image, not its place in the batch"
-    other_epoch = augmented.__getitems__([(2, 4), (2, 9)]).image
+    other_epoch = augmented.__getitems__([(2, 4), (2, 9)]).side
     assert not torch.equal(other_epoch, first)
 
 
@@ -301,12 +307,12 @@ def test_a_spec_whose_parts_do_not_fit_each_other_is_refused(study: Study) -> No
 def half_trained(study: Study, receipt: ExtractionReceipt, epochs: int = 1) -> Path:
     """A run that was killed after some epochs; gives its checkpoint."""
 
-    def die(log: EpochLog) -> None:
+    def die(_: int, log: EpochLog) -> None:
         if log.epoch == epochs:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", on_epoch=die)
+        run(study, receipt, "killed", watch=Watch(on_epoch=die))
     (path,) = (study.root / "checkpoints").iterdir()
     return path
 
@@ -319,7 +325,7 @@ def test_a_damaged_checkpoint_is_named_and_training_starts_again(study: Study) -
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     notices: list[str] = []
-    result = run(study, receipt, "again", on_notice=notices.append)
+    result = run(study, receipt, "again", watch=Watch(on_notice=notices.append))
     assert result.resumed_from == 0
     assert notices == [f"The checkpoint {path} is damaged: training starts from the first epoch."]
     calm, again = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "again"))
@@ -331,10 +337,10 @@ def test_the_checkpoint_of_another_training_is_not_resumed(study: Study) -> None
     receipt = study.extract()
     path = half_trained(study, receipt)
     other = study.changed(train={"lr": 1e-4})
-    name = f"{run_key(other, study.manifest, receipt)[:16]}.ckpt"
+    name = f"{run_key(other, study.manifest, inputs_key(other, study.files(receipt)))[:16]}.ckpt"
     path.rename(path.with_name(name))
     notices: list[str] = []
-    assert run(study, receipt, settings=other, on_notice=notices.append).resumed_from == 0
+    assert run(study, receipt, settings=other, watch=Watch(on_notice=notices.append)).resumed_from == 0
     assert [notice.partition(name)[2] for notice in notices] == [
         " belongs to another training: training starts from the first epoch."
     ]
@@ -345,11 +351,11 @@ def test_a_checkpoint_that_another_process_removed_is_no_problem(study: Study) -
     receipt = study.extract()
     run(study, receipt, "calm")
 
-    def remove(_: EpochLog) -> None:
+    def remove(_: int, __: EpochLog) -> None:
         for path in (study.root / "checkpoints").iterdir():
             path.unlink()
 
-    run(study, receipt, "other", on_epoch=remove)
+    run(study, receipt, "other", watch=Watch(on_epoch=remove))
     calm, other = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "other"))
     assert calm == other
 
@@ -357,7 +363,7 @@ def test_a_checkpoint_that_another_process_removed_is_no_problem(study: Study) -
 def test_the_side_network_alone_does_not_read_features(study: Study) -> None:
     receipt = study.extract()
     store = open_store(study.cache, receipt)
-    data = FeatureDataset(store, [study.manifest.rows[0].id], [0], 32, method="side")
+    data = FeatureDataset(store, [study.manifest.rows[0].id], [0], Reading(METHODS["side"].inputs, 32))
     batch = data[(1, 0)]
-    assert batch.cached is None
+    assert batch.tokens is None
     assert np.array_equal(batch.labels, [0])

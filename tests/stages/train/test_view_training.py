@@ -14,13 +14,15 @@ from study import Study, make_study
 from schemas.cost import StoreMemory
 from schemas.errors import CacheIncompleteError
 from schemas.features import ExtractionReceipt
+from schemas.methods import METHODS
+from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, TrainResult
-from schemas.settings import Settings
 from schemas.views import train_views
 from stages.evaluate.evaluator import evaluate
 from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
-from stages.train.data import BatchLoader, EpochSampler, FeatureDataset
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading
+from stages.train.job import Watch
 from stages.train.trainer import train
 
 TURNS = ("identity", "hflip", "rot90")
@@ -37,12 +39,15 @@ def viewed(tmp_path: Path) -> tuple[Study, ExtractionReceipt]:
     return study, study.extract()
 
 
-def run(study: Study, receipt: ExtractionReceipt, output: str = "model", **keywords: Any) -> TrainResult:
-    settings: Settings = keywords.pop("settings", study.settings)
-    return train(
-        settings, study.lpm, study.manifest, receipt, study.cache, study.root / output, study.root / "checkpoints",
-        **keywords,
-    )  # fmt: skip
+def run(
+    study: Study,
+    receipt: ExtractionReceipt,
+    output: str = "model",
+    settings: ResolvedSettings | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    checkpoints = study.root / "checkpoints"
+    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
 
 
 def names(study: Study) -> list[list[str]]:
@@ -53,13 +58,14 @@ def names(study: Study) -> list[list[str]]:
 def dataset(study: Study, store: Any, seed: int = 3, augmented: bool = False, size: int = 40) -> FeatureDataset:
     ids = [row.id for row in study.manifest.of("train")]
     augment = study.settings.train.augment if augmented else None
-    return FeatureDataset(store, ids, list(range(len(ids))), size, augment, seed, views=names(study))
+    reading = Reading(METHODS["fpt+"].inputs, size, augment, seed)
+    return FeatureDataset(store, ids, list(range(len(ids))), reading, views=names(study))
 
 
 def drawn(study: Study, store: Any, data: FeatureDataset, epoch: int) -> list[int]:
     """Which view each position has: the one whose keys and side image both are in the batch."""
     batch = data.__getitems__([(epoch, position) for position in range(len(data))])
-    keys, sides, views = batch.cached.keys.numpy().copy(), batch.image.numpy(), []
+    keys, sides, views = batch.tokens.keys.numpy().copy(), batch.side.numpy(), []
     for position, rows in enumerate(names(study)):
         stored = store.read(rows, ["keys", "side"])
         same = [
@@ -92,14 +98,15 @@ def test_the_draw_does_not_disturb_the_augmentation(viewed: tuple[Study, Extract
     study, receipt = viewed
     store = open_store(study.cache, receipt)
     ids = [row.id for row in study.manifest.of("train")]
-    plain = FeatureDataset(store, ids, list(range(len(ids))), 32, study.settings.train.augment, 3)
+    reading = Reading(METHODS["fpt+"].inputs, 32, study.settings.train.augment, 3)
+    plain = FeatureDataset(store, ids, list(range(len(ids))), reading)
     data, raw = dataset(study, store, augmented=True, size=32), dataset(study, store)
     views = drawn(study, store, raw, 1)
     index = [(1, position) for position, view in enumerate(views) if view == 0]
     assert index
-    assert torch.equal(data.__getitems__(index).image, plain.__getitems__(index).image)
+    assert torch.equal(data.__getitems__(index).side, plain.__getitems__(index).side)
     others = [(1, position) for position, view in enumerate(views) if view != 0]
-    assert not torch.equal(data.__getitems__(others).image, plain.__getitems__(others).image)
+    assert not torch.equal(data.__getitems__(others).side, plain.__getitems__(others).side)
 
 
 @pytest.mark.slow
@@ -115,9 +122,9 @@ def test_workers_and_memory_give_the_same_views(viewed: tuple[Study, ExtractionR
         for helped, remembered, own in zip(*loaders, strict=True):
             count += 1
             for other in (helped, remembered):
-                assert torch.equal(other.image, own.image)
+                assert torch.equal(other.side, own.side)
                 assert torch.equal(other.labels, own.labels)
-                assert torch.equal(other.cached.keys, own.cached.keys)
+                assert torch.equal(other.tokens.keys, own.tokens.keys)
         assert count == len(loaders[0])
 
 
@@ -127,12 +134,12 @@ def test_views_change_the_model_and_a_killed_run_ends_where_an_undisturbed_one_e
     study, receipt = viewed
     run(study, receipt, "calm")
 
-    def die(log: EpochLog) -> None:
+    def die(_: int, log: EpochLog) -> None:
         if log.epoch == 1:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", on_epoch=die)
+        run(study, receipt, "killed", watch=Watch(on_epoch=die))
     fewer = study.changed(features={"views": TURNS[:1], "crops": 0})
     assert run(study, receipt, "plain", settings=fewer).resumed_from == 0, "fewer views are another run"
     assert run(study, receipt, "killed").resumed_from == 1
@@ -150,7 +157,7 @@ def test_what_is_held_in_memory_counts_the_views_and_changes_nothing(
     study, receipt = viewed
     told: list[StoreMemory] = []
     settings = study.changed(store={"memory_budget": budget})
-    run(study, receipt, "a", settings=settings, on_memory=told.append)
+    run(study, receipt, "a", settings=settings, watch=Watch(on_memory=told.append))
     expected = 4 * len(names(study)) + len(list(study.manifest.of("val")))
     assert (told[0].held, told[0].rows) == (budget == "auto", expected)
     run(study, receipt, "b")
@@ -201,5 +208,5 @@ def test_the_side_network_alone_sees_the_views_too_and_evaluation_sees_none(
     study, receipt = viewed
     side = study.settings.model_copy(update={"method": "side"})
     run(study, receipt, settings=side)
-    metrics = evaluate(study.manifest, receipt, study.root / "model", study.cache, study.root / "evaluation", "train")
+    metrics = evaluate(study.files(receipt), study.root / "model", study.root / "evaluation", "train")
     assert metrics.images == len(names(study))
