@@ -60,7 +60,7 @@ def test_verify_reports_missing_and_unreadable_stores(study: Path, fpt: Fpt) -> 
 def test_gc_shows_first_and_deletes_on_yes(study: Path, fpt: Fpt) -> None:
     shutil.rmtree(stores(study)[0] / "used-by")  # the study that this one is a copy of
     fpt("extract", cwd=study)
-    assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=study)[1]
+    assert "Nothing to delete" in fpt("cache", "gc", "--yes", cwd=study)[1]
     fpt("extract", "--set", "features.ratio=0.1", cwd=study)
     first, second = (path for path in stores(study))
     assert first.name != second.name
@@ -212,7 +212,7 @@ def test_a_moved_study_keeps_its_features(
     assert store.is_dir(), "the study is noted in its new place"
     assert json.loads(fpt("cache", "gc", "--json", cwd=bystander)[0])["unreachable"] == []
     deleted = moved.rename(tmp_path / "deleted") and moved
-    assert "Nothing to drop" in fpt("cache", "gc", "--yes", cwd=bystander)[1]
+    assert "Nothing to delete" in fpt("cache", "gc", "--yes", cwd=bystander)[1]
     out, err = fpt("cache", "gc", "--forget", deleted, cwd=bystander)
     assert "complete store" in out
     assert f"fpt cache gc --yes --forget {deleted}" in err
