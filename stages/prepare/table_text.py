@@ -41,7 +41,7 @@ def read_text(table: Path) -> str:
         raise DataError(
             f"{table} is {kind}, not a CSV.",
             "Only CSV is supported, not spreadsheets.",
-            "Save it as CSV UTF-8 and set data.labels to that file.",
+            "Save it as CSV UTF-8 and name the new file instead.",
         )
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
@@ -64,7 +64,7 @@ def _bytes(table: Path) -> bytes:
         # Checked first because opening a pipe would block until a writer appears, and a device may never end.
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "It is a pipe, a socket or a device"
-            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Set data.labels to a regular file.")
+            raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Name a regular file.")
         with table.open("rb") as file:
             start = file.read(_PROBED_BYTES)
             if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -83,9 +83,7 @@ def _bytes(table: Path) -> bytes:
             "Correct data.labels in params.yaml.",
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{table} cannot be read.", f"{error.strerror}.", "Set data.labels to a readable table."
-        ) from error
+        raise DataError(f"{table} cannot be read.", f"{error.strerror}.", "Name a readable table.") from error
 
 
 def _binary_kind(raw: bytes) -> str | None:
