@@ -1,6 +1,6 @@
 """The table of methods in documentation pages, generated from the registry.
 
-    python -m pipeline.method_tables docs/methods.md README.md      rewrites the block between the two marks
+python -m pipeline.method_tables docs/methods.md README.md      rewrites the block between the two marks
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""No "auto" survives this step: settings and the shape of the LPM give what will be run."""
+"""Resolve every "auto" from the settings and the shape of the LPM."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from schemas.resolved import ResolvedFeatures, ResolvedSettings, ResolvedTrain
 from schemas.settings import Precision, Settings
 
 ATTENTIVE_WEIGHT = 0.1
-"""Share of attentive probes in the averaged log-probabilities, where there are any."""
+"""Default ensemble weight of the attentive probes."""
 
 SIDE_PATCH = 16
-"""Side of the side network's patch, in pixels."""
+"""Patch size of the side network, in pixels."""
 
 
 ChoosePrecision = Callable[[ResolvedSettings], Precision]
 
 
 def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision | None = None) -> ResolvedSettings:
-    """Replace every "auto" and take the image size to the patch grid.
+    """Replace every "auto", and round the image size to the patch grid.
 
     Args:
-        settings: As parsed.
-        lpm: Of `settings.lpm.name` at the nearest size that its patch divides.
-        choose_precision: Gives what "auto" means, from the settings with float32 in its place: it depends on the
-            machine, on which nothing here depends. None: float32.
+        settings: Parsed settings.
+        lpm: Shape of `settings.lpm.name` at the nearest size that is a multiple of its patch.
+        choose_precision: Replaces "auto" in `features.precision`, given the settings with float32 in its place. Chosen
+            by the caller, because it depends on the hardware. None: float32.
 
     Raises:
-        SettingsError: Where a value does not fit the LPM; all problems at once.
+        SettingsError: Values do not fit the LPM; lists all of them.
     """
     row, features, train = METHODS[settings.method], settings.features, settings.train
     preset = row.preset
@@ -48,20 +48,19 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
     width, rest = divmod(lpm.width, train.side_reduction)
     if row.has_side_network and (rest or width % lpm.heads):
-        whole = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
-        problems.append(("train.side_reduction", whole))
-    pool = _pool(settings, row, problems)
+        reason = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
+        problems.append(("train.side_reduction", reason))
+    ensemble = _ensemble(settings, row, problems)
     methods = settings.methods
     if row.resolve is not None:
-        methods, own = row.resolve(methods, lpm.depth, features.hidden)
-        problems += own
-    if not features.pooled and (pool["probe_weight"] or "pooled" in row.inputs):
+        methods, method_problems = row.resolve(methods, lpm.depth, features.hidden)
+        problems += method_problems
+    if not features.pooled and (ensemble["probe_weight"] or "pooled" in row.inputs):
         problems.append(("features.pooled", f"must be true: {settings.method} reads the pooled outputs"))
-    named = settings.data.classes or settings.data.label_columns
-    if isinstance(train.class_weights, tuple) and named is not None:
-        have, need = len(train.class_weights), len(named)
-        if have != need:
-            problems.append(("train.class_weights", f"lists {have} weights for {need} classes"))
+    classes = settings.data.classes or settings.data.label_columns
+    if isinstance(train.class_weights, tuple) and classes is not None and len(train.class_weights) != len(classes):
+        reason = f"lists {len(train.class_weights)} weights for {len(classes)} classes"
+        problems.append(("train.class_weights", reason))
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
@@ -86,7 +85,7 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         train=ResolvedTrain(
             **{
                 **train.model_dump(),
-                **pool,
+                **ensemble,
                 "side_image_size": side,
                 "keep": preset.keep if train.keep == "auto" else train.keep,
                 "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
@@ -99,15 +98,15 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     return resolved.model_copy(update={"features": chosen})
 
 
-def _pool(settings: Settings, row: MethodRow, problems: list[tuple[str, str]]) -> dict[str, float]:
-    """What is averaged, and with which shares."""
+def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]]) -> dict[str, float]:
+    """Return the sizes and weights of the ensemble, and append what is wrong with them to `problems`."""
     if not row.has_side_network:
         return {"members": 1, "attentive": 0, "attentive_weight": 0.0, "probe_weight": 0.0}
     train, preset = settings.train, row.preset
     members = preset.members if train.members == "auto" else train.members
     attentive = preset.attentive if train.attentive == "auto" else train.attentive
-    share = ATTENTIVE_WEIGHT if attentive else 0.0
-    attentive_weight = share if train.attentive_weight == "auto" else train.attentive_weight
+    default_weight = ATTENTIVE_WEIGHT if attentive else 0.0
+    attentive_weight = default_weight if train.attentive_weight == "auto" else train.attentive_weight
     probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
     if attentive and "tokens" not in row.inputs:
         problems.append(("train.attentive", f"must be 0: {row.name} reads no cached tokens"))
@@ -124,15 +123,15 @@ def _pool(settings: Settings, row: MethodRow, problems: list[tuple[str, str]]) -
 
 
 def stored_side_size(side: int) -> int:
-    """Side of the stored small image, in pixels: 1/8 more than the network's input, in whole patches.
+    """Return the side of the stored small image, in pixels: 9/8 of the network's input, rounded up to the patch grid.
 
-    A random crop keeps 0.8 of the area, so 0.89 of the side: with this margin it is never enlarged.
+    A random crop keeps at least 0.8 of the area, hence 0.89 of the side; with this margin it is never upsampled.
     """
     return -(-side * 9 // 8 // SIDE_PATCH) * SIDE_PATCH
 
 
 def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) -> FeatureSpec:
-    """The spec of resolved settings. T = int(ratio * N)."""
+    """Return the feature spec of resolved settings, with T = int(ratio * N) tokens per head."""
     features = settings.features
     return FeatureSpec(
         lpm=lpm,
@@ -154,14 +153,15 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
 
 
 def expected_spec(settings: ResolvedSettings, lpm: LpmInfo, extracted: FeatureSpec) -> FeatureSpec:
-    """Return the spec of resolved settings, with what they leave open taken from an extraction.
+    """Return the feature spec of resolved settings, filled in from an extraction.
 
-    These are the digest of the weights file and, with `features.normalisation: dataset`, mean and standard deviation.
+    Settings determine neither the digest of the weights file nor, with `features.normalisation: dataset`, the mean and
+    standard deviation.
     """
     features = settings.features
     shape = extracted.normalised(lpm) if features.normalisation == "dataset" else lpm
     spec = feature_spec(settings, shape, extracted.weights_sha256)
     if features.filter == extracted.resize_filter:
-        # If the LPM is described differently now, that is the difference to report, not the filter.
+        # If the catalogue entry of the LPM has changed, report that rather than the filter.
         spec = spec.model_copy(update={"filter": extracted.filter})
     return spec

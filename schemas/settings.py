@@ -1,7 +1,7 @@
 """The settings of a study: one `params.yaml`, one tree of frozen models, no unknown key.
 
-Beside what makes FPT-X, defaults are the published recipe of FPT+ (arXiv 2408.02426). "auto" values are resolved before
-anything runs and the resolved settings are written beside each result. Nothing here depends on the machine.
+Defaults are the published recipe of FPT+ (arXiv 2408.02426), plus the additions of FPT-X. "auto" values are resolved
+before anything runs, and the resolved settings are saved with each result. Nothing here depends on the machine.
 """
 
 from __future__ import annotations
@@ -36,57 +36,58 @@ ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 
 
 def _label_text(value: object) -> object:
-    """Text of a label that YAML took for a number: 0 is the label "0"."""
+    """Convert a label that YAML parsed as a number to text: 0 becomes "0"."""
     if isinstance(value, bool):
-        # YAML reads yes, no, on and off as truth values too: the label as the user wrote it is lost.
+        # YAML also parses yes, no, on and off as booleans, so the label as the user wrote it is lost.
         raise ValueError(f"a label reads as {str(value).lower()}: put it in quotes, such as 'yes'")
     return str(value) if isinstance(value, int | float) else value
 
 
 class DataSettings(Section):
-    """Which images, which labels, and how they are split."""
+    """Images, labels, and splits."""
 
     task: Task = "multiclass"
-    """What a label says: multiclass (one class an image, also of two), multilabel (any number of labels, also none) or
-    ordinal (one grade, in the order of `classes`)."""
+    """Kind of labels: multiclass (one class per image, two classes included), multilabel (any number of labels per
+    image, including zero) or ordinal (one grade per image, in the order of `classes`)."""
     images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: Name | None = None
-    """CSV with a row per image; null: the first-level folder of an image is its label."""
+    """CSV with one row per image; null: the label of an image is the name of its top-level folder in `images`."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: Name = "label"
     """Column of `labels` with the label."""
     label_separator: Word = SEPARATOR
-    """Between the labels of one image in `label_column`; only for multilabel."""
+    """Separator of the labels of one image in `label_column`; only for multilabel."""
     label_columns: Names | None = None
-    """Columns of `labels` with 0 or 1, each named after its label, in place of `label_column`; only for multilabel."""
+    """0/1 columns of `labels`, each named after its label, instead of `label_column`; only for multilabel."""
     group_column: Name | None = "auto"
     """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
-    subject, case or group, also with _id, and without `labels` the sub-folders of class folders where they hold several
-    images each; folder: those sub-folders in any case; null: each image by itself."""
+    subject, case or group (with or without _id), or, without `labels`, the sub-folders of class folders if they hold
+    several images each; folder: always those sub-folders; null: each image is its own group."""
     split_column: Name | None = "auto"
-    """Column of `labels` with a ready split (train, val, test); images without an entry get one drawn, and so do
-    validation images from train where no image has val; auto: a column named split; null: splits are drawn."""
+    """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
+    image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
     classes: Names | None = None
     """Labels (or their `class_names`) in the order of the model's outputs; null: sorted by name. Ordinal grades should
     be listed."""
     class_names: ClassNames | None = None
-    """Names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: labels are names."""
+    """Display names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: the labels."""
     val_share: Share = 0.2
-    """Share of the images for choosing the best epoch."""
+    """Fraction of the images for validation, which selects the best epoch."""
     test_share: Share = 0.2
-    """Share of the images for the test."""
+    """Fraction of the images for the test."""
     seed: Seed = 0
-    """Seed of the split."""
+    """Random seed of the split."""
     on_error: Literal["fail", "quarantine"] = "fail"
-    """What to do with images that cannot be read: stop and list them, or set them aside in a CSV."""
+    """Handling of unreadable images: fail (stop and list them) or quarantine (leave them out and list them in a
+    CSV)."""
     on_warning: Literal["error", "accept"] = "error"
-    """Images whose checksums do not match or whose JPEG data is corrupt: cannot be read, or are used and counted."""
+    """Handling of images with wrong checksums or corrupt JPEG data: error (as unreadable) or accept (use and count)."""
     max_pixels: Annotated[int, Field(ge=1, le=10**11)] = 250_000_000
-    """Images with more pixels are refused before they are decoded."""
+    """Images with more pixels are rejected before they are decoded."""
     min_side: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Images with a side shorter than this, in pixels, are refused."""
+    """Images with a side shorter than this, in pixels, are rejected."""
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
@@ -121,10 +122,10 @@ class DataSettings(Section):
     def _check_class_names(self) -> DataSettings:
         names = list((self.class_names or {}).values())
         if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"class_names gives the name {twice!r} to two labels")
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"class_names gives the name {duplicate!r} to two labels")
         if any(not name.strip() for name in names):
-            raise ValueError("class_names holds an empty name")
+            raise ValueError("class_names contains an empty name")
         if self.task == "multilabel" and any(SEPARATOR in name for name in names):
             raise ValueError(f"class_names may not contain {SEPARATOR!r} with task multilabel")
         return self
@@ -155,52 +156,52 @@ class LpmSettings(Section):
 class FeatureSettings(Section):
     """Features that are computed and stored per image.
 
-    Everything here is part of the fingerprint, except `shard_size` and the views: another view is another row.
+    Everything here enters the fingerprint, except `shard_size` and the views, which only add rows.
     """
 
     image_size: Annotated[int, Field(ge=16, le=8192)] = 512
-    """Side of the square input of the LPM, in pixels; taken to the nearest multiple of the patch."""
+    """Side of the square input of the LPM, in pixels; rounded to the nearest multiple of the patch size."""
     resize: FeatureResize = "squash"
-    """Rule that makes an image square: squash (both sides scaled, aspect lost) or letterbox (aspect kept, padded with
-    the mean colour of `normalisation`); the side image the same."""
+    """How images are made square: squash (aspect ratio lost) or letterbox (aspect ratio kept, padded with the mean
+    colour of `normalisation`); also for the side image."""
     filter: Literal["auto"] | ResizeFilter = "auto"
-    """Filter of the resize: bilinear, bicubic, lanczos or nearest; auto: the LPM's own. The side image the same."""
+    """Resampling filter: bilinear, bicubic, lanczos or nearest; auto: the LPM's default. Also for the side image."""
     normalisation: Normalisation = "lpm"
-    """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those it was trained with)
-    or dataset (those of the training images, computed at the start of an extraction). With dataset, other training
-    images mean other features."""
+    """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those of its pretraining) or
+    dataset (those of the training images, computed at the start of an extraction). With dataset, features change
+    whenever the training images do."""
     layers: Literal["auto"] | Layers = "auto"
-    """Tapped blocks of the LPM, from 0; auto: all for fpt, the upper half for every other method."""
+    """Blocks of the LPM whose tokens are cached, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
-    """Token importance: attention received from all queries, or from the class token."""
+    """Token importance: attention received from all queries (global), or from the class token (class_token)."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Share of the tokens that is cached per head."""
+    """Fraction of the tokens that is cached per head."""
     dtype: FeatureDtype = "int8"
-    """Type of the cached keys, values and hidden tokens: float32, float16, int8 (a quarter of float32) or int4 (an
-    eighth, coarse)."""
+    """Data type of the cached keys, values and hidden tokens: float32, float16, int8 (a quarter of the size of float32)
+    or int4 (an eighth, coarse)."""
     pooled: bool = True
     """Also cache the LPM's pooled outputs (class token, mean of the patches), which probes need; false: the forward
-    pass ends with the last tapped keys and values."""
+    pass stops after the last tapped block's keys and values."""
     precision: Literal["auto"] | Precision = "auto"
-    """Type in which the LPM computes; auto: the fastest on the machine that starts the store, measured briefly."""
+    """Precision of the LPM's forward pass; auto: the fastest in a short benchmark when the store is created."""
     hidden: Annotated[int, Field(ge=0, le=999)] | None = None
-    """Also cache all tokens that enter this block of the LPM, from 0: methods that train only the blocks from it on
-    start there; null: none."""
+    """Also cache all tokens that enter this block of the LPM, from 0, for methods that train only this block and those
+    above; null: cache no hidden tokens."""
     codec: FeatureCodec = "none"
-    """Lossless compression of the store: none (read fastest), zstd, or blosc (bit shuffle and zstd)."""
+    """Lossless compression of the store: none (fastest to read), zstd, or blosc (bit shuffle and zstd)."""
     bitround: Annotated[int, Field(ge=1, le=23)] | None = None
-    """Mantissa bits of floats, so that a codec compresses better; null: all. Only for float dtypes."""
+    """Round floats to this many mantissa bits, so that they compress better; null: keep all. Only for float dtypes."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
-    """Side of the small image in the store, in pixels; auto: the side network's input and a margin for crops."""
+    """Side of the stored small image, in pixels; auto: the side network's input plus a margin for crops."""
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Images per shard: one task computes one shard, and a crash loses one."""
+    """Images per shard. One task computes one shard, and a crash loses at most one."""
     views: Annotated[tuple[FixedView, ...], Field(max_length=6)] = ("identity",)
-    """Views of each training image, of which training draws one per epoch: identity (always), hflip, vflip, rot90,
-    rot180, rot270. Each is one more row to compute and to store."""
+    """Cached views of each training image, of which training draws one per epoch: identity (required), hflip, vflip,
+    rot90, rot180, rot270. Each adds a row per training image to compute and store."""
     crops: Annotated[int, Field(ge=0, le=256)] = 0
-    """Random crops of each training image, as further views."""
+    """Random crops of each training image, as additional views."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)
-    """Share of the area that each of `crops` keeps, (lowest, highest)."""
+    """Fraction of the area that each of `crops` keeps, (lowest, highest)."""
 
     @model_validator(mode="after")
     def _check_bitround(self) -> FeatureSettings:
@@ -239,16 +240,16 @@ class FeatureSettings(Section):
 
 
 class AugmentSettings(Section):
-    """Augmentation of the side image; the cached features stay those of the un-augmented image."""
+    """Augmentation of the side image; the cached features are those of the un-augmented image."""
 
     flip: Unit = 0.5
     """Probability of a horizontal flip."""
     brightness: Unit = 0.2
-    """Brightness jitter: factor drawn from 1 -/+ this."""
+    """Brightness jitter: factor drawn from 1 ± this."""
     contrast: Unit = 0.2
-    """Contrast jitter: factor drawn from 1 -/+ this."""
+    """Contrast jitter: factor drawn from 1 ± this."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)
-    """Share of the area that a random crop keeps, (lowest, highest)."""
+    """Fraction of the area that a random crop keeps, (lowest, highest)."""
     crop_ratio: tuple[Aspect, Aspect] = (0.7, 1.3)
     """Aspect ratio of a random crop, (lowest, highest)."""
 
@@ -261,68 +262,69 @@ class AugmentSettings(Section):
 
 
 class TrainSettings(Section):
-    """Stage two. Defaults are the published recipe, but for what a preset changes; lr: 5e-5 to 5e-3, by data set."""
+    """Stage two. Defaults are the published recipe, except where a preset differs. Tune lr: 5e-5 to 5e-3."""
 
     lr: Annotated[float, Field(ge=1e-12, le=100.0)] = 5e-4
-    """Learning rate at the start; cosine to zero, no warm-up."""
+    """Initial learning rate; cosine decay to zero, no warm-up."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.1
     """AdamW weight decay."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 20
-    """Passes over the training images."""
+    """Passes over the training set."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Images per step."""
+    """Images per optimiser step."""
     clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
-    """Largest norm of the gradient."""
+    """Maximum gradient norm; larger gradients are clipped."""
     prompts: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Learnable prompts per tapped layer; for attentive: its queries."""
+    """Learnable prompts per tapped layer; for attentive: queries per layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Dropout of the fused prompts."""
+    """Dropout rate of the fused prompts."""
     side_reduction: Annotated[int, Field(ge=1, le=1024)] = 8
     """Width of the LPM divided by the width of the side network."""
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
-    """Input of the side network, in pixels, a multiple of 16; auto: 224 for fpt, 128 else."""
+    """Input size of the side network, in pixels, a multiple of 16; auto: 224 for fpt, otherwise 128."""
     members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
-    """Side networks that are trained side by side on one stream of batches, and averaged; auto: 1, for fpt-x 5."""
+    """Side networks in the ensemble, trained simultaneously on the same batches; auto: 5 for fpt-x, otherwise 1."""
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
-    """Attentive probes that learn beside them on the same cached tokens; auto: 0, for fpt-x 1."""
+    """Attentive probes in the ensemble, trained together with the side networks on the same cached tokens; auto: 1 for
+    fpt-x, otherwise 0."""
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of the attentive probes in the averaged log-probabilities; auto: 0.1 where there are any."""
+    """Ensemble weight of the attentive probes; auto: 0.1 with attentive probes, otherwise 0."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of linear probes of the LPM's pooled outputs and of the cached tokens' statistics in the averaged
-    log-probabilities; auto: 0, for fpt-x 0.5."""
+    """Ensemble weight of linear probes on the LPM's pooled outputs and on the statistics of the cached tokens; auto:
+    0.5 for fpt-x, otherwise 0."""
     keep: Literal["auto", "best", "late", "last"] = "auto"
-    """Epoch whose weights are kept: the best by validation AUC, the best of the second half (late), or the last; auto:
-    best, for fpt-x late."""
+    """Epoch whose weights are saved: best (highest validation AUC), late (the best of the second half), or last; auto:
+    late for fpt-x, otherwise best."""
     class_weights: Literal["none", "balanced"] | ClassWeights = "none"
-    """Weight of each class in the loss; balanced: n / (classes * n_class). With multilabel the weight of an image that
-    has the label; balanced: images without it / images with it."""
+    """Weight of each class in the loss; balanced: n / (classes * n_class). For multilabel, the weight of the positives
+    of each label; balanced: negatives / positives."""
     sampling: Literal["natural", "balanced", "decay"] = "natural"
-    """Which images an epoch reads: natural (each once), balanced (as many of each class), or decay (balanced at first,
-    natural in the last epoch)."""
+    """Sampling of the training images in an epoch: natural (each once), balanced (classes equally often), or decay
+    (from balanced in the first epoch to natural in the last)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """What training minimises; focal: images that are right already count less."""
+    """Training loss; focal down-weights images that are already classified well."""
     focal_gamma: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
-    """How much less, with focal; 0: as cross_entropy."""
+    """Focusing exponent of the focal loss; 0: cross-entropy."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the target that is spread over all classes."""
+    """Fraction of the target probability that is spread evenly over all classes."""
     kappa_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.5
-    """Weight of the quadratic-kappa term that ordinal adds to the loss; other tasks have none."""
+    """Weight of the quadratic-kappa term in the loss; only for ordinal."""
     accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
-    """Parts in which a batch passes through the network, to save memory; must divide batch_size. The result is the same
-    up to rounding."""
+    """Gradient accumulation: micro-batches per batch, to save memory; must divide batch_size. Results are the same up
+    to rounding."""
     checkpointing: bool = False
-    """Keep only what goes into each side block and compute the block again in the backward pass: less memory, more
-    time, the same result."""
+    """Gradient checkpointing: store only the input of each side block and recompute the block in the backward pass.
+    Less memory, more time, same result."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type in which matrix products of a training step are computed; weights, optimiser and validation stay float32."""
+    """Precision of the matrix products of a training step; weights, optimiser and validation stay in float32."""
     compile: bool = False
-    """Compile the side network's blocks (torch.compile, needs a C++ compiler): half a minute at the start."""
+    """Compile the blocks of the side network (torch.compile, needs a C++ compiler); takes about 30 s at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
     seed: Seed = 0
-    """Seed of initialisation and dropout."""
+    """Random seed of initialisation and dropout."""
     order_seed: Literal["auto"] | Seed = "auto"
-    """Seed of the order of the images, their augmentation and views; auto: seed. Runs of one sweep share it."""
+    """Random seed of the image order, augmentation and views; auto: the value of seed. Runs of one sweep share it."""
 
     @model_validator(mode="after")
     def _check_accumulate(self) -> TrainSettings:
@@ -341,7 +343,7 @@ class TrainSettings(Section):
     @classmethod
     def _check_side(cls, value: object) -> object:
         if isinstance(value, int) and value % 16:
-            raise ValueError("must be a multiple of 16, the side network's patch")
+            raise ValueError("must be a multiple of 16, the patch size of the side network")
         return value
 
 
@@ -354,11 +356,11 @@ class Settings(Section):
     lpm: LpmSettings = LpmSettings()
     """The frozen model."""
     features: FeatureSettings = FeatureSettings()
-    """What stage one keeps."""
+    """Features cached by stage one."""
     train: TrainSettings = TrainSettings()
     """Stage two."""
     methods: MethodSettings = MethodSettings()
-    """What only one method has."""
+    """Settings of single methods."""
     store: StoreSettings = StoreSettings()
     """The feature store."""
     compute: ComputeSettings = ComputeSettings()
@@ -368,4 +370,4 @@ class Settings(Section):
 
 
 OUTPUTS = PurePosixPath("outputs")
-"""Folder of a study, beside `params.yaml`, that holds every result."""
+"""Folder next to `params.yaml` that holds all results of a study."""

@@ -1,1 +1,1 @@
-"""What can be trained on the frozen LPM: a registry row of `schemas.methods` and one module per method."""
+"""Methods that can be trained on the frozen LPM: one module per method, and its registry row in `schemas.methods`."""

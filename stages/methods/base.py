@@ -1,4 +1,4 @@
-"""What every method provides: a network for the training loop, or a fit in closed form; and a model of a batch."""
+"""Interface of all methods: a network for the training loop or a closed-form fit, and a model of a batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from stages.methods.statistics import StatisticsProbe
 
 Details = Sequence[tuple[str, str]]
-"""(name, value) lines of a report."""
+"""Rows (name, value) of a report."""
 
 
 class Model(nn.Module):
-    """What is evaluated and predicts: a module from a prepared batch to logits."""
+    """A model for evaluation and prediction: maps a prepared batch to logits."""
 
     spec: MethodSpec
 
@@ -37,45 +37,45 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def use_lpm(self, lpm: nn.Module) -> None:
-        """Take the frozen weights that the model needs besides its trained ones from the LPM; by default none."""
+        """Copy the frozen weights that the model needs from the LPM; does nothing by default."""
 
 
 class Network(Model):
-    """What the training loop trains: one member, or several that share a stream of batches."""
+    """A model for the training loop: one member, or several that share a stream of batches."""
 
     kinds = 1
-    """Experts that are averaged: kinds of members, and linear probes."""
+    """Number of experts in the ensemble: kinds of members, and linear probes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.probe: StatisticsProbe | None = None
-        """Linear probes that are fitted in closed form before the first epoch."""
+        """Linear probes, fitted in closed form before the first epoch; None: no probes."""
 
     @property
     def members(self) -> Sequence[nn.Module]:
-        """Networks that learn from the same batches, each with a gradient of its own."""
+        """Networks that are trained on the same batches, with separate gradients."""
         return (self,)
 
     def start_from(self, lpm: nn.Module) -> None:
-        """Take the initial weights from the LPM, where the model is an adaptation of it; by default none."""
+        """Copy the initial weights from the LPM if the model adapts it; does nothing by default."""
 
     @staticmethod
     def member_logits(members: Sequence[Any], batch: Batch, checkpointing: bool = False) -> torch.Tensor:
         """Compute logits (M, B, classes) of members of one or several networks of this class.
 
         Args:
-            members: At least one.
-            batch: Prepared.
-            checkpointing: Compute activations again in the backward pass rather than keep them.
+            members: At least one member.
+            batch: Prepared batch.
+            checkpointing: Recompute activations in the backward pass instead of storing them.
         """
         raise NotImplementedError
 
     def join(self, logits: torch.Tensor, probe_logits: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        """Average (M, B, classes) of `member_logits` to (B, classes)."""
+        """Average `member_logits` (M, B, classes) to (B, classes)."""
         return logits[0]
 
     def experts(self, logits: torch.Tensor, probe_logits: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        """Return what the average is made of: (M, B, classes) -> (B, kinds, classes)."""
+        """Return the terms of the average: (M, B, classes) -> (B, kinds, classes)."""
         return logits.transpose(0, 1)
 
     def calibrate(
@@ -84,23 +84,23 @@ class Network(Model):
         labels: torch.Tensor,  # noqa: ARG002
         class_weights: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
-        """Fit what is fitted on validation images: (n, kinds, classes) of `experts` -> logits (n, classes)."""
+        """Calibrate on validation images: `experts` (n, kinds, classes) -> logits (n, classes)."""
         return experts[:, 0]
 
     def reseed(self, *entropy: int) -> None:
-        """Draw whatever is random in training from here on as these numbers determine; by default nothing is."""
+        """Seed the random draws of training with these numbers; does nothing by default."""
 
     def compiled_blocks(self) -> Iterator[nn.Module]:
-        """Yield the modules that `train.compile` compiles; by default none."""
+        """Yield the modules that `train.compile` compiles; none by default."""
         return iter(())
 
     def set_micro_batch(self, rows: slice | None, batch_rows: int, again: bool) -> None:
-        """Let random draws for some rows be those of the complete batch; by default nothing is drawn.
+        """Make random draws for these rows those of the complete batch; does nothing by default.
 
         Args:
-            rows: Of the batch; None: all.
+            rows: Position of the rows in the complete batch; None: all of it.
             batch_rows: Rows of the complete batch.
-            again: Whether an earlier micro-batch of the same batch has drawn.
+            again: Whether an earlier micro-batch of the same batch was drawn for.
         """
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -109,41 +109,41 @@ class Network(Model):
 
 
 class RowModel(Model):
-    """A model fitted in closed form: a function of described rows."""
+    """A closed-form model: a function of the vectors of `describe_rows`."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute logits (B, classes) of a prepared batch."""
         return self.row_logits(describe_rows(batch))
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, S, 2 D) of `describe_rows` -> (B, classes) logits."""
+        """Compute logits (B, classes) from `describe_rows` (B, S, 2 D)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What a closed form is fitted to."""
+    """Data and options of a closed-form fit."""
 
     train: FitRows
-    """Every class occurs."""
+    """Training rows, with every class."""
     val: FitRows
-    """At least one row. Only some methods fit to them, too."""
+    """Validation rows, at least one. Some methods are fitted to these as well."""
     task: Task = "multiclass"
-    """What the labels mean."""
+    """Kind of the labels."""
     layers: tuple[int, ...] = ()
     """Tapped blocks of the features."""
     class_weights: Sequence[float] | None = None
-    """(C,) weight of each class in the losses; None: all 1."""
+    """Loss weight of each class, (C,); None: all 1."""
     threads: Threads = CALLING_THREAD
-    """Shared by independent fits."""
+    """Thread pool for independent fits."""
 
 
 class GradientMethod(ABC):
-    """A method with epochs. Its module holds one instance, `METHOD`."""
+    """A method with epochs. Its module has one instance, `METHOD`."""
 
     @abstractmethod
     def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> MethodSpec:
-        """Return the spec of the network that resolved settings describe."""
+        """Return the network spec of resolved settings."""
 
     @abstractmethod
     def build(self, spec: MethodSpec) -> Network:
@@ -151,34 +151,34 @@ class GradientMethod(ABC):
 
     @abstractmethod
     def describe(self, spec: MethodSpec) -> Details:
-        """Return what only this kind of network has, for the report."""
+        """Return the report's rows about this kind of network."""
 
 
 class ClosedFormMethod(ABC):
-    """A method that is fitted to all training rows at once. Its module holds one instance, `METHOD`."""
+    """A method that is fitted to all training rows at once. Its module has one instance, `METHOD`."""
 
     @abstractmethod
     def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
-        """Fit.
+        """Fit the model.
 
         Returns:
-            The model, and (m, C) logits of the validation rows by models that were not fitted to them; None: the model
-            was not fitted to them.
+            The model, and the out-of-fold logits (m, C) of the validation rows, or None if the model was not fitted to
+            validation rows.
 
         Raises:
-            TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
+            TrainingError: If a class has no training rows, the validation split is empty, or a feature is not finite.
         """
 
     @abstractmethod
     def build(self, spec: MethodSpec) -> RowModel:
-        """Build the model of a spec, its weights still to be loaded."""
+        """Build the model of a spec without loading its weights."""
 
     @abstractmethod
     def describe(self, spec: MethodSpec) -> Details:
-        """Return what only this kind of model has, for the report."""
+        """Return the report's rows about this kind of model."""
 
     def chosen(self, spec: MethodSpec) -> Mapping[str, float]:  # noqa: ARG002
-        """Return the hyperparameters that the fit chose; by default there are no such."""
+        """Return the hyperparameters that the fit selected; empty by default."""
         return {}
 
 
@@ -213,12 +213,12 @@ def closed_form_method(name: str) -> ClosedFormMethod:
 
 
 def build_model(spec: MethodSpec) -> Model:
-    """Build a model of this spec, its weights still to be loaded."""
+    """Build the model of a spec without loading its weights."""
     return method_of(spec.method).build(spec)
 
 
 def learnable_parameters(network: nn.Module) -> int:
-    """Count the parameters that training changes, the coefficients of linear probes included."""
-    learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    """Count the parameters that training changes, including the coefficients of linear probes."""
+    by_gradient = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     probe = getattr(network, "probe", None)
-    return learned if probe is None else learned + probe.weight.numel() + probe.bias.numel()
+    return by_gradient if probe is None else by_gradient + probe.weight.numel() + probe.bias.numel()

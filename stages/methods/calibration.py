@@ -1,8 +1,8 @@
 """Temperature scaling of experts on the validation images, before they are averaged.
 
-Trained to the end on a few hundred images, an expert that has memorised all of them is overconfident, and would
-dominate an average of log-probabilities. Dividing its logits by a temperature (Guo et al. 2017, arXiv 1706.04599)
-keeps its ranking of the classes and calibrates its confidence.
+An expert that has memorised a few hundred training images is over-confident, and would dominate an average of
+log-probabilities. Dividing its logits by a temperature (Guo et al. 2017, arXiv 1706.04599) calibrates its confidence
+without changing its ranking of the classes.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from schemas.tasks import Task
 from stages.losses import plain_loss
 
 PRIOR = 1.0
-"""Standard deviation of the logarithm of the factor before any image is seen: of a few images it stays near 1."""
+"""Prior standard deviation of the log inverse temperature, which keeps it near 0 with few images."""
 LIMIT = 5.0
-"""Largest logarithm of a factor that is tried, in steps of `STEP`."""
+"""Largest absolute log inverse temperature of the grid."""
 STEP = 0.05
+"""Step of the grid."""
 
 
 def inverse_temperatures(
     terms: torch.Tensor, labels: torch.Tensor, task: Task = "multiclass", class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the factor, 1 / temperature, that makes the log-probabilities of each expert fit the labels best.
+    """Fit the inverse temperature 1 / t of each expert to labels.
 
-    Minimises n * log-loss + (log factor)^2 / (2 PRIOR^2), which has one minimum but for the prior; a grid finds it.
+    Minimises n * log-loss + log(1 / t)^2 / (2 PRIOR^2) by grid search.
 
     Args:
-        terms: (n, K, C) logits of K experts.
-        labels: (n,) class indices, multi-label (n, C) zeros and ones; all on the CPU.
-        task: What the logits mean.
-        class_weights: (C,) weight of each class in the loss.
+        terms: Logits of K experts, (n, K, C).
+        labels: Class indices (n,), or for multi-label zeros and ones (n, C); on the CPU.
+        task: Kind of the labels.
+        class_weights: Loss weight of each class, (C,), or None.
 
     Returns:
-        (K,), positive; 1 without images.
+        Inverse temperatures (K,), positive; 1 without images.
     """
     if not len(labels):
         return torch.ones(terms.shape[1])

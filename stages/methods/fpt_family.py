@@ -1,4 +1,4 @@
-"""FPT, FPT+, FPT-X and the side network only: presets of one family of networks."""
+"""FPT, FPT+, FPT-X and the plain side network: presets of one family of networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.methods.fpt_x import Ensemble
 
 
 class FptMethod(GradientMethod):
-    """FPT, FPT+, FPT-X and the side network only: presets of one family."""
+    """FPT, FPT+, FPT-X and the plain side network."""
 
     def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
         """Return the spec of resolved settings."""
@@ -40,8 +40,7 @@ class FptMethod(GradientMethod):
     def build(self, spec: MethodSpec) -> Network:
         """Build the network of a spec: one side network, or an ensemble."""
         spec = cast("SideNetworkSpec", spec)
-        several = spec.members > 1 or spec.attentive or spec.probe_weight
-        return Ensemble(spec) if several else PromptedSideNetwork(spec)
+        return Ensemble(spec) if _is_ensemble(spec) else PromptedSideNetwork(spec)
 
     def describe(self, spec: MethodSpec) -> Details:
         """Return the ensemble and the shape of the side network."""
@@ -50,13 +49,16 @@ class FptMethod(GradientMethod):
             f"{spec.members} side networks ({spec.side_weight:g}), {spec.attentive} attentive probes "
             f"({spec.attentive_weight:g}), linear probes ({spec.probe_weight:g})"
         )
-        several = spec.members > 1 or spec.attentive or spec.probe_weight
         return (
-            *((("Averaged", ensemble),) if several else ()),
+            *((("Averaged", ensemble),) if _is_ensemble(spec) else ()),
             ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
             ("Width of the side network", str(spec.width)),
             ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),
         )
+
+
+def _is_ensemble(spec: SideNetworkSpec) -> bool:
+    return bool(spec.members > 1 or spec.attentive or spec.probe_weight)
 
 
 METHOD = FptMethod()

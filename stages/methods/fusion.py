@@ -27,126 +27,128 @@ from stages.methods.kernels import linear
 
 
 def context(query: torch.Tensor, cached: CachedTokens, keep: bool = False) -> torch.Tensor:
-    """Cross-attention of prompts to cached tokens.
+    """Compute the cross-attention of prompts to cached tokens.
 
     Args:
-        query: (P, D), the same for every image of the batch.
-        cached: One layer, D = H * d. A constant: no gradient is computed for it.
-        keep: Keep the attention weights (B, H, P, T) of tokens in codes for the backward pass, where they take less
-            than the codes save; else it computes them again.
+        query: Queries (P, D), the same for every image of the batch.
+        cached: Tokens of one layer, D = H * d; they get no gradient.
+        keep: Store the attention weights (B, H, P, T) of quantised tokens for the backward pass, where they take less
+            memory than quantisation saves; otherwise they are recomputed.
 
     Returns:
         (B, P, D) in the type of `query`.
     """
     heads = cached.keys.shape[1]
     head_dim = query.shape[1] // heads
-    # The query carries no batch axis: the scale and the head split are applied once, not per image.
+    # The query has no batch axis, so that scaling and head split are applied once instead of per image.
     split = (query * head_dim**-0.5).view(-1, heads, head_dim).transpose(0, 1).to(_attention_dtype(query))
-    parts = cached.keys, cached.values, cached.scale, cached.offset
-    return cast("torch.Tensor", _Attend.apply(split, keep and cached.scale is not None, *parts)).flatten(2)
+    tensors = cached.keys, cached.values, cached.scale, cached.offset
+    return cast("torch.Tensor", _Attend.apply(split, keep and cached.scale is not None, *tensors)).flatten(2)
 
 
 def _attention_dtype(query: torch.Tensor) -> torch.dtype:
-    """Type of autocast where that is on: it reaches no function with a backward pass of its own."""
+    """Return the autocast type if autocast is on, since it does not apply inside a custom autograd function."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 class _Attend(torch.autograd.Function):
-    """A v with A = softmax(q k^T), which keeps its inputs, keys and values as they are stored, and perhaps A.
+    """A v with A = softmax(q k^T), which saves keys and values as stored, and optionally A, for the backward pass.
 
-    Plain operations would keep a widened copy of both, for gradients of which all but that of the query are thrown
-    away.
+    Composed operations would save dequantised copies of both, although only the query needs a gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, keep: bool, *cached: Any) -> torch.Tensor:
-        """(H, P, d) and keys, values, scale, offset of `CachedTokens` -> (B, P, H, d)."""
+        """Compute (B, P, H, d) from queries (H, P, d), and keys, values, scale and offset of `CachedTokens`."""
         heads, count, head_dim = query.shape
         mixed = query.new_empty(len(cached[0]), count, heads, head_dim)
-        kept = []
-        # Everything has the type of the query already; the backward pass runs without autocast as well.
+        saved_weights = []
+        # All operands already have the type of the query; the backward pass runs without autocast as well.
         with torch.autocast(query.device.type, enabled=False):
-            for part, tokens in CachedTokens(*cached).chunks(query):
+            for chunk, tokens in CachedTokens(*cached).chunks(query):
                 weights = torch.softmax(tokens.scores(query, tokens.wide_keys()), dim=-1)
-                mixed[part].copy_(tokens.mix(weights).transpose(1, 2))
-                kept += [weights] if keep else []
-        ctx.save_for_backward(query, *cached, *kept)
+                mixed[chunk].copy_(tokens.mix(weights).transpose(1, 2))
+                saved_weights += [weights] if keep else []
+        ctx.save_for_backward(query, *cached, *saved_weights)
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradient of the query: dS = A (dA - sum_j A dA), dq = dS k, with A = softmax(q k^T) and dA = dO v^T.
+        """Compute the gradient of the query: dS = A (dA - sum_j A dA), dq = dS k, with dA = dO v^T.
 
-        Offsets drop out: dO . o is the same for every token, and each row of dS sums to 0.
+        Offsets cancel: dO . o is the same for every token, and each row of dS sums to 0.
         """
-        query, keys, values, scale, offset, *kept = ctx.saved_tensors
-        total = torch.zeros_like(query)
-        for number, (part, tokens) in enumerate(CachedTokens(keys, values, scale, offset).chunks(query)):
-            inner = tokens.unmix(grads[0][part].transpose(1, 2))
-            wide = tokens.wide_keys()
-            weights = kept[number] if kept else torch.softmax(tokens.scores(query, wide), dim=-1)
-            inner -= (inner * weights).sum(dim=-1, keepdim=True)
-            total += tokens.unscore(inner.mul_(weights), wide).sum(dim=0)
-        return total, None, None, None, None, None
+        query, keys, values, scale, offset, *saved_weights = ctx.saved_tensors
+        grad_query = torch.zeros_like(query)
+        for number, (chunk, tokens) in enumerate(CachedTokens(keys, values, scale, offset).chunks(query)):
+            grad_scores = tokens.unmix(grads[0][chunk].transpose(1, 2))
+            wide_keys = tokens.wide_keys()
+            if saved_weights:
+                weights = saved_weights[number]
+            else:
+                weights = torch.softmax(tokens.scores(query, wide_keys), dim=-1)
+            grad_scores -= (grad_scores * weights).sum(dim=-1, keepdim=True)
+            grad_query += tokens.unscore(grad_scores.mul_(weights), wide_keys).sum(dim=0)
+        return grad_query, None, None, None, None, None
 
 
 class PromptDropout(nn.Module):
-    """Dropout that can draw from a generator of its own: networks trained side by side draw what each would alone."""
+    """Dropout with an optional generator per network, so that networks trained together draw independent masks."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
         self.generator: torch.Generator | None = None
-        self._part: tuple[slice, int] | None = None
-        self._before: torch.Tensor | None = None
+        self._micro_batch: tuple[slice, int] | None = None
+        self._state_before: torch.Tensor | None = None
 
     def draw(self, like: torch.Tensor, width: int) -> torch.Tensor | None:
-        """Which values of the prompts of one block are kept: all but a share p; None in evaluation.
+        """Draw the dropout mask of the prompts of one block.
 
-        Drawn apart from what they multiply, so that this can be computed a second time (activation checkpointing).
+        Separate from its application, so that activation checkpointing can recompute the latter.
 
         Args:
-            like: (B, P, ...), of the batch, prompts and device.
-            width: Of the prompts.
+            like: Tensor (B, P, ...) with the number of images and prompts, and the device.
+            width: Width of the prompts.
 
         Returns:
-            (B, P, width) bool, or None.
+            Mask (B, P, width), True with probability 1 - p; None in evaluation.
         """
         if not self.training or not self.p:
             return None
-        rows, whole = self._part or (slice(None), len(like))
-        drawn = torch.empty(whole, like.shape[1], width, device=like.device)
-        return drawn.bernoulli_(1 - self.p, generator=self.generator)[rows].bool()
+        rows, batch_rows = self._micro_batch or (slice(None), len(like))
+        mask = torch.empty(batch_rows, like.shape[1], width, device=like.device)
+        return mask.bernoulli_(1 - self.p, generator=self.generator)[rows].bool()
 
     def apply_drawn(self, prompts: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """What is kept of (B, P, width), times 1 / (1 - p)."""
+        """Apply a mask to (B, P, width), and scale by 1 / (1 - p)."""
         return prompts if kept is None else prompts * kept.float().div_(1 - self.p)
 
     def forward(self, prompts: torch.Tensor) -> torch.Tensor:
-        """Draw and apply."""
+        """Draw and apply a mask."""
         return self.apply_drawn(prompts, self.draw(prompts, prompts.shape[-1]))
 
     def draw_part(self, rows: slice | None, whole: int, again: bool) -> None:
-        """From here on draw for some rows of a batch what they would get in the whole of it.
+        """Make further draws for rows of a batch those of the complete batch.
 
         Args:
-            rows: Those; None: the batch is whole.
-            whole: Rows of the whole batch.
-            again: These are further rows of the batch that was drawn for last.
+            rows: Position of the rows in the complete batch; None: all of it.
+            whole: Rows of the complete batch.
+            again: Whether an earlier micro-batch of the same batch was drawn for.
         """
-        self._part = None if rows is None else (rows, whole)
+        self._micro_batch = None if rows is None else (rows, whole)
         if self.generator is None or rows is None:
             return
-        if again and self._before is not None:
-            self.generator.set_state(self._before)
+        if again and self._state_before is not None:
+            self.generator.set_state(self._state_before)
         else:
-            self._before = self.generator.get_state()
+            self._state_before = self.generator.get_state()
 
 
 class Fusion(nn.Module):
-    """Prompts of all tapped layers and the projections they share."""
+    """Prompts of all tapped layers, and the projections that they share."""
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
@@ -163,28 +165,28 @@ class Fusion(nn.Module):
         nn.init.normal_(self.prompts, std=1e-6)
 
     def queries(self, layer: int) -> torch.Tensor:
-        """What the prompts of side block `layer` ask the cached tokens, (P, D); layers count from 0."""
-        asked: torch.Tensor = self.query(self.prompts[layer])
-        return asked
+        """Compute the queries (P, D) of a layer, counted from 0, for its cached tokens."""
+        queries: torch.Tensor = self.query(self.prompts[layer])
+        return queries
 
     def gathered(self, layer: int, mixed: torch.Tensor) -> torch.Tensor:
-        """What Wo reads, (B, P, D): all that the backward pass needs to know of `context` of `queries`, `mixed`."""
+        """Return the input (B, P, D) of Wo, given the `context` of the queries as `mixed`."""
         return mixed + self.prompts[layer] if self.wide else mixed
 
     def prompts_from(self, layer: int, gathered: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """Prompts for side block `layer`.
+        """Compute the prompts of a side block.
 
         Args:
             layer: Position among the tapped layers, from 0.
-            gathered: Of this layer, (B, P, D).
-            kept: What `draw_kept` gave.
+            gathered: Input of Wo for this layer, (B, P, D).
+            kept: Dropout mask from `draw_kept`.
 
         Returns:
-            (B, P, width of the side network).
+            Prompts (B, P, width of the side network).
         """
         fused = linear(self.out, gathered)
         return self.dropout.apply_drawn(fused if self.wide else fused + self.prompts[layer], kept)
 
     def draw_kept(self, gathered: torch.Tensor) -> torch.Tensor | None:
-        """Dropout of the prompts of one side block, for `prompts_from`."""
+        """Draw the dropout mask of the prompts of one side block."""
         return self.dropout.draw(gathered, self.out.out_features)

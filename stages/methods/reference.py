@@ -1,7 +1,7 @@
-"""FPT and FPT+ as the papers write them: one readable forward pass, the reference for the fast one.
+"""Reference forward pass of FPT and FPT+, as in the papers.
 
-`PromptedSideNetwork` computes the same from codes of the store, for several members at once, and without what nothing
-reads afterwards. Equality of output and gradient is tested in `tests/stages/methods/test_reference.py`.
+`PromptedSideNetwork` computes the same from quantised codes, for several members at once, and skips outputs that are
+not read. Equality of outputs and gradients is tested in `tests/stages/methods/test_reference.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from stages.methods.side_network import Block
 def reference_forward(
     network: PromptedSideNetwork, image: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of FPT (arXiv 2403.07576, section 2) or FPT+ (arXiv 2408.02426, section III), one plain step a line.
+    """Compute the logits of FPT (arXiv 2403.07576, section 2) or FPT+ (arXiv 2408.02426, section III).
 
     Args:
-        network: Supplies the weights; its dropout applies in training mode.
-        image: (B, 3, S, S), the small image, normalised.
-        keys: (B, L, H, T, d) floats, cached per tapped layer and head.
-        values: Like `keys`.
+        network: Network with the weights; its dropout applies in training mode.
+        image: Normalised small images, (B, 3, S, S).
+        keys: Cached keys per tapped layer and head, (B, L, H, T, d) floats.
+        values: Cached values, of the same shape.
 
     Returns:
-        (B, classes).
+        Logits, (B, classes).
     """
     side, fusion, (batch, layers, heads, _, head_width) = network.side, network.fusion, keys.shape
     x = torch.cat([side.cls_token.expand(batch, -1, -1), side.patch_embed(image).flatten(2).mT], 1) + side.pos_embed

@@ -1,4 +1,4 @@
-"""The model bundle: `model.safetensors` with the weights of whatever was trained, `model.json` with everything else."""
+"""The model bundle: `model.safetensors` with the trained weights, `model.json` with everything else."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class Bundle:
     """A trained model, ready to predict."""
 
     spec: BundleSpec
-    """What it is."""
+    """Content of `model.json`."""
     network: Model
-    """In evaluation mode; `infer.batch_logits` runs it, of whatever kind it is."""
+    """Model in evaluation mode; run it with `infer.bundle_logits`."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network is. A k-NN has buffers alone."""
+        """Device of the model, from its parameters or (k-NN) buffers."""
         return next(chain(self.network.parameters(), self.network.buffers())).device
 
 
 def serialise(network: Model) -> tuple[bytes, str]:
-    """The weights as safetensors bytes, and their sha256."""
+    """Return the weights as safetensors bytes, and their sha256."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     data: bytes = save_tensors(state, metadata={"format": "pt"})
     return data, hashlib.sha256(data).hexdigest()
 
 
 def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
-    """Write both files; the JSON last, so that a bundle with a JSON is whole.
+    """Write both files, the JSON last, so that a bundle with a JSON is complete.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -57,17 +57,17 @@ def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
 
 
 def encode_spec(spec: BundleSpec) -> bytes:
-    """The content of `model.json`: the spec, and the digest of its canonical JSON as `sha256`."""
+    """Return the content of `model.json`: the spec, and the digest of its canonical JSON as `sha256`."""
     content = spec.model_dump(mode="json")
     return (json.dumps({**content, "sha256": digest(content)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _decode_spec(data: bytes, path: Path) -> BundleSpec:
-    """Read what `encode_spec` wrote.
+    """Parse the output of `encode_spec`.
 
     Raises:
         BundleError: If it was changed.
-        ValueError, RecursionError: If it is something else.
+        ValueError, RecursionError: If it is not a spec.
     """
     content = json.loads(data)
     if not isinstance(content, dict) or "sha256" not in content:
@@ -85,7 +85,7 @@ def _decode_spec(data: bytes, path: Path) -> BundleSpec:
 
 
 def _consistent(spec: BundleSpec) -> bool:
-    """Whether the network has the classes, and reads the features, that the spec names."""
+    """Return whether the network fits the classes and features of the spec."""
     network, features = spec.network, spec.features
     if network.classes != len(spec.classes) or ("pooled" in model_inputs(network) and not features.pooled):
         return False
@@ -93,7 +93,7 @@ def _consistent(spec: BundleSpec) -> bool:
 
 
 def read_spec(folder: Path) -> BundleSpec:
-    """What a bundle says of itself, checked against the digest in it; its weights are not read.
+    """Read the spec of a bundle and check its digest; the weights are not read.
 
     Raises:
         BundleError: If the file is missing, changed, or of another version.
@@ -127,7 +127,7 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
     """Read a bundle and check its weights against the digest in its JSON.
 
     Raises:
-        BundleError: If a file is missing or damaged, or the two do not belong together.
+        BundleError: If a file is missing or damaged, or the two files do not match.
     """
     spec, data = read_spec(folder), _read(folder, WEIGHTS)
     if hashlib.sha256(data).hexdigest() != spec.weights_sha256:

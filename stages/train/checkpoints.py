@@ -1,6 +1,6 @@
-"""Checkpoints of unfinished trainings: one file each, whose digest is checked before anything is parsed.
+"""Checkpoints of unfinished trainings: one file per run, whose digest is checked before it is parsed.
 
-fpt checkpoint 1 <sha256 of the rest>\\n<safetensors: weights, optimiser state, kept weights; JSON in its metadata>
+fpt checkpoint 1 <sha256 of the rest>\\n<JSON: key, epochs>\\n<safetensors: weights, best weights, optimiser state>
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from stages.files import atomic_write, read_regular
 from stages.methods.base import Network
 
 HEAD = b"fpt checkpoint 1 "
-"""First bytes; the number changes with the layout, so that a file of another version is not parsed."""
+"""First bytes; the number is the version of the layout, so that other versions are not parsed."""
 _LENGTH = len(HEAD) + 64 + 1
 
 
 @dataclass
 class Fit:
-    """State of a run: what a checkpoint holds."""
+    """State of a run, as saved in a checkpoint."""
 
     network: Network
     """Current weights."""
@@ -37,17 +37,17 @@ class Fit:
     epochs: list[EpochLog] = field(default_factory=list)
     """Finished epochs."""
     best: int = 0
-    """Number of the epoch whose weights are kept, from 1; 0 before the first."""
+    """Number of the selected epoch, from 1; 0 before the first."""
     best_state: dict[str, torch.Tensor] = field(default_factory=dict)
     """Weights of that epoch, on the CPU."""
 
 
 def save_checkpoint(state: Fit, path: Path, key: str) -> None:
-    """Replace the checkpoint by one of the whole state, atomically and safe through a power cut.
+    """Replace the checkpoint, atomically and durably in the event of a power failure.
 
     Args:
-        state: After at least one epoch.
-        path: Several processes may write it at once.
+        state: State after at least one epoch.
+        path: File; several processes may write it at once.
         key: Full key of the run, `run.run_key`.
 
     Raises:
@@ -70,15 +70,15 @@ def save_checkpoint(state: Fit, path: Path, key: str) -> None:
 
 
 def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
-    """Resume from a checkpoint, if there is an intact one of this run; else the state stays as it is.
+    """Resume from the checkpoint of this run if it is intact; otherwise leave the state unchanged.
 
     Args:
-        state: A fresh run; receives weights, optimiser state and finished epochs.
-        path: Of the checkpoint.
-        key: Full key of the run, `run.run_key`.
+        state: State of a new run; receives weights, optimiser state and finished epochs.
+        path: File of the checkpoint.
+        key: Full key of the run, `job.run_key`.
 
     Returns:
-        Why the file that is there cannot be resumed; None where it was, or where there is none.
+        Why an existing checkpoint cannot be resumed, or None if it was resumed or does not exist.
     """
     try:
         data = read_regular(path)
@@ -89,14 +89,14 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
     head, payload = data[:_LENGTH], data[_LENGTH:]
     if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
         return "is damaged"
-    # From here on the bytes are those that were written: what does not fit is another run's, or another version's.
+    # The bytes are intact: what does not fit now is from another run or version.
     line, _, arrays = payload.partition(b"\n")
     try:
         progress, tensors = json.loads(line), load_tensors(arrays)
         if progress["key"] != key:
             return "belongs to another training"
         epochs = [EpochLog.model_validate(log) for log in progress["epochs"]]
-        network, best, moments = (_below(f"{part}.", tensors) for part in ("network", "best", "optimizer"))
+        network, best, moments = (_below(f"{section}.", tensors) for section in ("network", "best", "optimizer"))
         _check_shapes(network, state.network.state_dict())
         _check_shapes(best, state.network.state_dict())
         state.optimizer.load_state_dict(
@@ -114,15 +114,15 @@ def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _by_parameter(moments: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-    """`3.exp_avg` and its like -> index of the parameter -> name -> value."""
-    found: dict[int, dict[str, torch.Tensor]] = {}
+    """Group optimiser states with keys such as `3.exp_avg` by the index of the parameter."""
+    states: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in moments.items():
         index, _, moment = name.partition(".")
-        found.setdefault(int(index), {})[moment] = value
-    return found
+        states.setdefault(int(index), {})[moment] = value
+    return states
 
 
 def _check_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     shapes = ({name: value.shape for name, value in side.items()} for side in (tensors, expected))
     if next(shapes) != next(shapes):
-        raise ValueError("other tensors")
+        raise ValueError("names or shapes of the tensors differ")

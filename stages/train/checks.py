@@ -1,4 +1,4 @@
-"""What training refuses before it starts: features, rows, runs and classes that do not fit together."""
+"""Checks before training starts: features, rows, runs and classes must fit together."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ FREE = frozenset(
 
 
 def check_shared(variants: Sequence[ResolvedSettings]) -> None:
-    """Refuse variants that differ in more than what each can have for itself.
+    """Check that variants differ only in `FREE` fields of `train`.
 
     Raises:
-        SettingsError: With every field that they would have to share.
+        SettingsError: If they differ in others; lists these.
     """
     fixed = [shared_fields(settings) for settings in variants]
     differing = sorted(name for name in fixed[0] if any(one[name] != fixed[0][name] for one in fixed))
@@ -52,11 +52,11 @@ def check_shared(variants: Sequence[ResolvedSettings]) -> None:
 
 
 def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:
-    """Return what runs that share their batches have in common, by dotted name."""
-    own = getattr(settings.methods, settings.method, None)
+    """Return the fields that must be equal in runs that share their batches, by dotted name."""
+    method_settings = getattr(settings.methods, settings.method, None)
     sections = {name: getattr(settings, name) for name in ("features", "lpm", "data", "train")}
-    if own is not None:
-        sections[f"methods.{settings.method}"] = own
+    if method_settings is not None:
+        sections[f"methods.{settings.method}"] = method_settings
     return {
         "method": settings.method,
         **{
@@ -69,10 +69,13 @@ def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:
 
 
 def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: ExtractionReceipt) -> None:
-    """Refuse features that were computed under other settings than these; the differing fields are named.
+    """Check that the extracted features fit the settings.
 
-    Only fields that decide what the method reads count: "auto" depends on the method, and features that were extracted
-    for another method serve one that does not read what differs.
+    Only fields that affect the inputs of the method are compared: features that were extracted for another method are
+    accepted if the difference is not read.
+
+    Raises:
+        CacheMismatchError: If they do not; lists the differing fields.
     """
     extracted, row = receipt.spec, METHODS[settings.method]
     inputs = row.reads(settings)
@@ -101,7 +104,7 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
 
 
 def _ignored_fields(inputs: Inputs, any_layers: bool) -> frozenset[str]:
-    """Fields of the features that do not decide what is read; pooled outputs do no harm where they are not read."""
+    """Return the fields of the features that do not affect these inputs."""
     ignored = {"pooled"}
     tokens = bool(inputs & {"tokens", "statistics"})
     if not tokens or any_layers:
@@ -118,23 +121,31 @@ def _ignored_fields(inputs: Inputs, any_layers: bool) -> frozenset[str]:
 
 
 def check_views(settings: ResolvedSettings, receipt: ExtractionReceipt) -> None:
-    """Refuse an extraction that lacks views of the settings; they are named. Fewer views than extracted will do."""
-    asked = settings.features
-    absent: list[str] = [view for view in asked.views if view not in receipt.views]
-    if asked.crops and (asked.crops > receipt.crops or asked.crop_scale != receipt.crop_scale):
-        count = f"{asked.crops} crop{'s' if asked.crops != 1 else ''}"
-        absent.append(f"{count} of {asked.crop_scale[0]:g} to {asked.crop_scale[1]:g} of the area")
+    """Check that all views of the settings were extracted.
+
+    Raises:
+        CacheIncompleteError: If some were not; lists them.
+    """
+    features = settings.features
+    absent: list[str] = [view for view in features.views if view not in receipt.views]
+    if features.crops and (features.crops > receipt.crops or features.crop_scale != receipt.crop_scale):
+        count = f"{features.crops} crop{'s' if features.crops != 1 else ''}"
+        absent.append(f"{count} of {features.crop_scale[0]:g} to {features.crop_scale[1]:g} of the area")
     if absent:
         raise CacheIncompleteError(
-            f"The settings ask for views that were not extracted: {', '.join(absent)}.",
+            f"The settings list views that were not extracted: {', '.join(absent)}.",
             absent,
             "features.views or features.crops changed after the features were extracted.",
-            "Run `fpt extract`: it computes just these views. Or revert the change.",
+            "Run `fpt extract`, which computes only these views, or revert the change.",
         )
 
 
 def check_rows(settings: ResolvedSettings, manifest: Manifest, store: StoreReader) -> None:
-    """Refuse a store that lacks an image of the manifest, or a view of one to train on."""
+    """Check that the store contains all images of the manifest, and all views of training images.
+
+    Raises:
+        CacheIncompleteError: If it does not; lists the images.
+    """
     rows = {row.row_id: row for row in manifest_rows(manifest, settings.features)}
     missing = list(dict.fromkeys(rows[row_id].image for row_id in store.missing(tuple(rows))))
     if missing:
@@ -149,11 +160,11 @@ def check_rows(settings: ResolvedSettings, manifest: Manifest, store: StoreReade
 def class_weights(
     settings: ResolvedSettings, labels: Sequence[Target], classes: Sequence[str], device: torch.device
 ) -> torch.Tensor | None:
-    """(C,) weights of the loss: none, balanced (`balanced_weights`), or the listed ones.
+    """Return the class weights (C,) of the loss: none, balanced (`balanced_weights`), or as listed.
 
     Raises:
-        TrainingError: If a class has no training images, or a label all of them.
-        SettingsError: If the list does not have one weight a class.
+        TrainingError: If a class has no training images, or all training images have the same label.
+        SettingsError: If the list does not have one weight per class.
     """
     counts = class_counts(labels, len(classes))
     if absent := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]:
@@ -162,10 +173,10 @@ def class_weights(
             "The split left the class out.",
             "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
         )
-    if full := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == len(labels)]:
+    if constant := [name for name, count in zip(classes, counts.tolist(), strict=True) if count == len(labels)]:
         raise TrainingError(
-            f"Every training image has the label {', '.join(full)}.",
-            "There is nothing to tell it from: the split left the others out.",
+            f"Every training image has the label {', '.join(constant)}.",
+            "The split left out all images without it, so that it cannot be learned.",
             "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
         )
     chosen = settings.train.class_weights

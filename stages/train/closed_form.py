@@ -1,4 +1,4 @@
-"""Methods without epochs: one read of the rows, one fit to all of them."""
+"""Training of closed-form methods: read all rows once and fit once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stages.train.job import Job, rows_to_fit, save_model
 from stages.train.loop import score_logits
 
 MOST_THREADS = 64
-"""Threads that fits share, if there are as many cores."""
+"""Maximum number of threads that fits share; limited by the number of cores."""
 
 
 def fit_job(job: Job) -> list[TrainResult]:
     """Fit every variant on the CPU, and write its bundle."""
-    # To train on, every view of an image is a row.
+    # Every view of a training image is a row of its own.
     ids: dict[Split, list[list[str]]] = {
         "train": [[row.row_id for row in views] for views in train_views(job.manifest, job.first.features)],
         "val": [[row.id] for row in job.manifest.of("val")],
@@ -55,18 +55,17 @@ def fit_job(job: Job) -> list[TrainResult]:
 
 
 def fit_rows(method: str, inputs: FitInputs) -> tuple[RowModel, EpochLog]:
-    """Fit a closed form, and score it.
+    """Fit a closed-form method, and score it.
 
     Args:
-        method: Name of a method that is fitted in closed form.
+        method: Name of a closed-form method.
         inputs: Rows, task and class weights.
 
     Returns:
-        The model, and its scores in the form of one epoch. Validation rows are scored by models that were not fitted to
-        them.
+        The model, and its scores as a log of one epoch. Validation scores are out of fold if validation rows are fitted.
 
     Raises:
-        TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
+        TrainingError: If a class has no training rows, the validation split is empty, or a feature is not finite.
     """
     start = time.perf_counter()
     model, val_logits = closed_form_method(method).fit(inputs)

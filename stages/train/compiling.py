@@ -1,4 +1,4 @@
-"""Opt-in torch.compile of the side network's blocks."""
+"""Optional torch.compile of the side network's blocks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from stages.methods.base import Network
 
 
 def compile_blocks(networks: Sequence[Network], device: torch.device) -> None:
-    """Compile the blocks of networks, in place; names and weights of the networks stay as they are.
+    """Compile the blocks of networks in place; parameter names and weights do not change.
 
-    Blocks of one shape share one compiled function, whatever their number; of side networks two are compiled, since the
-    last computes only the class token. That takes about half a minute per training. Shapes are fixed: dynamic ones are
-    slower, and `eager_unless` runs the last smaller batch as it stands.
+    Blocks of equal shape share one compiled function. Side networks need two, since the last block computes only the
+    class token, which takes about half a minute per training. Shapes are static, because dynamic ones are slower;
+    `eager_unless` runs a smaller last batch without compilation.
 
     Raises:
-        PlatformError: If nothing can be compiled here.
+        PlatformError: If this machine cannot compile.
     """
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # of each backend its own
+    except Exception as error:  # each backend raises its own type
         raise PlatformError(
             f"torch {torch.__version__} cannot compile for {device.type}: {str(error).strip().splitlines()[0]}",
-            "There is no C++ compiler, or none of Triton for this GPU.",
+            "There is no C++ compiler, or Triton does not support this GPU.",
             "Install one (such as g++), or set train.compile to false.",
         ) from error
     for network in networks:
@@ -35,5 +35,5 @@ def compile_blocks(networks: Sequence[Network], device: torch.device) -> None:
 
 
 def eager_unless(compiled: bool) -> AbstractContextManager[object]:
-    """Context in which nothing compiled is used, unless `compiled`."""
+    """Return a context in which compiled functions run eagerly, unless `compiled`."""
     return nullcontext() if compiled else torch.compiler.set_stance("force_eager")

@@ -1,8 +1,8 @@
-"""What a setting costs, from shapes alone: no image, no weights, no accelerator.
+"""Cost estimate from shapes: needs no images, weights or accelerator.
 
-Tensor memory is measured, not derived: one training step runs on fake tensors (shapes without data) of the CPU while
-`MemTracker` adds up the storages that live at the same time. The step of stage two is the one that the training loop
-runs. Temporaries inside a kernel and the allocator's rounding are not part of it.
+Tensor memory is measured: one step of the training loop runs on fake CPU tensors (shapes without data) while
+`MemTracker` adds up the storages that are alive at the same time. Temporary buffers inside kernels and the rounding of
+the allocator are not included.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from stages.train.loop import Recipe, Run, make_optimizer, training_step
 
 
 def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
-    """Count parameters, tensor memory and bytes of a setting. Takes seconds.
+    """Compute parameters, tensor memory and stored bytes of resolved settings. Takes seconds.
 
     Args:
-        settings: Resolved.
-        lpm: Shape of the LPM that they name, at their image size.
+        settings: Resolved settings.
+        lpm: Shape of their LPM at their image size.
         classes: Outputs of the classifier.
-        root: Folder that a relative `local-dir:` starts at; None: the working directory.
+        root: Base folder of a relative `local-dir:`; None: the working directory.
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
-        SettingsError: If the method trains no network: linear and knn.
+        SettingsError: If the method is fitted in closed form.
     """
     row = METHODS[settings.method]
     if row.closed_form:
@@ -59,7 +59,7 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
     spec = method.spec(settings, lpm, classes)
     with torch.device("meta"):
         network = method.build(spec)
-    # Imported late: training on cached features needs no code of the LPM.
+    # Imported late: training on cached features does not need the code of the LPM.
     from stages.lpm.catalogue import build_on_meta
 
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
@@ -91,12 +91,12 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
 
 
 def efficiency_factor(share: float) -> float:
-    """exp(-log10(share + 1)): a score times this is its PPE (share of parameters) or PME (share of memory)."""
+    """Return exp(-log10(share + 1)), which times a score is its PPE (share of parameters) or PME (share of memory)."""
     return math.exp(-math.log10(share + 1.0))
 
 
 def _states_mib(network: Network) -> float:
-    """Parameters, and gradient and two moments of AdamW of the learnable ones, MiB."""
+    """Return the size of all parameters, and of gradients and AdamW moments of the learnable ones, MiB."""
     learnable = (parameter for parameter in network.parameters() if parameter.requires_grad)
     return _mib(network.parameters()) + 3 * _mib(learnable)
 
@@ -106,10 +106,10 @@ def _mib(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: ResolvedTrain) -> tuple[float, float]:
-    """Tensor memory of a training step: the batch as it is read, the network, its gradients and optimiser states.
+    """Measure the tensor memory of a training step: batch as read, network, gradients and optimiser states.
 
     Returns:
-        All of it, and only the batch.
+        The total, and the size of the batch, MiB.
     """
     batch_mib = 0.0
     recipe = Recipe(train, features, class_weights=None, device=torch.device("cpu"), workers=0)
@@ -126,8 +126,8 @@ def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: Re
 
 
 def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:
-    """A batch of the shapes and types that a row source gives, without content."""
-    # Linear probes of an ensemble are fitted before the first step, which reads no pooled outputs.
+    """Return an empty batch with the shapes and types of a row source."""
+    # Linear probes of an ensemble are fitted before the first step, so steps read no pooled outputs.
     names = array_names(inputs - {"pooled", "side", "image"})
     arrays = {
         name: torch.empty((rows, *layout.shape), dtype=getattr(torch, layout.dtype))
@@ -147,7 +147,7 @@ def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: 
 
 
 def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> float:
-    """A step of full fine-tuning of the LPM: timm's own drop rates, fused attention, the same optimiser."""
+    """Measure a step of full fine-tuning of the LPM with timm's drop rates, fused attention and the same optimiser."""
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
         images = torch.empty(train.batch_size, 3, lpm.image_size, lpm.image_size)
@@ -163,7 +163,7 @@ def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> floa
         return optimizer, [images, labels], step
 
     for module in model.modules():
-        # timm reads this from the environment; what is compared with is always the better one.
+        # timm reads this from the environment; the baseline always uses the more efficient implementation.
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", True)  # noqa: B010
     return _peak_mib(model, make_step)
@@ -173,17 +173,17 @@ def _peak_mib(
     network: nn.Module,
     make_step: Callable[[], tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]],
 ) -> float:
-    """Peak of all tensors that live during one step, MiB.
+    """Return the peak memory of all tensors during one step, MiB.
 
     Args:
-        network: Is turned into one of fake tensors.
-        make_step: Called under fake tensors; gives the optimiser, the step's inputs and the step.
+        network: Network whose parameters are replaced by fake tensors.
+        make_step: Called in fake tensor mode; returns the optimiser, the inputs of the step, and the step.
     """
     tracker = total_tracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.train().to_empty(device="cpu")
         optimizer, inputs, step = make_step()
-        # AdamW makes its states in its first step; a step in the middle of training is what is asked for.
+        # AdamW allocates its states in its first step; the estimate is for a later one.
         for parameter in (value for value in network.parameters() if value.requires_grad):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -196,10 +196,12 @@ def _peak_mib(
 
 
 def total_tracker() -> Any:
-    """A `MemTracker` that keeps totals. Imported late: it loads torch.distributed, which some builds of torch lack.
+    """Return a `MemTracker` that only keeps totals.
+
+    Imported late: it loads torch.distributed, which some builds of torch lack.
 
     Raises:
-        PlatformError: If this torch has none.
+        PlatformError: If this build does.
     """
     try:
         if not torch.distributed.is_available():
@@ -213,10 +215,10 @@ def total_tracker() -> Any:
         ) from error
 
     class TotalTracker(MemTracker):  # type: ignore[no-untyped-call]
-        """Keeps the total alone, and not what single modules take.
+        """Tracks the total, and not the memory of each module.
 
-        That would be looked up at every operation, which takes most of the time, and a network whose parts are called
-        one by one is taken for one that runs twice.
+        Module tracking would take most of the time, and mistakes a network whose submodules are called one by one for
+        a network that runs twice.
         """
 
         def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Batches of what a method reads, from a row source: a store, memory, or images."""
+"""Batches of a method's inputs from a row source: a store, memory, or images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from stages.store.memory_rows import RowSource
 from stages.train.targets import Target
 
 PIXELS = ("side", IMAGE)
-"""Arrays of pixels."""
+"""Names of the arrays of pixels."""
 
 IN_BATCH = "batch:"
-"""Prefix of the pixels at their size in a batch, in memory that workers share."""
+"""Prefix, in shared memory, of the names of pixel arrays that have the size they have in a batch."""
 
 PREFETCH = 2
 """Batches that a worker prepares ahead."""
@@ -32,12 +32,12 @@ PREFETCH = 2
 
 @dataclass(frozen=True)
 class Reading:
-    """What a data set reads per image, and how."""
+    """Inputs that a data set reads per image, and their augmentation."""
 
     inputs: Inputs
-    """Of the method."""
+    """Inputs of the method."""
     side_size: int = 0
-    """Input of the side network, in pixels; 0 where it reads no small image."""
+    """Input of the side network, in pixels; 0 without small images."""
     augment: AugmentSettings | None = None
     """None: un-augmented images."""
     seed: int = 0
@@ -46,19 +46,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Ticket:
-    """What a worker sends through the queue: the batch itself lies in shared memory."""
+    """Message of a worker about a batch that it wrote to shared memory."""
 
     slot: int
-    """Number of its memory."""
+    """Number of the slot of shared memory."""
     labels: list[Target]
-    """Of its rows."""
+    """Labels of the rows."""
 
 
 class FeatureDataset(Dataset[Batch]):
-    """Map-style data set over rows of the store that hands out whole batches.
+    """Map-style data set over rows of a source that returns complete batches.
 
-    An index is (epoch, position): with the seed it determines view and augmentation, so that a resumed run and any
-    number of workers see the same images.
+    An index is (epoch, position), which with the seed determines view and augmentation, so that images depend neither
+    on the number of workers nor on whether a run was resumed.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class FeatureDataset(Dataset[Batch]):
         """Locate the rows.
 
         Args:
-            source: Where they are.
+            source: Source of the rows.
             ids: Image id of each position.
             labels: Class index of each position; with several labels per image, zeros and ones.
-            reading: What is read.
-            views: Names of the rows of each position, one of which is drawn for each epoch: features and side image of
-                one geometry. None: the images themselves.
+            reading: Inputs and augmentation.
+            views: Row ids of the views of each position, one of which is drawn per epoch, so that features and side
+                image have the same geometry. None: the images themselves.
 
         Raises:
             CacheIncompleteError: If an image has no row.
@@ -98,7 +98,7 @@ class FeatureDataset(Dataset[Batch]):
         self._read = 0
 
     def _size(self, name: str) -> int:
-        """Side of the pixels of an array in a batch."""
+        """Return the side of the images of a pixel array in a batch, in pixels."""
         return self._reading.side_size if name == "side" else int(self._source.layouts[name].shape[-1])
 
     def __len__(self) -> int:
@@ -106,25 +106,25 @@ class FeatureDataset(Dataset[Batch]):
 
     @property
     def labels(self) -> Sequence[Target]:
-        """Of each position."""
+        """Target of each position."""
         return self._labels
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {}, "_read": 0}
 
     def __getitem__(self, index: tuple[int, int]) -> Batch:
-        """A batch of one."""
+        """Read a batch of one row."""
         return self.__getitems__([index])
 
     def share(self, workers: int, batch_size: int) -> tuple[SharedArrays, ...]:
         """Allocate the memory that a loader's workers write their batches to.
 
-        One more slot a worker than it prepares ahead: a worker is asked for its next batch when an earlier one is
-        handed out, and by then nobody uses the one before that.
+        Each worker has one slot more than batches that it prepares ahead: it starts its next batch when an earlier one
+        is returned, and by then the batch before that is no longer in use.
 
         Args:
-            workers: Of the loader.
-            batch_size: Largest number of rows in a batch.
+            workers: Workers of the loader.
+            batch_size: Maximum number of rows in a batch.
         """
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for name, size in self._sizes.items():
@@ -146,7 +146,7 @@ class FeatureDataset(Dataset[Batch]):
         return batch
 
     def write_slot(self, indices: Sequence[tuple[int, int]], worker: int) -> Ticket:
-        """In a loader's worker: read a batch into the next of its slots."""
+        """Read a batch into the next slot of a loader's worker."""
         slot = worker * (PREFETCH + 1) + self._read % (PREFETCH + 1)
         self._read += 1
         if not indices:
@@ -169,7 +169,7 @@ class FeatureDataset(Dataset[Batch]):
         return Batch.of(rows, labels, pixels.get("side"), pixels.get(IMAGE)), rows
 
     def _pixels(self, name: str, stored: torch.Tensor, indices: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Images at their size in a batch, augmented or not."""
+        """Return images at their size in a batch, augmented or not."""
         augment = self._augment.get(name)
         if augment is None:
             return to_size(stored, self._sizes[name])
@@ -177,19 +177,19 @@ class FeatureDataset(Dataset[Batch]):
             return torch.stack([self._augmented(augment, stored[row], *index) for row, index in enumerate(indices)])
 
     def _drawn(self, epoch: int, position: int) -> int:
-        """Which of the rows this position has in this epoch."""
+        """Return the index of the row drawn for this position in this epoch."""
         first, end = self._first[position : position + 2].tolist()
         if end - first == 1:
             return int(first)
         return int(first) + (self._random(epoch, position)[1] * int(end - first) >> 32)
 
     def _random(self, epoch: int, position: int) -> tuple[int, int]:
-        """32 bits for the augmentation, and 32 for the view."""
+        """Return 32 random bits for the augmentation, and 32 for the view."""
         augment, view = np.random.SeedSequence((self._reading.seed, epoch, position)).generate_state(2).tolist()
         return augment, view
 
     def _augmented(self, augment: Transform, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        # Only the CPU generator: on a GPU nothing is drawn here, and `manual_seed` would seed it, too.
+        # Seed only the CPU generator: nothing is drawn on a GPU here, and `torch.manual_seed` would seed that as well.
         torch.default_generator.manual_seed(self._random(epoch, position)[0])
         return augment(image)
 
@@ -203,8 +203,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         Args:
             length: Rows of the data set.
             batch_size: Rows per batch; the last batch may be smaller.
-            seed: None: in order.
-            ranks: Of several processes this one gets its rows of each batch, which may be none.
+            seed: Random seed of the order; None: in order.
+            ranks: Position of this process among those that train together; it gets its rows of each batch, possibly
+                zero.
         """
         self._length, self.batch_size, self._seed, self._ranks = length, batch_size, seed, ranks
         self.epoch = 0
@@ -218,10 +219,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if self._seed is not None:
             np.random.default_rng((self._seed, self.epoch)).shuffle(order)
         for start in range(0, self._length, self.batch_size):
-            yield [(self.epoch, int(position)) for position in self._own(order[start : start + self.batch_size])]
+            batch = self._rank_rows(order[start : start + self.batch_size])
+            yield [(self.epoch, int(position)) for position in batch]
 
-    def _own(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of a batch the rows of this process."""
+    def _rank_rows(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of a batch that this process reads."""
         return batch[self._ranks.rows(len(batch))]
 
     def batch_rows(self, number: int) -> int:
@@ -230,7 +232,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _InWorker(Dataset[Any]):
-    """The data set as a worker sees it."""
+    """The data set in a worker process: reads into shared memory and returns tickets."""
 
     def __init__(self, data: FeatureDataset) -> None:
         self._data = data
@@ -247,30 +249,30 @@ class _InWorker(Dataset[Any]):
 
 
 class BatchLoader:
-    """Batches of an epoch, in the order of a sampler; iterate once an epoch. A batch is valid until the next one."""
+    """Batches of an epoch, in the order of a sampler; iterate once per epoch. A batch is valid until the next one."""
 
     def __init__(
         self, data: FeatureDataset, sampler: EpochSampler, workers: int = 0, start: str = "forkserver"
     ) -> None:
-        """Start nothing yet.
+        """Configure the loader; workers start with the first iteration.
 
         Args:
-            data: What is read.
+            data: Data set to read.
             sampler: Order and size of the batches.
-            workers: Processes that read; they live as long as this loader. 0: this process.
-            start: How they are started: forkserver, spawn, or fork.
+            workers: Worker processes, which live as long as this loader; 0: read in this process.
+            start: Start method of the workers: forkserver, spawn, or fork.
         """
         self._slots = data.share(workers, sampler.batch_size) if workers else ()
         self._loader: DataLoader[Any] = DataLoader(
             _InWorker(data) if workers else data,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=_as_it_is,
-            # Not fork by default: threads of torch and zarr do not survive it.
+            collate_fn=_identity,
+            # Fork is not the default, because threads of torch and zarr do not survive it.
             multiprocessing_context=start if workers else None,
             persistent_workers=bool(workers),
-            # Of its own: from the global one a loader draws in each epoch, one with lasting workers in the first only,
-            # and what dropout draws would depend on their number.
+            # A separate generator: a loader draws from the global one in each epoch, but with persistent workers only
+            # in the first, so that dropout would depend on the number of workers.
             generator=torch.Generator(),
             prefetch_factor=PREFETCH if workers else None,
         )
@@ -290,9 +292,9 @@ class BatchLoader:
 
 
 def batches(dataset: FeatureDataset, sampler: EpochSampler, workers: int = 0) -> BatchLoader:
-    """A loader over whole batches; workers are separate processes that open the store themselves."""
+    """Return a loader of complete batches; workers are separate processes that open the store themselves."""
     return BatchLoader(dataset, sampler, workers)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

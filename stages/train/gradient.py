@@ -1,4 +1,4 @@
-"""Methods with epochs: networks of several variants on one stream of batches."""
+"""Training of methods with epochs: networks of several variants on one stream of batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Started:
 
     run: Run
     resumed: int
-    """Epochs that a checkpoint had already."""
+    """Epochs restored from a checkpoint."""
 
 
 def train_job(job: Job) -> list[TrainResult]:
@@ -60,7 +60,7 @@ def train_job(job: Job) -> list[TrainResult]:
 
 
 def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
-    """Build the network of a variant, or take it from its checkpoint."""
+    """Build the network of a variant, or restore it from its checkpoint."""
     settings = job.variants[position]
     network = _network(job, settings)
     probe_logits = fit_probe(job, network, source, settings, fits)
@@ -103,7 +103,7 @@ def fit_probe(
 ) -> torch.Tensor | None:
     """Fit the linear probes of an ensemble, if it has any, and return their out-of-fold logits on validation images.
 
-    Runs of one pass have the same images and differ only in the class weights: equal ones share a fit, in `fits`.
+    Variants of a job have the same images, so that those with equal class weights share a fit, cached in `fits`.
     """
     if network.probe is None:
         return None
@@ -125,7 +125,7 @@ def _fit_statistics(job: Job, source: RowSource, settings: ResolvedSettings) -> 
 
 
 def _source(job: Job) -> RowSource:
-    """Return the row source, or in memory what training reads of it."""
+    """Return the row source, or a copy in memory of the rows that training reads."""
     ids = tuple(dict.fromkeys([row for views in _views(job) for row in views] + [r.id for r in job.manifest.of("val")]))
     source = job.opened.source
     names = [name for name in source.layouts if name in array_names(job.inputs)]
@@ -135,7 +135,7 @@ def _source(job: Job) -> RowSource:
 
 
 def _views(job: Job) -> Sequence[Sequence[str]]:
-    """Rows of each training image; where images are read they are augmented, and have no views."""
+    """Return the row ids of each training image; images read as pixels are augmented instead of having views."""
     if "image" in job.inputs:
         return [[row.id] for row in job.manifest.of("train")]
     return [[row.row_id for row in rows] for rows in train_views(job.manifest, job.first.features)]
@@ -144,7 +144,7 @@ def _views(job: Job) -> Sequence[Sequence[str]]:
 def _dataset(job: Job, source: RowSource, split: Split) -> FeatureDataset:
     train = job.first.train
     training = split == "train"
-    # Hidden tokens and cached tokens are those of the un-augmented image; what is augmented are pixels.
+    # Only pixels are augmented; cached and hidden tokens are those of the un-augmented image.
     reading = Reading(job.inputs, train.side_image_size, train.augment if training else None, train.order_seed)
     ids = [row.id for row in job.manifest.of(split)]
     return FeatureDataset(source, ids, job.labels[split], reading, _views(job) if training else None)

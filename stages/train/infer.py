@@ -1,4 +1,4 @@
-"""Logits of a trained bundle, from a row source or from features computed a moment ago."""
+"""Logits of a trained bundle, from a row source or from features in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 
 @torch.inference_mode()
 def bundle_logits(bundle: Bundle, batch: Batch) -> torch.Tensor:
-    """Compute logits (B, classes), float32 on the CPU, of a batch as it was read."""
+    """Compute logits (B, classes), float32 on the CPU, of a batch as read."""
     prepared = batch.to(bundle.device).prepared(bundle.spec.features)
     logits: torch.Tensor = bundle.network(prepared)
     return logits.float().cpu()
@@ -43,7 +43,7 @@ def source_logits(bundle: Bundle, source: RowSource, ids: Sequence[str], batch_s
 
 @torch.inference_mode()
 def feature_logits(bundle: Bundle, arrays: Mapping[str, NDArray[Any]]) -> torch.Tensor:
-    """Compute the logits of features in memory, by array name as in the store; `image` holds the LPM's pixels.
+    """Compute the logits of features in memory, by array name as in the store; `image` contains the LPM's pixels.
 
     Returns:
         (B, classes) float32 on the CPU.

@@ -1,4 +1,4 @@
-"""What training and evaluation read: rows of the feature store, or images through the LPM."""
+"""Inputs of training and evaluation: rows of the feature store, or images that pass through the LPM."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """Where a study has what training and evaluation read."""
+    """Files of a study that training and evaluation read, and where they are."""
 
     manifest: Manifest
-    """From `prepare`."""
+    """Manifest written by `prepare`."""
     lpm: LpmInfo
-    """Shape of the LPM that the settings name."""
+    """Shape of the LPM in the settings."""
     receipt: ExtractionReceipt | None
-    """From `extract`; None: nothing was extracted, which only methods that read images accept."""
+    """Receipt written by `extract`; None before an extraction, which only methods that read images accept."""
     cache_root: Path
     """Folder of all stores."""
     root: Path = Path()
-    """Folder of the study, where relative paths of images and weights start."""
+    """Folder of the study, the base of relative paths of images and weights."""
     data: DataSettings = field(default_factory=DataSettings)
-    """Folder and limits of the images, for methods that read them."""
+    """Folder and size limits of the images, for methods that read them."""
     weights: LpmSettings | None = None
     """Name and weights of the LPM, for methods that adapt it; None: the hub."""
     remote: str | None = None
-    """`store.remote` of the settings, a relative folder taken from the study's: read where the cache root lacks the
-    store."""
+    """`store.remote` of the settings, relative to the study's folder: read if the cache root lacks the store."""
 
     @property
     def weights_source(self) -> LpmSettings:
@@ -68,25 +67,25 @@ class StudyFiles:
 
 @dataclass(frozen=True)
 class OpenInputs:
-    """An open row source, and what it was computed with."""
+    """An open row source, and the spec of its content."""
 
     source: RowSource
-    """Where rows are read."""
+    """Source of the rows."""
     features: FeatureSpec
-    """Preprocessing, and what determines the cached features where those are read."""
+    """Preprocessing of the images, and spec of the cached features if these are read."""
     key: dict[str, Any]
-    """What tells one content of the source from another, for checkpoints."""
+    """Identifies the content of the source, for checkpoints."""
     lpm: LoadedLpm | None = None
-    """With its weights, where an adaptation of it is trained."""
+    """The LPM with its weights, for methods that adapt it."""
 
     @property
     def store(self) -> StoreReader | None:
-        """The feature store; None where images are read."""
+        """The feature store; None if images are read."""
         return self.source if isinstance(self.source, StoreReader) else None
 
     @property
     def model(self) -> nn.Module | None:
-        """The frozen LPM; None where it is not needed."""
+        """The frozen LPM; None if the method does not run it."""
         return None if self.lpm is None else self.lpm.model
 
     def close(self) -> None:
@@ -96,12 +95,12 @@ class OpenInputs:
 
 
 def adapts_lpm(inputs: Inputs) -> bool:
-    """Whether a method with these inputs trains weights of the LPM."""
+    """Return whether a method with these inputs trains weights of the LPM."""
     return bool(inputs & {"hidden", "image"})
 
 
 def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -> OpenInputs:
-    """Open what a method reads under these settings.
+    """Open the inputs of a method under these settings.
 
     Raises:
         CacheIncompleteError: If the store lacks shards.
@@ -116,7 +115,7 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
     loaded = load_weights(files) if adapts_lpm(inputs) else None
     if loaded is not None and loaded.weights_sha256 != receipt.spec.weights_sha256:
         raise CacheMismatchError(
-            "The features were extracted with other weights of the LPM than lpm.weights names.",
+            "The features were extracted with weights of the LPM that differ from lpm.weights.",
             {"weights_sha256": (loaded.weights_sha256, receipt.spec.weights_sha256)},
             "lpm.weights changed after the features were extracted.",
             "Run `fpt extract` with these settings, or revert the change.",
@@ -126,7 +125,7 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
 
 
 def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
-    """Return `OpenInputs.key` of what a method reads under these settings, without opening it.
+    """Return the `OpenInputs.key` of a method's inputs under these settings, without opening them.
 
     Raises:
         CacheMismatchError: If the method reads cached features and nothing was extracted.

@@ -1,4 +1,4 @@
-"""One training job: variants of settings on one stream of inputs, and what every kind of training does with it."""
+"""A training job: variants of settings on one stream of inputs, and the steps that all kinds of training share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from stages.train.inputs import OpenInputs, StudyFiles
 from stages.train.targets import Target
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-"""What training reads."""
+"""Splits that training reads."""
 
 RECIPE = 3
 """Recipe version. Bump it when the same settings would train a different model: older checkpoints are ignored."""
 
 DESCRIBED = 16
-"""Rows that are read at a time to be described."""
+"""Rows that are read at a time to compute token statistics."""
 
 
 def _ignore(*_: object) -> None:
@@ -48,11 +48,11 @@ class Watch:
     """Callbacks of a training."""
 
     on_epoch: Callable[[int, EpochLog], None] = _ignore
-    """Called after each epoch with the position of the variant; on resume also for the epochs done before."""
+    """Called after each epoch with the position of the variant; on resume also for the earlier epochs."""
     on_memory: Callable[[StoreMemory], None] = _ignore
-    """Called before the first epoch, with whether the inputs are held in memory."""
+    """Called before the first epoch, with whether the inputs fit into memory."""
     on_notice: Callable[[str], None] = _ignore
-    """Called with a line for the user where a checkpoint exists but cannot be resumed."""
+    """Called with a line for the user if a checkpoint exists but cannot be resumed."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,29 @@ class Job:
     """Variants that are trained together."""
 
     variants: Sequence[ResolvedSettings]
-    """Settings that differ only in fields of `train` that each run can have to itself."""
+    """Settings that differ only in `checks.FREE` fields of `train`."""
     outputs: Sequence[Path]
-    """Folder of the bundle of each."""
+    """Bundle folder of each variant."""
     checkpoints: Path
     """Folder of the checkpoints of unfinished runs."""
     files: StudyFiles
     """Manifest, LPM and features of the study."""
     inputs: Inputs
-    """What any of the variants reads, which is read for all."""
+    """Union of the inputs of all variants."""
     opened: OpenInputs
     """Row source of the inputs."""
     labels: Mapping[Split, Sequence[Target]]
     """Labels of each split."""
     device: torch.device
-    """Where networks are trained."""
+    """Device of the networks."""
     watch: Watch = Watch()
     """Callbacks."""
     ranks: Ranks = ALONE
-    """Place of this process among those that train together. The first one writes."""
+    """Position of this process among those that train together. Only rank 0 writes files."""
 
     @property
     def first(self) -> ResolvedSettings:
-        """Settings of the first variant: what all share is read there."""
+        """Settings of the first variant, for fields that all variants share."""
         return self.variants[0]
 
     @property
@@ -91,19 +91,19 @@ class Job:
         return self.files.manifest
 
     def class_weights(self, settings: ResolvedSettings, device: torch.device) -> torch.Tensor | None:
-        """Return the class weights of the loss of a variant."""
+        """Return the class weights (C,) in the loss of a variant, or None."""
         return class_weights(settings, self.labels["train"], self.manifest.classes, device)
 
 
 def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[str, object]) -> str:
-    """Return the name of a checkpoint: two runs share it only if they would give the same model.
+    """Return the key of a run; two runs share a key only if they train the same model.
 
     Args:
-        settings: Of the run.
-        manifest: From `prepare`.
-        inputs_key: `stages.train.inputs.inputs_key`: which rows are read.
+        settings: Settings of the run.
+        manifest: Manifest written by `prepare`.
+        inputs_key: Content of the row source, from `stages.train.inputs.inputs_key`.
     """
-    own = getattr(settings.methods, settings.method, None)
+    method_settings = getattr(settings.methods, settings.method, None)
     return digest(
         {
             "recipe": RECIPE,
@@ -111,14 +111,14 @@ def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[
             "train": settings.train.model_dump(mode="json"),
             "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
-            **({} if own is None else {"methods": own.model_dump(mode="json")}),
+            **({} if method_settings is None else {"methods": method_settings.model_dump(mode="json")}),
             **inputs_key,
         }
     )
 
 
 def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
-    """Return the settings with the tapped layers that were extracted, where the method takes any."""
+    """Return the settings with the extracted layers as tapped layers, if the method accepts any."""
     if not METHODS[settings.method].any_layers:
         return settings
     features = settings.features.model_copy(update={"layers": opened.features.layers})
@@ -126,7 +126,7 @@ def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
 
 
 def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
-    """Write the bundle of a variant, in the first process; return how many parameters were trained."""
+    """Write the bundle of a variant if this is rank 0; return the number of trained parameters."""
     if not job.ranks.first:
         return learnable_parameters(model)
     weights, weights_sha256 = serialise(model)
@@ -148,13 +148,13 @@ def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
 def rows_to_fit(
     job: Job, source: RowSource, ids: Mapping[Split, Sequence[Sequence[str]]], inputs: Inputs
 ) -> Iterator[FitRows]:
-    """Yield what closed forms are fitted to, per split.
+    """Yield the rows that closed-form methods are fitted to, per split.
 
     Args:
-        job: With the labels.
-        source: Where the rows are.
-        ids: Split -> rows of each image: one, or one per view.
-        inputs: What is read.
+        job: Job with the labels.
+        source: Source of the rows.
+        ids: Split -> row ids of each image: one, or one per view.
+        inputs: Inputs to read.
     """
     clusters = cluster_of(job.manifest)
     names = array_names(inputs) & set(source.layouts)
@@ -169,10 +169,10 @@ def rows_to_fit(
 
 
 def _described(source: RowSource, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
-    """(n, S, 2 D) of `describe_rows`."""
+    """Return `describe_rows`, (n, S, 2 D), of rows of a source."""
     described = []
     for start in range(0, len(ids), DESCRIBED):
-        some = ids[start : start + DESCRIBED]
-        arrays = source.read_rows(source.locate(some), some, names)
-        described.append(describe_rows(Batch.of(arrays, torch.zeros(len(some)))).numpy())
+        chunk = ids[start : start + DESCRIBED]
+        arrays = source.read_rows(source.locate(chunk), chunk, names)
+        described.append(describe_rows(Batch.of(arrays, torch.zeros(len(chunk)))).numpy())
     return np.concatenate(described)

@@ -1,8 +1,8 @@
 """The training loop of the published recipe.
 
-AdamW, cosine to zero without warm-up, gradient norm clipped, best epoch by validation AUC (arXiv 2408.02426,
-section IV), or the last. Every random draw follows from (seed, epoch), so that a run that goes on from its checkpoint
-ends exactly where an undisturbed one ends.
+AdamW, cosine decay to zero without warm-up, gradient clipping, and the best epoch by validation AUC (arXiv 2408.02426,
+section IV) or the last one. (seed, epoch) determine every random draw, so that a resumed run gives exactly the same
+model as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from stages.train.targets import Target
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the loop needs besides data."""
+    """Everything the loop needs except data."""
 
     settings: TrainSettings
-    """Resolved."""
+    """Resolved settings."""
     features: FeatureSpec
     """Preprocessing of the images, and type of the hidden tokens."""
     class_weights: torch.Tensor | None
-    """(C,), or None."""
+    """Loss weights of the classes, (C,), or None."""
     device: torch.device
-    """Where the network is."""
+    """Device of the network."""
     workers: int
-    """Of the data loader."""
+    """Worker processes of the data loader."""
     task: Task = "multiclass"
-    """What the labels mean."""
+    """Kind of the labels."""
     ranks: Ranks = ALONE
-    """Place of this process among those that train together."""
+    """Position of this process among those that train together."""
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -71,37 +71,37 @@ class Run:
     """One of the trainings that share a stream of batches."""
 
     state: Fit
-    """Where it is."""
+    """Weights, optimiser and finished epochs."""
     recipe: Recipe
-    """Of the same batch size, epochs, mean, std, device and workers as the others."""
+    """Recipe; batch size, epochs, mean, std, device and workers are those of the other runs."""
     checkpoint: Path
-    """Written after every epoch."""
+    """Checkpoint file, written after every epoch."""
     on_epoch: Callable[[EpochLog], None]
     """Called after every epoch."""
     probe_logits: torch.Tensor | None = None
     """Out-of-fold logits (n, C) of the linear probes on the validation images, or None without probes."""
     key: str = ""
-    """What is trained; a checkpoint of another key is not resumed."""
+    """Identifies settings and inputs; a checkpoint with another key is not resumed."""
 
     @property
     def network(self) -> Network:
-        """Its network."""
+        """Network of this run."""
         return self.state.network
 
 
 def training_step(
     runs: Sequence[Run], batch: Batch, batch_rows: int | None = None, threads: Threads = CALLING_THREAD
 ) -> list[torch.Tensor]:
-    """Forward, backward, clip, update, of every run by itself on the same batch.
+    """Train every run for one step on the same batch: forward, backward, clip, update.
 
     Args:
-        runs: With recipes that share what must be shared.
-        batch: As it was read, on any device; micro-batches are copied to the networks' device one by one.
+        runs: Runs whose recipes are compatible.
+        batch: Batch as read, on any device; micro-batches are copied to the device of the networks one by one.
         batch_rows: Rows of the batch of all processes together; None: this process is the only one.
-        threads: Threads that the members are distributed to.
+        threads: Thread pool for the members.
 
     Returns:
-        The loss of the batch before the update per run, a scalar; the mean over its members.
+        Loss of each run before the update, averaged over its members; scalars.
     """
     shared, networks = runs[0].recipe, [run.network for run in runs]
     count, settings = len(batch.labels), shared.settings
@@ -124,7 +124,7 @@ def training_step(
 
 
 def _update(runs: Sequence[Run]) -> list[None]:
-    """Clip the gradients of each member by itself, and take the step."""
+    """Clip the gradients of each member separately, and update the weights."""
     for run in runs:
         for member in run.network.members:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
@@ -133,24 +133,24 @@ def _update(runs: Sequence[Run]) -> list[None]:
 
 
 def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, threads: Threads) -> list[torch.Tensor]:
-    """Forward and backward; return the loss per run, summed over its members: each learns as it would alone."""
+    """Run forward and backward; return the loss per run, summed over its members, which train independently."""
     shared = runs[0].recipe
 
-    def learn(some: Sequence[tuple[Run, nn.Module]]) -> list[torch.Tensor]:
+    def losses_of(chunk: Sequence[tuple[Run, nn.Module]]) -> list[torch.Tensor]:
         with in_precision(shared.settings.precision, shared.device):
             logits = member_logits(
-                runs[0].network, [member for _, member in some], batch, shared, shared.settings.checkpointing
+                runs[0].network, [member for _, member in chunk], batch, shared, shared.settings.checkpointing
             )
         losses = [
-            _member_loss(own.float(), batch.labels, run.recipe, reduction)
-            for (run, _), own in zip(some, logits, strict=True)
+            _member_loss(member.float(), batch.labels, run.recipe, reduction)
+            for (run, _), member in zip(chunk, logits, strict=True)
         ]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         return [loss.detach() for loss in losses]
 
     pairs = [(run, member) for run in runs for member in run.network.members]
-    found = iter(threads.map(learn, pairs))
-    return [torch.stack([next(found) for _ in run.network.members]).sum() for run in runs]
+    member_losses = iter(threads.map(losses_of, pairs))
+    return [torch.stack([next(member_losses) for _ in run.network.members]).sum() for run in runs]
 
 
 def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
@@ -160,7 +160,7 @@ def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, red
 def member_logits(
     network: Network, members: Sequence[nn.Module], batch: Batch, shared: Recipe, checkpointing: bool = False
 ) -> torch.Tensor:
-    """Compute logits (M, B, classes) of members of networks like this one, from a batch as it was read."""
+    """Compute logits (M, B, classes) of members of networks like this one, from a batch as read."""
     return network.member_logits(members, batch.prepared(shared.features, lazy=checkpointing), checkpointing)
 
 
@@ -169,7 +169,8 @@ def fit(
 ) -> None:
     """Train every run from its last finished epoch to the end, all on one stream of batches.
 
-    Each ends where it would alone: its dropout follows from its own seed and the epoch, the stream from `order_seed`.
+    Each gives the same model as if trained by itself: its seed and the epoch determine dropout, and `order_seed` the
+    stream of batches.
 
     Raises:
         TrainingError: If the loss is not finite.
@@ -185,7 +186,7 @@ def fit(
     members = sum(len(run.network.members) for run in runs)
     with open_threads(1 if settings.compile else members, shared.device) as threads:
         for epoch in range(1, shared.settings.epochs + 1):
-            # A kill between two checkpoints leaves some runs an epoch ahead: they wait.
+            # A kill between two checkpoints leaves some runs one epoch ahead; they skip it.
             behind = [run for run in runs if len(run.state.epochs) < epoch]
             if not behind:
                 continue
@@ -213,9 +214,9 @@ def fit(
 
 
 def keep_epoch(run: Run, log: EpochLog) -> None:
-    """Add an epoch to those of a run, and keep its weights where `train.keep` selects them."""
+    """Append an epoch to a run, and keep its weights if `train.keep` selects them."""
     state, settings = run.state, run.recipe.settings
-    # In early epochs a network can be lucky on few validation images; an epoch of the second half replaces those.
+    # With few validation images, an early epoch can score well by chance; any epoch of the second half replaces it.
     second_half = settings.keep == "late" and state.best <= settings.epochs // 2 < log.epoch
     if settings.keep == "last" or state.best == 0 or second_half or _merit(log) > _merit(state.epochs[state.best - 1]):
         state.best = log.epoch
@@ -226,7 +227,8 @@ def keep_epoch(run: Run, log: EpochLog) -> None:
 def _train_epoch(
     runs: Sequence[Run], loader: BatchLoader, sampler: EpochSampler, epoch: int, threads: Threads
 ) -> list[float]:
-    device, steps, seen = runs[0].recipe.device, len(loader), 0
+    """Train an epoch, and return the mean training loss per run."""
+    device, steps, rows_read = runs[0].recipe.device, len(loader), 0
     totals = [torch.zeros((), device=device) for _ in runs]
     for run in runs:
         run.network.train()
@@ -239,8 +241,8 @@ def _train_epoch(
         batch_rows = sampler.batch_rows(step)
         for total, loss in zip(totals, training_step(runs, batch, batch_rows, threads), strict=True):
             total += loss * batch_rows
-        seen += batch_rows
-    means = [float(total) / seen for total in totals]
+        rows_read += batch_rows
+    means = [float(total) / rows_read for total in totals]
     for run, mean in zip(runs, means, strict=True):
         if not math.isfinite(mean):
             raise TrainingError(
@@ -257,28 +259,29 @@ def _validate(
 ) -> list[tuple[float, float | None, float]]:
     """Return loss, AUC and accuracy on the validation images per run, and calibrate its experts on them.
 
-    In float32, whatever training computes in.
+    Always in float32, independently of the precision of training.
     """
     shared = runs[0].recipe
-    places = [[position for _, position in batch] for batch in sampler]
+    positions = [[position for _, position in batch] for batch in sampler]
     members = [member for run in runs for member in run.network.members]
-    parts: list[list[torch.Tensor]] = [[] for _ in runs]
+    batch_experts: list[list[torch.Tensor]] = [[] for _ in runs]
     for run in runs:
         run.network.eval()
-    for rows, batch in zip(places, loader, strict=True):
+    for rows, batch in zip(positions, loader, strict=True):
         if not rows:
             continue
         moved = batch.to(shared.device)
         with eager_unless(not shared.settings.compile):
             logits = iter(threads.map(partial(_eval_logits, runs[0].network, moved, shared), members))
-        for part, run in zip(parts, runs, strict=True):
-            own = torch.stack([next(logits) for _ in run.network.members]).float().cpu()
-            part.append(run.network.experts(own, None if run.probe_logits is None else run.probe_logits[rows]))
+        for run_experts, run in zip(batch_experts, runs, strict=True):
+            of_members = torch.stack([next(logits) for _ in run.network.members]).float().cpu()
+            of_probe = None if run.probe_logits is None else run.probe_logits[rows]
+            run_experts.append(run.network.experts(of_members, of_probe))
     target, scores = torch.tensor(labels), []
-    for part, run in zip(parts, runs, strict=True):
+    for run_experts, run in zip(batch_experts, runs, strict=True):
         network, weights = run.network, run.recipe.class_weights
-        own = torch.cat(part) if part else torch.empty(0, network.kinds, network.spec.classes)
-        experts = gather_rows(own, [place for rows in places for place in rows], len(labels), shared.ranks)
+        of_rank = torch.cat(run_experts) if run_experts else torch.empty(0, network.kinds, network.spec.classes)
+        experts = gather_rows(of_rank, [row for rows in positions for row in rows], len(labels), shared.ranks)
         scores.append(score_logits(network.calibrate(experts, target, weights), labels, weights, run.recipe.task))
     return scores
 
@@ -287,7 +290,7 @@ def _validate(
 def _eval_logits(
     network: Network, batch: Batch, shared: Recipe, members: Sequence[nn.Module]
 ) -> Sequence[torch.Tensor]:
-    """Compute logits (B, classes) of each member; with a decorator, since inference mode is set per thread."""
+    """Compute logits (B, classes) of each member; decorated, because inference mode is set per thread."""
     return member_logits(network, members, batch, shared).unbind(0)
 
 
@@ -302,5 +305,5 @@ def score_logits(
 
 
 def _merit(log: EpochLog) -> tuple[float, float]:
-    """Higher is better: AUC, then the lower loss; the loss alone where the AUC is not defined."""
+    """Return a sort key, higher is better: by AUC, ties by loss; only by loss if the AUC is not defined."""
     return (log.val_auc if log.val_auc is not None else 0.0, -log.val_loss)

@@ -1,7 +1,8 @@
-"""Gradient accumulation: micro-batches of one process, shares of several processes, and their sum.
+"""Gradient accumulation over micro-batches and over processes.
 
-The gradient of a batch is the sum over its rows of weighted losses' gradients, divided by the sum of the weights of
-the complete batch. Micro-batches accumulate the former, so that the result differs from a single pass only by rounding.
+The gradient of a batch is the sum over its rows of the gradients of weighted losses, divided by the sum of the weights
+of the complete batch. Micro-batches accumulate the numerator, so that the result differs from a single pass only by
+rounding.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a batch that pass through the network at once."""
+    """Rows of a batch that pass through the network together."""
 
     rows: slice
-    """Among the rows that this process read."""
+    """Position among the rows that this process read."""
     place: slice | None
-    """Among the rows of the complete batch, for which dropout is drawn; None: these are all."""
+    """Position in the complete batch, for which dropout is drawn; None: the micro-batch is the complete batch."""
     batch_rows: int
     """Rows of the complete batch of all processes."""
     usual: bool
-    """Whether it has as many rows as most."""
+    """Whether it has the number of rows that compiled blocks are specialised to."""
 
     def prepare(self, networks: Sequence[Network]) -> None:
-        """Let dropout draw for these rows what it would for the complete batch."""
+        """Make dropout draw the masks that these rows get in a pass of the complete batch."""
         for network in networks:
             network.set_micro_batch(self.place, self.batch_rows, again=self.rows.start > 0)
 
@@ -48,12 +49,13 @@ def split_batch(count: int, batch_rows: int, batch_size: int, accumulate: int, r
         count: Rows that this process read.
         batch_rows: Rows of the batch of all processes.
         batch_size: Rows of a full batch of all processes.
-        accumulate: Micro-batches of a full batch.
-        ranks: Place of this process.
+        accumulate: Micro-batches per full batch.
+        ranks: Position of this process.
     """
-    own = ranks.rows(batch_size)
-    # Without accumulation one micro-batch whatever its size; with it none is larger than those of a full batch.
-    size = max(1, -(-(own.stop - own.start) // accumulate)) if accumulate > 1 else max(1, own.stop - own.start, count)
+    full = ranks.rows(batch_size)
+    full_rows = full.stop - full.start
+    # Without accumulation, one micro-batch of any size; with it, at most the size of those of a full batch.
+    size = max(1, -(-full_rows // accumulate)) if accumulate > 1 else max(1, full_rows, count)
     start = ranks.rows(batch_rows).start
     micro_batches = []
     for first in range(0, count, size):
@@ -64,13 +66,13 @@ def split_batch(count: int, batch_rows: int, batch_size: int, accumulate: int, r
 
 
 def join_gradients(runs: Sequence[Run], losses: Sequence[torch.Tensor], labels: torch.Tensor, ranks: Ranks) -> None:
-    """Make the gradients of summed losses those of the batch's mean loss, and the losses themselves such means.
+    """Turn summed losses and their gradients into those of the mean over the batch of all processes, in place.
 
     Args:
-        runs: With the gradients of this process.
-        losses: Of each run, the sum over the rows of this process; changed in place.
-        labels: Of the rows of this process.
-        ranks: Place of this process.
+        runs: Runs with the gradients of this process.
+        losses: Loss of each run, summed over the rows of this process; changed in place.
+        labels: Labels of the rows of this process.
+        ranks: Position of this process.
     """
     weights = [
         loss_weight(labels, run.recipe.task, run.recipe.class_weights).to(loss)
@@ -87,7 +89,7 @@ def join_gradients(runs: Sequence[Run], losses: Sequence[torch.Tensor], labels: 
 
 
 def _gradients(network: nn.Module, ranks: Ranks) -> list[torch.Tensor]:
-    """Return the gradients; with several processes of all parameters, since one process may have had no row."""
+    """Return the gradients; with several processes those of all parameters, since a process may have had no rows."""
     if ranks.count > 1:
         for parameter in network.parameters():
             if parameter.grad is None:

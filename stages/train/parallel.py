@@ -1,7 +1,7 @@
-"""Data parallel training: each process reads its share of every batch, and all sum their gradients.
+"""Data-parallel training: each process reads its rows of every batch, and gradients are summed over all processes.
 
-Gradients are small here (megabytes), so that one sum of one flat buffer a step is all the traffic there is. A process
-draws the dropout of the whole batch and uses its share: any number of processes trains the model that one would.
+Gradients are small (megabytes), so that one all-reduce of a flat buffer per step is sufficient. Each process draws the
+dropout masks of the complete batch and uses its rows of them: the model does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from schemas.errors import PlatformError, TrainingError
 from stages.ranks import ALONE, Ranks
 
 TIMEOUT = timedelta(minutes=30)
-"""After which a process gives up waiting for the others: the first may be filling its memory from a slow store."""
+"""Time limit for waiting for other processes. It is long, because one may be loading features from a slow store."""
 
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[Ranks]:
-    """Connect the processes; nothing happens where there is one.
+    """Connect the processes; a single process needs no connection.
 
     Args:
-        ranks: Place of this process.
-        device: Of the settings. Each process of a machine takes a GPU of its own, which becomes the current one.
+        ranks: Position of this process.
+        device: Device of the settings. Each process of a machine gets its own GPU, which becomes the current device.
 
     Raises:
         PlatformError: If torch cannot connect them, or there are more processes than GPUs.
@@ -50,12 +50,12 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield ranks
-    # Not after an error: it could wait for messages of the others, who learn of the end from the closed connections.
+    # Not after an error: it could wait for messages of other processes, which end when the connection closes.
     distributed.destroy_process_group()
 
 
 def sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
-    """Replace tensors of one type and device by their sums over all processes, in one message.
+    """Replace tensors of one type and device by their sums over all processes, with a single all-reduce.
 
     Raises:
         TrainingError: If another process has ended.
@@ -70,13 +70,13 @@ def sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: Ranks) -> None:
 
 
 def gather_rows(rows: torch.Tensor, positions: Sequence[int], count: int, ranks: Ranks) -> torch.Tensor:
-    """Rows of all processes in one tensor, (count, ...).
+    """Gather the rows of all processes in one tensor, (count, ...).
 
     Args:
-        rows: Rows of this process, (len(positions), ...); all processes have the same further axes.
-        positions: Where they belong.
+        rows: Rows of this process, (len(positions), ...); the other axes are equal in all processes.
+        positions: Indices of these rows in the result.
         count: Rows of all processes together.
-        ranks: Place of this process.
+        ranks: Position of this process.
     """
     if ranks.count == 1:
         return rows
@@ -87,26 +87,26 @@ def gather_rows(rows: torch.Tensor, positions: Sequence[int], count: int, ranks:
 
 
 def begin_alike(networks: Sequence[nn.Module], states: Sequence[tuple[str, int]], ranks: Ranks) -> None:
-    """Give all processes the first one's weights, and refuse processes that are about to do different things.
+    """Check that all processes train the same runs, and copy the weights of rank 0 to the others.
 
     Args:
-        networks: One a run.
-        states: Of each run, what it trains and how many of its epochs are done.
-        ranks: Place of this process.
+        networks: Network of each run.
+        states: Key and number of finished epochs of each run.
+        ranks: Position of this process.
 
     Raises:
         TrainingError: If the processes do not have the same settings, features or checkpoints.
     """
     if ranks.count == 1:
         return
-    found: list[Sequence[tuple[str, int]] | None] = [None] * ranks.count
+    rank_states: list[Sequence[tuple[str, int]] | None] = [None] * ranks.count
     with _together(ranks):
-        distributed.all_gather_object(found, list(states))
-    if any(other != found[0] for other in found):
+        distributed.all_gather_object(rank_states, list(states))
+    if any(other != rank_states[0] for other in rank_states):
         raise TrainingError(
-            f"The {ranks.count} processes are not about to train the same.",
-            "Their settings, features or unfinished trainings differ: they do not see the same folders.",
-            "Put the study and its cache where all machines see them.",
+            f"The {ranks.count} processes would not train the same model.",
+            "Their settings, features or checkpoints differ, because they do not read the same folders.",
+            "Put the study and its cache on storage that all machines share.",
         )
     with _together(ranks), torch.no_grad():
         for network in networks:
@@ -121,6 +121,6 @@ def _together(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         raise TrainingError(
             f"Process {ranks.rank} of {ranks.count} lost another one: {str(error).splitlines()[0]}",
-            "That one failed or was killed; what it said stands near this message.",
-            "Mend what it says and start again: training goes on after the last finished epoch.",
+            "That process failed or was killed; its error is printed nearby.",
+            "Fix it and restart; training resumes after the last finished epoch.",
         ) from error

@@ -1,4 +1,4 @@
-"""What a network learns to say of each row: a class index, or a zero or one for each label."""
+"""Training targets: a class index per image, or a 0/1 vector for multi-label."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from schemas.tasks import Task
 from stages.tasks import label_array, positives
 
 Target = int | Sequence[int]
-"""Of one row."""
+"""Target of one row."""
 
 
 def targets(manifest: Manifest, split: Split) -> list[Target]:
-    """Of the rows of a split, in order."""
-    found: list[Target] = label_array(
+    """Return the targets of the rows of a split, in order."""
+    split_targets: list[Target] = label_array(
         [row.label for row in manifest.of(split)], manifest.classes, manifest.task
     ).tolist()
-    return found
+    return split_targets
 
 
 def class_counts(labels: Sequence[Target], classes: int) -> npt.NDArray[np.int64]:
-    """(C,): rows of each class, or with each label."""
+    """Return the number of rows per class or label, (C,)."""
     array = np.asarray(labels, dtype=np.int64)
     return np.asarray(positives(array, classes).sum(axis=0), dtype=np.int64)
 
 
 def balanced_weights(counts: npt.NDArray[np.int64], rows: int, task: Task) -> npt.NDArray[np.float64]:
-    """(C,): n / (C n_c), so that each class weighs the same; multi-label (n - n_c) / n_c, so that yes weighs as no."""
+    """Return loss weights (C,) that balance the classes, n / (C n_c).
+
+    Multi-label: weights (n - n_c) / n_c of the positives, which balance positives and negatives of each label.
+    """
     weights = (rows - counts) / counts if task == "multilabel" else rows / (len(counts) * counts)
     return np.asarray(weights, dtype=np.float64)
 
 
 def check_task(settings: ResolvedSettings, manifest: Manifest) -> None:
-    """Refuse a manifest whose labels mean something else than the settings say.
+    """Check that manifest and settings are for the same task.
 
     Raises:
-        SettingsError: They are of different tasks.
+        SettingsError: If they are not.
     """
     if settings.data.task != manifest.task:
         raise SettingsError(

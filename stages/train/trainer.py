@@ -1,4 +1,4 @@
-"""Stage two: train a method on the inputs that it declares, and write its bundle."""
+"""Stage two: train a method on its declared inputs, and write its bundle."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def train(
     watch: Watch | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainResult:
-    """Train, and write the bundle of the epoch that is kept.
+    """Train a method, and write the bundle of the selected epoch.
 
     Args:
-        settings: Of the study.
+        settings: Settings of the study.
         files: Manifest, LPM and features of the study.
         output: Folder of the bundle.
-        checkpoints: Folder for the checkpoint of an unfinished run; it is removed at the end.
+        checkpoints: Folder for the checkpoint of an unfinished run, which is removed at the end.
         watch: Callbacks.
-        ranks: Place of this process among those that train together, inside `parallel.process_group`. The first one
-            writes.
+        ranks: Position of this process among those that train together, inside `parallel.process_group`. Only rank 0
+            writes files.
 
     Raises:
         CacheMismatchError: If the features were computed under other settings, or nothing was extracted.
@@ -58,14 +58,15 @@ def train_together(
     watch: Watch | None = None,
     ranks: Ranks = ALONE,
 ) -> list[TrainResult]:
-    """Train several variants on one stream of batches: inputs are read and widened once for all.
+    """Train several variants on one stream of batches, so that inputs are read and dequantised only once.
 
-    Each ends where it would alone, with the same `train.order_seed`, up to the rounding of larger matrix products.
+    Each variant gives the same model as if trained by itself with the same `train.order_seed`, up to the rounding of
+    larger matrix products.
 
     Args:
         variants: Settings that differ only in `FREE` fields of `train`.
         files: As for `train`.
-        outputs: Folder of the bundle of each.
+        outputs: Bundle folder of each variant.
         checkpoints: As for `train`.
         watch: As for `train`.
         ranks: As for `train`.

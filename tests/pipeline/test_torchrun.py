@@ -150,7 +150,7 @@ def test_the_death_of_one_process_ends_all_and_one_may_go_on_alone(two: Study) -
 def test_processes_that_would_train_different_models_are_refused(two: Study) -> None:
     done = torchrun(two, ["train"], OTHER)
     assert done.returncode != 0
-    assert done.stderr.count("The 2 processes are not about to train the same.") == 2
+    assert done.stderr.count("The 2 processes would not train the same model.") == 2
     assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("E1")[0]
     assert not (two.root / "outputs/model").exists()
 
