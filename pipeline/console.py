@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -52,10 +54,32 @@ def talk() -> Console:
     return SafeConsole(stderr=True)
 
 
+_receiver: ContextVar[Callable[[str], None] | None] = ContextVar("receiver", default=None)
+"""Where `say` sends its lines; None: to stderr."""
+
+
+@contextmanager
+def notices_to(receive: Callable[[str], None]) -> Iterator[None]:
+    """Send the lines of `say` to a function within the block; an outer block takes precedence."""
+    if _receiver.get() is not None:
+        yield
+        return
+    token = _receiver.set(receive)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
+
+
+def print_notice(message: str) -> None:
+    """Print one line on stderr, without markup."""
+    talk().print(visible(message, LAYOUT))
+
+
 def say(message: str) -> None:
     """Print one line for people, without markup; of several processes that train together, only rank 0."""
     if Ranks.of().first:
-        talk().print(visible(message, LAYOUT))
+        (_receiver.get() or print_notice)(message)
 
 
 def complain(message: str) -> None:

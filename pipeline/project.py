@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.console import say
-from pipeline.params import load_settings
+from pipeline.params import PARAMS, load_settings
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
 from schemas.settings import OUTPUTS, Precision, Settings
@@ -29,6 +29,10 @@ class Study:
     """Shape of the LPM at the resolved image size."""
     cache: Path
     """Root of the feature stores."""
+    params: Path = Path(PARAMS)
+    """The file of the settings."""
+    assignments: tuple[str, ...] = ()
+    """`key.path=value` overrides that the settings include."""
 
     @property
     def outputs(self) -> Path:
@@ -99,7 +103,14 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         return choose_precision(partly, lpm, cache)
 
     resolved, lpm = resolve_aloud(settings, root, choose)
-    return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
+    return Study(
+        root=root,
+        settings=resolved,
+        lpm=lpm,
+        cache=cache,
+        params=params.absolute(),
+        assignments=tuple(assignments),
+    )
 
 
 def resolve_aloud(

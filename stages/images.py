@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import numpy as np
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from schemas.errors import ImageError
-from stages.colour import srgb_conversion
+from stages.image_conversion import check_colours, take_upright, upright_copy
 from stages.image_kinds import HEAD_BYTES, kind_of_bytes
 from stages.image_limits import (
     DAMAGED,
-    MAX_PROFILE_BYTES,
     TRUNCATED,
     RefusalError,
     check_bmp,
@@ -48,28 +46,11 @@ _PROGRESSIVE_BYTES = 8
 """More bytes per pixel for the coefficients of a JPEG of several scans."""
 
 _HEADER_BYTES, _MAX_JPEG_BYTES = 8 * 2**20, 512 * 2**20
-_BAND_PIXELS = 4_000_000
-"""Pixels that are converted at a time, so that the copies in between stay small."""
-
 _AN = ("AVIF", "HDF5", "NRRD", "SVG")
 """Kinds whose names begin with the sound of a vowel."""
 
 _T = TypeVar("_T")
 
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what makes the image upright."""
-
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 0x0102
-_PHOTOMETRIC = 0x0106
 _NEW_SUBFILE_TYPE = 0x00FE
 _REDUCED, _MASK = 1, 4
 
@@ -112,7 +93,7 @@ def read_image(
         ImageError: Whatever is wrong with the file, with a reason of a few words.
     """
     with ExitStack() as held:
-        return _decode(path, _Limits(max_pixels, min_side, accept), held, _to_rgb)
+        return _decode(path, _Limits(max_pixels, min_side, accept), held, take_upright)
 
 
 @contextmanager
@@ -136,13 +117,13 @@ def decoded_image(
         checked: Whether `check_image` passed the same content before: the search for corrupt data is left out.
     """
     with ExitStack() as held:
-        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), held, _to_rgb)
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), held, take_upright)
 
 
 def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
     """Raise what `read_image` would raise; the pixels are decoded, but not converted."""
     with ExitStack() as held:
-        _decode(path, _Limits(max_pixels, min_side, accept), held, _check_colours)
+        _decode(path, _Limits(max_pixels, min_side, accept), held, check_colours)
 
 
 def _decode(path: Path, limits: _Limits, held: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
@@ -214,11 +195,7 @@ class _File:
 
     def _reserve(self, size: tuple[int, int], bytes_per_pixel: int) -> None:
         width, height = size
-        most, least = self._limits.max_pixels, self._limits.min_side
-        if width * height > most:
-            raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({most:,})")
-        if min(width, height) < least:
-            raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({least})")
+        check_size(size, self._limits.max_pixels, self._limits.min_side)
         if not self._budgeted:
             self._budgeted = True
             self._held.enter_context(BUDGET.hold(width * height * bytes_per_pixel))
@@ -261,94 +238,40 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
     return False
 
 
-def _to_rgb(image: ImageFile) -> Image.Image:
-    """Upright pixels of mode RGB, converted band by band."""
-    convert = _conversion(image)
-    width, height = image.size
-    rows = max(1, _BAND_PIXELS // width)
-    if rows >= height:
-        rgb = convert(image)
-    else:
-        rgb = Image.new("RGB", image.size)
-        for top in range(0, height, rows):
-            box = (0, top, width, min(height, top + rows))
-            rgb.paste(convert(image.crop(box)), box)
-    turn = _TURN.get(_orientation(image))
-    if turn is not None:
-        # The pixels of the file go first: there is memory for two copies.
-        image.im = Image.new("L", (1, 1)).im
-        rgb = rgb.transpose(turn)
-    rgb.info.clear()
-    return rgb
+def rgb_image(image: Image.Image, name: str, *, max_pixels: int, min_side: int = 1) -> Image.Image:
+    """Convert an image in memory to the pixels that `read_image` gives for its file; the image stays as it is.
+
+    Args:
+        image: Of any mode that files are read in.
+        name: Named by errors in place of a path.
+        max_pixels: As of `read_image`.
+        min_side: As of `read_image`.
+
+    Raises:
+        ImageError: Size or type of the pixels are refused, or the file behind the image cannot be decoded.
+    """
+    try:
+        check_size(image.size, max_pixels, min_side)
+        image.load()
+        return upright_copy(image)
+    except RefusalError as refusal:
+        raise ImageError(name, str(refusal)) from None
+    # Pillow's readers raise nearly anything on damaged bytes.
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
 
 
-def _check_colours(image: ImageFile) -> None:
-    """Convert one row: what can go wrong depends on the type of the pixels and on the profile."""
-    _conversion(image)(image.crop((0, 0, image.width, 1)))
+def check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
+    """Refuse an image that has too many pixels, or a side that is too short.
 
-
-def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
-    """From pixels as they are stored to mode RGB."""
-    plain = _plain(image)
-    profile = image.info.get("icc_profile")
-    if "icc_profile" in image.info and profile is None:
-        raise RefusalError("its colour profile is damaged")
-    to_srgb = None
-    if profile:
-        if len(profile) > MAX_PROFILE_BYTES:
-            raise RefusalError("its colour profile has more than 16 MiB")
-        try:
-            to_srgb = srgb_conversion(profile, plain(image.crop((0, 0, 1, 1)))[0].mode)
-        except ValueError as error:
-            raise RefusalError(str(error)) from error
-
-    def convert(stored: Image.Image) -> Image.Image:
-        pixels, alpha = plain(stored)
-        rgb = (pixels if to_srgb is None else to_srgb(pixels)).convert("RGB")
-        if alpha is None:
-            return rgb
-        rgb.putalpha(alpha)
-        return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
-
-    return convert
-
-
-def _plain(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """From stored pixels to colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
-        return _grey16(image)
-    if image.mode in ("I", "F"):
-        # Any guess would be wrong for somebody: Hounsfield units, counts and [0, 1] all come in these types.
-        raise RefusalError("signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
-    if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
-        return _with_alpha
-    if image.mode == "1":
-        return lambda stored: (stored.convert("L"), None)
-    if image.mode in ("L", "CMYK"):
-        return lambda stored: (stored, None)
-    return lambda stored: (stored.convert("RGB"), None)
-
-
-def _with_alpha(stored: Image.Image) -> tuple[Image.Image, Image.Image]:
-    mode = {"La": "LA", "RGBa": "RGBA"}.get(stored.mode)
-    whole = stored.convert(mode) if mode else stored
-    rgba = whole.convert("RGBA")
-    return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
-
-
-def _grey16(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, None]]:
-    # Not Pillow's own conversion: depending on its version it clips at 255 or drops the lower byte.
-    highest, inverted = 65535, False
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        highest = 2 ** int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
-        inverted = image.tag_v2.get(_PHOTOMETRIC, 1) == 0
-
-    def convert(stored: Image.Image) -> tuple[Image.Image, None]:
-        values = np.asarray(stored).astype(np.uint32)
-        grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
-        return Image.fromarray(255 - grey if inverted else grey), None
-
-    return convert
+    Raises:
+        RefusalError: Naming the setting.
+    """
+    width, height = size
+    if width * height > max_pixels:
+        raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({max_pixels:,})")
+    if min(width, height) < min_side:
+        raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
 
 
 def _exif(image: ImageFile) -> bytes:
@@ -360,15 +283,6 @@ def _exif(image: ImageFile) -> bytes:
         except ValueError:
             return b""
     return bytes(image.info.get("exif") or b"")
-
-
-def _orientation(image: ImageFile) -> int:
-    # A TIFF is turned by its reader, which then takes the note away.
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
-        # A damaged note beside whole pixels: shown as it lies, as every viewer does.
-        return 1
 
 
 def _reason(error: Exception) -> str:

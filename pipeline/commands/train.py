@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Train on the cached features. Opens no original image and no LPM; a killed run resumes after its last epoch.
 
-    On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
+    On several GPUs: torchrun --nproc-per-node=2 -m fpt train.
     """
     from pipeline.epoch_log import EpochLogger
     from pipeline.params import write_settings

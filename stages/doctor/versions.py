@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from schemas.doctor import Finding
+from schemas.version import DISTRIBUTION
 
 SHOWN = ("torch", "torchvision", "timm", "zarr", "numcodecs", "dask", "distributed", "dvc")
 """Packages with a finding of their own; all others share one."""
@@ -63,7 +64,7 @@ def check_python(version: tuple[int, int, int] | None = None) -> Finding:
     """The interpreter, against the range that this package asks for."""
     here = version or (sys.version_info.major, sys.version_info.minor, sys.version_info.micro)
     text = ".".join(map(str, here))
-    wanted = metadata.metadata("fpt")["Requires-Python"]
+    wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"]
     if text not in SpecifierSet(wanted):
         return Finding(
             name="Python", status="fail", detail=f"{text}; fpt needs {wanted}", repair="make setup PYTHON=python3.12"
@@ -121,7 +122,7 @@ def check_other_packages(versions: Mapping[str, str], ranges: Mapping[str, Speci
 def wanted_ranges() -> dict[str, SpecifierSet]:
     """Canonical name -> versions that this package asks for; packages of extras are left out."""
     ranges = {}
-    for line in metadata.requires("fpt") or []:
+    for line in metadata.requires(DISTRIBUTION) or []:
         wish = Requirement(line)
         if wish.marker is None or wish.marker.evaluate({"extra": ""}):
             ranges[canonicalize_name(wish.name)] = wish.specifier
