@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -21,6 +23,9 @@ from stages.ranks import Ranks
 
 MOST_COLUMNS = 8
 """Models beyond which a table has a row per model."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LAYOUT = "\n\t"
 """Control characters that our own messages contain."""
@@ -69,6 +74,17 @@ def notices_to(receive: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _receiver.reset(token)
+
+
+def quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """Send what a function reports with `say` to the logger `fpt`, unless the command line shows it."""
+
+    @wraps(function)
+    def run(*args: P.args, **keywords: P.kwargs) -> T:
+        with notices_to(logging.getLogger("fpt").info):
+            return function(*args, **keywords)
+
+    return run
 
 
 def print_notice(message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -10,19 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.predict import lpm_of
 from pipeline.console import say, score, show, show_json, show_pairs, show_table
 from pipeline.metric_names import MARKS, metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
-from schemas.errors import ManifestError, SettingsError
-from schemas.settings import OUTPUTS
+from schemas.errors import SettingsError
 from schemas.tasks import METRICS
 from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
-    from schemas.manifest import Manifest
-    from schemas.results import BundleSpec, Metrics
-    from schemas.settings import Settings
+    from schemas.results import Metrics
+    from stages.predict.external import ExternalResult
     from stages.progress import Progress
 
 
@@ -79,90 +75,28 @@ def evaluate(
 
     Images outside of the study need no study: a model is enough, with --model and --set lpm.weights=FILE.
     """
+    from pipeline.evaluation import evaluate_images, evaluate_split
+    from pipeline.project import open_study
+
     if images is None:
         if labels is not None:
             raise SettingsError("--labels belongs to --images.", repair="Name the folder of the images: --images DIR")
-        metrics, folder = _evaluate_split(params, assignments or [], model, output, split or SplitName.test)
+        metrics, folder = evaluate_split(
+            open_study(params, assignments or []), (split or SplitName.test).value, model, output
+        )
     else:
         if split is not None:
             raise SettingsError("--split is for images of the study, --images for others.", repair="Leave one out.")
-        metrics, folder = _evaluate_images(params, assignments or [], model, output, images, labels)
+        with ExitStack() as stack:
+            bars = {"reading": _bar(stack, "Reading"), "predicting": _bar(stack, "Predicting")}
+            result, folder = evaluate_images(params, assignments or [], images, labels, model, output, **bars)
+        _show_external(result, folder)
+        metrics = result.metrics
     if as_json:
         show_json(metrics.model_dump(mode="json"))
         return
     _show(metrics)
     say(f"Report: {folder / 'report.html'}")
-
-
-def _evaluate_split(
-    params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, split: SplitName
-) -> tuple[Metrics, Path]:
-    from pipeline.project import open_study
-    from stages.device import set_up
-    from stages.evaluate.evaluator import evaluate as run
-    from stages.manifest import read_manifest
-    from stages.store.extraction_receipt import read_extraction_receipt
-
-    study = open_study(params, assignments)
-    bundle = study.outputs / "model" if model is None else model.absolute()
-    folder = study.outputs / "evaluation" if output is None else output.absolute()
-    metrics = run(
-        read_manifest(study.manifest),
-        read_extraction_receipt(study.receipt),
-        bundle,
-        study.cache,
-        folder,
-        split.value,
-        device=set_up(study.settings.compute),
-        remote=study.remote,
-    )
-    _keep_settings(bundle, study.settings, folder)
-    return metrics, folder
-
-
-def _evaluate_images(
-    params: Path,
-    assignments: Sequence[str],
-    model: Path | None,
-    output: Path | None,
-    images: Path,
-    labels: Path | None,
-) -> tuple[Metrics, Path]:
-    from pipeline.project import cache_root
-    from stages.device import set_up
-    from stages.extract.shard_task import batch_size
-    from stages.predict.external import evaluate_external
-    from stages.prepare import QUARANTINE_FILE
-    from stages.train.bundle import read_spec
-
-    root = params.absolute().parent
-    bundle = root / OUTPUTS / "model" if model is None else model.absolute()
-    folder = root / OUTPUTS / "external" / images.resolve().name if output is None else output.absolute()
-    spec = read_spec(bundle)
-    settings = _external_settings(params, assignments, spec, images, labels)
-    device = set_up(settings.compute)
-    study = _manifest_of(bundle, root)
-    with ExitStack() as stack:
-        result = evaluate_external(
-            bundle,
-            settings.data,
-            root,
-            folder,
-            lpm=lpm_of(spec, settings),
-            cache_root=cache_root(root),
-            study=study,
-            device=device,
-            batch_size=batch_size(settings.compute, device),
-            reading=_bar(stack, "Reading"),
-            predicting=_bar(stack, "Predicting"),
-        )
-    _keep_settings(bundle, settings, folder)
-    for note in result.notes:
-        say(note)
-    say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
-    if result.quarantined:
-        say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
-    return result.metrics, folder
 
 
 def _bar(stack: ExitStack, what: str) -> Progress:
@@ -180,55 +114,14 @@ def _bar(stack: ExitStack, what: str) -> Progress:
     return show_progress
 
 
-def _external_settings(
-    params: Path, assignments: Sequence[str], spec: BundleSpec, images: Path, labels: Path | None
-) -> Settings:
-    """Settings of the study, where there is one, about other images: task and grades are those of the model."""
-    from pipeline.params import override, read_optional_params
-    from schemas.parse import parse_settings
+def _show_external(result: ExternalResult, folder: Path) -> None:
+    from stages.prepare import QUARANTINE_FILE
 
-    base = read_optional_params(params)
-    data = base.get("data")
-    if isinstance(data, dict):
-        # What only the study's own table has.
-        own = {"split_column"} if labels is not None else {"split_column", "group_column"}
-        base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
-    tree = override(base, assignments)
-    data = tree.setdefault("data", {})
-    if isinstance(data, dict):
-        data["images"] = str(images.absolute())
-        data["labels"] = None if labels is None else str(labels.absolute())
-        data.setdefault("task", spec.task)
-        data["classes"] = list(spec.classes)
-    return parse_settings(tree, source=params.name)
-
-
-def _manifest_of(bundle: Path, root: Path) -> Manifest | None:
-    """Manifest of the study that a bundle lies in, else of the study in `root`."""
-    from stages.manifest import read_manifest
-
-    for folder in (*bundle.resolve().parents, root):
-        path = folder / OUTPUTS / "manifest" / "manifest.parquet"
-        if path.exists():
-            try:
-                return read_manifest(path)
-            except ManifestError as error:
-                say(f"{error.state} Whether the model was trained on some of the images is not known.")
-                return None
-    say("There is no study beside the model: whether it was trained on some of the images is not known.")
-    return None
-
-
-def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
-    """The settings of the model beside its evaluation; params.yaml may have changed since."""
-    from pipeline.params import write_settings
-    from stages.files import atomic_write, read_regular
-
-    trained = bundle / "settings.yaml"
-    if trained.exists():
-        atomic_write(folder / "settings.yaml", read_regular(trained))
-    else:
-        write_settings(settings, folder)
+    for note in result.notes:
+        say(note)
+    say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
+    if result.quarantined:
+        say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
 
 
 def _show(metrics: Metrics) -> None:

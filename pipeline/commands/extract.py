@@ -36,28 +36,27 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
+    from pipeline.api import extract as run
     from pipeline.interrupt import stop_gently
-    from pipeline.params import write_settings
     from pipeline.progress import ImageBar
     from pipeline.project import open_study, remind_to_watch
     from stages.extract.extractor import Execute
-    from stages.extract.extractor import extract as run
     from stages.extract.plan import plan_extraction
     from stages.extract.shard_task import inline
     from stages.manifest import read_manifest
     from stages.prepare.folds import all_to_train
 
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
-    manifest = read_manifest(study.manifest)
-    if all_views:
-        manifest = all_to_train(manifest)
     if plan:
+        manifest = read_manifest(study.manifest)
+        if all_views:
+            manifest = all_to_train(manifest)
         found = plan_extraction(study.settings, study.root, study.cache, manifest)
         _show_plan(found, study.settings.features.dtype, as_json)
         return
     if study.settings.lpm.weights != "hub":
         remind_to_watch(study, "lpm.weights", study.settings.lpm.weights)
-    output, start = study.receipt.parent, time.monotonic()
+    start = time.monotonic()
     seen: list[ExtractProgress] = []
     with ExitStack() as bars:
         checking = bars.enter_context(ImageBar("Checking the store", "shard")) if check else None
@@ -78,11 +77,10 @@ def extract(
 
             execute = stop_gently(on_cluster)
         try:
-            receipt = run(study.settings, study.root, study.cache, manifest, output, follow, check, execute, checking)
+            receipt = run(study, all_views=all_views, check=check, progress=follow, checking=checking, execute=execute)
         except InterruptedRunError:
             done, total = seen[-1].done, seen[-1].total
             raise InterruptedRunError(f"{done} of {total} rows are in the store.") from None
-    write_settings(study.settings, output)
     cached = seen[-1].cached
     rows = seen[-1].total
     computed, seconds = rows - cached, time.monotonic() - start

@@ -31,36 +31,15 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node=2 -m fpt train.
     """
-    from pipeline.epoch_log import EpochLogger
-    from pipeline.params import write_settings
+    from pipeline.api import train as run
     from pipeline.project import open_study
-    from pipeline.sweep_jobs import note_use
-    from stages.device import set_up
-    from stages.manifest import read_manifest
     from stages.ranks import Ranks
-    from stages.store.extraction_receipt import read_extraction_receipt
-    from stages.train.closed_form import FITTED
-    from stages.train.parallel import process_group
-    from stages.train.trainer import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
-    manifest, receipt = read_manifest(study.manifest), read_extraction_receipt(study.receipt)
-    here = Ranks.of()
-    if here.first:
-        note_use(study, receipt)
-    folder = study.outputs if output is None else output.absolute()
-    model = folder / "model"
-    epochs = 1 if study.settings.method in FITTED else study.settings.train.epochs
-    with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
-        result = run(
-            study.settings, study.lpm, manifest, receipt, study.cache, model, study.checkpoints,
-            logger if ranks.first else None, on_memory=None if as_json else _say_memory, remote=study.remote,
-            ranks=ranks, on_notice=say,
-        )  # fmt: skip
-        if not ranks.first:
-            return
-        logger.finish(result.best)
-    write_settings(study.settings, model)
+    result = run(study, output=output, on_memory=None if as_json else _say_memory)
+    if not Ranks.of().first:
+        return
+    model = (study.outputs if output is None else output.absolute()) / "model"
     if as_json:
         show_json({"model": str(model), **result.model_dump(mode="json")})
         return
