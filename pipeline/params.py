@@ -118,6 +118,8 @@ def _as_yaml(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
+    if hasattr(value, "tolist"):  # a number or an array of numpy
+        return value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
