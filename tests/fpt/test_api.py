@@ -210,15 +210,15 @@ def test_other_weights_are_refused(tmp_path: Path, folder: Path) -> None:
 
 
 def test_mistakes_are_fpt_errors(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(fpt.FptError, match="There is no params.yaml in .*nowhere"):
+    with pytest.raises(fpt.FptError, match=r"There is no params\.yaml in .*nowhere"):
         fpt.open_study(tmp_path / "nowhere")
-    with pytest.raises(fpt.FptError, match="did you mean 'train.lr'"):
+    with pytest.raises(fpt.FptError, match=r"did you mean 'train\.lr'"):
         fpt.open_study(folder / "study", train={"lrr": 1})
     with pytest.raises(fpt.FptError, match="No setting takes a value of type object"):
         fpt.open_study(folder / "study", method=object())
     with pytest.raises(fpt.FptError, match="There is no model bundle"):
         fpt.load(tmp_path)
-    with pytest.raises(fpt.FptError, match="compute.device"):
+    with pytest.raises(fpt.FptError, match=r"compute\.device"):
         fpt.load(folder / "study/outputs/model", device="gpu")
     with pytest.raises(fpt.FptError, match="already holds"):
         fpt.init(folder / "study", folder / "images")

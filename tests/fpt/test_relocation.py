@@ -22,7 +22,7 @@ def rewrite(text: str) -> str:
         ("from stages import files", "from fpt.stages import files"),
         ("from stages.evaluate.report import (\n    a,\n    b as stages,\n)", None),
         ("def f():\n    é = 1; from  pipeline.cli import main\n", None),
-        ("import os, stages.evaluate as e, schemas.base as b", "import os, fpt.stages.evaluate as e, fpt.schemas.base as b"),
+        ("import os, stages.evaluate as e, schemas as b", "import os, fpt.stages.evaluate as e, fpt.schemas as b"),
         ("files('stages.evaluate').joinpath('x')", "files('fpt.stages.evaluate').joinpath('x')"),
         ("import_module(f'stages.evaluate.{name}')", "import_module(f'fpt.stages.evaluate.{name}')"),
         ("import_module(f'stages.{name}')", "import_module(f'fpt.stages.{name}')"),
