@@ -349,7 +349,7 @@ def _adopt(study: Study) -> None:
         drawn_with = parse_settings(read_params(file.with_name("settings.yaml"))).data
         manifest = read_manifest(file)
     except FptError:
-        # Without its settings, or damaged, it tells nothing: `prepare` replaces it.
+        # Damaged, or without its settings: `prepare` replaces it.
         return
     if same_draw(drawn_with, data):
         write_known(study.splits, data, KnownSplits().with_manifest(manifest), manifest)

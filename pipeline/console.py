@@ -60,7 +60,7 @@ def talk() -> Console:
 
 
 _receiver: ContextVar[Callable[[str], None] | None] = ContextVar("receiver", default=None)
-"""Where `say` sends its lines; None: to stderr."""
+"""Receives the lines of `say`; None: they are printed on stderr."""
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def evaluate_images(
 def _external_settings(
     params: Path, assignments: Sequence[str], spec: BundleSpec, images: Path, labels: Path | None
 ) -> Settings:
-    """Settings of the study, where there is one, about other images: task and grades are those of the model."""
+    """Return the settings of the study, if any, for other images: task and classes are those of the model."""
     from pipeline.params import override, read_optional_params
     from schemas.parse import parse_settings
 
@@ -147,14 +147,14 @@ def _manifest_of(bundle: Path, root: Path) -> Manifest | None:
             try:
                 return read_manifest(path)
             except ManifestError as error:
-                say(f"{error.state} Whether the model was trained on some of the images is not known.")
+                say(f"{error.state} Images that the model was trained on cannot be detected.")
                 return None
-    say("There is no study beside the model: whether it was trained on some of the images is not known.")
+    say("The model is in no study: images that it was trained on cannot be detected.")
     return None
 
 
 def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
-    """The settings of the model beside its evaluation; params.yaml may have changed since."""
+    """Store the settings of the model with its evaluation; params.yaml may have changed since."""
     from pipeline.params import write_settings
     from stages.files import atomic_write, read_regular
 

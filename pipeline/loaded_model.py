@@ -38,7 +38,7 @@ class Predictions(Sequence[Prediction]):
     rows: tuple[Prediction, ...]
     """One per image."""
     classes: tuple[str, ...]
-    """Of the model, in the order of the probabilities."""
+    """Class names of the model, in the order of the probabilities."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -249,7 +249,7 @@ def load_study_model(study: Study) -> Model:
 
 
 def load_with(folder: Path, settings: Settings, root: Path) -> Model:
-    """Load a model as settings say: where the LPM's weights are, the device, and limits of an image's size."""
+    """Load a model by settings: weights of the LPM, device, batch size, limits of an image's size."""
     from stages.device import set_up
     from stages.predict.classifier import check_task, load_classifier
     from stages.train.bundle import load_bundle
@@ -269,7 +269,7 @@ def lpm_of(spec: BundleSpec, settings: Settings) -> LpmSettings:
 
 
 def _trained_with(folder: Path) -> dict[str, Any]:
-    """Settings beside a model, without those of the machine that trained it; empty where they cannot be used."""
+    """Settings stored with a model, without those of the training machine; empty if they are missing or invalid."""
     path = folder / "settings.yaml"
     try:
         raw = {key: value for key, value in read_params(path).items() if key not in ("compute", "cluster", "store")}
