@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,6 @@ from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
     from schemas.results import Metrics
-    from stages.predict.external import ExternalResult
     from stages.progress import Progress
 
 
@@ -75,28 +75,50 @@ def evaluate(
 
     Images outside of the study need no study: a model is enough, with --model and --set lpm.weights=FILE.
     """
-    from pipeline.evaluation import evaluate_images, evaluate_split
-    from pipeline.project import open_study
-
     if images is None:
         if labels is not None:
             raise SettingsError("--labels belongs to --images.", repair="Name the folder of the images: --images DIR")
-        metrics, folder = evaluate_split(
-            open_study(params, assignments or []), (split or SplitName.test).value, model, output
-        )
+        metrics, folder = _evaluate_split(params, assignments or [], model, output, split or SplitName.test)
     else:
         if split is not None:
             raise SettingsError("--split is for images of the study, --images for others.", repair="Leave one out.")
-        with ExitStack() as stack:
-            bars = {"reading": _bar(stack, "Reading"), "predicting": _bar(stack, "Predicting")}
-            result, folder = evaluate_images(params, assignments or [], images, labels, model, output, **bars)
-        _show_external(result, folder)
-        metrics = result.metrics
+        metrics, folder = _evaluate_images(params, assignments or [], model, output, images, labels)
     if as_json:
         show_json(metrics.model_dump(mode="json"))
         return
     _show(metrics)
     say(f"Report: {folder / 'report.html'}")
+
+
+def _evaluate_split(
+    params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, split: SplitName
+) -> tuple[Metrics, Path]:
+    from pipeline.evaluation import evaluate_split
+    from pipeline.project import open_study
+
+    return evaluate_split(open_study(params, assignments), split.value, model, output)
+
+
+def _evaluate_images(
+    params: Path,
+    assignments: Sequence[str],
+    model: Path | None,
+    output: Path | None,
+    images: Path,
+    labels: Path | None,
+) -> tuple[Metrics, Path]:
+    from pipeline.evaluation import evaluate_images
+    from stages.prepare import QUARANTINE_FILE
+
+    with ExitStack() as stack:
+        bars = {"reading": _bar(stack, "Reading"), "predicting": _bar(stack, "Predicting")}
+        result, folder = evaluate_images(params, assignments, images, labels, model, output, **bars)
+    for note in result.notes:
+        say(note)
+    say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
+    if result.quarantined:
+        say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
+    return result.metrics, folder
 
 
 def _bar(stack: ExitStack, what: str) -> Progress:
@@ -112,16 +134,6 @@ def _bar(stack: ExitStack, what: str) -> Progress:
         opened[0](done, total)
 
     return show_progress
-
-
-def _show_external(result: ExternalResult, folder: Path) -> None:
-    from stages.prepare import QUARANTINE_FILE
-
-    for note in result.notes:
-        say(note)
-    say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
-    if result.quarantined:
-        say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
 
 
 def _show(metrics: Metrics) -> None:
