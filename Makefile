@@ -1,12 +1,15 @@
 # make demo    the whole pipeline on images that it draws itself; prints a test AUC
 # make test    all tests
 # make check   style and types
+# make lock    the versions of this environment to requirements.lock
 #
 # Each sets up .venv by itself. PYTHON chooses the interpreter; TORCH="torch==x.y" is installed before the rest, for
-# a machine that needs a certain build; everything else honours the user's pip configuration.
+# a machine that needs a certain build; LOCK=requirements.lock installs the versions of that file; everything else
+# honours the user's pip configuration.
 
 PYTHON ?= python3
 TORCH ?=
+LOCK ?=
 TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +17,7 @@ STAMP := $(VENV)/.installed
 # dvc runs `fpt`, and both must be the ones of the virtual environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check docs setup
+.PHONY: demo test check docs lock setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -32,6 +35,10 @@ check: $(STAMP)
 	ruff format --check .
 	mypy
 
+lock: $(STAMP)
+	@{ echo "# Versions with which all tests passed, for pip's --constraint; written by make lock."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==[^ ]+$$'; } > requirements.lock
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -40,7 +47,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 ifneq ($(TORCH),)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) $(TORCH)
 endif
-	$(BIN)/python -m pip install --quiet -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) -e '.[dev,demo]'
 	@touch $@

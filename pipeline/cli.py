@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,10 +23,11 @@ from pipeline.commands.predict import predict
 from pipeline.commands.prepare import prepare
 from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
-from pipeline.console import make_encodable, print_error, say
+from pipeline.console import make_encodable, notices_to, print_error, print_notice, say
 from pipeline.interrupt import interrupted_message
 from schemas.errors import FptError, PlatformError, StorageError
 from schemas.urls import masked, secrets_in
+from schemas.version import __version__
 from stages.ranks import Ranks
 
 INTERRUPTED = 130
@@ -68,7 +68,7 @@ app.add_typer(demo, name="demo")
 
 def _show_version(requested: bool) -> None:
     if requested:
-        typer.echo(version("fpt"))
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     make_encodable()
     try:
         # Not standalone, because click would print errors without escaping control characters.
-        code = app(words, prog_name="fpt", standalone_mode=False)
+        with notices_to(print_notice):
+            code = app(words, prog_name="fpt", standalone_mode=False)
         if code == INTERRUPTED:  # typer returns this after Ctrl-C while it parses arguments.
             raise KeyboardInterrupt
     except (KeyboardInterrupt, _InterruptedError) as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -19,6 +23,9 @@ from stages.ranks import Ranks
 
 MAX_MODEL_COLUMNS = 8
 """Number of models above which a table has a row per model instead of a column."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LAYOUT = "\n\t"
 """Control characters that messages of this program contain."""
@@ -52,10 +59,43 @@ def stderr_console() -> Console:
     return SafeConsole(stderr=True)
 
 
+_receiver: ContextVar[Callable[[str], None] | None] = ContextVar("receiver", default=None)
+"""Receives the lines of `say`; None: they are printed on stderr."""
+
+
+@contextmanager
+def notices_to(receive: Callable[[str], None]) -> Iterator[None]:
+    """Send the lines of `say` to a function within the block; an outer block takes precedence."""
+    if _receiver.get() is not None:
+        yield
+        return
+    token = _receiver.set(receive)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
+
+
+def quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """Send what a function reports with `say` to the logger `fpt`, unless the command line shows it."""
+
+    @wraps(function)
+    def run(*args: P.args, **keywords: P.kwargs) -> T:
+        with notices_to(logging.getLogger("fpt").info):
+            return function(*args, **keywords)
+
+    return run
+
+
+def print_notice(message: str) -> None:
+    """Print one line on stderr, without markup."""
+    stderr_console().print(visible(message, LAYOUT))
+
+
 def say(message: str) -> None:
     """Print a message for the user, only on rank 0 in distributed training."""
     if Ranks.of().first:
-        stderr_console().print(visible(message, LAYOUT))
+        (_receiver.get() or print_notice)(message)
 
 
 def print_error(message: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -86,6 +86,46 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise SettingsError("Invalid --set override.", problems)
     return tree
+
+
+def as_assignments(overrides: Mapping[str, Any]) -> list[str]:
+    """Express Python values as `key.path=value` overrides, so that both are checked by the same rules.
+
+    Args:
+        overrides: Key -> value. A mapping changes the named keys of a section; `{"train.lr": 1e-3}` is
+            `{"train": {"lr": 1e-3}}`.
+
+    Raises:
+        SettingsError: A value is of a type that no setting takes.
+    """
+    pairs = {}
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and "." not in key:
+            pairs.update({f"{key}.{name}": item for name, item in value.items()})
+        else:
+            pairs[key] = value
+    try:
+        return [f"{key}={_as_yaml(value)}" for key, value in pairs.items()]
+    except yaml.representer.RepresenterError as error:
+        kind = type(error.args[-1]).__name__
+        raise SettingsError(
+            f"No setting takes a value of type {kind}.", repair="Pass numbers, text, lists and dictionaries."
+        ) from None
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):  # a number or an array of numpy
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _copy(value: dict[Any, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.console import say
-from pipeline.params import load_settings
+from pipeline.params import PARAMS, load_settings
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
 from schemas.settings import OUTPUTS, Precision, Settings
@@ -34,6 +34,10 @@ class Study:
     """Shape of the LPM at the resolved image size."""
     cache: Path
     """Root of the feature stores."""
+    params: Path = Path(PARAMS)
+    """The file of the settings."""
+    assignments: tuple[str, ...] = ()
+    """`key.path=value` overrides that the settings include."""
 
     @property
     def outputs(self) -> Path:
@@ -120,7 +124,14 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         return choose_precision(partly, lpm, cache)
 
     resolved, lpm = resolve_aloud(settings, root, choose)
-    return Study(root=root, settings=resolved, lpm=lpm, cache=cache)
+    return Study(
+        root=root,
+        settings=resolved,
+        lpm=lpm,
+        cache=cache,
+        params=params.absolute(),
+        assignments=tuple(assignments),
+    )
 
 
 def resolve_aloud(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml
 from schemas.errors import ProjectError, StorageError
-from schemas.settings import OUTPUTS, Settings
+from schemas.settings import OUTPUTS, DataSettings, Settings
 from stages.files import atomic_write
 
 PARAMS_HEAD = """\
@@ -55,6 +55,30 @@ def undone_on_failure(folder: Path) -> Iterator[None]:
             for path in missing_folders:
                 path.rmdir()
         raise
+
+
+def check_inputs(data: DataSettings, study: Path) -> list[str]:
+    """Refuse images and labels that `fpt prepare` would refuse, as far as this can be seen without opening an image.
+
+    Args:
+        data: Settings.
+        study: Folder that relative paths start at.
+
+    Returns:
+        What was chosen by header or layout, for people.
+
+    Raises:
+        DataError: Images or labels are missing, or do not fit each other.
+    """
+    from stages.prepare.dataset_listing import check_listing, read_listing
+    from stages.prepare.label_table import check_files
+
+    listing = read_listing(data, study)
+    if data.on_error == "fail":
+        check_listing(listing)
+        if data.labels is not None:
+            check_files(listing.items, listing.images, data.labels)
+    return listing.notes
 
 
 def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list[Path]:

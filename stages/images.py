@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import numpy as np
-from PIL import BmpImagePlugin, ExifTags, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from schemas.errors import ImageError
-from stages.colour import srgb_conversion
+from stages.image_conversion import check_colours, take_upright, upright_copy
 from stages.image_kinds import HEAD_BYTES, kind_of_bytes
 from stages.image_limits import (
     DAMAGED,
-    MAX_PROFILE_BYTES,
     TRUNCATED,
     RefusalError,
     check_bmp,
@@ -47,26 +45,12 @@ _PROGRESSIVE_BYTES = 8
 """Additional bytes per pixel for the coefficients of a JPEG with several scans."""
 
 _HEADER_BYTES, _MAX_JPEG_BYTES = 8 * 2**20, 512 * 2**20
-_BAND_PIXELS = 4_000_000
-"""Pixels converted at a time, so that intermediate copies stay small."""
-
 _AN = ("AVIF", "HDF5", "NRRD", "SVG")
 """Formats that take the article "an"."""
 
 _T = TypeVar("_T")
 
-# Not ImageOps.exif_transpose: it turns a second full-size copy in the mode of the file and raises for damaged EXIF.
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> transposition that makes the image upright."""
-
+_NEW_SUBFILE_TYPE = 0x00FE
 _REDUCED, _MASK = 1, 4
 """Bits of the TIFF tag NewSubfileType."""
 
@@ -109,7 +93,7 @@ def read_image(
         ImageError: If the file cannot be used, with a short reason.
     """
     with ExitStack() as memory:
-        return _decode(path, _Limits(max_pixels, min_side, accept), memory, _to_rgb)
+        return _decode(path, _Limits(max_pixels, min_side, accept), memory, take_upright)
 
 
 @contextmanager
@@ -133,13 +117,13 @@ def decoded_image(
         checked: Whether `check_image` has accepted the same content before, so that data is not checked again.
     """
     with ExitStack() as memory:
-        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), memory, _to_rgb)
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), memory, take_upright)
 
 
 def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
-    """Raise what `read_image` would raise; pixels are decoded but not converted."""
+    """Raise what `read_image` would raise; the pixels are decoded, but not converted."""
     with ExitStack() as memory:
-        _decode(path, _Limits(max_pixels, min_side, accept), memory, _check_colours)
+        _decode(path, _Limits(max_pixels, min_side, accept), memory, check_colours)
 
 
 def _decode(path: Path, limits: _Limits, memory: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
@@ -210,11 +194,7 @@ class _OpenImage:
 
     def _reserve(self, size: tuple[int, int], bytes_per_pixel: int) -> None:
         width, height = size
-        max_pixels, min_side = self._limits.max_pixels, self._limits.min_side
-        if width * height > max_pixels:
-            raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({max_pixels:,})")
-        if min(width, height) < min_side:
-            raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
+        check_size(size, self._limits.max_pixels, self._limits.min_side)
         if not self._budgeted:
             self._budgeted = True
             self._memory.enter_context(BUDGET.hold(width * height * bytes_per_pixel))
@@ -248,7 +228,7 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
     try:
         for page in itertools.count(1):
             image.seek(page)
-            if not int(image.tag_v2.get(ExifTags.Base.NewSubfileType, 0)) & (_REDUCED | _MASK):
+            if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & (_REDUCED | _MASK):
                 return True
     except EOFError:
         return False
@@ -257,94 +237,40 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
     return False
 
 
-def _to_rgb(image: ImageFile) -> Image.Image:
-    """Return the upright image in mode RGB, converted in bands."""
-    convert = _conversion(image)
-    width, height = image.size
-    rows = max(1, _BAND_PIXELS // width)
-    if rows >= height:
-        rgb = convert(image)
-    else:
-        rgb = Image.new("RGB", image.size)
-        for top in range(0, height, rows):
-            box = (0, top, width, min(height, top + rows))
-            rgb.paste(convert(image.crop(box)), box)
-    transpose = _TRANSPOSE.get(_orientation(image))
-    if transpose is not None:
-        # Release the decoded pixels first: the budget covers two copies.
-        image.im = Image.new("L", (1, 1)).im
-        rgb = rgb.transpose(transpose)
-    rgb.info.clear()
-    return rgb
+def rgb_image(image: Image.Image, name: str, *, max_pixels: int, min_side: int = 1) -> Image.Image:
+    """Convert an image in memory to the pixels that `read_image` gives for its file; the image stays as it is.
+
+    Args:
+        image: Of any mode that files are read in.
+        name: Named by errors in place of a path.
+        max_pixels: As of `read_image`.
+        min_side: As of `read_image`.
+
+    Raises:
+        ImageError: Size or type of the pixels are refused, or the file behind the image cannot be decoded.
+    """
+    try:
+        check_size(image.size, max_pixels, min_side)
+        image.load()
+        return upright_copy(image)
+    except RefusalError as refusal:
+        raise ImageError(name, str(refusal)) from None
+    # Pillow's readers raise nearly anything on damaged bytes.
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
 
 
-def _check_colours(image: ImageFile) -> None:
-    """Convert one row: whether conversion fails depends only on the pixel type and the profile."""
-    _conversion(image)(image.crop((0, 0, image.width, 1)))
+def check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
+    """Refuse an image that has too many pixels, or a side that is too short.
 
-
-def _conversion(image: ImageFile) -> Callable[[Image.Image], Image.Image]:
-    """Return the conversion of stored pixels to mode RGB."""
-    plain = _plain(image)
-    profile = image.info.get("icc_profile")
-    if "icc_profile" in image.info and profile is None:
-        raise RefusalError("its colour profile is damaged")
-    to_srgb = None
-    if profile:
-        if len(profile) > MAX_PROFILE_BYTES:
-            raise RefusalError("its colour profile has more than 16 MiB")
-        try:
-            to_srgb = srgb_conversion(profile, plain(image.crop((0, 0, 1, 1)))[0].mode)
-        except ValueError as error:
-            raise RefusalError(str(error)) from error
-
-    def convert(stored: Image.Image) -> Image.Image:
-        pixels, alpha = plain(stored)
-        rgb = (pixels if to_srgb is None else to_srgb(pixels)).convert("RGB")
-        if alpha is None:
-            return rgb
-        rgb.putalpha(alpha)
-        return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
-
-    return convert
-
-
-def _plain(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """Return the conversion of stored pixels to opaque colours (L, RGB or CMYK) and an alpha channel or None."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
-        return _grey16(image)
-    if image.mode in ("I", "F"):
-        # The range cannot be guessed: Hounsfield units, counts and values in [0, 1] all use these types.
-        raise RefusalError("signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
-    if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
-        return _with_alpha
-    if image.mode == "1":
-        return lambda stored: (stored.convert("L"), None)
-    if image.mode in ("L", "CMYK"):
-        return lambda stored: (stored, None)
-    return lambda stored: (stored.convert("RGB"), None)
-
-
-def _with_alpha(stored: Image.Image) -> tuple[Image.Image, Image.Image]:
-    mode = {"La": "LA", "RGBa": "RGBA"}.get(stored.mode)
-    straight = stored.convert(mode) if mode else stored
-    rgba = straight.convert("RGBA")
-    return straight.getchannel("L") if straight.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
-
-
-def _grey16(image: ImageFile) -> Callable[[Image.Image], tuple[Image.Image, None]]:
-    # Pillow's conversion clips at 255 or drops the lower byte, depending on its version.
-    highest, inverted = 65535, False
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        highest = 2 ** int(image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0]) - 1
-        inverted = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 1) == 0
-
-    def convert(stored: Image.Image) -> tuple[Image.Image, None]:
-        values = np.asarray(stored).astype(np.uint32)
-        grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
-        return Image.fromarray(255 - grey if inverted else grey), None
-
-    return convert
+    Raises:
+        RefusalError: Naming the setting.
+    """
+    width, height = size
+    if width * height > max_pixels:
+        raise RefusalError(f"{width} x {height} pixels are more than data.max_pixels allows ({max_pixels:,})")
+    if min(width, height) < min_side:
+        raise RefusalError(f"{width} x {height} pixels: a side is shorter than data.min_side ({min_side})")
 
 
 def _exif(image: ImageFile) -> bytes:
@@ -356,15 +282,6 @@ def _exif(image: ImageFile) -> bytes:
         except ValueError:
             return b""
     return bytes(image.info.get("exif") or b"")
-
-
-def _orientation(image: ImageFile) -> int:
-    # Pillow's TIFF reader applies the orientation itself and removes the tag.
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        # Damaged EXIF data does not affect the pixels: use them as stored, as viewers do.
-        return 1
 
 
 def _reason(error: Exception) -> str:

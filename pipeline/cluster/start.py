@@ -14,6 +14,7 @@ from distributed import Client, LocalCluster
 from pipeline.console import say
 from schemas.errors import ClusterError, FptError, PlatformError
 from schemas.machine import ClusterSettings
+from schemas.version import DISTRIBUTION
 
 TASKS_PER_WORKER = 2
 """Dask threads per worker: while one shard is in the LPM, another is decoded or written."""
@@ -124,7 +125,7 @@ def _missing(package: str, extra: str) -> PlatformError:
     return PlatformError(
         f"{package} is not installed.",
         "It is needed for this kind of cluster only.",
-        f"Run `pip install {package}`, or install fpt with its extra: `pip install 'fpt[{extra}]'`.",
+        f"Run `pip install {package}`, or install fpt with its extra: `pip install '{DISTRIBUTION}[{extra}]'`.",
     )
 
 

@@ -21,12 +21,13 @@ from distributed.versions import get_package_info
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, ClusterError, FptError, StorageError, WeightsError
 from schemas.resolved import ResolvedSettings
+from schemas.version import DISTRIBUTION
 
 if TYPE_CHECKING:
     from stages.extract.shard_task import Extractor, ShardDone, ShardTask
     from stages.store.layout import Store
 
-PACKAGES = ("fpt", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "dask", "distributed")
+PACKAGES = (DISTRIBUTION, "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "dask", "distributed")
 """Packages whose versions must be equal: others may compute different features or fail to unpickle tasks."""
 
 

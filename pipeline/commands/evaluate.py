@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.predict import lpm_of
 from pipeline.console import say, score, show, show_json, show_pairs, show_table
 from pipeline.metric_names import MARKS, metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
-from schemas.errors import ManifestError, SettingsError
-from schemas.settings import OUTPUTS
+from schemas.errors import SettingsError
 from schemas.tasks import METRICS
 from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
-    from schemas.manifest import Manifest
-    from schemas.results import BundleSpec, Metrics
-    from schemas.settings import Settings
+    from schemas.results import Metrics
     from stages.progress import Progress
 
 
@@ -97,23 +93,10 @@ def evaluate(
 def _evaluate_split(
     params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, split: SplitName
 ) -> tuple[Metrics, Path]:
+    from pipeline.evaluation import evaluate_split
     from pipeline.project import open_study
-    from stages.device import set_up
-    from stages.evaluate.evaluator import evaluate as run
-    from stages.manifest import read_manifest
 
-    study = open_study(params, assignments)
-    bundle = study.outputs / "model" if model is None else model.absolute()
-    folder = study.outputs / "evaluation" if output is None else output.absolute()
-    metrics = run(
-        study.files(read_manifest(study.manifest)),
-        bundle,
-        folder,
-        split.value,
-        device=set_up(study.settings.compute),
-    )
-    _keep_settings(bundle, study.settings, folder)
-    return metrics, folder
+    return evaluate_split(open_study(params, assignments), split.value, model, output)
 
 
 def _evaluate_images(
@@ -124,35 +107,12 @@ def _evaluate_images(
     images: Path,
     labels: Path | None,
 ) -> tuple[Metrics, Path]:
-    from pipeline.project import cache_root
-    from stages.device import set_up
-    from stages.extract.shard_task import batch_size
-    from stages.predict.external import evaluate_external
+    from pipeline.evaluation import evaluate_images
     from stages.prepare import QUARANTINE_FILE
-    from stages.train.bundle import read_spec
 
-    root = params.absolute().parent
-    bundle = root / OUTPUTS / "model" if model is None else model.absolute()
-    folder = root / OUTPUTS / "external" / images.resolve().name if output is None else output.absolute()
-    spec = read_spec(bundle)
-    settings = _external_settings(params, assignments, spec, images, labels)
-    device = set_up(settings.compute)
-    study = _manifest_of(bundle, root)
     with ExitStack() as stack:
-        result = evaluate_external(
-            bundle,
-            settings.data,
-            root,
-            folder,
-            lpm=lpm_of(spec, settings),
-            cache_root=cache_root(root),
-            study=study,
-            device=device,
-            batch_size=batch_size(settings.compute, device),
-            reading=_bar(stack, "Reading"),
-            predicting=_bar(stack, "Predicting"),
-        )
-    _keep_settings(bundle, settings, folder)
+        bars = {"reading": _bar(stack, "Reading"), "predicting": _bar(stack, "Predicting")}
+        result, folder = evaluate_images(params, assignments, images, labels, model, output, **bars)
     for note in result.notes:
         say(note)
     say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
@@ -174,57 +134,6 @@ def _bar(stack: ExitStack, what: str) -> Progress:
         opened[0](done, total)
 
     return show_progress
-
-
-def _external_settings(
-    params: Path, assignments: Sequence[str], spec: BundleSpec, images: Path, labels: Path | None
-) -> Settings:
-    """Settings of the study, where there is one, about other images: task and grades are those of the model."""
-    from pipeline.params import override, read_optional_params
-    from schemas.parse import parse_settings
-
-    base = read_optional_params(params)
-    data = base.get("data")
-    if isinstance(data, dict):
-        # What only the study's own table has.
-        own = {"split_column"} if labels is not None else {"split_column", "group_column"}
-        base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
-    tree = override(base, assignments)
-    data = tree.setdefault("data", {})
-    if isinstance(data, dict):
-        data["images"] = str(images.absolute())
-        data["labels"] = None if labels is None else str(labels.absolute())
-        data.setdefault("task", spec.task)
-        data["classes"] = list(spec.classes)
-    return parse_settings(tree, source=params.name)
-
-
-def _manifest_of(bundle: Path, root: Path) -> Manifest | None:
-    """Manifest of the study that a bundle lies in, else of the study in `root`."""
-    from stages.manifest import read_manifest
-
-    for folder in (*bundle.resolve().parents, root):
-        path = folder / OUTPUTS / "manifest" / "manifest.parquet"
-        if path.exists():
-            try:
-                return read_manifest(path)
-            except ManifestError as error:
-                say(f"{error.state} Whether the model was trained on some of the images is not known.")
-                return None
-    say("There is no study beside the model: whether it was trained on some of the images is not known.")
-    return None
-
-
-def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
-    """The settings of the model beside its evaluation; params.yaml may have changed since."""
-    from pipeline.params import write_settings
-    from stages.files import atomic_write, read_regular
-
-    trained = bundle / "settings.yaml"
-    if trained.exists():
-        atomic_write(folder / "settings.yaml", read_regular(trained))
-    else:
-        write_settings(settings, folder)
 
 
 def _show(metrics: Metrics) -> None:

@@ -95,21 +95,15 @@ def _option(key: re.Match[str]) -> str:
 
 
 def _check(data: DataSettings, study: Path) -> list[str]:
-    """Run those checks of `fpt prepare` on images and labels that do not open an image.
+    """Check images and labels; errors name options instead of keys.
 
     Returns:
         Choices made from the header or the layout, as lines for the user.
     """
-    from stages.prepare.dataset_listing import check_listing, read_listing
-    from stages.prepare.label_table import check_files
+    from pipeline.scaffold import check_inputs
 
     try:
-        listing = read_listing(data, study)
-        if data.on_error == "fail":
-            check_listing(listing)
-            if data.labels is not None:
-                check_files(listing.items, listing.images, data.labels)
-        return listing.notes
+        return check_inputs(data, study)
     except DataError as error:
         repair = f"{_as_options(error.repair)}\nThen repeat `fpt init`; nothing was written."
         raise DataError(error.state, _as_options(error.cause), repair) from None

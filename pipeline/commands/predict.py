@@ -10,13 +10,13 @@ import typer
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
 from schemas.errors import UnreadableImagesError
-from schemas.settings import OUTPUTS, LpmSettings, Settings
+from schemas.settings import OUTPUTS
 from schemas.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from schemas.results import BundleSpec, Prediction
+    from schemas.results import Prediction
 
 
 def predict(
@@ -44,37 +44,25 @@ def predict(
     The model folder is enough: without a params.yaml the LPM comes from the hub, or from --set lpm.weights=FILE. Images
     that cannot be used have an error in their row, and are listed at the end with exit code 2.
     """
+    from pipeline.loaded_model import load_with
     from pipeline.params import override, read_optional_params
     from pipeline.progress import ImageBar
     from schemas.parse import parse_settings
-    from stages.device import set_up
-    from stages.extract.shard_task import batch_size
     from stages.predict import check_suffix
-    from stages.predict import predict as run
     from stages.predict.inputs import find_images
-    from stages.train.bundle import read_spec
 
     if output is not None:
         check_suffix(output)
 
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
-    device = set_up(settings.compute)
-    bundle, inputs = model or root / OUTPUTS / "model", find_images(images, settings.data, root)
+    inputs = find_images(images, settings.data, root)
     for note in inputs.notes:
         say(note)
+    loaded = load_with(model or root / OUTPUTS / "model", settings, root)
     with ImageBar("Predicting") as bar:
-        rows = run(
-            bundle,
-            inputs.images,
-            lpm_of(read_spec(bundle), settings),
-            root,
-            device,
-            batch_size=batch_size(settings.compute, device),
-            data=settings.data,
-            progress=bar,
-        )
-    _hand_over(rows, output)
+        predictions = loaded.predict_files(inputs.images, progress=bar)
+    _hand_over(predictions.rows, output)
 
 
 def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:
@@ -89,12 +77,3 @@ def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:
     if failures:
         done = len(rows) - len(failures)
         raise UnreadableImagesError(failures, f"{done} of {counted(len(rows), 'image')} predicted.")
-
-
-def lpm_of(spec: BundleSpec, settings: Settings) -> LpmSettings:
-    """The LPM that a bundle needs, with its weights where the settings have them.
-
-    The bundle has its name, of a `local-dir:` only the content: there the settings name the folder.
-    """
-    name = spec.features.lpm.name
-    return settings.lpm if name.startswith("local-dir:") else LpmSettings(name=name, weights=settings.lpm.weights)

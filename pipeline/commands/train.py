@@ -9,7 +9,6 @@ import typer
 
 from pipeline.console import say, say_next, score, show_json, size
 from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
-from schemas.methods import METHODS
 from schemas.text import counted
 
 if TYPE_CHECKING:
@@ -32,38 +31,17 @@ def train(
 
     A killed run resumes after its last epoch.
 
-    On several GPUs: torchrun --nproc-per-node=2 -m pipeline train.
+    On several GPUs: torchrun --nproc-per-node=2 -m fpt train.
     """
-    from pipeline.epoch_log import EpochLogger
-    from pipeline.params import write_settings
+    from pipeline.api import train as run
     from pipeline.project import open_study
-    from pipeline.sweep_jobs import note_use
-    from stages.device import set_up
-    from stages.manifest import read_manifest
     from stages.ranks import Ranks
-    from stages.train.job import Watch
-    from stages.train.parallel import process_group
-    from stages.train.trainer import train as run
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
-    files = study.files(read_manifest(study.manifest))
-    here = Ranks.of()
-    if here.first:
-        note_use(study, files.receipt)
-    folder = study.outputs if output is None else output.absolute()
-    model = folder / "model"
-    epochs = 1 if METHODS[study.settings.method].closed_form else study.settings.train.epochs
-    with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
-        watch = Watch(
-            on_epoch=(lambda _, log: logger(log)) if ranks.first else _ignore,
-            on_memory=_ignore if as_json else _say_memory,
-            on_notice=say,
-        )
-        result = run(study.settings, files, model, study.checkpoints, watch, ranks)
-        if not ranks.first:
-            return
-        logger.finish(result.best)
-    write_settings(study.settings, model)
+    result = run(study, output=output, on_memory=None if as_json else _say_memory)
+    if not Ranks.of().first:
+        return
+    model = (study.outputs if output is None else output.absolute()) / "model"
     if as_json:
         show_json({"model": str(model), **result.model_dump(mode="json")})
         return

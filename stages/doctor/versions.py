@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from schemas.doctor import Finding
+from schemas.version import DISTRIBUTION
 
 SHOWN = ("torch", "torchvision", "timm", "zarr", "numcodecs", "dask", "distributed", "dvc")
 """Packages with a separate finding; all others share one."""
@@ -63,7 +64,7 @@ def check_python(version: tuple[int, int, int] | None = None) -> Finding:
     """Check the interpreter against the range that fpt requires."""
     running = version or (sys.version_info.major, sys.version_info.minor, sys.version_info.micro)
     text = ".".join(map(str, running))
-    required = metadata.metadata("fpt")["Requires-Python"]
+    required = metadata.metadata(DISTRIBUTION)["Requires-Python"]
     if text not in SpecifierSet(required):
         return Finding(
             name="Python", status="fail", detail=f"{text}; fpt needs {required}", repair="make setup PYTHON=python3.12"
@@ -122,7 +123,7 @@ def check_other_packages(versions: Mapping[str, str], ranges: Mapping[str, Speci
 def required_ranges() -> dict[str, SpecifierSet]:
     """Return canonical name -> range of versions that fpt requires, without the packages of extras."""
     ranges = {}
-    for line in metadata.requires("fpt") or []:
+    for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             ranges[canonicalize_name(requirement.name)] = requirement.specifier

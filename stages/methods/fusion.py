@@ -85,10 +85,7 @@ class _Attend(torch.autograd.Function):
         for number, (chunk, tokens) in enumerate(CachedTokens(keys, values, scale, offset).chunks(query)):
             grad_scores = tokens.unmix(grads[0][chunk].transpose(1, 2))
             wide_keys = tokens.wide_keys()
-            if saved_weights:
-                weights = saved_weights[number]
-            else:
-                weights = torch.softmax(tokens.scores(query, wide_keys), dim=-1)
+            weights = saved_weights[number] if saved_weights else tokens.scores(query, wide_keys).softmax(dim=-1)
             grad_scores -= (grad_scores * weights).sum(dim=-1, keepdim=True)
             grad_query += tokens.unscore(grad_scores.mul_(weights), wide_keys).sum(dim=0)
         return grad_query, None, None, None, None, None

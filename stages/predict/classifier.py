@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from schemas.errors import BundleError, EvaluationError, ImageError
 from schemas.methods import model_inputs
@@ -16,7 +18,7 @@ from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from stages.device import pick_device
 from stages.extract.features import Pixels, compute_features, to_pixels
-from stages.images import decoded_image
+from stages.images import decoded_image, rgb_image
 from stages.lpm.loading import LoadedLpm
 from stages.lpm.matching import load_matching
 from stages.methods.batch import IMAGE
@@ -29,7 +31,7 @@ from stages.train.infer import feature_logits
 
 @dataclass(frozen=True)
 class Classifier:
-    """A bundle together with the LPM whose features it reads, ready for image files."""
+    """A bundle together with the LPM whose features it reads, ready for images."""
 
     bundle: Bundle
     """On `device`."""
@@ -41,29 +43,26 @@ class Classifier:
     """Of both networks."""
 
     def probabilities(
-        self, paths: Sequence[Path], batch_size: int, progress: Progress | None = None
+        self, images: Sequence[Path | Image.Image], batch_size: int, progress: Progress | None = None
     ) -> Iterator[npt.NDArray[np.float32] | ImageError]:
-        """(C,) probabilities of each image, or why it cannot be used; in the order of `paths`.
+        """(C,) probabilities of each file or image in memory, or why it cannot be used; in the order of `images`.
 
         Raises:
             EvaluationError: The model's outputs are not finite.
         """
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             yield from self._batch(batch)
             if progress is not None:
-                progress(start + len(batch), len(paths))
+                progress(start + len(batch), len(images))
 
-    def _batch(self, paths: Sequence[Path]) -> list[npt.NDArray[np.float32] | ImageError]:
+    def _batch(self, images: Sequence[Path | Image.Image]) -> list[npt.NDArray[np.float32] | ImageError]:
         spec = self.bundle.spec.features
         read: list[Pixels | ImageError] = []
-        for path in paths:
+        for image in images:
             try:
-                accept = None if self.data.on_warning == "error" else lambda _: None
-                with decoded_image(
-                    path, max_pixels=self.data.max_pixels, min_side=self.data.min_side, accept=accept
-                ) as image:
-                    read.append(to_pixels(image, spec))
+                with self._decoded(image) as decoded:
+                    read.append(to_pixels(decoded, spec))
             except ImageError as error:
                 read.append(error)
         pixels = [one for one in read if isinstance(one, Pixels)]
@@ -84,6 +83,14 @@ class Classifier:
                 )
             found = iter(p)
         return [next(found) if isinstance(one, Pixels) else one for one in read]
+
+    def _decoded(self, image: Path | Image.Image) -> AbstractContextManager[Image.Image]:
+        """RGB pixels within a block."""
+        most, least = self.data.max_pixels, self.data.min_side
+        if isinstance(image, Image.Image):
+            return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least))
+        accept = None if self.data.on_warning == "error" else lambda _: None
+        return decoded_image(image, max_pixels=most, min_side=least, accept=accept)
 
 
 def predict(
@@ -122,16 +129,17 @@ def predict(
     bundle = load_bundle(bundle_dir, place)
     check_task(bundle.spec, data)
     classifier = load_classifier(bundle, lpm, root, data or DataSettings())
-    names, task = bundle.spec.classes, bundle.spec.task
-    rows: list[Prediction] = []
-    for path, p in zip(images, classifier.probabilities(images, batch_size, progress), strict=True):
-        if isinstance(p, ImageError):
-            rows.append(Prediction(path=str(path), predicted=None, probabilities=None, error=p.reason))
-        else:
-            predicted = texts(decide(p[None], task), names)[0]
-            shares = dict(zip(names, p.tolist(), strict=True))
-            rows.append(Prediction(path=str(path), predicted=predicted, probabilities=shares, error=None))
-    return rows
+    found = classifier.probabilities(images, batch_size, progress)
+    return [as_row(str(path), p, bundle.spec) for path, p in zip(images, found, strict=True)]
+
+
+def as_row(path: str, p: npt.NDArray[np.float32] | ImageError, spec: BundleSpec) -> Prediction:
+    """Return the row of one image: its classes by `Classifier.probabilities`, or the reason why it cannot be used."""
+    if isinstance(p, ImageError):
+        return Prediction(path=path, predicted=None, probabilities=None, error=p.reason)
+    predicted = texts(decide(p[None], spec.task), spec.classes)[0]
+    shares = dict(zip(spec.classes, p.tolist(), strict=True))
+    return Prediction(path=path, predicted=predicted, probabilities=shares, error=None)
 
 
 def check_task(spec: BundleSpec, data: DataSettings | None) -> None:

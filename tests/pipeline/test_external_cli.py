@@ -50,7 +50,7 @@ def test_without_a_study(study: Path, others: Path, weights: Path, tmp_path: Pat
     out, err = fpt(*words, *columns, "--set", f"lpm.weights={weights}", "--json", cwd=elsewhere)
     metrics = json.loads(out)
     assert (metrics["images"], metrics["groups"], metrics["auc_interval"]) == (6, 1, None)
-    assert "is not known" in err, "no study says which images the model was trained on"
+    assert "cannot be detected" in err, "no study says which images the model was trained on"
     assert (elsewhere / "outputs/external/hospital-b/predictions.parquet").exists()
 
 

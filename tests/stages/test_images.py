@@ -292,5 +292,5 @@ def test_pixels_converted_band_by_band_are_those_converted_at_once(
         image.save(path, exif=exif, **({"transparency": 3} if name == "P" else {}))
         whole = read_image(path, max_pixels=MAX)
         with monkeypatch.context() as small:
-            small.setattr("stages.images._BAND_PIXELS", 60 * 7)
+            small.setattr("stages.image_conversion._BAND_PIXELS", 60 * 7)
             assert read_image(path, max_pixels=MAX).tobytes() == whole.tobytes(), name

@@ -20,6 +20,7 @@ from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.lpm.loading import describe_lpm
 from stages.methods.attentive import AttentiveProbe
+from stages.methods.base import ClosedFormMethod, GradientMethod, method_of
 from stages.methods.batch import Batch
 from stages.predict import predict
 from stages.store.reader import open_store
@@ -222,7 +223,12 @@ def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None
 
 
 def test_every_method_is_in_every_table() -> None:
-    assert set(READS) == set(PRESETS) == set(METHODS) == set(get_args(Method))
+    for name, row in METHODS.items():
+        assert row.name == name
+        assert row.title
+        assert row.help
+        method = method_of(name)
+        assert isinstance(method, ClosedFormMethod if row.closed_form else GradientMethod)
 
 
 @pytest.mark.slow

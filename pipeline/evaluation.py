@@ -1,0 +1,156 @@
+"""Evaluation of a model, shared by `fpt evaluate` and `fpt.evaluate`: on a split of the study, or on other images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.console import say
+from pipeline.loaded_model import lpm_of
+from schemas.errors import ManifestError
+from schemas.settings import OUTPUTS
+
+if TYPE_CHECKING:
+    from pipeline.project import Study
+    from schemas.manifest import Manifest, Split
+    from schemas.results import BundleSpec, Metrics
+    from schemas.settings import Settings
+    from stages.predict.external import ExternalResult
+    from stages.progress import Progress
+
+
+def evaluate_split(study: Study, split: Split, model: Path | None, output: Path | None) -> tuple[Metrics, Path]:
+    """Evaluate a model on one split of its study.
+
+    Args:
+        study: With manifest and features.
+        split: Rows to evaluate.
+        model: Folder of the model; None: that of the study.
+        output: Folder of the results; None: `outputs/evaluation` of the study.
+
+    Returns:
+        Metrics, and the folder of the results.
+
+    Raises:
+        FptError: As `stages.evaluate.evaluator.evaluate`.
+    """
+    from stages.device import set_up
+    from stages.evaluate.evaluator import evaluate as run
+    from stages.manifest import read_manifest
+
+    bundle = study.outputs / "model" if model is None else model.absolute()
+    folder = study.outputs / "evaluation" if output is None else output.absolute()
+    files, device = study.files(read_manifest(study.manifest)), set_up(study.settings.compute)
+    metrics = run(files, bundle, folder, split, device=device)
+    _keep_settings(bundle, study.settings, folder)
+    return metrics, folder
+
+
+def evaluate_images(
+    params: Path,
+    assignments: Sequence[str],
+    images: Path,
+    labels: Path | None,
+    model: Path | None,
+    output: Path | None,
+    *,
+    reading: Progress | None = None,
+    predicting: Progress | None = None,
+) -> tuple[ExternalResult, Path]:
+    """Evaluate a model on labelled images outside of its study; a study is not needed.
+
+    Args:
+        params: Settings of the study; defaults where the file is missing.
+        assignments: `key.path=value` overrides.
+        images: Folder of the images.
+        labels: Table of the labels; None: a folder per class.
+        model: Folder of the model; None: `outputs/model` next to `params`.
+        output: Folder of the results; None: `outputs/external/NAME` next to `params`.
+        reading: Called with (images read, images).
+        predicting: Called with (images predicted, images without cached features).
+
+    Returns:
+        The result, and its folder.
+
+    Raises:
+        FptError: As `stages.predict.external.evaluate_external`.
+    """
+    from pipeline.project import cache_root
+    from stages.device import set_up
+    from stages.extract.shard_task import batch_size
+    from stages.predict.external import evaluate_external
+    from stages.train.bundle import read_spec
+
+    root = params.absolute().parent
+    bundle = root / OUTPUTS / "model" if model is None else model.absolute()
+    folder = root / OUTPUTS / "external" / images.resolve().name if output is None else output.absolute()
+    spec = read_spec(bundle)
+    settings = _external_settings(params, assignments, spec, images, labels)
+    device = set_up(settings.compute)
+    result = evaluate_external(
+        bundle,
+        settings.data,
+        root,
+        folder,
+        lpm=lpm_of(spec, settings),
+        cache_root=cache_root(root),
+        study=_manifest_of(bundle, root),
+        device=device,
+        batch_size=batch_size(settings.compute, device),
+        reading=reading,
+        predicting=predicting,
+    )
+    _keep_settings(bundle, settings, folder)
+    return result, folder
+
+
+def _external_settings(
+    params: Path, assignments: Sequence[str], spec: BundleSpec, images: Path, labels: Path | None
+) -> Settings:
+    """Return the settings of the study, if any, for other images: task and classes are those of the model."""
+    from pipeline.params import override, read_optional_params
+    from schemas.parse import parse_settings
+
+    base = read_optional_params(params)
+    data = base.get("data")
+    if isinstance(data, dict):
+        # What only the study's own table has.
+        own = {"split_column"} if labels is not None else {"split_column", "group_column"}
+        base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
+    tree = override(base, assignments)
+    data = tree.setdefault("data", {})
+    if isinstance(data, dict):
+        data["images"] = str(images.absolute())
+        data["labels"] = None if labels is None else str(labels.absolute())
+        data.setdefault("task", spec.task)
+        data["classes"] = list(spec.classes)
+    return parse_settings(tree, source=params.name)
+
+
+def _manifest_of(bundle: Path, root: Path) -> Manifest | None:
+    """Manifest of the study that a bundle lies in, else of the study in `root`."""
+    from stages.manifest import read_manifest
+
+    for folder in (*bundle.resolve().parents, root):
+        path = folder / OUTPUTS / "manifest" / "manifest.parquet"
+        if path.exists():
+            try:
+                return read_manifest(path)
+            except ManifestError as error:
+                say(f"{error.state} Images that the model was trained on cannot be detected.")
+                return None
+    say("The model is in no study: images that it was trained on cannot be detected.")
+    return None
+
+
+def _keep_settings(bundle: Path, settings: Settings, folder: Path) -> None:
+    """Store the settings of the model with its evaluation; params.yaml may have changed since."""
+    from pipeline.params import write_settings
+    from stages.files import atomic_write, read_regular
+
+    trained = bundle / "settings.yaml"
+    if trained.exists():
+        atomic_write(folder / "settings.yaml", read_regular(trained))
+    else:
+        write_settings(settings, folder)

@@ -1,0 +1,143 @@
+"""Stored pixels to upright RGB: grey of 16 bits, transparency, colour profiles, EXIF orientation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL.ImageFile import ImageFile
+
+from stages.colour import srgb_conversion
+from stages.image_limits import MAX_PROFILE_BYTES, RefusalError
+
+_BAND_PIXELS = 4_000_000
+"""Pixels that are converted at a time, so that the copies in between stay small."""
+
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
+
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 0x0102
+_PHOTOMETRIC = 0x0106
+
+
+def take_upright(image: ImageFile) -> Image.Image:
+    """Upright pixels of mode RGB; the image may lose its own."""
+    rgb = _converted(image)
+    turn = _TURN.get(_orientation(image))
+    if turn is not None:
+        # The pixels of the file go first: there is memory for two copies.
+        image.im = Image.new("L", (1, 1)).im
+        rgb = rgb.transpose(turn)
+    rgb.info.clear()
+    return rgb
+
+
+def upright_copy(image: Image.Image) -> Image.Image:
+    """Upright pixels of mode RGB; the image stays as it is."""
+    rgb = _converted(image)
+    turn = _TURN.get(_orientation(image))
+    upright = rgb if turn is None else rgb.transpose(turn)
+    upright.info.clear()
+    return upright
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """Pixels of mode RGB as they are stored, converted band by band."""
+    convert = _conversion(image)
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if rows >= height:
+        return convert(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        box = (0, top, width, min(height, top + rows))
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def check_colours(image: ImageFile) -> None:
+    """Convert one row: what can go wrong depends on the type of the pixels and on the profile."""
+    _conversion(image)(image.crop((0, 0, image.width, 1)))
+
+
+def _conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """From pixels as they are stored to mode RGB."""
+    plain = _plain(image)
+    profile = image.info.get("icc_profile")
+    if "icc_profile" in image.info and profile is None:
+        raise RefusalError("its colour profile is damaged")
+    to_srgb = None
+    if profile:
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise RefusalError("its colour profile has more than 16 MiB")
+        try:
+            to_srgb = srgb_conversion(profile, plain(image.crop((0, 0, 1, 1)))[0].mode)
+        except ValueError as error:
+            raise RefusalError(str(error)) from error
+
+    def convert(stored: Image.Image) -> Image.Image:
+        pixels, alpha = plain(stored)
+        rgb = (pixels if to_srgb is None else to_srgb(pixels)).convert("RGB")
+        if alpha is None:
+            return rgb
+        rgb.putalpha(alpha)
+        return Image.alpha_composite(Image.new("RGBA", rgb.size, (0, 0, 0, 255)), rgb).convert("RGB")
+
+    return convert
+
+
+def _plain(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
+    """From stored pixels to colours of mode L, RGB or CMYK without transparency, and transparency if there is any."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
+        return _grey16(image)
+    if image.mode in ("I", "F"):
+        # Any guess would be wrong for somebody: Hounsfield units, counts and [0, 1] all come in these types.
+        raise RefusalError("signed, 32-bit or float pixels have no known range; save it with 8 or 16 bits")
+    if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
+        return _with_alpha
+    if image.mode == "1":
+        return lambda stored: (stored.convert("L"), None)
+    if image.mode in ("L", "CMYK"):
+        return lambda stored: (stored, None)
+    return lambda stored: (stored.convert("RGB"), None)
+
+
+def _with_alpha(stored: Image.Image) -> tuple[Image.Image, Image.Image]:
+    mode = {"La": "LA", "RGBa": "RGBA"}.get(stored.mode)
+    whole = stored.convert(mode) if mode else stored
+    rgba = whole.convert("RGBA")
+    return whole.getchannel("L") if whole.mode == "LA" else rgba.convert("RGB"), rgba.getchannel("A")
+
+
+def _grey16(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Image, None]]:
+    # Not Pillow's own conversion: depending on its version it clips at 255 or drops the lower byte.
+    highest, inverted = 65535, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        highest = 2 ** int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
+        inverted = image.tag_v2.get(_PHOTOMETRIC, 1) == 0
+
+    def convert(stored: Image.Image) -> tuple[Image.Image, None]:
+        values = np.asarray(stored).astype(np.uint32)
+        grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
+        return Image.fromarray(255 - grey if inverted else grey), None
+
+    return convert
+
+
+def _orientation(image: Image.Image) -> int:
+    # A TIFF is turned by its reader, which then takes the note away.
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        # A damaged note beside whole pixels: shown as it lies, as every viewer does.
+        return 1
