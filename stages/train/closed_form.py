@@ -62,7 +62,8 @@ def fit_rows(method: str, inputs: FitInputs) -> tuple[RowModel, EpochLog]:
         inputs: Rows, task and class weights.
 
     Returns:
-        The model, and its scores as a log of one epoch. Validation scores are out of fold if those rows are fitted, too.
+        The model, and its scores as a log of one epoch. Validation scores are out of fold if it is fitted to those
+        rows, too.
 
     Raises:
         TrainingError: If a class has no training rows, the validation split is empty, or a feature is not finite.

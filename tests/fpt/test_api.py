@@ -220,7 +220,7 @@ def test_mistakes_are_fpt_errors(tmp_path: Path, folder: Path) -> None:
         fpt.load(tmp_path)
     with pytest.raises(fpt.FptError, match=r"compute\.device"):
         fpt.load(folder / "study/outputs/model", device="gpu")
-    with pytest.raises(fpt.FptError, match="already holds"):
+    with pytest.raises(fpt.FptError, match="already contains"):
         fpt.init(folder / "study", folder / "images")
 
 

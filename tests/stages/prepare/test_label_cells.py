@@ -200,7 +200,7 @@ def _as_before(manifest: Manifest, path: Path) -> None:
 def test_a_label_that_is_no_class_is_damage(tmp_path: Path, task: str, label: str) -> None:
     manifest = Manifest.model_validate({"classes": ("a", "b"), "rows": (row(1, label),), "task": task})
     write_manifest(manifest, tmp_path / "m.parquet")
-    with pytest.raises(ManifestError, match="none of its classes"):
+    with pytest.raises(ManifestError, match="not one of its classes"):
         read_manifest(tmp_path / "m.parquet")
 
 
