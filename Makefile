@@ -34,6 +34,10 @@ check: $(STAMP)
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python -m pipeline.method_tables docs/methods.md
 
 lock: $(STAMP)
 	@{ echo "# Versions with which all tests passed, for pip's --constraint; written by make lock."; \
