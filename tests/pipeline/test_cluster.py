@@ -335,7 +335,7 @@ def test_an_optional_package_that_is_missing_is_named(
     for name in ("dask_cuda", "dask_jobqueue"):
         monkeypatch.setitem(sys.modules, name, None)
     study = on(make_study(tmp_path / "study"), kind=kind, memory="1GiB")
-    with pytest.raises(PlatformError, match=rf"fpt\[{extra}\]"):
+    with pytest.raises(PlatformError, match=rf"fpt-vit\[{extra}\]"):
         study.extract(execute=on_cluster)
 
 
