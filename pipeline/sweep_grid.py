@@ -56,12 +56,12 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """Name of the run's folder."""
         return _name(self.values)
 
     @property
     def settings(self) -> str:
-        """Name of all runs that differ in their seeds alone."""
+        """Name of all runs that differ only in their seeds."""
         return _name({key: value for key, value in self.values.items() if key != SEED_AXIS})
 
     @property

@@ -48,7 +48,7 @@ class Job:
     settings: ResolvedSettings
     """Resolved."""
     folder: Path
-    """Of model/, train/, evaluation/ and `run.json`."""
+    """Folder of model/, train/, evaluation/ and `run.json`."""
     key: str
     """Digest of everything that decides the model."""
 
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def record(self) -> RunRecord | None:
-        """Its note; None where it is not trained as it is asked for now."""
+        """Its record; None if it is not trained with these settings."""
         from stages.files import read_regular
 
         try:
@@ -155,7 +155,7 @@ def _check(study: Study, files: StudyFiles, variants: Sequence[ResolvedSettings]
         raise CacheIncompleteError(
             f"No features of every view: {counted(len(error.missing), 'image')}.",
             error.missing,
-            "Extraction computes views of the training images alone; in other splits and folds others are trained on.",
+            "Extraction computes views only of the training images; in other splits and folds others are trained on.",
             "Run `fpt extract --all-views`: it computes the views of every image.",
         ) from None
     finally:

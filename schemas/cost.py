@@ -33,9 +33,9 @@ class CostReport(Contract):
     classes: int
     """Outputs."""
     batch_size: int
-    """Of the training step."""
+    """Images per training step."""
     dtype: str
-    """Of the cached keys and values."""
+    """Type of the cached keys and values."""
     learnable: int
     """Parameters of fusion and side network."""
     lpm_parameters: int
@@ -45,9 +45,9 @@ class CostReport(Contract):
     train_tensor_mib: float
     """Peak tensor memory of a training step of stage two, MiB: parameters, gradients, optimiser, activations, batch."""
     train_batch_mib: float
-    """Of it the batch as the store gives it: nothing makes a step smaller than this and the next."""
+    """The batch as it is stored, a share of the former: nothing makes a step smaller than this and the next."""
     train_states_mib: float
-    """Of it parameters, gradients and the two states of AdamW."""
+    """Parameters, gradients and the two states of AdamW, a share of the former."""
     checkpointing: bool
     """Whether side blocks are computed again in the backward pass."""
     accumulate: int

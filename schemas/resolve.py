@@ -34,33 +34,17 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     """
     row, features, train = METHODS[settings.method], settings.features, settings.train
     preset = row.preset
-    problems: list[tuple[str, str]] = []
     layers = tuple(range(int(preset.first_layer * lpm.depth), lpm.depth))
     if features.layers != "auto":
         layers = features.layers
-        if layers[-1] >= lpm.depth:
-            problems.append(("features.layers", f"{lpm.name} has blocks 0 to {lpm.depth - 1} (is {layers[-1]})"))
-    if features.hidden is not None and features.hidden >= lpm.depth:
-        problems.append(("features.hidden", f"{lpm.name} has blocks 0 to {lpm.depth - 1} (is {features.hidden})"))
-    if features.importance == "class_token" and not lpm.has_class_token:
-        problems.append(("features.importance", f"{lpm.name} has no class token; use global"))
-    if int(features.ratio * lpm.tokens) < 1:
-        problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
-    width, rest = divmod(lpm.width, train.side_reduction)
-    if row.has_side_network and (rest or width % lpm.heads):
-        reason = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
-        problems.append(("train.side_reduction", reason))
+    problems = _misfits(settings, lpm, layers[-1])
     ensemble = _ensemble(settings, row, problems)
     methods = settings.methods
     if row.resolve is not None:
         methods, method_problems = row.resolve(methods, lpm.depth, features.hidden)
         problems += method_problems
-    if not features.pooled and (ensemble["probe_weight"] or "pooled" in row.inputs):
-        problems.append(("features.pooled", f"must be true: {settings.method} reads the pooled outputs"))
-    classes = settings.data.classes or settings.data.label_columns
-    if isinstance(train.class_weights, tuple) and classes is not None and len(train.class_weights) != len(classes):
-        reason = f"lists {len(train.class_weights)} weights for {len(classes)} classes"
-        problems.append(("train.class_weights", reason))
+    if not features.pooled and ensemble["probe_weight"]:
+        problems.append(("features.pooled", "must be true: linear probes read the pooled outputs"))
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
@@ -96,6 +80,29 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         return resolved
     chosen = resolved.features.model_copy(update={"precision": choose_precision(resolved)})
     return resolved.model_copy(update={"features": chosen})
+
+
+def _misfits(settings: Settings, lpm: LpmInfo, last_layer: int) -> list[tuple[str, str]]:
+    """Return (dotted path, reason) of every value that does not fit the LPM or the classes."""
+    features, train, problems = settings.features, settings.train, []
+    blocks = f"{lpm.name} has blocks 0 to {lpm.depth - 1}"
+    if last_layer >= lpm.depth:
+        problems.append(("features.layers", f"{blocks} (is {last_layer})"))
+    if features.hidden is not None and features.hidden >= lpm.depth:
+        problems.append(("features.hidden", f"{blocks} (is {features.hidden})"))
+    if features.importance == "class_token" and not lpm.has_class_token:
+        problems.append(("features.importance", f"{lpm.name} has no class token; use global"))
+    if int(features.ratio * lpm.tokens) < 1:
+        problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
+    width, rest = divmod(lpm.width, train.side_reduction)
+    if METHODS[settings.method].has_side_network and (rest or width % lpm.heads):
+        reason = f"{lpm.width} / {train.side_reduction} must be a multiple of the {lpm.heads} heads"
+        problems.append(("train.side_reduction", reason))
+    classes = settings.data.classes or settings.data.label_columns
+    if isinstance(train.class_weights, tuple) and classes is not None and len(train.class_weights) != len(classes):
+        reason = f"lists {len(train.class_weights)} weights for {len(classes)} classes"
+        problems.append(("train.class_weights", reason))
+    return problems
 
 
 def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]]) -> dict[str, float]:

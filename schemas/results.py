@@ -21,7 +21,7 @@ PROBABILITY = "p_"
 
 
 class BundleSpec(Contract):
-    """`model.json`: with `model.safetensors` beside it, everything needed to predict.
+    """`model.json`: with `model.safetensors` next to it, everything needed to predict.
 
     The file has one key more, `sha256`: the digest of the canonical JSON of all others. With `weights_sha256` among
     them it binds the weights as well.
@@ -40,11 +40,11 @@ class BundleSpec(Contract):
     best_epoch: int
     """From 1; 1 for models without epochs."""
     val_auc: float | None
-    """Of the best epoch; null where the validation split lacks a class."""
+    """Validation AUC of the best epoch; null where the validation split lacks a class."""
     learnable: int
     """Parameters that were trained; 0 for k-NN."""
     weights_sha256: str
-    """Of `model.safetensors`."""
+    """Sha256 of `model.safetensors`."""
     fitted_sha256: str | None = None
     """`stages.manifest.fitted_sha256` of the manifest; null in bundles written before it was recorded."""
 
@@ -67,9 +67,9 @@ class EpochLog(Contract):
     train_loss: float
     """Mean over the training images, augmented and with dropout."""
     val_loss: float
-    """Mean over the validation images; linear probes that learn from them, too, speak as fitted without them."""
+    """Mean over the validation images; predictions of linear probes that are fitted to them, too, are out of fold."""
     val_auc: float | None
-    """Of the same; chooses the best epoch; null where the validation split lacks a class."""
+    """AUC on the validation images, which chooses the best epoch; null where the validation split lacks a class."""
     val_accuracy: float
     """Share of the validation images whose prediction is the label, or with several labels all of them."""
     lr: float | None
@@ -166,7 +166,7 @@ class Metrics(Contract):
 
 
 class EvaluatedModel(Contract):
-    """What a table of predictions says about the model that made them."""
+    """The model that made a table of predictions, as recorded in it."""
 
     method: Method
     """Preset."""
@@ -175,7 +175,7 @@ class EvaluatedModel(Contract):
     learnable: int
     """Parameters that were trained."""
     weights_sha256: str
-    """Of its `model.safetensors`."""
+    """Sha256 of its `model.safetensors`."""
 
 
 class Difference(Contract):
@@ -194,9 +194,9 @@ class ComparedModel(Contract):
     name: str
     """Folder, as it was given."""
     model: EvaluatedModel | None
-    """Null where the predictions do not say."""
+    """Null if the predictions do not record it."""
     train_seconds: float | None
-    """Time of its training; null where the folder of the training does not lie beside."""
+    """Time of its training; null if the folder of the training is not next to it."""
     metrics: Metrics
     """On the common rows."""
     differences: dict[str, Difference]
@@ -207,7 +207,7 @@ class Comparison(Contract):
     """Several models on the same rows."""
 
     split: Split
-    """Of the rows."""
+    """Split of the rows."""
     images: int
     """Rows."""
     groups: int
@@ -219,7 +219,7 @@ class Comparison(Contract):
 
 
 class Prediction(Contract):
-    """What a bundle says about one image: a class with probabilities, or why there is none."""
+    """Prediction for one image: a class with probabilities, or the reason why it cannot be used."""
 
     path: str
     """As it was given."""

@@ -67,7 +67,7 @@ class SideNetworkSpec(MethodSpec):
     prompts: int
     """Per layer."""
     dropout: float
-    """Of the fused prompts."""
+    """Dropout of the fused prompts."""
     members: int = 1
     """Side networks, each with its prompts, whose log-probabilities are averaged."""
     attentive: int = 0

@@ -1,4 +1,4 @@
-"""What a sweep hands over: the note of each run, and what all runs say together."""
+"""Results of a sweep: the record of each run, and their summary."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Spread(Contract):
 
 
 class RunRecord(Contract):
-    """`run.json` of a run: it is trained; written last, so that what lies beside it is whole."""
+    """`run.json` of a run: it is trained; written last, so that everything next to it is complete."""
 
     run: str
     """Digest of everything that decides the model."""
     best_epoch: int
     """Whose weights are kept."""
     val_auc: float | None
-    """Of that epoch; null where the validation split lacks a class."""
+    """Validation AUC of that epoch; null if the validation split lacks a class."""
     val_loss: float
-    """Of that epoch."""
+    """Validation loss of that epoch."""
     judged: bool = False
     """Whether its evaluation is whole."""
 
@@ -40,7 +40,7 @@ class SweptRun(Contract):
     name: str
     """Folder below `runs/`."""
     part: str
-    """Split or fold; empty where there is the study's split alone."""
+    """Split or fold; empty for the split of the study."""
     values: dict[str, str]
     """Axis -> value, as it was written."""
     settings: str
@@ -61,7 +61,7 @@ class SweptSettings(Contract):
     val_auc: Spread | None
     """Null where a run has none."""
     val_loss: Spread
-    """Of the epochs that are kept."""
+    """Validation loss of the kept epochs."""
     test: dict[str, Spread]
     """Metric -> values of the runs, each on the test images of its split or fold."""
     pooled_auc: Spread | None = None
@@ -76,14 +76,14 @@ class PairedDifference(Contract):
     difference: Spread
     """One value a split."""
     interval: tuple[float, float] | None
-    """95% interval over draws of whole groups; null where there are several splits, whose test images overlap."""
+    """95% interval over draws of whole groups; null for several splits, whose test images overlap."""
 
 
 class SweepSummary(Contract):
     """`summary.json`: numbers that `dvc metrics show` reads, and every value."""
 
     best: str
-    """Settings with the highest mean validation AUC (the lowest loss of equals). The test has no say in it."""
+    """Settings with the highest mean validation AUC (the lowest loss of equals). Test metrics play no part."""
     chosen_test_auc: Spread | None
     """Test AUC of what the validation images of each split or fold choose there; the mean over its seeds."""
     settings: dict[str, SweptSettings]
@@ -104,15 +104,15 @@ class RateTrial(Contract):
     lr: float
     """The rate."""
     val_loss: Spread
-    """Of the epoch that is kept, one value a seed."""
+    """Validation loss of the kept epoch, one value per seed."""
     val_auc: Spread | None
-    """Of the same epochs; null where the validation split lacks a class."""
+    """Validation AUC of the same epochs; null if the validation split lacks a class."""
     smoothed_loss: float
     """Mean loss averaged with its neighbours (1/4, 1/2, 1/4): what chooses."""
 
 
 class RateFinding(Contract):
-    """What `fpt lr-find` says."""
+    """Result of `fpt lr-find`."""
 
     lr: float
     """With the lowest smoothed validation loss."""

@@ -139,5 +139,5 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
-        # A damaged note beside whole pixels: shown as it lies, as every viewer does.
+        # The EXIF data is damaged, the pixels are not: keep the stored orientation, as viewers do.
         return 1

@@ -33,7 +33,7 @@ def training_loss(
         task: What the logits mean.
         class_weights: (C,), of each class, multi-label of the images that have the label; None: all 1.
         reduction: "sum": the mean times `loss_weight`, which parts of a batch can add up. The kappa of a part is that
-            of its rows alone.
+            of only its rows.
     """
     gamma = settings.focal_gamma if settings.loss == "focal" else 0.0
     if task == "multilabel":

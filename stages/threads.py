@@ -19,7 +19,7 @@ Found = TypeVar("Found")
 
 
 class Threads:
-    """Threads, or the calling one alone."""
+    """Threads, or only the calling one."""
 
     def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
         self._pool, self.count = pool, count

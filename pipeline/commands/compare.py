@@ -59,7 +59,7 @@ def _show(comparison: Comparison) -> None:
 
 
 def show_differences(comparison: Comparison) -> None:
-    """The table of differences to the first model, where there are some."""
+    """Print the table of differences to the first model, if any."""
     models = comparison.models
     task = models[0].metrics.task
     paired = [name for name in METRICS[task] if any(name in row.differences for row in models)]

@@ -26,7 +26,7 @@ from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.joint_attention import TokenNetwork
 
 QUERY_STD = 0.02
-"""Of the queries at the start: attention begins nearly uniform, and different from query to query."""
+"""Standard deviation of the initial queries: attention begins nearly uniform, and differs between queries."""
 
 
 class AttentiveProbe(TokenNetwork):

@@ -1,6 +1,6 @@
 """CachedTokens tokens of a batch in the type of the store, and attention to them without widening all of them.
 
-Of quantised tokens k = s c + o (`stages.store.quantise`) only the codes c are widened, a few images at a time:
+For quantised tokens k = s c + o (`stages.store.quantise`) only the codes c are widened, a few images at a time:
 
     q . k = q . (s c) + q . o                   the last term is the same for every token, so the softmax drops it
     sum_j A_j v_j = sum_j A_j s_j c_j + o       the weights A sum to 1
@@ -31,7 +31,7 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 class CachedTokens:
     """Keys and values as they are stored: floats, or codes with what dequantises them (`stages.store.quantise`).
 
-    Of a whole batch there is a layer axis L; `layer` takes one and leaves it out.
+    The arrays of a batch have a layer axis L; `layer` selects one layer and drops the axis.
     """
 
     keys: torch.Tensor
@@ -39,13 +39,13 @@ class CachedTokens:
     values: torch.Tensor
     """Like `keys`."""
     scale: torch.Tensor | None = None
-    """uint8, None for floats: (B, L, 2, H, T) beside int8, (B, L, 2, H, d) beside int4 codes; keys, then values."""
+    """uint8, None for floats: (B, L, 2, H, T) with int8, (B, L, 2, H, d) with int4 codes; keys, then values."""
     offset: torch.Tensor | None = None
     """(B, L, 2, H, d) float16, None for floats; keys, then values."""
 
     @staticmethod
     def of(arrays: Mapping[str, NDArray[Any]]) -> CachedTokens | None:
-        """Views of arrays of the store, by name; None where there are no keys."""
+        """Views of arrays of the store, by name; None without keys."""
         if "keys" not in arrays:
             return None
         names = ("keys", "values", "scale", "offset")
@@ -117,7 +117,7 @@ class Tokens:
     values: torch.Tensor
     """(b, H, T, ...) as stored."""
     kind: torch.dtype
-    """Of the query."""
+    """Type of the query."""
     head_dim: int
     """d."""
     per_token: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -166,7 +166,7 @@ class Tokens:
 
 
 def _weighted_moments(codes: torch.Tensor, scale: torch.Tensor | None) -> Moments:
-    """Of codes (B, H, T, d), which are overwritten, times a scale per token (B, H, 1, T): as two products."""
+    """Return the moments of codes (B, H, T, d), overwritten, times a scale per token (B, H, 1, T), as two products."""
     ones = codes.new_ones(1, 1, 1, codes.shape[-2]) if scale is None else scale
     once = ones / codes.shape[-2]
     mean = once @ codes

@@ -26,7 +26,7 @@ class FitRows:
     """What fits read of one split."""
 
     x: npt.NDArray[np.float32]
-    """(n, S, F) of `evidence.describe`; of the pooled outputs alone S = 1."""
+    """(n, S, F) of `describe_rows`; S = 1 for the pooled outputs only."""
     y: Labels
     """(n,) class indices; with several labels an image (n, C) zeros and ones."""
     groups: Sequence[str]
@@ -70,7 +70,7 @@ def describe_rows(batch: Batch) -> torch.Tensor:
 
 
 def _moments(cached: CachedTokens) -> list[torch.Tensor]:
-    """Of keys and of values of one layer: mean and standard deviation over the tokens, (B, 2 D)."""
+    """Return mean and standard deviation over the tokens of one layer, (B, 2 D), of the keys and of the values."""
     parts: list[list[torch.Tensor]] = [[], []]
     for start in range(0, len(cached.keys), CHUNK):
         for found, (mean, deviation) in zip(

@@ -19,7 +19,7 @@ from stages.methods.regression import label_log_loss, log_loss
 NEIGHBOURS: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)
 """Candidates of k."""
 TEMPERATURE = 0.07
-"""Of the cosine similarity in the votes of neighbours."""
+"""Temperature of the cosine similarity in the votes of neighbours."""
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ Labels = npt.NDArray[np.int64]
 class KnnProbe(RowModel):
     """Votes of the training rows of highest cosine similarity.
 
-    Of the k nearest, each row votes for its label with exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978), the
+    Each of the k nearest rows votes for its label with exp(similarity / 0.07) (Wu et al. 2018, arXiv 1805.01978), the
     votes scaled to k in all. One more vote is shared among the classes as they occur in training: a class without a
     neighbour is improbable, not impossible. With several labels an image, a row votes yes or no for each.
     """

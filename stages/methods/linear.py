@@ -38,7 +38,7 @@ def fit_linear_probe(train: FitRows, val: FitRows, class_weights: Sequence[float
     weights = np.ones(train.classes) if class_weights is None else np.asarray(class_weights, np.float64)
     folds = train.folds()
     held = val.at(np.full(len(val.y), not folds))
-    # Products of a few hundred rows are too small to be shared out among cores: beside other work, 92 s for 1 s.
+    # Products of a few hundred rows are too small to be split among cores: on a busy machine 92 s instead of 1 s.
     with threadpool_limits(1):
         return fit_regression(train.x[:, 0], train.y, held.x[:, 0], held.y, weights, folds)
 

@@ -18,11 +18,11 @@ from stages.tasks import LEAST
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-12, 7))
 """Candidates of C, the inverse of the L2 penalty: 1e-6 to 1e3, two a decade."""
 ITERATIONS = 2000
-"""Of the solver per candidate; each starts where the stronger penalty before it ended."""
+"""Iterations of the solver per candidate; each starts where the stronger penalty before it ended."""
 TOLERANCE = 1e-7
 """Largest gradient at which the solver stops; at its own default weak penalties end far from the optimum."""
 ROUGH = 1e-4
-"""The same on a fold, which only judges."""
+"""The same for a fold, which only chooses the penalty."""
 PATIENCE = 4
 """Candidates without a lower held-out loss after which the weaker penalties are not tried."""
 LEARNT = 0.99
@@ -48,8 +48,8 @@ class LinearFit(NamedTuple):
     loss: float
     """Log-loss of the rows that it did not see."""
     held: torch.Tensor
-    """(n + m, classes) float32: logits of its n rows, then of m others, by regressions that did not see them; NaN where
-    there is none."""
+    """(n + m, classes) float32: logits of its n rows, then of m others, by regressions that did not see them; NaN
+    without one."""
 
 
 def fit_regression(
@@ -65,17 +65,17 @@ def fit_regression(
     Args:
         x: (n, F), checked.
         y: (n,), or of several labels (n, C).
-        x_held: (m, F), m = 0 where there are folds alone: judges the regression of all rows.
+        x_held: (m, F) rows to evaluate the regression of all rows on; m = 0 with folds only.
         y_held: (m,) or (m, C).
         weights: (C,) weight of each class in the losses.
-        folds: (n,) each: rows that judge a regression of the others, too.
+        folds: (n,) each: rows on which a regression of the others is evaluated.
     """
     mean, scale = spread(x.astype(np.float64))
     x, x_held = (x - mean) / scale, (x_held - mean) / scale
     axes = _axes(x)
     x, x_held = x @ axes, x_held @ axes
     rows, labels, everything = np.concatenate([x, x_held]), np.concatenate([y, y_held]), np.arange(len(y))
-    # Of each that judges a penalty: rows to fit to, rows to judge by, the solver's tolerance.
+    # Per evaluation of a penalty: rows to fit to, rows to evaluate on, the tolerance of the solver.
     judges = [(everything, len(y) + np.arange(len(y_held)), TOLERANCE)] if len(y_held) else []
     judges += [(everything[~fold], everything[fold], ROUGH) for fold in folds]
     models = [_regression(y, weights, tolerance) for _, _, tolerance in judges]
@@ -99,7 +99,7 @@ def fit_regression(
     for (weight, bias), (_, judged, _) in zip(fits, judges, strict=True):
         held[judged] = rows[judged] @ weight.T + bias
     if not len(y_held):
-        # No judge has seen all rows.
+        # No regression was fitted to all rows.
         whole = _regression(y, weights, TOLERANCE)
         whole.fit(x, y, c)
         fits = [whole.coefficients()]
@@ -132,7 +132,7 @@ def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVs
 def spread(x: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation (F,) of rows (n, F); the deviation 1 where they do not vary."""
     mean, scale = x.mean(axis=0), x.std(axis=0)
-    # What varies by rounding alone is constant: divided by its deviation it would be noise of size 1.
+    # What varies only by rounding is constant: divided by its deviation it would be noise of size 1.
     scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
     return mean, scale
 
@@ -149,7 +149,7 @@ def label_log_loss(log_yes: Floats, log_no: Floats, labels: Labels, class_weight
 
 
 class Softmax:
-    """Multinomial logistic regression; of two classes the logit of the second alone."""
+    """Multinomial logistic regression; with two classes only the logit of the second."""
 
     def __init__(self, model: Any, weights: Floats) -> None:
         self._model, self._weights = model, weights
@@ -166,7 +166,7 @@ class Softmax:
         """Weight (C, F) and bias (C,)."""
         weight, bias = self._model.coef_.copy(), self._model.intercept_.copy()
         if len(self._weights) == 2:
-            # scikit-learn gives the logit of the second class alone; halves of it differ by it.
+            # scikit-learn returns only the logit of the second class; halves of it differ by it.
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         return weight, bias
 
@@ -185,7 +185,7 @@ class OneVsRest:
     def loss(self, x: Floats, y: Labels) -> float:
         """Weighted log-loss of other rows, the mean over labels."""
         found = np.stack([_log_probabilities(model, x) for model in self._models], axis=1)
-        # Of an impossible label that is not there, 0 times minus infinity would be no number.
+        # For an impossible label that is absent, 0 times minus infinity would be NaN.
         no, yes = np.maximum(found, np.log(LEAST)).transpose(2, 0, 1)
         return label_log_loss(yes, no, y, self._weights)
 
@@ -207,6 +207,6 @@ def _fit(model: Any, x: Floats, y: Labels, weights: Floats, c: float) -> None:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        # The weakest penalties on separable rows have their optimum far away; validation judges where it stopped.
+        # The weakest penalties on separable rows have their optimum far away; validation evaluates where it stopped.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.set_params(C=c).fit(x, y, sample_weight=weights)

@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: torch.Tensor, kept: int) -> torch.Tensor:
-        """(B, N, width) -> (B, kept, width): what follows attention is computed for the first tokens alone."""
+        """(B, N, width) -> (B, kept, width): what follows attention is computed only for the first tokens."""
         tokens = tokens[:, :kept] + self.attn(self.norm1(tokens), kept)
         hidden = linear(cast("nn.Linear", self.mlp[0]), self.norm2(tokens))
         if not torch.is_grad_enabled():

@@ -120,7 +120,7 @@ def predict(
         progress: Called after each batch with (done, total) images.
 
     Raises:
-        BundleError: The bundle is missing or damaged, or of another task than `data` says.
+        BundleError: The bundle is missing or damaged, or its task differs from `data.task`.
         CacheMismatchError: The LPM has another shape or preprocessing than in training.
         WeightsError: The weights are missing, or are not those that the bundle was trained with.
         EvaluationError: The model's outputs are not finite.

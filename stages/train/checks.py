@@ -91,9 +91,12 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
     differing = {
         name: values for name, values in expected.differing(extracted).items() if name.partition(".")[0] not in ignored
     }
-    if inputs == {"side"} and settings.train.side_image_size <= extracted.side_image_size:
-        # Only what determines the pixels of the small images must agree.
+    if inputs == {"side"}:
+        # Only what determines the pixels of the small images must agree; they may be larger than the input.
+        size = settings.train.side_image_size
         differing = {name: values for name, values in differing.items() if name in SIDE_IMAGE_FIELDS}
+        if size > extracted.side_image_size:
+            differing["side_image_size"] = (size, extracted.side_image_size)
     if differing:
         raise CacheMismatchError(
             "The extracted features do not fit the settings.",
