@@ -17,8 +17,8 @@ pytestmark = pytest.mark.timeout(600)
 HIDDEN = ("--set", "features.hidden=4")
 """The LPM has 6 blocks: what enters block 4 is what the last two are trained on."""
 WIDTH = 64
-BLOCK = 12 * WIDTH**2 + 13 * WIDTH
-"""Parameters of a block of the LPM, MLP ratio 4."""
+BLOCK = 10 * WIDTH**2 + 12 * WIDTH
+"""Parameters of a block of the LPM, MLP ratio 3."""
 NORM_AND_HEAD = 2 * WIDTH + 2 * WIDTH + 2
 """Of the final norm, and of a linear head of two classes."""
 
