@@ -30,7 +30,7 @@ def test_every_key_is_explained_right_above_it() -> None:
     for number, line in enumerate(lines):
         if re.match(r"\s*\w+:", line):
             assert lines[number - 1].lstrip().startswith("# "), line
-    assert any("fail|quarantine" in line for line in lines)
+    assert any("Choices: " in line for line in lines)
     assert max(map(len, lines)) <= 120
 
 
