@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from stages.methods.probes import KnnProbe, LinearFit, fit_knn, fit_linear_probe
 
 from schemas.errors import TrainingError
-from stages.methods import probes
+from stages.methods.batch import Batch
 from stages.methods.fit_rows import FitRows
-from stages.methods.regression import log_loss
+from stages.methods.knn import NEIGHBOURS, KnnProbe, fit_knn
+from stages.methods.linear import fit_linear_probe
+from stages.methods.regression import PATIENCE, STRENGTHS, LinearFit, log_loss
 
 
 def blobs(n: int, classes: int, features: int = 12, distance: float = 3.0, seed: int = 0) -> tuple[Any, Any]:
@@ -53,7 +54,7 @@ def linear_losses(x: Any, y: Any, pairs: Any) -> dict[float, float]:
     """Held-out log-loss of every C, each solved from the start."""
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     tried = {}
-    for c in probes.STRENGTHS:
+    for c in STRENGTHS:
         total = 0.0
         for seen, held in pairs:
             model = LogisticRegression(C=c, max_iter=2000, tol=1e-5).fit(x[seen], y[seen])
@@ -103,7 +104,7 @@ def test_validation_chooses_where_a_class_has_one_patient() -> None:
     assert strong < weak
     every = np.concatenate([(x - x.mean(axis=0)) / x.std(axis=0), (noise - x.mean(axis=0)) / x.std(axis=0)])
     tried = {}
-    for c in probes.STRENGTHS:
+    for c in STRENGTHS:
         model = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(every[:12], y)
         tried[c] = log_loss(model.predict_log_proba(every[12:]), noise_labels, np.ones(2))
     assert strong == min(tried, key=tried.__getitem__)
@@ -117,8 +118,8 @@ def test_a_loss_that_rises_before_it_falls_does_not_end_the_search() -> None:
     x[:, 0] += 3 * y
     train = rows(x, y, 2)
     tried = linear_losses(x.astype(np.float32).astype(np.float64), y, [(~fold, fold) for fold in train.folds()])
-    losses = [tried[c] for c in probes.STRENGTHS]
-    assert min(losses[1 : 1 + probes.PATIENCE]) > losses[0]
+    losses = [tried[c] for c in STRENGTHS]
+    assert min(losses[1 : 1 + PATIENCE]) > losses[0]
     assert fit_linear_probe(train, rows(x[:2], y[:2], 2)).c == min(tried, key=tried.__getitem__) > 1e-2
 
 
@@ -160,7 +161,8 @@ def directions(n: int, classes: int, noise: float, seed: int = 0) -> tuple[Any, 
 
 
 def shares(probe: KnnProbe, x: Any) -> Any:
-    return probe(None, None, torch.from_numpy(x).view(len(x), 2, -1)).exp().numpy()
+    batch = Batch(torch.zeros(len(x)), pooled=torch.from_numpy(x).view(len(x), 2, -1))
+    return probe(batch).exp().numpy()
 
 
 def test_neighbours_are_those_of_the_highest_cosine_and_vote() -> None:
@@ -191,7 +193,7 @@ def test_folds_choose_k() -> None:
     losses: dict[int, float] = {}
     for fold in train.folds():
         state = {"rows": noisy.rows[~fold], "labels": noisy.labels[~fold], "class_weights": torch.ones(2)}
-        for k in (k for k in probes.NEIGHBOURS if k <= 48):
+        for k in (k for k in NEIGHBOURS if k <= 48):
             other = KnnProbe(noisy.spec.model_copy(update={"neighbours": k, "rows": 48}))
             other.load_state_dict(state)
             losses[k] = losses.get(k, 0.0) - np.log(shares(other, x[fold])[np.arange(12), y[fold]]).sum()
