@@ -44,7 +44,14 @@ class FinetunedLpm(Network):
         self.requires_grad_(spec.everything)
         for module in self._trained_modules():
             module.requires_grad_(True)
-        self._trained = frozenset(name for name, value in self.named_parameters() if value.requires_grad)
+        # With hidden tokens, frozen blocks between those and the first trained one are saved, too: evaluation from the
+        # store does not load the LPM.
+        between = tuple(f"lpm.blocks.{block}." for block in range(spec.hidden or 0, spec.first_block))
+        self._saved = frozenset(
+            name
+            for name, value in self.named_parameters()
+            if value.requires_grad or (spec.hidden is not None and name.startswith(between))
+        )
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
 
@@ -91,7 +98,7 @@ class FinetunedLpm(Network):
 
     def use_lpm(self, lpm: nn.Module) -> None:
         """Copy the frozen weights of the LPM."""
-        self._copy(lpm, lambda name: f"lpm.{name}" not in self._trained)
+        self._copy(lpm, lambda name: f"lpm.{name}" not in self._saved)
 
     @torch.no_grad()
     def _copy(self, lpm: nn.Module, wanted: Any) -> None:
@@ -110,12 +117,12 @@ class _Skipped(nn.Module):
 
 
 def _drop_frozen(network: FinetunedLpm, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
-    for name in [name for name in state if name not in network._trained]:
+    for name in [name for name in state if name not in network._saved]:
         del state[name]
 
 
 def _ignore_frozen(network: FinetunedLpm, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name in network._trained]
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in network._saved]
 
 
 class FinetuneMethod(GradientMethod):
