@@ -41,6 +41,10 @@ class FinetunedLpm(Network):
             # They never run: what enters block `hidden` is read.
             for block in range(spec.hidden):
                 model.blocks[block] = _Skipped()
+            # Stays registered, with the tokens of the last batch: checkpointing runs the block again in the backward
+            # pass.
+            self._hidden = torch.empty(0)
+            model.blocks[spec.hidden].register_forward_pre_hook(self._enter)
         self.requires_grad_(spec.everything)
         for module in self._trained_modules():
             module.requires_grad_(True)
@@ -72,19 +76,14 @@ class FinetunedLpm(Network):
         self.lpm.set_grad_checkpointing(checkpointing)
         if self.spec.hidden is None:
             return cast("torch.Tensor", self.lpm(required(batch.image, "image")))
-        tokens = required(batch.hidden, "hidden")["hidden"]
-
-        def enter(_block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (tokens, *inputs[1:])
-
         # timm's own forward pass, with a blank image of which nothing is left once the hidden tokens enter: rotary
         # embeddings, final norm and pooling of every supported family are then those of the model.
-        handle = self.lpm.blocks[self.spec.hidden].register_forward_pre_hook(enter)
-        try:
-            blank = tokens.new_zeros(1, 3, self.spec.image_size, self.spec.image_size)
-            return cast("torch.Tensor", self.lpm(blank))
-        finally:
-            handle.remove()
+        self._hidden = required(batch.hidden, "hidden")["hidden"]
+        blank = self._hidden.new_zeros(1, 3, self.spec.image_size, self.spec.image_size)
+        return cast("torch.Tensor", self.lpm(blank))
+
+    def _enter(self, _block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._hidden, *inputs[1:])
 
     def train(self, mode: bool = True) -> FinetunedLpm:
         """Keep the LPM in evaluation mode: dropout and drop path stay off, as when its features were cached."""

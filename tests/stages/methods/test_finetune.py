@@ -86,6 +86,17 @@ def test_evaluation_and_prediction_agree(tmp_path: Path, source: str) -> None:
     np.testing.assert_allclose(probabilities, table.probabilities, atol=1e-4)
 
 
+@pytest.mark.parametrize("source", ["hidden", "image"])
+def test_checkpointing_gives_the_same_model(tmp_path: Path, source: str) -> None:
+    # Three of six blocks: the hidden tokens enter the first trained one, which the backward pass computes again.
+    studies = [study_at(tmp_path / str(on), source, blocks=3, checkpointing=on) for on in (False, True)]
+    for study in studies:
+        run(study, extracted=source == "hidden")
+    plain, repeated = (load_file(study.root / "model/model.safetensors") for study in studies)
+    for name, value in plain.items():
+        torch.testing.assert_close(repeated[name], value)
+
+
 def test_all_of_the_lpm_is_trained(tmp_path: Path) -> None:
     study = study_at(tmp_path, "image", blocks="all", epochs=1)
     run(study, extracted=False)
