@@ -136,11 +136,12 @@ def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, thre
     """Run forward and backward; return the loss per run, summed over its members, which train independently."""
     shared = runs[0].recipe
 
+    checkpointing, network = shared.settings.checkpointing, runs[0].network
+    prepared = batch.prepared(shared.features, lazy=checkpointing)
+
     def losses_of(chunk: Sequence[tuple[Run, nn.Module]]) -> list[torch.Tensor]:
         with in_precision(shared.settings.precision, shared.device):
-            logits = member_logits(
-                runs[0].network, [member for _, member in chunk], batch, shared, shared.settings.checkpointing
-            )
+            logits = network.member_logits([member for _, member in chunk], prepared, checkpointing)
         losses = [
             _member_loss(member.float(), batch.labels, run.recipe, reduction)
             for (run, _), member in zip(chunk, logits, strict=True)
@@ -155,13 +156,6 @@ def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, thre
 
 def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
     return training_loss(logits, labels, recipe.settings, recipe.task, recipe.class_weights, reduction)
-
-
-def member_logits(
-    network: Network, members: Sequence[nn.Module], batch: Batch, shared: Recipe, checkpointing: bool = False
-) -> torch.Tensor:
-    """Compute logits (M, B, classes) of members of networks like this one, from a batch as read."""
-    return network.member_logits(members, batch.prepared(shared.features, lazy=checkpointing), checkpointing)
 
 
 def fit(
@@ -270,9 +264,9 @@ def _validate(
     for rows, batch in zip(positions, loader, strict=True):
         if not rows:
             continue
-        moved = batch.to(shared.device)
+        prepared = batch.to(shared.device).prepared(shared.features)
         with eager_unless(not shared.settings.compile):
-            logits = iter(threads.map(partial(_eval_logits, runs[0].network, moved, shared), members))
+            logits = iter(threads.map(partial(_eval_logits, runs[0].network, prepared), members))
         for run_experts, run in zip(batch_experts, runs, strict=True):
             of_members = torch.stack([next(logits) for _ in run.network.members]).float().cpu()
             of_probe = None if run.probe_logits is None else run.probe_logits[rows]
@@ -287,11 +281,9 @@ def _validate(
 
 
 @torch.inference_mode()
-def _eval_logits(
-    network: Network, batch: Batch, shared: Recipe, members: Sequence[nn.Module]
-) -> Sequence[torch.Tensor]:
+def _eval_logits(network: Network, batch: Batch, members: Sequence[nn.Module]) -> Sequence[torch.Tensor]:
     """Compute logits (B, classes) of each member; decorated, because inference mode is set per thread."""
-    return member_logits(network, members, batch, shared).unbind(0)
+    return network.member_logits(members, batch).unbind(0)
 
 
 def score_logits(
