@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from schemas.resolved import ResolvedSettings
     from schemas.results import EpochLog
     from schemas.settings import Settings
-    from stages.extract.extractor import Execute, ExtractProgress
+    from stages.extract.extractor import Execute, ExtractProgress, Step
+    from stages.extract.shard_task import ShardDone
     from stages.progress import Progress
 
 __all__ = [
@@ -152,6 +153,8 @@ def extract(
     all_views: bool = False,
     check: bool = False,
     progress: Callable[[ExtractProgress], None] | None = None,
+    preparing: Callable[[Step, int, int], None] | None = None,
+    execute: Execute | None = None,
 ) -> ExtractionReceipt:
     """Run the LPM once over every image that the cache lacks. Stopped by Ctrl-C, it keeps the finished shards.
 
@@ -160,6 +163,8 @@ def extract(
         all_views: Also compute the augmented views of images that are not trained on in this split.
         check: First compare every byte of the store with its receipts, and compute again what differs.
         progress: Called at the start and after every batch, with `done` and `total` rows.
+        preparing: Called before that with a step ("statistics" or "check"), and the done and total images or shards.
+        execute: Runs the tasks; None: as `shard_runner` of the settings.
 
     Raises:
         ManifestError: The study has no manifest.
@@ -174,7 +179,7 @@ def extract(
 
     manifest, output, settings = read_manifest(study.manifest), study.receipt.parent, study.settings
     job = ExtractionJob(settings, study.root, study.cache, manifest, output, all_views, check)
-    receipt = run(job, progress, None, _executor(settings))
+    receipt = run(job, progress, preparing, execute or shard_runner(settings))
     write_settings(settings, output)
     return receipt
 
@@ -208,7 +213,7 @@ def train(
     from stages.device import set_up
     from stages.manifest import read_manifest
     from stages.ranks import Ranks
-    from stages.train.job import Watch
+    from stages.train.job import Watch, ignore
     from stages.train.parallel import process_group
     from stages.train.trainer import train as run
 
@@ -224,8 +229,8 @@ def train(
     with EpochLogger(folder / "train", epochs) as logger, process_group(here, set_up(study.settings.compute)) as ranks:
         tell = _both(logger, on_epoch)
         watch = Watch(
-            on_epoch=(lambda _, log: tell(log)) if ranks.first else _ignore,
-            on_memory=on_memory or _ignore,
+            on_epoch=(lambda _, log: tell(log)) if ranks.first else ignore,
+            on_memory=on_memory or ignore,
             on_notice=say,
         )
         result = run(study.settings, files, model, study.checkpoints, watch, ranks)
@@ -306,10 +311,6 @@ def _resolved(path: AnyPath) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _ignore(*_: object) -> None:
-    pass
-
-
 def _both(first: Callable[[EpochLog], None], second: Callable[[EpochLog], None] | None) -> Callable[[EpochLog], None]:
     if second is None:
         return first
@@ -321,15 +322,15 @@ def _both(first: Callable[[EpochLog], None], second: Callable[[EpochLog], None] 
     return call
 
 
-def _executor(settings: ResolvedSettings) -> Execute:
-    """What runs the tasks of an extraction, until the end or a KeyboardInterrupt."""
+def shard_runner(settings: ResolvedSettings) -> Callable[..., Iterable[ShardDone]]:
+    """Return what computes shards under these settings, this process or a cluster: `inline` or `on_cluster`."""
     if settings.cluster.kind == "inline":
         from stages.extract.shard_task import inline
 
         return inline
     from pipeline.cluster.executor import on_cluster
 
-    return lambda settings, root, store, tasks, tell: on_cluster(settings, root, store, tasks, tell, lambda: False)
+    return on_cluster
 
 
 def _adopt(study: Study) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.progress import ImageBar
     from pipeline.project import Study
     from schemas.features import ExtractionPlan, ExtractionReceipt
-    from stages.extract.extractor import Execute, ExtractionJob, ExtractProgress, Step
+    from stages.extract.extractor import ExtractProgress, Step
 
 
 def extract(
@@ -40,20 +40,18 @@ def extract(
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
     from pipeline.project import open_study, remind_to_watch
-    from stages.extract.extractor import ExtractionJob
     from stages.extract.plan import plan_extraction
     from stages.manifest import read_manifest
 
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
-    settings, manifest = study.settings, read_manifest(study.manifest)
+    settings = study.settings
     if plan:
-        planned = plan_extraction(settings, study.root, study.cache, manifest, all_views)
+        planned = plan_extraction(settings, study.root, study.cache, read_manifest(study.manifest), all_views)
         _show_plan(planned, settings.features.dtype, as_json)
         return
     if settings.lpm.weights != "hub":
         remind_to_watch(study, "lpm.weights", settings.lpm.weights)
-    job = ExtractionJob(settings, study.root, study.cache, manifest, study.receipt.parent, all_views, check)
-    _extract(study, job, as_json)
+    _extract(study, all_views, check, as_json)
 
 
 def _cluster_assignments(cluster: str | None) -> list[str]:
@@ -63,35 +61,30 @@ def _cluster_assignments(cluster: str | None) -> list[str]:
     return ["cluster.kind=scheduler", f"cluster.address={cluster}"] if "://" in cluster else [f"cluster.kind={cluster}"]
 
 
-def _extract(study: Study, job: ExtractionJob, as_json: bool) -> None:
+def _extract(study: Study, all_views: bool, check: bool, as_json: bool) -> None:
     """Extract with progress bars, and print the result.
 
     Raises:
         InterruptedRunError: After Ctrl-C or SIGTERM, with the number of rows in the store.
     """
-    from pipeline.params import write_settings
-    from stages.extract.extractor import extract as run
+    from pipeline.api import extract as run
+    from pipeline.api import shard_runner
+    from pipeline.interrupt import stop_gently
 
     start = time.monotonic()
     with _Bars(study.lpm.name) as bars:
         try:
-            receipt = run(job, bars.extracting, bars.preparing, _execution(study))
+            receipt = run(
+                study,
+                all_views=all_views,
+                check=check,
+                progress=bars.extracting,
+                preparing=bars.preparing,
+                execute=stop_gently(shard_runner(study.settings)),
+            )
         except InterruptedRunError:
             raise InterruptedRunError(f"{bars.last.done} of {bars.last.total} rows are in the store.") from None
-    write_settings(study.settings, job.output)
     _show_result(receipt, bars.last, time.monotonic() - start, str(study.cache / receipt.fingerprint[:16]), as_json)
-
-
-def _execution(study: Study) -> Execute:
-    """Return what computes the shards: this process, or a cluster."""
-    from pipeline.interrupt import stop_gently
-    from stages.extract.shard_task import inline
-
-    if study.settings.cluster.kind == "inline":
-        return stop_gently(inline)
-    from pipeline.cluster.executor import on_cluster
-
-    return stop_gently(on_cluster)
 
 
 class _Bars:

@@ -53,10 +53,6 @@ def train(
     say_next(f"fpt evaluate{to}")
 
 
-def _ignore(*_: object) -> None:
-    pass
-
-
 def _say_memory(memory: StoreMemory) -> None:
     need, budget = f"{counted(memory.rows, 'row')} of inputs: {size(memory.needed)}", size(memory.budget)
     place, source = ("the disk", "") if memory.remote is None else ("the network", f" from {memory.remote}")

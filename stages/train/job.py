@@ -39,19 +39,19 @@ DESCRIBED = 16
 """Rows that are read at a time to compute token statistics."""
 
 
-def _ignore(*_: object) -> None:
-    pass
+def ignore(*_: object) -> None:
+    """Do nothing: the callback of a caller that needs none."""
 
 
 @dataclass(frozen=True)
 class Watch:
     """Callbacks of a training."""
 
-    on_epoch: Callable[[int, EpochLog], None] = _ignore
+    on_epoch: Callable[[int, EpochLog], None] = ignore
     """Called after each epoch with the position of the variant; on resume also for the earlier epochs."""
-    on_memory: Callable[[StoreMemory], None] = _ignore
+    on_memory: Callable[[StoreMemory], None] = ignore
     """Called before the first epoch, with whether the inputs fit into memory."""
-    on_notice: Callable[[str], None] = _ignore
+    on_notice: Callable[[str], None] = ignore
     """Called with a line for the user if a checkpoint exists but cannot be resumed."""
 
 
