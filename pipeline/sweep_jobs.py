@@ -91,17 +91,20 @@ def plan_jobs(
         CacheMismatchError: The features do not fit a run.
         CacheIncompleteError: Images or views have no features.
     """
-    from stages.train.inputs import inputs_key
+    from stages.train.inputs import inputs_key, reads_images
     from stages.train.job import run_key
 
     variants = _variants(study, params, assignments, combinations)
     _check(study, files, [settings for _, settings in variants], parts)
+    # Features are no axis of a sweep: variants differ only in the kind of inputs. The key of images hashes the weights.
+    by_kind = {reads_images(settings): settings for _, settings in variants}
+    keys = {kind: inputs_key(settings, files) for kind, settings in by_kind.items()}
     jobs = []
     for part in parts:
         for combination, settings in variants:
             own = settings.model_copy(update={"data": settings.data.model_copy(update={"seed": part.seed})})
             place = folder / "runs" / part.name / combination.name
-            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, inputs_key(own, files))))
+            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, keys[reads_images(own)])))
     return jobs
 
 
@@ -134,11 +137,11 @@ def _variants(
 
 def _check(study: Study, files: StudyFiles, variants: Sequence[ResolvedSettings], parts: Sequence[Part]) -> None:
     """Refuse features that do not serve every variant that reads them."""
-    from schemas.methods import METHODS
     from stages.store.remote_rows import open_rows
     from stages.train.checks import check_features, check_rows, check_views
+    from stages.train.inputs import reads_images
 
-    reading = [settings for settings in variants if "image" not in METHODS[settings.method].reads(settings)]
+    reading = [settings for settings in variants if not reads_images(settings)]
     if not reading:
         return
     receipt = files.need_receipt()

@@ -93,6 +93,11 @@ class SideNetworkSpec(MethodSpec):
         return self.image_size
 
     @property
+    def is_ensemble(self) -> bool:
+        """Whether several networks or probes are averaged."""
+        return self.members > 1 or self.attentive > 0 or self.probe_weight > 0
+
+    @property
     def side_weight(self) -> float:
         """Ensemble weight of the side networks."""
         return 1.0 - self.attentive_weight - self.probe_weight

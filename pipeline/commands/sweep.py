@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.sweep_jobs import Job, Part
     from schemas.manifest import Manifest
     from schemas.results import Comparison
-    from schemas.sweeps import RunRecord, Spread, SweepSummary, SweptRun, SweptSettings
+    from schemas.sweeps import Spread, SweepSummary, SweptRun, SweptSettings
+    from stages.train.inputs import StudyFiles
 
 SHOWN = {"auc": "test AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 MANY = 40
@@ -67,8 +68,7 @@ def sweep(
     Finished runs are kept: a sweep that was killed, or that gets another value, does only the rest.
     """
     from pipeline.project import open_study
-    from pipeline.sweep_jobs import evaluate_job, plan_jobs, train_jobs
-    from stages.evaluate.sweep_statistics import metric_values
+    from pipeline.sweep_jobs import plan_jobs, train_jobs
     from stages.evaluate.sweep_summary import summarise
     from stages.files import atomic_write
     from stages.manifest import read_manifest
@@ -81,14 +81,7 @@ def sweep(
     parts = _parts(study, manifest, splits, folds)
     jobs = plan_jobs(study, params, assignments or [], combinations, parts, files, folder)
     trained = train_jobs(study, files, jobs)
-    runs: list[tuple[SweptRun, Path]] = []
-    for job in jobs:
-        record = job.record
-        if record is None:
-            raise TrainingError(f"{job.folder} was changed by another process.", repair="Run `fpt sweep` again.")
-        metrics = evaluate_job(files, job, record)
-        runs.append((_swept(job, record, metric_values(metrics)), job.folder / "evaluation"))
-    summary, comparisons = summarise(runs, folder / "averaged", folds is not None)
+    summary, comparisons = summarise([_evaluated(files, job) for job in jobs], folder / "averaged", folds is not None)
     atomic_write(folder / "summary.json", (summary.model_dump_json(indent=1) + "\n").encode())
     if as_json:
         show_json(summary.model_dump(mode="json"))
@@ -144,18 +137,25 @@ def _ready_split(study: Study) -> str | None:
         return None if named == "auto" else named
 
 
-def _swept(job: Job, record: RunRecord, test: dict[str, float]) -> SweptRun:
+def _evaluated(files: StudyFiles, job: Job) -> tuple[SweptRun, Path]:
+    """Evaluate a trained run; return it with the folder of its evaluation."""
+    from pipeline.sweep_jobs import evaluate_job
     from schemas.sweeps import SweptRun
+    from stages.evaluate.sweep_statistics import metric_values
 
-    return SweptRun(
+    record = job.record
+    if record is None:
+        raise TrainingError(f"{job.folder} was changed by another process.", repair="Run `fpt sweep` again.")
+    run = SweptRun(
         name=job.name,
         part=job.part.name,
         values=dict(job.combination.values),
         settings=job.combination.settings,
         val_auc=record.val_auc,
         val_loss=record.val_loss,
-        test=test,
+        test=metric_values(evaluate_job(files, job, record)),
     )
+    return run, job.folder / "evaluation"
 
 
 def _show(summary: SweepSummary, comparisons: Sequence[Comparison]) -> None:

@@ -13,7 +13,7 @@ from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from schemas.manifest import Manifest
 from schemas.settings import DataSettings
-from stages.extract.features import to_pixels
+from stages.extract.resize import to_lpm_square
 from stages.images import read_image
 from stages.store.layout import ArrayLayout
 
@@ -76,5 +76,5 @@ class ImageRows:
         accept = None if self._data.on_warning == "error" else lambda _: None
         for row, image_id in enumerate(ids):
             image = read_image(self._paths[image_id], max_pixels=self._data.max_pixels, accept=accept)
-            pixels[row] = to_pixels(image, self._spec).lpm.transpose(2, 0, 1)
+            pixels[row] = to_lpm_square(image, self._spec).transpose(2, 0, 1)
         return {"image": pixels}

@@ -32,6 +32,11 @@ def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8]
     return _square(source, spec.lpm.image_size, spec), _square(source, spec.side_image_size, spec)
 
 
+def to_lpm_square(image: Image.Image, spec: FeatureSpec) -> NDArray[np.uint8]:
+    """Resize an RGB image as `to_squares`, only to the size of the LPM: (S, S, 3), uint8."""
+    return _square(_one_channel(image) or image, spec.lpm.image_size, spec)
+
+
 def without_padding(image: Image.Image, spec: FeatureSpec) -> NDArray[np.uint8]:
     """Resize an RGB image as for the LPM, but leave out the padding of a letterbox.
 

@@ -16,6 +16,7 @@ from schemas.errors import BundleError, EvaluationError, ImageError
 from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
+from schemas.specs import Inputs
 from stages.device import pick_device
 from stages.extract.features import Pixels, compute_features, to_pixels
 from stages.images import decoded_image, rgb_image
@@ -69,7 +70,7 @@ class Classifier:
         found: Iterator[npt.NDArray[np.float32]] = iter(())
         if pixels:
             arrays = (
-                _pixel_arrays(pixels)
+                _pixel_arrays(pixels, model_inputs(self.bundle.spec.network))
                 if self.lpm is None
                 else compute_features(self.lpm, spec, pixels, self.device).arrays
             )
@@ -173,7 +174,11 @@ def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: D
     return Classifier(bundle, loaded, data, bundle.device)
 
 
-def _pixel_arrays(pixels: Sequence[Pixels]) -> dict[str, npt.NDArray[np.uint8]]:
-    """Arrays for a model that reads no features."""
-    large = np.stack([image.lpm for image in pixels]).transpose(0, 3, 1, 2)
-    return {"side": np.stack([image.side for image in pixels]), IMAGE: np.ascontiguousarray(large)}
+def _pixel_arrays(pixels: Sequence[Pixels], inputs: Inputs) -> dict[str, npt.NDArray[np.uint8]]:
+    """Arrays for a model that reads pixels and no features."""
+    arrays = {}
+    if "side" in inputs:
+        arrays["side"] = np.stack([image.side for image in pixels])
+    if "image" in inputs:
+        arrays[IMAGE] = np.ascontiguousarray(np.stack([image.lpm for image in pixels]).transpose(0, 3, 1, 2))
+    return arrays

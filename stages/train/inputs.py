@@ -94,6 +94,11 @@ class OpenInputs:
             self.store.close()
 
 
+def reads_images(settings: ResolvedSettings) -> bool:
+    """Return whether the method reads images rather than the feature store under these settings."""
+    return "image" in METHODS[settings.method].reads(settings)
+
+
 def adapts_lpm(inputs: Inputs) -> bool:
     """Return whether a method with these inputs trains weights of the LPM."""
     return bool(inputs & {"hidden", "image"})
@@ -131,7 +136,7 @@ def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
         CacheMismatchError: If the method reads cached features and nothing was extracted.
         WeightsError: If the method reads images and the LPM's weights cannot be found.
     """
-    if "image" not in METHODS[settings.method].reads(settings):
+    if not reads_images(settings):
         return _store_key(files.need_receipt())
     from stages.lpm.weights import locate_weights
 
