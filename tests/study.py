@@ -17,11 +17,14 @@ from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.resolved import ResolvedSettings
+from schemas.results import TrainResult
 from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.train.inputs import StudyFiles
+from stages.train.job import Watch
+from stages.train.trainer import train
 
 CLASSES = ("grid", "plain", "stripe")
 
@@ -113,3 +116,15 @@ def study_of(root: Path, raw: dict[str, Any], sections: dict[str, dict[str, Any]
     study = Study(root, resolve(settings, lpm), lpm, Manifest(classes=(), rows=()))
     study.prepare()
     return study
+
+
+def train_study(
+    study: Study,
+    receipt: ExtractionReceipt,
+    output: str = "model",
+    settings: ResolvedSettings | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    """Train on the features of a receipt; the checkpoints are next to the output."""
+    checkpoints = study.root / "checkpoints"
+    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study import Study, make_study
+from study import Study, make_study, train_study
 
 from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
-from schemas.features import ExtractionReceipt
 from schemas.methods import METHODS, Method
 from schemas.resolved import ResolvedSettings
-from schemas.results import EpochLog, TrainResult
+from schemas.results import EpochLog
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.lpm.loading import describe_lpm
@@ -35,17 +34,6 @@ PROBES: tuple[Method, ...] = ("statistics", "linear", "knn", "attentive")
 LOOP = {"epochs": 12, "lr": 2e-3, "prompts": 4}
 
 
-def run(
-    study: Study,
-    receipt: ExtractionReceipt,
-    output: str = "model",
-    settings: ResolvedSettings | None = None,
-    watch: Watch | None = None,
-) -> TrainResult:
-    checkpoints = study.root / "checkpoints"
-    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
-
-
 def as_method(study: Study, method: Method) -> ResolvedSettings:
     return study.settings.model_copy(update={"method": method})
 
@@ -55,7 +43,7 @@ def test_a_baseline_learns_and_predicts_what_it_is_judged_by(tmp_path: Path, met
     study = make_study(tmp_path, method=method, train=LOOP)
     receipt = study.extract()
     logs: list[EpochLog] = []
-    result = run(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
+    result = train_study(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
     assert tuple(logs) == result.epochs
     assert result.best.val_auc is not None
     assert result.best.val_auc > 0.9
@@ -80,7 +68,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method
     receipt = study.extract()
     shutil.rmtree(tmp_path / "images")
     (tmp_path / "lpm.safetensors").unlink()
-    result = run(study, receipt)
+    result = train_study(study, receipt)
     bundle = load_bundle(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
     assert json.loads((tmp_path / "model/model.json").read_text())["network"]["method"] == method
@@ -96,7 +84,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method
     else:
         assert loss == pytest.approx(result.best.val_loss, abs=1e-5)
     first = (tmp_path / "model/model.safetensors").read_bytes()
-    run(study, receipt, "again")
+    train_study(study, receipt, "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == first
 
 
@@ -106,7 +94,7 @@ def test_a_baseline_uses_the_features_of_another_method(tmp_path: Path, method: 
     receipt = study.extract()
     other = make_study(tmp_path / "other", method=method, features={"importance": "class_token", "side_image_size": 64})
     assert other.settings.features.layers != receipt.spec.layers
-    run(study, receipt, settings=other.settings)
+    train_study(study, receipt, settings=other.settings)
     spec = load_bundle(tmp_path / "model").spec
     assert spec.features == receipt.spec
     with pytest.raises(CacheMismatchError, match="image_size"):
@@ -121,10 +109,10 @@ def test_only_what_reads_tokens_minds_how_they_are_kept(study: Study) -> None:
     features = study.settings.features.model_copy(update={"importance": "class_token", "dtype": "int8"})
     settings = study.settings.model_copy(update={"features": features})
     for method in ("linear", "knn"):
-        run(study, receipt, method, settings=settings.model_copy(update={"method": method}))
+        train_study(study, receipt, method, settings=settings.model_copy(update={"method": method}))
     for method in ("attentive", "statistics"):
         with pytest.raises(CacheMismatchError, match="importance"):
-            run(study, receipt, settings=settings.model_copy(update={"method": method}))
+            train_study(study, receipt, settings=settings.model_copy(update={"method": method}))
 
 
 @pytest.mark.parametrize("method", ["statistics", "linear", "knn"])
@@ -132,8 +120,8 @@ def test_features_without_pooled_outputs_are_refused(tmp_path: Path, method: Met
     study = make_study(tmp_path, features={"pooled": False})
     receipt = study.extract()
     with pytest.raises(CacheMismatchError, match=r"features\.pooled: true.*fpt extract"):
-        run(study, receipt, settings=as_method(study, method))
-    run(study, receipt, settings=as_method(study, "attentive"))
+        train_study(study, receipt, settings=as_method(study, method))
+    train_study(study, receipt, settings=as_method(study, "attentive"))
 
 
 @pytest.mark.parametrize("method", PROBES)
@@ -142,8 +130,8 @@ def test_every_view_of_a_training_image_is_read(tmp_path: Path, method: Method) 
     receipt = study.extract()
     both = as_method(study, method)
     one = study.changed(features={"views": ("identity",)}).model_copy(update={"method": method})
-    run(study, receipt, "both", settings=both)
-    run(study, receipt, "one", settings=one)
+    train_study(study, receipt, "both", settings=both)
+    train_study(study, receipt, "one", settings=one)
     both_weights, one_weights = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "one"))
     assert both_weights != one_weights
     if method == "knn":
@@ -155,14 +143,14 @@ def test_every_view_of_a_training_image_is_read(tmp_path: Path, method: Method) 
 def test_labels_of_validation_images_choose_nothing(tmp_path: Path, method: Method) -> None:
     study = make_study(tmp_path, method=method)
     receipt = study.extract()
-    first = run(study, receipt, "first")
+    first = train_study(study, receipt, "first")
     turned = dict(zip(study.manifest.classes, study.manifest.classes[1:] + study.manifest.classes[:1], strict=True))
     rows = tuple(
         row.model_copy(update={"label": turned[row.label]}) if row.split == "val" else row
         for row in study.manifest.rows
     )
     study.manifest = study.manifest.model_copy(update={"rows": rows})
-    second = run(study, receipt, "second")
+    second = train_study(study, receipt, "second")
     assert second.best.val_loss > first.best.val_loss
     assert second.chosen == first.chosen
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
@@ -174,13 +162,13 @@ def test_a_class_without_training_images_is_named(study: Study) -> None:
     rows = tuple(row for row in study.manifest.rows if row.label != "grid" or row.split != "train")
     study.manifest = study.manifest.model_copy(update={"rows": rows})
     with pytest.raises(TrainingError, match="grid"):
-        run(study, receipt, settings=as_method(study, "linear"))
+        train_study(study, receipt, settings=as_method(study, "linear"))
 
 
 def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
     receipt = study.extract()
-    run(study, receipt, "linear", settings=as_method(study, "linear"))
-    run(study, receipt, "knn", settings=as_method(study, "knn"))
+    train_study(study, receipt, "linear", settings=as_method(study, "linear"))
+    train_study(study, receipt, "knn", settings=as_method(study, "knn"))
     folder = study.root / "linear"
     ours, other = read_spec(folder), read_spec(study.root / "knn")
     (folder / "model.json").write_bytes(encode_spec(ours.model_copy(update={"network": other.network})))
@@ -193,7 +181,7 @@ def test_a_bundle_of_another_kind_is_refused(study: Study) -> None:
 
 def test_the_attentive_probe_is_softmax_attention_head_by_head(study: Study) -> None:
     receipt = study.extract()
-    run(study, receipt, settings=as_method(study, "attentive"))
+    train_study(study, receipt, settings=as_method(study, "attentive"))
     probe = load_bundle(study.root / "model").network
     assert isinstance(probe, AttentiveProbe)
     row = study.manifest.rows[0].id
@@ -214,7 +202,7 @@ def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None
     attentive, plus = (
         estimate_cost(as_method(study, method), study.lpm, 3, study.root) for method in ("attentive", "fpt+")
     )
-    run(study, study.extract(), settings=as_method(study, "attentive"))
+    train_study(study, study.extract(), settings=as_method(study, "attentive"))
     assert attentive.learnable == load_bundle(study.root / "model").spec.learnable
     assert 0 < attentive.train_tensor_mib < plus.train_tensor_mib
     for method in ("linear", "knn"):
@@ -257,4 +245,6 @@ def copied(batch: Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", PROBES)
 def test_pooled_outputs_that_are_there_may_be_unwanted(study: Study, method: Method) -> None:
     receipt = study.extract()
-    run(study, receipt, settings=study.changed(features={"pooled": False}).model_copy(update={"method": method}))
+    train_study(
+        study, receipt, settings=study.changed(features={"pooled": False}).model_copy(update={"method": method})
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study import Study, make_study
+from study import Study, make_study, train_study
 
 from schemas.errors import (
     BundleError,
@@ -22,8 +22,7 @@ from schemas.errors import (
 from schemas.features import ExtractionReceipt
 from schemas.manifest import Manifest
 from schemas.methods import METHODS
-from schemas.resolved import ResolvedSettings
-from schemas.results import EpochLog, TrainResult
+from schemas.results import EpochLog
 from schemas.settings import Settings
 from stages.store.reader import open_store
 from stages.train.bundle import encode_spec, load_bundle, read_spec
@@ -32,22 +31,10 @@ from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 from stages.train.infer import source_logits
 from stages.train.inputs import inputs_key
 from stages.train.job import Watch, run_key
-from stages.train.trainer import train
 
 
 class Killed(BaseException):
     """A kill signal, from inside."""
-
-
-def run(
-    study: Study,
-    receipt: ExtractionReceipt,
-    output: str = "model",
-    settings: ResolvedSettings | None = None,
-    watch: Watch | None = None,
-) -> TrainResult:
-    checkpoints = study.root / "checkpoints"
-    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +46,7 @@ def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str, dtype: str) -
     shutil.rmtree(study.root / "images")  # stage two opens no original image ...
     (study.root / "lpm.safetensors").unlink()  # ... and no LPM
     logs: list[EpochLog] = []
-    result = run(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
+    result = train_study(study, receipt, watch=Watch(on_epoch=lambda _, log: logs.append(log)))
     assert tuple(logs) == result.epochs
     assert result.best == max(logs, key=lambda log: (log.val_auc, -log.val_loss))
     bundle = load_bundle(study.root / "model")
@@ -75,9 +62,9 @@ def test_the_bundle_is_the_best_epoch(tmp_path: Path, method: str, dtype: str) -
 
 def test_one_seed_gives_one_model_and_another_seed_another(study: Study) -> None:
     receipt = study.extract()
-    run(study, receipt, "a")
-    run(study, receipt, "b")
-    run(study, receipt, "c", settings=study.changed(train={"seed": 1}))
+    train_study(study, receipt, "a")
+    train_study(study, receipt, "b")
+    train_study(study, receipt, "c", settings=study.changed(train={"seed": 1}))
     a, b, c = ((study.root / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -87,16 +74,16 @@ def test_one_seed_gives_one_model_and_another_seed_another(study: Study) -> None
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path: Path, after: int) -> None:
     study = make_study(tmp_path, train={"epochs": 4})
     receipt = study.extract()
-    calm = run(study, receipt, "calm")
+    calm = train_study(study, receipt, "calm")
 
     def die(_: int, log: EpochLog) -> None:
         if log.epoch == after:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", watch=Watch(on_epoch=die))
+        train_study(study, receipt, "killed", watch=Watch(on_epoch=die))
     replayed: list[EpochLog] = []
-    resumed = run(study, receipt, "killed", watch=Watch(on_epoch=lambda _, log: replayed.append(log)))
+    resumed = train_study(study, receipt, "killed", watch=Watch(on_epoch=lambda _, log: replayed.append(log)))
     assert resumed.resumed_from == after
     assert [log.epoch for log in replayed] == [1, 2, 3, 4]
     without_times = [log.model_copy(update={"seconds": 0}) for log in calm.epochs]
@@ -111,13 +98,13 @@ def test_another_setting_does_not_take_up_the_checkpoint(study: Study) -> None:
         raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, watch=Watch(on_epoch=die))
-    assert run(study, receipt, settings=study.changed(train={"lr": 1e-4})).resumed_from == 0
+        train_study(study, receipt, watch=Watch(on_epoch=die))
+    assert train_study(study, receipt, settings=study.changed(train={"lr": 1e-4})).resumed_from == 0
 
 
 def test_learning_separates_the_patterns(tmp_path: Path) -> None:
     study = make_study(tmp_path, per_class=20, train={"epochs": 12, "lr": 3e-3})
-    result = run(study, study.extract())
+    result = train_study(study, study.extract())
     assert result.best.val_auc is not None
     assert result.best.val_auc > 0.9
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
@@ -127,7 +114,7 @@ def test_features_of_other_settings_are_refused_by_field(study: Study) -> None:
     receipt = study.extract()
     changed = study.changed(features={"importance": "class_token", "dtype": "float32"})
     with pytest.raises(CacheMismatchError, match="fpt extract") as caught:
-        run(study, receipt, settings=changed)
+        train_study(study, receipt, settings=changed)
     assert caught.value.differing == {
         "importance": ("class_token", "global"),
         "dtype": ("float32", "float16"),
@@ -138,10 +125,10 @@ def test_the_side_network_alone_takes_the_small_images_of_any_features(tmp_path:
     study = make_study(tmp_path, method="fpt")
     receipt = study.extract()
     side = make_study(tmp_path / "side", method="side").settings
-    run(study, receipt, settings=side)
+    train_study(study, receipt, settings=side)
     larger = side.model_copy(update={"train": side.train.model_copy(update={"side_image_size": 48})})
     with pytest.raises(CacheMismatchError):
-        run(study, receipt, settings=larger)
+        train_study(study, receipt, settings=larger)
 
 
 @pytest.mark.parametrize("field", ["resize", "lpm.mean", "lpm.std", "lpm.interpolation"])
@@ -156,7 +143,7 @@ def test_the_side_network_refuses_small_images_of_another_preprocessing(tmp_path
         other = "nearest" if field == "lpm.interpolation" else (0.1, 0.2, 0.3)
         study.lpm = study.lpm.model_copy(update={field.removeprefix("lpm."): other})
     with pytest.raises(CacheMismatchError) as caught:
-        run(study, receipt)
+        train_study(study, receipt)
     assert set(caught.value.differing) == {field}
 
 
@@ -166,14 +153,14 @@ def test_images_without_features_are_refused(study: Study) -> None:
     stranger = rows[0].model_copy(update={"id": "f" * 64, "path": "new.png"})
     study.manifest = Manifest(classes=study.manifest.classes, rows=(*rows, stranger))
     with pytest.raises(CacheIncompleteError, match="1 of 25"):
-        run(study, receipt)
+        train_study(study, receipt)
 
 
 def test_a_store_that_is_gone_is_refused(study: Study) -> None:
     receipt = study.extract()
     shutil.rmtree(study.cache)
     with pytest.raises(CacheIncompleteError, match="fpt extract"):
-        run(study, receipt)
+        train_study(study, receipt)
 
 
 def test_a_store_that_is_not_whole_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
@@ -184,13 +171,13 @@ def test_a_store_that_is_not_whole_is_refused_before_the_first_epoch(tmp_path: P
     path = next(path for path in study.cache.glob("*/receipts/*.json") if unread in path.read_text())
     path.unlink()
     with pytest.raises(CacheIncompleteError, match="fpt extract"):
-        run(study, receipt)
+        train_study(study, receipt)
 
 
 def test_a_loss_that_is_not_finite_is_said(study: Study) -> None:
     receipt = study.extract()
     with pytest.raises(TrainingError, match=r"train\.lr"):
-        run(study, receipt, settings=study.changed(train={"lr": 1e30}))
+        train_study(study, receipt, settings=study.changed(train={"lr": 1e30}))
 
 
 def test_class_weights() -> None:
@@ -212,8 +199,8 @@ def test_class_weights() -> None:
 
 def test_class_weights_change_the_model(study: Study) -> None:
     receipt = study.extract()
-    run(study, receipt, "plain")
-    run(study, receipt, "weighted", settings=study.changed(train={"class_weights": (5.0, 1.0, 1.0)}))
+    train_study(study, receipt, "plain")
+    train_study(study, receipt, "weighted", settings=study.changed(train={"class_weights": (5.0, 1.0, 1.0)}))
     plain, weighted = ((study.root / name / "model.safetensors").read_bytes() for name in ("plain", "weighted"))
     assert plain != weighted
 
@@ -266,7 +253,7 @@ def test_an_epoch_visits_every_image_once_in_its_own_order() -> None:
 
 
 def test_damaged_bundles_are_refused(study: Study) -> None:
-    run(study, study.extract())
+    train_study(study, study.extract())
     folder = study.root / "model"
     with pytest.raises(BundleError, match="fpt train"):
         load_bundle(study.root / "nowhere")
@@ -284,7 +271,7 @@ def test_damaged_bundles_are_refused(study: Study) -> None:
     "edit", [{"classes": ["stripe", "plain", "grid"]}, {"features": {"resize": "letterbox"}}, {"val_auc": 0.99}]
 )
 def test_an_edited_bundle_is_refused_with_cause_and_repair(study: Study, edit: dict[str, Any]) -> None:
-    run(study, study.extract())
+    train_study(study, study.extract())
     path = study.root / "model/model.json"
     content = json.loads(path.read_text())
     for name, value in edit.items():
@@ -296,7 +283,7 @@ def test_an_edited_bundle_is_refused_with_cause_and_repair(study: Study, edit: d
 
 
 def test_a_spec_whose_parts_do_not_fit_each_other_is_refused(study: Study) -> None:
-    run(study, study.extract())
+    train_study(study, study.extract())
     spec = read_spec(study.root / "model")
     for update in ({"classes": ("a", "b")}, {"features": spec.features.model_copy(update={"layers": (0,)})}):
         (study.root / "model/model.json").write_bytes(encode_spec(spec.model_copy(update=update)))
@@ -312,20 +299,20 @@ def half_trained(study: Study, receipt: ExtractionReceipt, epochs: int = 1) -> P
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", watch=Watch(on_epoch=die))
+        train_study(study, receipt, "killed", watch=Watch(on_epoch=die))
     (path,) = (study.root / "checkpoints").iterdir()
     return path
 
 
 def test_a_damaged_checkpoint_is_named_and_training_starts_again(study: Study) -> None:
     receipt = study.extract()
-    run(study, receipt, "calm")
+    train_study(study, receipt, "calm")
     path = half_trained(study, receipt)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     notices: list[str] = []
-    result = run(study, receipt, "again", watch=Watch(on_notice=notices.append))
+    result = train_study(study, receipt, "again", watch=Watch(on_notice=notices.append))
     assert result.resumed_from == 0
     assert notices == [f"The checkpoint {path} is damaged: training starts from the first epoch."]
     calm, again = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "again"))
@@ -340,7 +327,7 @@ def test_the_checkpoint_of_another_training_is_not_resumed(study: Study) -> None
     name = f"{run_key(other, study.manifest, inputs_key(other, study.files(receipt)))[:16]}.ckpt"
     path.rename(path.with_name(name))
     notices: list[str] = []
-    assert run(study, receipt, settings=other, watch=Watch(on_notice=notices.append)).resumed_from == 0
+    assert train_study(study, receipt, settings=other, watch=Watch(on_notice=notices.append)).resumed_from == 0
     assert [notice.partition(name)[2] for notice in notices] == [
         " belongs to another training: training starts from the first epoch."
     ]
@@ -349,13 +336,13 @@ def test_the_checkpoint_of_another_training_is_not_resumed(study: Study) -> None
 def test_a_checkpoint_that_another_process_removed_is_no_problem(study: Study) -> None:
     """Two equal trainings at once: the one that ends first removes the checkpoint of both."""
     receipt = study.extract()
-    run(study, receipt, "calm")
+    train_study(study, receipt, "calm")
 
     def remove(_: int, __: EpochLog) -> None:
         for path in (study.root / "checkpoints").iterdir():
             path.unlink()
 
-    run(study, receipt, "other", watch=Watch(on_epoch=remove))
+    train_study(study, receipt, "other", watch=Watch(on_epoch=remove))
     calm, other = ((study.root / name / "model.safetensors").read_bytes() for name in ("calm", "other"))
     assert calm == other
 

@@ -9,21 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study import Study, make_study
+from study import Study, make_study, train_study
 
 from schemas.cost import StoreMemory
 from schemas.errors import CacheIncompleteError
 from schemas.features import ExtractionReceipt
 from schemas.methods import METHODS
-from schemas.resolved import ResolvedSettings
-from schemas.results import EpochLog, TrainResult
+from schemas.results import EpochLog
 from schemas.views import train_views
 from stages.evaluate.evaluator import evaluate
 from stages.store.memory_rows import MemoryRows
 from stages.store.reader import open_store
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading
 from stages.train.job import Watch
-from stages.train.trainer import train
 
 TURNS = ("identity", "hflip", "rot90")
 
@@ -37,17 +35,6 @@ def viewed(tmp_path: Path) -> tuple[Study, ExtractionReceipt]:
     """A study with two more views and a crop, extracted."""
     study = make_study(tmp_path, features={"views": TURNS, "crops": 1, "crop_scale": (0.5, 0.8)}, train={"epochs": 3})
     return study, study.extract()
-
-
-def run(
-    study: Study,
-    receipt: ExtractionReceipt,
-    output: str = "model",
-    settings: ResolvedSettings | None = None,
-    watch: Watch | None = None,
-) -> TrainResult:
-    checkpoints = study.root / "checkpoints"
-    return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
 
 
 def names(study: Study) -> list[list[str]]:
@@ -132,17 +119,17 @@ def test_views_change_the_model_and_a_killed_run_ends_where_an_undisturbed_one_e
     viewed: tuple[Study, ExtractionReceipt],
 ) -> None:
     study, receipt = viewed
-    run(study, receipt, "calm")
+    train_study(study, receipt, "calm")
 
     def die(_: int, log: EpochLog) -> None:
         if log.epoch == 1:
             raise Killed
 
     with pytest.raises(Killed):
-        run(study, receipt, "killed", watch=Watch(on_epoch=die))
+        train_study(study, receipt, "killed", watch=Watch(on_epoch=die))
     fewer = study.changed(features={"views": TURNS[:1], "crops": 0})
-    assert run(study, receipt, "plain", settings=fewer).resumed_from == 0, "fewer views are another run"
-    assert run(study, receipt, "killed").resumed_from == 1
+    assert train_study(study, receipt, "plain", settings=fewer).resumed_from == 0, "fewer views are another run"
+    assert train_study(study, receipt, "killed").resumed_from == 1
     calm, killed, plain = (
         (study.root / name / "model.safetensors").read_bytes() for name in ("calm", "killed", "plain")
     )
@@ -157,10 +144,10 @@ def test_what_is_held_in_memory_counts_the_views_and_changes_nothing(
     study, receipt = viewed
     told: list[StoreMemory] = []
     settings = study.changed(store={"memory_budget": budget})
-    run(study, receipt, "a", settings=settings, watch=Watch(on_memory=told.append))
+    train_study(study, receipt, "a", settings=settings, watch=Watch(on_memory=told.append))
     expected = 4 * len(names(study)) + len(list(study.manifest.of("val")))
     assert (told[0].held, told[0].rows) == (budget == "auto", expected)
-    run(study, receipt, "b")
+    train_study(study, receipt, "b")
     a, b = ((study.root / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
 
@@ -178,16 +165,16 @@ def test_views_that_were_not_extracted_are_refused_by_name(
 ) -> None:
     study, receipt = viewed
     with pytest.raises(CacheIncompleteError, match="fpt extract") as caught:
-        run(study, receipt, settings=study.changed(features=change))
+        train_study(study, receipt, settings=study.changed(features=change))
     assert list(caught.value.missing) == [named]
 
 
 def test_a_receipt_from_before_there_were_views_has_none(study: Study) -> None:
     old = study.extract().model_dump(mode="json", exclude={"views", "crops", "crop_scale"})
     receipt = ExtractionReceipt.model_validate(old)
-    run(study, receipt)
+    train_study(study, receipt)
     with pytest.raises(CacheIncompleteError, match="hflip"):
-        run(study, receipt, settings=study.changed(features={"views": ("identity", "hflip")}))
+        train_study(study, receipt, settings=study.changed(features={"views": ("identity", "hflip")}))
 
 
 def test_images_that_moved_to_training_since_lack_their_views(viewed: tuple[Study, ExtractionReceipt]) -> None:
@@ -197,9 +184,9 @@ def test_images_that_moved_to_training_since_lack_their_views(viewed: tuple[Stud
     study.prepare()
     new = {row.id for row in study.manifest.of("train")} - before
     with pytest.raises(CacheIncompleteError, match="not of every view") as caught:
-        run(study, receipt)
+        train_study(study, receipt)
     assert set(caught.value.missing) == new
-    run(study, study.extract())
+    train_study(study, study.extract())
 
 
 def test_the_side_network_alone_sees_the_views_too_and_evaluation_sees_none(
@@ -207,6 +194,6 @@ def test_the_side_network_alone_sees_the_views_too_and_evaluation_sees_none(
 ) -> None:
     study, receipt = viewed
     side = study.settings.model_copy(update={"method": "side"})
-    run(study, receipt, settings=side)
+    train_study(study, receipt, settings=side)
     metrics = evaluate(study.files(receipt), study.root / "model", study.root / "evaluation", "train")
     assert metrics.images == len(names(study))
