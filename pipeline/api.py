@@ -270,15 +270,15 @@ def evaluate(
         EvaluationError: The split is empty, or the outputs of the model are not finite.
         DataError: A label of other images is no class of the model.
     """
-    from pipeline.evaluation import evaluate_images, evaluate_split
+    from pipeline.evaluation import LabelledImages, evaluate_images, evaluate_split
 
     place, folder = (None if path is None else Path(path) for path in (model, output))
     if images is None:
         if labels is not None:
             raise SettingsError("labels belong to images.", repair="Name the folder of the images: images=FOLDER")
         return evaluate_split(study, split, place, folder)[0]
-    table = None if labels is None else Path(labels)
-    return evaluate_images(study.params, study.assignments, Path(images), table, place, folder)[0].metrics
+    others = LabelledImages(Path(images), None if labels is None else Path(labels))
+    return evaluate_images(study.params, study.assignments, others, place, folder)[0].metrics
 
 
 @quiet

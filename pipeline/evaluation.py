@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from schemas.manifest import Manifest, Split
     from schemas.results import BundleSpec, Metrics
     from schemas.settings import Settings
-    from stages.predict.external import ExternalResult
-    from stages.progress import Progress
+    from stages.predict.external import ExternalProgress, ExternalResult
 
 
 def evaluate_split(study: Study, split: Split, model: Path | None, output: Path | None) -> tuple[Metrics, Path]:
@@ -47,28 +47,33 @@ def evaluate_split(study: Study, split: Split, model: Path | None, output: Path 
     return metrics, folder
 
 
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images outside of a study, with labels."""
+
+    folder: Path
+    """Folder of the images."""
+    labels: Path | None = None
+    """Table of the labels; None: a folder per class."""
+
+
 def evaluate_images(
     params: Path,
     assignments: Sequence[str],
-    images: Path,
-    labels: Path | None,
+    images: LabelledImages,
     model: Path | None,
     output: Path | None,
-    *,
-    reading: Progress | None = None,
-    predicting: Progress | None = None,
+    progress: ExternalProgress | None = None,
 ) -> tuple[ExternalResult, Path]:
     """Evaluate a model on labelled images outside of its study; a study is not needed.
 
     Args:
         params: Settings of the study; defaults where the file is missing.
         assignments: `key.path=value` overrides.
-        images: Folder of the images.
-        labels: Table of the labels; None: a folder per class.
+        images: Images and labels.
         model: Folder of the model; None: `outputs/model` next to `params`.
         output: Folder of the results; None: `outputs/external/NAME` next to `params`.
-        reading: Called with (images read, images).
-        predicting: Called with (images predicted, images without cached features).
+        progress: Callbacks.
 
     Returns:
         The result, and its folder.
@@ -79,35 +84,34 @@ def evaluate_images(
     from pipeline.project import cache_root
     from stages.device import set_up
     from stages.extract.shard_task import batch_size
-    from stages.predict.external import evaluate_external
+    from stages.predict.external import ExternalContext, ExternalProgress, evaluate_external
     from stages.train.bundle import read_spec
 
     root = params.absolute().parent
     bundle = root / OUTPUTS / "model" if model is None else model.absolute()
-    folder = root / OUTPUTS / "external" / images.resolve().name if output is None else output.absolute()
+    folder = root / OUTPUTS / "external" / images.folder.resolve().name if output is None else output.absolute()
     spec = read_spec(bundle)
-    settings = _external_settings(params, assignments, spec, images, labels)
+    settings = _external_settings(params, assignments, spec, images)
     device = set_up(settings.compute)
     result = evaluate_external(
         bundle,
         settings.data,
-        root,
         folder,
-        lpm=lpm_of(spec, settings),
-        cache_root=cache_root(root),
-        study=_manifest_of(bundle, root),
-        device=device,
-        batch_size=batch_size(settings.compute, device),
-        reading=reading,
-        predicting=predicting,
+        ExternalContext(
+            root=root,
+            lpm=lpm_of(spec, settings),
+            cache_root=cache_root(root),
+            study=_manifest_of(bundle, root),
+            device=device,
+            batch_size=batch_size(settings.compute, device),
+        ),
+        progress or ExternalProgress(),
     )
     _keep_settings(bundle, settings, folder)
     return result, folder
 
 
-def _external_settings(
-    params: Path, assignments: Sequence[str], spec: BundleSpec, images: Path, labels: Path | None
-) -> Settings:
+def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpec, images: LabelledImages) -> Settings:
     """Return the settings of the study, if any, for other images: task and classes are those of the model."""
     from pipeline.params import override, read_optional_params
     from schemas.parse import parse_settings
@@ -116,13 +120,13 @@ def _external_settings(
     data = base.get("data")
     if isinstance(data, dict):
         # What only the study's own table has.
-        own = {"split_column"} if labels is not None else {"split_column", "group_column"}
+        own = {"split_column"} if images.labels is not None else {"split_column", "group_column"}
         base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
     tree = override(base, assignments)
     data = tree.setdefault("data", {})
     if isinstance(data, dict):
-        data["images"] = str(images.absolute())
-        data["labels"] = None if labels is None else str(labels.absolute())
+        data["images"] = str(images.folder.absolute())
+        data["labels"] = None if images.labels is None else str(images.labels.absolute())
         data.setdefault("task", spec.task)
         data["classes"] = list(spec.classes)
     return parse_settings(tree, source=params.name)

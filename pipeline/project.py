@@ -34,6 +34,8 @@ class Study:
     """Shape of the LPM at the resolved image size."""
     cache: Path
     """Root of the feature stores."""
+    asked: Settings
+    """As written, with the overrides, before "auto" was resolved."""
     params: Path = Path(PARAMS)
     """The file of the settings."""
     assignments: tuple[str, ...] = ()
@@ -129,6 +131,7 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         settings=resolved,
         lpm=lpm,
         cache=cache,
+        asked=settings,
         params=params.absolute(),
         assignments=tuple(assignments),
     )

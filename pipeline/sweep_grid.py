@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas.errors import SettingsError
+from schemas.methods import FITTED_BY, METHODS
 from schemas.sweeps import METHOD_AXIS, SEED_AXIS
 from schemas.text import shortened
 
@@ -69,9 +70,21 @@ class Combination:
         """As `--set` overrides."""
         return [f"{_setting(key)}={value}" for key, value in self.values.items()]
 
-    def only(self, keys: frozenset[str]) -> Combination:
-        """Without the axes that do not matter."""
-        return Combination({key: value for key, value in self.values.items() if key in keys})
+    def effective(self, method: str) -> Combination:
+        """Without the axes that change nothing for this method.
+
+        Those are the settings of other methods and, for a method that is fitted in closed form, almost all of `train`.
+        """
+        row = METHODS[method]
+        return Combination(
+            {
+                key: value
+                for key, value in self.values.items()
+                if key == METHOD_AXIS
+                or (key.startswith(f"methods.{method}.") if key.startswith("methods.") else not row.closed_form)
+                or key in FITTED_BY
+            }
+        )
 
 
 def _setting(axis: str) -> str:

@@ -14,7 +14,7 @@ from schemas.errors import CacheIncompleteError, StorageError
 from schemas.manifest import Manifest
 from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, Metrics
-from schemas.sweeps import METHOD_AXIS, RunRecord
+from schemas.sweeps import RunRecord
 from schemas.text import counted
 
 if TYPE_CHECKING:
@@ -76,13 +76,7 @@ class Job:
 
 
 def plan_jobs(
-    study: Study,
-    params: Path,
-    assignments: Sequence[str],
-    combinations: Sequence[Combination],
-    parts: Sequence[Part],
-    files: StudyFiles,
-    folder: Path,
+    study: Study, combinations: Sequence[Combination], parts: Sequence[Part], files: StudyFiles, folder: Path
 ) -> list[Job]:
     """Every combination on every part, refused as a whole where one of them cannot be trained.
 
@@ -94,7 +88,7 @@ def plan_jobs(
     from stages.train.inputs import inputs_key, reads_images
     from stages.train.job import run_key
 
-    variants = _variants(study, params, assignments, combinations)
+    variants = _variants(study, combinations)
     _check(study, files, [settings for _, settings in variants], parts)
     # Features are no axis of a sweep: variants differ only in the kind of inputs. The key of images hashes the weights.
     by_kind = {reads_images(settings): settings for _, settings in variants}
@@ -108,12 +102,9 @@ def plan_jobs(
     return jobs
 
 
-def _variants(
-    study: Study, params: Path, assignments: Sequence[str], combinations: Sequence[Combination]
-) -> list[tuple[Combination, ResolvedSettings]]:
+def _variants(study: Study, combinations: Sequence[Combination]) -> list[tuple[Combination, ResolvedSettings]]:
     """Resolved settings of each combination; all have the order of images of the study."""
-    from pipeline.params import override, read_params
-    from schemas.methods import FITTED_BY, METHODS
+    from pipeline.params import override
     from schemas.parse import parse_settings
     from schemas.resolve import resolve
 
@@ -121,15 +112,15 @@ def _variants(
         f"train.order_seed={study.settings.train.order_seed}",
         f"features.precision={study.settings.features.precision}",
     ]
-    tree = override(read_params(params), assignments)
+    # Not the resolved settings: what "auto" means depends on the method, which may be an axis.
+    tree = study.asked.model_dump(mode="json", exclude_unset=True)
     resolved: dict[str, tuple[Combination, ResolvedSettings]] = {}
     for asked in combinations:
-        combination = asked
-        settings = parse_settings(override(tree, [*combination.assignments, *shared]), source=params.name)
-        if METHODS[settings.method].closed_form:
-            # The same fit for every seed and rate: once is enough.
-            combination = combination.only(FITTED_BY | {METHOD_AXIS})
-            settings = parse_settings(override(tree, [*combination.assignments, *shared]), source=params.name)
+        settings = parse_settings(override(tree, [*asked.assignments, *shared]), source=study.params.name)
+        combination = asked.effective(settings.method)
+        if combination != asked:
+            # The same model for every value of an axis without effect: once is enough.
+            settings = parse_settings(override(tree, [*combination.assignments, *shared]), source=study.params.name)
         if combination.name not in resolved:
             resolved[combination.name] = (combination, resolve(settings, study.lpm))
     return list(resolved.values())

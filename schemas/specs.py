@@ -19,6 +19,11 @@ which then runs in the training loop)."""
 Inputs = frozenset[Input]
 
 
+def adapts_lpm(inputs: Inputs) -> bool:
+    """Return whether a method with these inputs trains weights of the LPM."""
+    return bool(inputs & {"hidden", "image"})
+
+
 class MethodSpec(Contract):
     """What is needed to rebuild a model around its weights; each method adds its own fields."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.resolved import ResolvedSettings
-from schemas.results import TrainResult
+from schemas.results import Prediction, TrainResult
+from schemas.settings import DataSettings, LpmSettings
 from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
+from stages.predict.classifier import as_row, check_task, load_classifier
 from stages.prepare import prepare
+from stages.progress import Progress
+from stages.train.bundle import load_bundle
 from stages.train.inputs import StudyFiles
 from stages.train.job import Watch
 from stages.train.trainer import train
@@ -128,3 +133,20 @@ def train_study(
     """Train on the features of a receipt; the checkpoints are next to the output."""
     checkpoints = study.root / "checkpoints"
     return train(settings or study.settings, study.files(receipt), study.root / output, checkpoints, watch)
+
+
+def predict(
+    model: Path,
+    images: Sequence[Path],
+    lpm: LpmSettings | None,
+    root: Path,
+    *,
+    batch_size: int = 4,
+    data: DataSettings | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction]:
+    """Predict files with a saved model."""
+    bundle = load_bundle(model)
+    check_task(bundle.spec, data)
+    found = load_classifier(bundle, lpm, root, data or DataSettings()).probabilities(images, batch_size, progress)
+    return [as_row(str(path), p, bundle.spec) for path, p in zip(images, found, strict=True)]

@@ -18,6 +18,7 @@ from schemas.tasks import METRICS
 from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
+    from pipeline.evaluation import LabelledImages
     from schemas.results import Metrics
     from stages.progress import Progress
 
@@ -82,7 +83,10 @@ def evaluate(
     else:
         if split is not None:
             raise SettingsError("--split is for images of the study, --images for others.", repair="Leave one out.")
-        metrics, folder = _evaluate_images(params, assignments or [], model, output, images, labels)
+        from pipeline.evaluation import LabelledImages
+
+        others = LabelledImages(images, labels)
+        metrics, folder = _evaluate_images(params, assignments or [], model, output, others)
     if as_json:
         show_json(metrics.model_dump(mode="json"))
         return
@@ -100,19 +104,15 @@ def _evaluate_split(
 
 
 def _evaluate_images(
-    params: Path,
-    assignments: Sequence[str],
-    model: Path | None,
-    output: Path | None,
-    images: Path,
-    labels: Path | None,
+    params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, images: LabelledImages
 ) -> tuple[Metrics, Path]:
     from pipeline.evaluation import evaluate_images
+    from stages.predict.external import ExternalProgress
     from stages.prepare import QUARANTINE_FILE
 
     with ExitStack() as stack:
-        bars = {"reading": _bar(stack, "Reading"), "predicting": _bar(stack, "Predicting")}
-        result, folder = evaluate_images(params, assignments, images, labels, model, output, **bars)
+        progress = ExternalProgress(_bar(stack, "Reading"), _bar(stack, "Predicting"))
+        result, folder = evaluate_images(params, assignments, images, model, output, progress)
     for note in result.notes:
         say(note)
     say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")

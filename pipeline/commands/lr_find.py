@@ -57,7 +57,7 @@ def lr_find(
         Combination({"lr": rate, "seed": str(seed)}) for rate in rates for seed in range(first, first + seeds)
     ]
     part = Part("", manifest, study.settings.data.seed)
-    jobs = plan_jobs(study, params, assignments or [], combinations, [part], files, folder)
+    jobs = plan_jobs(study, combinations, [part], files, folder)
     train_jobs(study, files, jobs)
     losses: dict[float, list[float]] = {}
     aucs: dict[float, list[float | None]] = {}

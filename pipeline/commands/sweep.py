@@ -79,7 +79,7 @@ def sweep(
     files = study.files(manifest)
     folder = study.outputs / "sweep" if output is None else output.absolute()
     parts = _parts(study, manifest, splits, folds)
-    jobs = plan_jobs(study, params, assignments or [], combinations, parts, files, folder)
+    jobs = plan_jobs(study, combinations, parts, files, folder)
     trained = train_jobs(study, files, jobs)
     summary, comparisons = summarise([_evaluated(files, job) for job in jobs], folder / "averaged", folds is not None)
     atomic_write(folder / "summary.json", (summary.model_dump_json(indent=1) + "\n").encode())

@@ -15,9 +15,11 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
+from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.methods import METHODS, model_inputs
 from schemas.results import BundleSpec, Metrics
+from schemas.specs import Inputs, adapts_lpm
 from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
@@ -203,22 +205,33 @@ def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
 
 
 def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
-    features, lpm = spec.features, spec.features.lpm
+    features, lpm, inputs = spec.features, spec.features.lpm, model_inputs(spec.network)
+    use = "fine-tuned" if adapts_lpm(inputs) else "frozen"
     return (
         ("Method", METHODS[spec.network.method].title),
-        ("LPM", f"{lpm.name}, frozen: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
+        ("LPM", f"{lpm.name}, {use}: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
         ("LPM weights, sha256", features.weights_sha256),
         ("Input of the LPM", f"{lpm.image_size} x {lpm.image_size} pixels, {lpm.tokens:,} tokens"),
-        ("Tapped blocks, from 0", ", ".join(str(layer) for layer in features.layers)),
-        ("Kept tokens", f"{features.kept} per head and block, {features.importance.replace('_', ' ')} importance"),
-        ("Type of the features", features.dtype),
-        ("Feature fingerprint", features.fingerprint),
+        *_features(features, inputs),
         ("Learnable parameters", f"{spec.learnable:,}"),
         *_model(spec),
         ("Task", spec.task),
         ("Class weights", str(spec.train.class_weights)),
         ("Model, sha256", spec.weights_sha256),
     )
+
+
+def _features(features: FeatureSpec, inputs: Inputs) -> Sequence[tuple[str, str]]:
+    """The cached features that the model reads; none where it reads images."""
+    rows: list[tuple[str, str]] = []
+    if inputs & {"tokens", "statistics"}:
+        rows += [
+            ("Tapped blocks, from 0", ", ".join(str(layer) for layer in features.layers)),
+            ("Kept tokens", f"{features.kept} per head and block, {features.importance.replace('_', ' ')} importance"),
+        ]
+    if inputs & {"tokens", "statistics", "hidden"}:
+        rows.append(("Type of the features", features.dtype))
+    return rows if "image" in inputs else [*rows, ("Feature fingerprint", features.fingerprint)]
 
 
 def _loss(spec: BundleSpec) -> str:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from schemas.base import digest
+from schemas.errors import UnsupportedModelError
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
 from schemas.specs import FinetuneSpec, MethodSpec
@@ -147,9 +149,7 @@ class FinetuneMethod(GradientMethod):
         from stages.lpm.catalogue import find_model
 
         spec = cast("FinetuneSpec", spec)
-        # The name of a folder's model holds its architecture, and no path.
-        name = spec.lpm.removeprefix("local-dir:").partition("@")[0] if spec.lpm.startswith("local-dir:") else spec.lpm
-        model = find_model(name).build(spec.classes, pretrained=False, img_size=spec.image_size)
+        model = find_model(_architecture(spec.lpm)).build(spec.classes, pretrained=False, img_size=spec.image_size)
         return FinetunedLpm(spec, model)
 
     def describe(self, spec: MethodSpec) -> Details:
@@ -159,6 +159,24 @@ class FinetuneMethod(GradientMethod):
         blocks = "all, embeddings included" if spec.everything else upper
         source = "augmented images" if spec.hidden is None else f"hidden tokens that enter block {spec.hidden}"
         return (("Trained blocks, from 0", blocks), ("Training reads", source))
+
+
+def _architecture(lpm: str) -> str:
+    """Return the name from which timm builds the LPM without its folder, of which a bundle holds no path.
+
+    Raises:
+        UnsupportedModelError: The LPM is that of a folder, with `model_args` that only its config.json has.
+    """
+    if not lpm.startswith("local-dir:"):
+        return lpm
+    name, _, content = lpm.removeprefix("local-dir:").partition("@")
+    if content != digest({"architecture": name, "args": {}})[:8]:
+        raise UnsupportedModelError(
+            f"{lpm} cannot be fine-tuned.",
+            "Its config.json has model_args, which the saved model could not be rebuilt from.",
+            f"Use the weights with timm's own model: lpm.name: {name} and lpm.weights: FILE.",
+        )
+    return name
 
 
 METHOD = FinetuneMethod()

@@ -17,7 +17,6 @@ from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
 from schemas.specs import Inputs
-from stages.device import pick_device
 from stages.extract.features import Pixels, compute_features, to_pixels
 from stages.images import decoded_image, rgb_image
 from stages.lpm.loading import LoadedLpm
@@ -26,7 +25,7 @@ from stages.methods.batch import IMAGE
 from stages.progress import Progress
 from stages.scores import probabilities
 from stages.tasks import decide, texts
-from stages.train.bundle import Bundle, load_bundle
+from stages.train.bundle import Bundle
 from stages.train.infer import feature_logits
 
 
@@ -92,46 +91,6 @@ class Classifier:
             return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least))
         accept = None if self.data.on_warning == "error" else lambda _: None
         return decoded_image(image, max_pixels=most, min_side=least, accept=accept)
-
-
-def predict(
-    bundle_dir: Path,
-    images: Sequence[Path],
-    lpm: LpmSettings | None,
-    root: Path,
-    device: torch.device | str = "auto",
-    *,
-    batch_size: int = 4,
-    data: DataSettings | None = None,
-    progress: Progress | None = None,
-) -> list[Prediction]:
-    """Classify image files.
-
-    An image that cannot be used gives a row with an error in its place: one broken file among thousands must neither
-    stop the others nor go unnoticed.
-
-    Args:
-        bundle_dir: From `train`.
-        images: Files; each gives one row, in this order.
-        lpm: Where the LPM's weights are; None: the hub, for the model that the bundle names.
-        root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
-        device: Of both networks; "auto": CUDA, else MPS, else the CPU.
-        batch_size: Images per forward pass.
-        data: Limits of an image's size, and the task where it is set; None: the defaults, whatever the task.
-        progress: Called after each batch with (done, total) images.
-
-    Raises:
-        BundleError: The bundle is missing or damaged, or its task differs from `data.task`.
-        CacheMismatchError: The LPM has another shape or preprocessing than in training.
-        WeightsError: The weights are missing, or are not those that the bundle was trained with.
-        EvaluationError: The model's outputs are not finite.
-    """
-    place = pick_device(device) if isinstance(device, str) else device
-    bundle = load_bundle(bundle_dir, place)
-    check_task(bundle.spec, data)
-    classifier = load_classifier(bundle, lpm, root, data or DataSettings())
-    found = classifier.probabilities(images, batch_size, progress)
-    return [as_row(str(path), p, bundle.spec) for path, p in zip(images, found, strict=True)]
 
 
 def as_row(path: str, p: npt.NDArray[np.float32] | ImageError, spec: BundleSpec) -> Prediction:

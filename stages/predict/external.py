@@ -63,19 +63,40 @@ class ExternalResult:
     """Choices made from the header or the layout, and skipped files."""
 
 
+@dataclass(frozen=True)
+class ExternalContext:
+    """What an external evaluation needs apart from the model and the images."""
+
+    root: Path
+    """Folder where relative paths of the settings start."""
+    lpm: LpmSettings | None
+    """Location of the LPM's weights; None: the hub. Not loaded if all features are cached."""
+    cache_root: Path
+    """Folder of all stores."""
+    study: Manifest | None = None
+    """Manifest of the bundle's study, to detect images that the model was trained on; None: unknown."""
+    device: torch.device | str = "cpu"
+    """Device of LPM and side network."""
+    batch_size: int = 4
+    """Images per forward pass of the LPM."""
+
+
+@dataclass(frozen=True)
+class ExternalProgress:
+    """Progress of the two parts of an external evaluation."""
+
+    reading: Progress | None = None
+    """Called with (images read, images)."""
+    predicting: Progress | None = None
+    """Called with (images predicted, images without cached features)."""
+
+
 def evaluate_external(
     bundle_dir: Path,
     data: DataSettings,
-    root: Path,
     output: Path,
-    *,
-    lpm: LpmSettings | None,
-    cache_root: Path,
-    study: Manifest | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int = 4,
-    reading: Progress | None = None,
-    predicting: Progress | None = None,
+    context: ExternalContext,
+    progress: ExternalProgress = ExternalProgress(),
 ) -> ExternalResult:
     """Evaluate a model on other images and write the files of `stages.evaluate.evaluator.evaluate`.
 
@@ -84,32 +105,25 @@ def evaluate_external(
     Args:
         bundle_dir: From `train`.
         data: Images and labels, as for `prepare`; splits are ignored.
-        root: Folder where relative paths of the settings start.
         output: Output folder.
-        lpm: Location of the LPM's weights, or None for the hub. Not loaded if all features are cached.
-        cache_root: Folder of all stores.
-        study: Manifest of the bundle's study, to detect images that the model was trained on, or None if unknown.
-        device: Device of LPM and side network.
-        batch_size: Images per forward pass of the LPM.
-        reading: Called with (images read, images).
-        predicting: Called with (images predicted, images without cached features).
+        context: Study, cache, LPM and device.
+        progress: Callbacks.
 
     Raises:
         FptError: As `prepare` and `predict`; also DataError if a label is not one of the bundle's classes.
     """
-    bundle = load_bundle(bundle_dir, device)
+    bundle = load_bundle(bundle_dir, context.device)
     spec = bundle.spec
     check_task(spec, data)
     data = data.model_copy(update={"task": spec.task, "split_column": None})
-    listing = _list_labelled(data, root, spec)
-    digests = _digests(listing, data, reading)
+    listing = _list_labelled(data, context.root, spec)
+    digests = _digests(listing, data, progress.reading)
     rows = _rows(listing.items, digests, spec)
     paths = {row.id: listing.images / row.path for row in reversed(rows)}
-    source = _Source(bundle, data, root, lpm, cache_root, batch_size)
-    probability_of, cached = source.probabilities(paths, predicting)
+    probability_of, cached = _Source(bundle, data, context).probabilities(paths, progress.predicting)
     p = np.stack([probability_of[row.id] for row in rows])
     predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task, listing.unit)
-    metrics = score(predictions, (*_overlap(rows, spec, study), *_absent(rows, spec)))
+    metrics = score(predictions, (*_overlap(rows, spec, context.study), *_absent(rows, spec)))
     report = render_report(
         metrics,
         predictions,
@@ -202,18 +216,16 @@ class _Source:
 
     bundle: Bundle
     data: DataSettings
-    root: Path
-    lpm: LpmSettings | None
-    cache_root: Path
-    batch_size: int
+    context: ExternalContext
 
     def probabilities(self, paths: Mapping[str, Path], progress: Progress | None) -> tuple[Probabilities, int]:
         """Compute image id -> (C,) probabilities, and the number of images with cached features."""
         probability_of = self._from_cache(list(paths))
         missing = [image_id for image_id in paths if image_id not in probability_of]
         if missing:
-            classifier = load_classifier(self.bundle, self.lpm, self.root, self.data)
-            computed = classifier.probabilities([paths[image_id] for image_id in missing], self.batch_size, progress)
+            classifier = load_classifier(self.bundle, self.context.lpm, self.context.root, self.data)
+            images = [paths[image_id] for image_id in missing]
+            computed = classifier.probabilities(images, self.context.batch_size, progress)
             for image_id, p in zip(missing, computed, strict=True):
                 if isinstance(p, ImageError):  # Unexpected, since the image was readable a moment ago.
                     raise p
@@ -224,7 +236,7 @@ class _Source:
         spec = self.bundle.spec
         if "image" in model_inputs(spec.network):
             return {}
-        with _local_store(self.cache_root, spec.features) as store:
+        with _local_store(self.context.cache_root, spec.features) as store:
             if store is None:
                 return {}
             cached = [ids[index] for index in np.flatnonzero(store.find(ids) >= 0).tolist()]

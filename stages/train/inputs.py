@@ -15,7 +15,7 @@ from schemas.methods import METHODS
 from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
 from schemas.settings import DataSettings, LpmSettings
-from schemas.specs import Inputs
+from schemas.specs import Inputs, adapts_lpm
 from stages.files import sha256_file
 from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
@@ -51,16 +51,20 @@ class StudyFiles:
         """Name and weights of the LPM."""
         return self.weights or LpmSettings(name=self.lpm.name)
 
-    def need_receipt(self) -> ExtractionReceipt:
+    def need_receipt(self, inputs: Inputs = frozenset()) -> ExtractionReceipt:
         """Return the receipt.
+
+        Args:
+            inputs: Inputs of the method, for the message.
 
         Raises:
             CacheIncompleteError: If nothing was extracted.
         """
         if self.receipt is None:
+            images = ", or train from images (--set methods.finetune.source=image)" if "hidden" in inputs else ""
             raise CacheIncompleteError(
                 "There is no extraction receipt, and this method reads cached features.",
-                repair="Run `fpt extract` first.",
+                repair=f"Run `fpt extract` first{images}.",
             )
         return self.receipt
 
@@ -99,11 +103,6 @@ def reads_images(settings: ResolvedSettings) -> bool:
     return "image" in METHODS[settings.method].reads(settings)
 
 
-def adapts_lpm(inputs: Inputs) -> bool:
-    """Return whether a method with these inputs trains weights of the LPM."""
-    return bool(inputs & {"hidden", "image"})
-
-
 def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -> OpenInputs:
     """Open the inputs of a method under these settings.
 
@@ -116,7 +115,7 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
         lpm = load_weights(files)
         spec = _image_spec(settings, files, lpm.weights_sha256)
         return OpenInputs(image_rows(files, spec), spec, _image_key(spec), lpm)
-    receipt = files.need_receipt()
+    receipt = files.need_receipt(inputs)
     loaded = load_weights(files) if adapts_lpm(inputs) else None
     if loaded is not None and loaded.weights_sha256 != receipt.spec.weights_sha256:
         raise CacheMismatchError(
@@ -137,7 +136,7 @@ def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
         WeightsError: If the method reads images and the LPM's weights cannot be found.
     """
     if not reads_images(settings):
-        return _store_key(files.need_receipt())
+        return _store_key(files.need_receipt(METHODS[settings.method].reads(settings)))
     from stages.lpm.weights import locate_weights
 
     digest = sha256_file(locate_weights(files.weights_source, files.root))

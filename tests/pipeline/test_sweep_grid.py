@@ -98,3 +98,13 @@ def test_a_sweep_has_a_bounded_number_of_runs() -> None:
     assert not any(isinstance(values, Range) for values in axes.values())
     with pytest.raises(SettingsError, match=f"at most {MOST_RUNS:,}"):
         grid(axes)
+
+
+def test_an_axis_without_effect_on_a_method_makes_no_other_model() -> None:
+    found = grid(parse_axes(["method=finetune,fpt+,linear", "methods.finetune.blocks=1,2", "lr=1e-4"]))
+    assert [combination.effective(combination.values["method"]).name for combination in found] == [
+        "method=finetune_methods.finetune.blocks=1_lr=1e-4",
+        "method=finetune_methods.finetune.blocks=2_lr=1e-4",
+        *["method=fpt+_lr=1e-4"] * 2,
+        *["method=linear"] * 2,
+    ]

@@ -10,7 +10,7 @@ from schemas.manifest import Manifest, ManifestRow
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.results import BundleSpec
-from schemas.specs import SideNetworkSpec
+from schemas.specs import FinetuneSpec, SideNetworkSpec
 from stages.evaluate.curves import reliability, roc_curves
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions
@@ -81,12 +81,13 @@ def some_predictions(classes: tuple[str, ...], n: int = 40) -> Predictions:
     return Predictions(classes, rows, (p / p.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def render(predictions: Predictions, **keywords: object) -> str:
+def render(predictions: Predictions, spec: BundleSpec | None = None, **keywords: object) -> str:
     manifest = Manifest(classes=predictions.classes, rows=predictions.rows)
     groups = [row.group for row in predictions.rows]
     metrics = compute_metrics(predictions.labels, predictions.probabilities, predictions.classes, groups=groups)
     metrics = metrics.model_copy(update={"unit": "groups"})
-    return render_report(metrics, predictions, manifest, bundle_spec(predictions.classes), **keywords)  # type: ignore[arg-type]
+    spec = bundle_spec(predictions.classes) if spec is None else spec
+    return render_report(metrics, predictions, manifest, spec, **keywords)  # type: ignore[arg-type]
 
 
 def write_curves(folder: Path) -> None:
@@ -124,6 +125,20 @@ def test_report_says_what_is_judged_and_how_it_was_trained() -> None:
     for said in ("test split", "40 images of 20 groups", "12,345", bundle_spec(("a", "b", "c")).features.fingerprint):
         assert said in text
     assert "Training</h2>" not in text
+
+
+@pytest.mark.parametrize("hidden", [None, 1])
+def test_the_recipe_lists_only_what_the_model_reads(hidden: int | None) -> None:
+    predictions = some_predictions(("a", "b"))
+    network = FinetuneSpec(
+        classes=2, lpm="vit", image_size=64, depth=2, first_block=1, everything=False, hidden=hidden
+    )  # fmt: skip
+    spec = bundle_spec(("a", "b"))
+    frozen, tuned = render(predictions, spec), render(predictions, spec.model_copy(update={"network": network}))
+    for name, cached in (("Tapped blocks", False), ("Type of the features", True), ("Feature fingerprint", True)):
+        assert name in frozen
+        assert (name in tuned) == (cached and hidden is not None)
+    assert "vit, frozen:" in frozen and "vit, fine-tuned:" in tuned
 
 
 def test_same_predictions_same_report() -> None:

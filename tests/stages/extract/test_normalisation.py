@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import command_line
 from PIL import Image
-from study import Study, make_images, make_study
+from study import Study, make_images, make_study, predict
 
 from pipeline.params import dump_settings
 from schemas.errors import CacheMismatchError, DataError, UnreadableImagesError
@@ -29,7 +29,6 @@ from stages.extract.plan import plan_extraction, requested_spec
 from stages.extract.precision import stored_precision
 from stages.extract.resize import without_padding
 from stages.lpm.loading import load_lpm
-from stages.predict import predict
 from stages.store.layout import open_store_layout
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
@@ -214,7 +213,7 @@ def test_a_study_trains_and_predicts_with_them(tmp_path: Path, features: dict[st
     assert spec.lpm.mean != study.lpm.mean
     assert spec.filter == features.get("filter")
     paths = [study.root / "images" / name for name in expected]
-    rows = predict(tmp_path / "out/model", paths, study.settings.lpm, study.root, "cpu")
+    rows = predict(tmp_path / "out/model", paths, study.settings.lpm, study.root)
     for row, p in zip(rows, expected.values(), strict=True):
         assert row.error is None
         assert row.probabilities is not None
@@ -235,7 +234,7 @@ def test_fine_tuning_reads_images_that_are_normalised_by_them(tmp_path: Path, so
     evaluate(files, folder / "model", folder / "evaluation", "test")
     found = read_predictions(folder / "evaluation/predictions.parquet")
     paths = [study.root / "images" / row.path for row in found.rows]
-    rows = predict(folder / "model", paths, study.settings.lpm, study.root, "cpu")
+    rows = predict(folder / "model", paths, study.settings.lpm, study.root)
     for row, p in zip(rows, found.probabilities, strict=True):
         assert row.probabilities is not None
         np.testing.assert_allclose(list(row.probabilities.values()), p, atol=1e-3)

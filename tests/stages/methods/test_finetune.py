@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import Study, make_study
+from study import Study, make_study, predict
 
+from schemas.base import digest
+from schemas.errors import CacheIncompleteError, UnsupportedModelError
 from schemas.results import TrainResult
 from schemas.settings import LpmSettings
+from schemas.specs import FinetuneSpec
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.lpm.loading import load_lpm
-from stages.predict import predict
+from stages.methods.finetune import METHOD
 from stages.train.bundle import load_bundle
 from stages.train.trainer import train
 
@@ -81,7 +85,7 @@ def test_evaluation_and_prediction_agree(tmp_path: Path, source: str) -> None:
     evaluate(files, tmp_path / "model", tmp_path / "evaluation")
     table = read_predictions(tmp_path / "evaluation/predictions.parquet")
     paths = [tmp_path / "images" / row.path for row in table.rows]
-    predicted = predict(tmp_path / "model", paths, study.settings.lpm, tmp_path, "cpu")
+    predicted = predict(tmp_path / "model", paths, study.settings.lpm, tmp_path)
     probabilities = np.array([list((row.probabilities or {}).values()) for row in predicted])
     np.testing.assert_allclose(probabilities, table.probabilities, atol=1e-4)
 
@@ -110,3 +114,20 @@ def test_training_on_cached_features_imports_neither_pillow_nor_code_of_the_lpm(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_without_an_extraction_the_message_names_both_ways(tmp_path: Path) -> None:
+    study = study_at(tmp_path, "hidden")
+    with pytest.raises(CacheIncompleteError, match=r"fpt extract.*methods\.finetune\.source=image"):
+        train(study.settings, study.files(None), tmp_path / "model", tmp_path / "checkpoints")
+
+
+def test_a_model_that_a_bundle_could_not_rebuild_is_refused() -> None:
+    spec = FinetuneSpec(
+        classes=2, lpm="", image_size=64, depth=6, first_block=4, everything=False, hidden=None
+    )  # fmt: skip
+    for args, accepted in (({}, True), ({"embed_dim": 32}, False)):
+        content = digest({"architecture": "test_vit", "args": args})[:8]
+        named = spec.model_copy(update={"lpm": f"local-dir:test_vit@{content}"})
+        with nullcontext() if accepted else pytest.raises(UnsupportedModelError, match="model_args"):
+            METHOD.build(named)

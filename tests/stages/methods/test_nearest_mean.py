@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestCentroid
-from study import make_study
+from study import make_study, predict
 
 from schemas.errors import TrainingError
 from schemas.tasks import Task
@@ -16,7 +16,6 @@ from stages.evaluate.evaluator import evaluate
 from stages.methods.base import FitInputs
 from stages.methods.fit_rows import FitRows
 from stages.methods.nearest_mean import METHOD
-from stages.predict import predict
 from stages.train.bundle import load_bundle
 from stages.train.trainer import train
 
@@ -65,5 +64,5 @@ def test_it_is_trained_evaluated_and_predicts_like_every_method(tmp_path: Path) 
     assert metrics.accuracy > 0.8
     assert "nearest class mean" in (tmp_path / "evaluation/report.html").read_text()
     image = next((tmp_path / "images/stripe").iterdir())
-    row = predict(tmp_path / "model", [image], study.settings.lpm, tmp_path, "cpu")[0]
+    row = predict(tmp_path / "model", [image], study.settings.lpm, tmp_path)[0]
     assert row.predicted in load_bundle(tmp_path / "model").spec.classes

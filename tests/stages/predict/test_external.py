@@ -18,7 +18,7 @@ from schemas.settings import DataSettings
 from stages.evaluate.compare import compare
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.predict.external import ExternalResult, evaluate_external
+from stages.predict.external import ExternalContext, ExternalResult, evaluate_external
 from stages.train.trainer import train
 
 
@@ -50,15 +50,9 @@ def others(tmp_path: Path) -> Path:
 
 def run(trained: Trained, images: Path, output: Path, cache: Path | None = None, **data: Any) -> ExternalResult:
     study = trained.study
-    return evaluate_external(
-        trained.model,
-        DataSettings(images=str(images), **data),
-        study.root,
-        output,
-        lpm=study.settings.lpm,
-        cache_root=study.cache if cache is None else cache,
-        study=study.manifest,
-    )
+    cache = study.cache if cache is None else cache
+    context = ExternalContext(study.root, study.settings.lpm, cache, study.manifest)
+    return evaluate_external(trained.model, DataSettings(images=str(images), **data), output, context)
 
 
 def test_results_are_those_of_an_evaluation(trained: Trained, others: Path, tmp_path: Path) -> None:
@@ -105,7 +99,7 @@ def test_the_lpm_is_needed_only_for_images_without_features(trained: Trained, ot
 
     def without(images: Path) -> ExternalResult:
         data = DataSettings(images=str(images))
-        return evaluate_external(trained.model, data, study.root, tmp_path / "out", lpm=gone, cache_root=study.cache)
+        return evaluate_external(trained.model, data, tmp_path / "out", ExternalContext(study.root, gone, study.cache))
 
     assert without(study.root / "images").cached == 24
     with pytest.raises(WeightsError):

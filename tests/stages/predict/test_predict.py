@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study import Study, make_images, make_study, save_weights
+from study import Study, make_images, make_study, predict, save_weights
 
 from schemas.errors import BundleError, CacheMismatchError, DataError, WeightsError
 from schemas.results import Prediction
 from schemas.settings import DataSettings
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
-from stages.predict import predict, predictions_csv, write_predictions_table
+from stages.predict import predictions_csv, write_predictions_table
 from stages.predict.inputs import find_images
 from stages.train.trainer import train
 
@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def run(trained: Trained, images: list[Path], **keywords: object) -> list[Prediction]:
     study = trained.study
-    return predict(trained.model, images, study.settings.lpm, study.root, "cpu", **keywords)  # type: ignore[arg-type]
+    return predict(trained.model, images, study.settings.lpm, study.root, **keywords)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_other_weights_are_refused(trained: Trained) -> None:
     save_weights(study.root / "other.safetensors", seed=1)
     lpm = study.settings.lpm.model_copy(update={"weights": "other.safetensors"})
     with pytest.raises(WeightsError, match="sha256"):
-        predict(trained.model, [], lpm, study.root, "cpu")
+        predict(trained.model, [], lpm, study.root)
 
 
 def test_another_model_is_refused(trained: Trained) -> None:
     study = trained.study
     lpm = study.settings.lpm.model_copy(update={"name": "test_vit2"})
     with pytest.raises(CacheMismatchError, match=r"lpm\.name"):
-        predict(trained.model, [], lpm, study.root, "cpu")
+        predict(trained.model, [], lpm, study.root)
 
 
 def test_the_side_network_alone_needs_no_weights(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_damaged_bundle_is_refused(trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(trained.model, tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"no")
     with pytest.raises(BundleError):
-        predict(tmp_path / "model", [], trained.study.settings.lpm, trained.study.root, "cpu")
+        predict(tmp_path / "model", [], trained.study.settings.lpm, trained.study.root)
 
 
 def test_csv_has_a_row_an_image(tmp_path: Path) -> None:

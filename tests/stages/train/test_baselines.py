@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study import Study, make_study, train_study
+from study import Study, make_study, predict, train_study
 
 from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
 from schemas.methods import METHODS, Method
@@ -21,7 +21,6 @@ from stages.lpm.loading import describe_lpm
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.base import ClosedFormMethod, GradientMethod, method_of
 from stages.methods.batch import Batch
-from stages.predict import predict
 from stages.store.reader import open_store
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.cost import estimate_cost
@@ -55,7 +54,7 @@ def test_a_baseline_learns_and_predicts_what_it_is_judged_by(tmp_path: Path, met
     assert table.model is not None
     assert (table.model.method, table.model.weights_sha256) == (method, spec.weights_sha256)
     images = [tmp_path / "images" / row.path for row in table.rows]
-    rows = predict(tmp_path / "model", images, study.settings.lpm, study.root, "cpu", batch_size=3)
+    rows = predict(tmp_path / "model", images, study.settings.lpm, study.root, batch_size=3)
     for row, expected in zip(rows, table.probabilities, strict=True):
         assert row.probabilities is not None
         np.testing.assert_allclose(list(row.probabilities.values()), expected, atol=2e-3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
-from study import Study, make_study
+from study import Study, make_study, predict
 from task_studies import GRADES, LABELS, task_study
 from torch.nn import functional as F
 
@@ -28,7 +28,6 @@ from stages.evaluate.predictions import read_predictions
 from stages.methods import statistics
 from stages.methods.fpt_x import Ensemble
 from stages.methods.statistics import fit_statistics
-from stages.predict import predict
 from stages.scores import probabilities
 from stages.store.reader import open_store
 from stages.train import gradient, loop
@@ -61,7 +60,7 @@ def predicted_again(study: Study, output: str = "run") -> None:
     """`predict` says of the test images what `evaluate` said."""
     table = read_predictions(study.root / output / "evaluation/predictions.parquet")
     images = [study.root / "images" / row.path for row in table.rows]
-    rows = predict(study.root / output / "model", images, study.settings.lpm, study.root, "cpu", batch_size=5)
+    rows = predict(study.root / output / "model", images, study.settings.lpm, study.root, batch_size=5)
     for row, expected in zip(rows, table.probabilities, strict=True):
         assert row.probabilities is not None
         np.testing.assert_allclose(list(row.probabilities.values()), expected, atol=5e-3)
@@ -228,10 +227,8 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
         evaluate(study.files(receipt, manifest=plain), tmp_path / "run/model", tmp_path / "x")
     image = [tmp_path / "images/000.png"]
     with pytest.raises(BundleError, match=r"trained for ordinal; data\.task is multiclass"):
-        predict(
-            tmp_path / "run/model", image, study.settings.lpm, tmp_path, "cpu", data=DataSettings(task="multiclass")
-        )
-    assert predict(tmp_path / "run/model", image, study.settings.lpm, tmp_path, "cpu", data=DataSettings())
+        predict(tmp_path / "run/model", image, study.settings.lpm, tmp_path, data=DataSettings(task="multiclass"))
+    assert predict(tmp_path / "run/model", image, study.settings.lpm, tmp_path, data=DataSettings())
     with pytest.raises(SettingsError, match=r"prepared for ordinal(.|\n)*fpt prepare"):
         run(study, receipt, settings=study.changed(data={"task": "multiclass"}))
 
