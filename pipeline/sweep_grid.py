@@ -30,10 +30,10 @@ class Range:
     high: float
     """Highest."""
     whole: bool
-    """Whether both ends were written as whole numbers: then every value is one."""
+    """Whether both ends were written as integers: then every value is one."""
 
     def at(self, share: float) -> str:
-        """The value at a share of the way, log-uniform; uniform for whole numbers and for a range from 0.
+        """The value at a share of the way, log-uniform; uniform for integers and for a range from 0.
 
         Three significant digits: a name that can be read and typed again.
         """

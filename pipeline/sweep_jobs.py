@@ -1,4 +1,4 @@
-"""The runs of a sweep: which there are, training what is not finished, judging what is not judged."""
+"""Runs of a sweep: plan them, train the unfinished ones, and evaluate them."""
 
 from __future__ import annotations
 

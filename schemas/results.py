@@ -1,4 +1,4 @@
-"""What stage two and its judges hand over: the model bundle, metrics, and the cost report."""
+"""Results of stage two: the model bundle, metrics, and the cost report."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Metrics(Contract):
     """Rows: label; columns: prediction; in the order of the classes. Multi-label: of each label its true negatives,
     false positives, false negatives and true positives."""
     task: Task = "multiclass"
-    """What was judged."""
+    """Kind of the labels."""
     average_precision: float | None = None
     """Multi-label: area under the precision-recall curve, macro."""
     f1_micro: float | None = None
@@ -224,8 +224,8 @@ class Prediction(Contract):
     path: str
     """As it was given."""
     predicted: str | None
-    """The predicted class; with several labels an image, those of a probability of at least 0.5, joined by `|`, maybe
-    none; null where the image cannot be used."""
+    """The predicted class; with several labels an image, those of a probability of at least 0.5, joined by `|`, or
+    an empty text; null where the image cannot be used."""
     probabilities: dict[str, float] | None
     """Class -> probability, in the order of the logits; null where the image cannot be used."""
     error: str | None

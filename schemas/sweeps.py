@@ -31,7 +31,7 @@ class RunRecord(Contract):
     val_loss: float
     """Validation loss of that epoch."""
     judged: bool = False
-    """Whether its evaluation is whole."""
+    """Whether its evaluation is complete."""
 
 
 class SweptRun(Contract):

@@ -55,7 +55,7 @@ def loss_weight(labels: torch.Tensor, task: Task, class_weights: torch.Tensor | 
 def plain_loss(
     logits: torch.Tensor, labels: torch.Tensor, task: Task = "multiclass", class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The weighted log-loss, by which runs with whatever training loss are judged."""
+    """Compute the weighted log-loss, which compares runs with different training losses."""
     return (label_loss if task == "multilabel" else class_loss)(logits, labels, class_weights)
 
 

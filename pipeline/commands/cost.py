@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from schemas.settings import Settings
 
 CLASSES = 2
-"""Assumed where neither a flag, nor the settings, nor a manifest says how many classes there are."""
+"""Number of classes if no flag, setting or manifest gives it."""
 
 
 def cost(
@@ -28,7 +28,7 @@ def cost(
     method: Annotated[str | None, typer.Option("--method", help=f"{TRAINED_METHODS}.", show_default=False)] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Of the cached features: float32, float16, int8, int4.", show_default=False),
+        typer.Option("--dtype", help="Dtype of the cached features: float32, float16, int8, int4.", show_default=False),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images per training step.", show_default=False)
@@ -86,9 +86,9 @@ def _show(report: CostReport) -> None:
         f"batch {report.batch_size}{parts}, {report.dtype}{again}",
         [
             ("Learnable parameters", f"{report.learnable:,}"),
-            ("Of full fine-tuning", f"{report.lpm_parameters:,} ({report.learnable_share:.2%} are learnable)"),
+            ("Full fine-tuning", f"{report.lpm_parameters:,} ({report.learnable_share:.2%} are learnable)"),
             ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB ({fixed})"),
-            ("Of full fine-tuning", f"{report.full_finetune_tensor_mib:,.1f} MiB ({memory:.2%} are needed)"),
+            ("Full fine-tuning", f"{report.full_finetune_tensor_mib:,.1f} MiB ({memory:.2%} are needed)"),
             ("PPE is the score times", f"{report.ppe_factor:.4f}"),
             ("PME is the score times", f"{report.pme_factor:.4f}"),
             ("Cache", f"{size(report.cache_bytes_per_image)} an image"),

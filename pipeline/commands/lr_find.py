@@ -29,8 +29,8 @@ def lr_find(
 ) -> None:
     """Train with several learning rates in one pass and name the one that the validation images prefer.
 
-    Whole trainings, not a ramp over one: what counts is the loss at the end. No test image is judged. A run that was
-    killed goes on where it was.
+    Trains to the end with each rate, since the final validation loss decides. Test images are not used. An interrupted
+    run continues where it stopped.
     """
     from pipeline.project import open_study
     from pipeline.sweep_jobs import Part, plan_jobs, train_jobs

@@ -47,7 +47,7 @@ def sweep(
             "--random", metavar="N", min=1, max=10_000, help="Draw N combinations instead of all.", show_default=False
         ),
     ] = None,
-    random_seed: Annotated[int, typer.Option("--random-seed", help="Of the draws.")] = 0,
+    random_seed: Annotated[int, typer.Option("--random-seed", help="Random seed of --random.")] = 0,
     splits: Annotated[
         int | None,
         typer.Option(

@@ -110,7 +110,7 @@ def _mistakes_note(shown: int, total: int, several: bool) -> str:
 def _reliability_note(several: bool) -> str:
     if several:
         return (
-            "Of each label and image, the probability against how often the label is there. At the foot, the number of "
+            "For every image and label: predicted probability against observed frequency. At the foot, the number of "
             "pairs of image and label in each dot. Below the diagonal: over-confident."
         )
     return (

@@ -40,7 +40,7 @@ class Classifier:
     data: DataSettings
     """Limits of an image's size."""
     device: torch.device
-    """Of both networks."""
+    """Device of both networks."""
 
     def probabilities(
         self, images: Sequence[Path | Image.Image], batch_size: int, progress: Progress | None = None
