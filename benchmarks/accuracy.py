@@ -1,256 +1,299 @@
-"""Measure the accuracy cost of compressed features: the same features as float32, float16, int8 and int4.
+"""Compare recipes by cross-validation on several data sets, finely enough to see a difference of 0.005 in AUC.
 
-    python benchmarks/accuracy.py STUDY                     e.g. a folder with params.yaml and real images
-    python benchmarks/accuracy.py STUDY --seeds 3 --set train.lr=1e-3 --json result.json
+    python benchmarks/accuracy.py DATA... --recipe statistics --recipe linear --work DIR
+    python benchmarks/accuracy.py DATA... --recipe fpt-x --recipes FILE.yaml --work DIR --repeats 2 --json result.json
 
-The LPM runs at most once, for the float32 store in the cache of the study. All other stores are encoded from it with
-the code of `fpt extract`, in a temporary folder that is removed at the end. The side network is then trained from each
-store with the same seeds. Only the cache of the study is written to.
+DATA are folders with `images/` and `labels.csv` (columns path, label, patient). A file of recipes maps names to
+`{method: fpt+, set: [train.lr=1e-3], features: [ratio=0.4], seeds: 3}`; all but `method` may be left out.
 
-Prints the test AUC of each seed and its mean, the relative L2 error of keys and values, bytes per image on disk, and
-images per second for shuffled batches with a warm page cache (medians of alternate rounds, one process).
+Features are extracted once per distinct settings, into a cache below DIR. Every image is tested once per repeat; folds
+are drawn by patient and are the same for all recipes. Finished runs are files below DIR: with the same settings, split,
+seed and features they are read, not trained again, so that a killed bench continues.
+
+Prints a table per data set, and the difference of each recipe to the reference, averaged over data sets, with a 95%
+interval by bootstrap over patients. docs/accuracy-bench.md explains how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
-import tempfile
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
+from accuracy_runs import DataSet, Prepared, Run, finish, open_data, plan_folds, prepare_recipe, read_recipes
+from sklearn.metrics import log_loss
 
-from pipeline.project import Study, open_study
-from schemas.features import ExtractionReceipt, FeatureSpec
-from schemas.manifest import Manifest
-from schemas.resolved import ResolvedSettings
-from schemas.settings import FeatureDtype
-from stages.evaluate.evaluator import probabilities
-from stages.extract.extractor import ExtractionJob, extract
-from stages.manifest import read_manifest
-from stages.prepare import prepare
-from stages.scores import macro_auc
-from stages.store.layout import CACHED, array_layouts, create_store
-from stages.store.quantise import dequantise, encode
-from stages.store.reader import StoreReader, open_store, read_receipt, receipt_digest
-from stages.store.writer import claim_shard, write_shard
-from stages.train.bundle import load_bundle
-from stages.train.infer import source_logits
-from stages.train.inputs import StudyFiles
-from stages.train.trainer import train
+from pipeline.console import print_error, say, show, show_table
+from pipeline.project import CACHE_VARIABLE
+from schemas.errors import EvaluationError, FptError, SettingsError
+from schemas.settings import FeatureSettings, LpmSettings
+from stages.evaluate.bootstrap import group_draws, weighted_auc
+from stages.evaluate.metrics import compute_metrics
+from stages.tasks import positives, scored_columns
 
-TOLERANCE = 0.003
-"""Largest loss of mean AUC at which a smaller dtype may be the default."""
-BATCH = 16
-ROUNDS = 5
+TOLERANCE = 0.005
+"""Largest loss of mean AUC on a single data set with which a recipe may be adopted."""
+RULE = f"adopt: the 95% interval of the pooled difference lies above zero, and no data set loses more than {TOLERANCE}."
+BATCHES = 2
+"""Calls of `group_draws`, each of 1000 bootstrap samples."""
+
+Floats = npt.NDArray[np.float64]
 
 
-def main() -> None:
-    """Parse the arguments, measure, and print the results."""
+@dataclass(frozen=True)
+class Tested:
+    """Predictions of a recipe for the test images of one fold, averaged over seeds."""
+
+    classes: tuple[str, ...]
+    """Class names."""
+    rows: tuple[str, ...]
+    """Paths of the n images."""
+    labels: npt.NDArray[np.int64]
+    """(n,) class indices."""
+    patients: tuple[str, ...]
+    """Patient of each image."""
+    probabilities: Floats
+    """(n, classes)."""
+
+    def auc(self, weights: Floats) -> Floats:
+        """Return the macro one-vs-rest AUC (r,) for weights (n, r) of the images, NaN without an image of a class."""
+        classes = len(self.classes)
+        positive = positives(self.labels, classes)
+        columns = scored_columns(self.labels, classes)
+        values = [weighted_auc(positive[:, at], self.probabilities[:, at], weights) for at in columns]
+        return np.asarray(np.mean(values, axis=0))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A recipe on a data set."""
+
+    folds: tuple[Tested, ...]
+    """Folds of all repeats."""
+    auc: float
+    """Mean over folds."""
+    figures: dict[str, Any]
+    """Everything in the table, as in the JSON file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the arguments, train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of params.yaml")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings per store")
-    parser.add_argument("--dtypes", nargs="+", default=list(get_args(FeatureDtype)), choices=get_args(FeatureDtype))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of params.yaml")
-    parser.add_argument("--work", type=Path, help="folder for the temporary stores; default: the system's")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
-    arguments = parser.parse_args()
-    float32 = ["features.dtype=float32", "features.codec=none", "features.bitround=null"]
-    study = open_study(arguments.study / "params.yaml", [*arguments.set, *float32])
-    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        result = measure(study, Path(work), arguments.dtypes, arguments.seeds)
-    show(result)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="folder with images/ and labels.csv")
+    parser.add_argument("--recipes", type=Path, metavar="FILE.yaml", help="recipes by name")
+    parser.add_argument("--recipe", action="append", default=[], metavar="NAME", help="built-in recipe; repeatable")
+    parser.add_argument("--reference", metavar="NAME", help="recipe to compare with; default: the first one")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the cache and of the runs")
+    parser.add_argument("--splits", type=int, default=5, help="folds of a cross-validation")
+    parser.add_argument("--repeats", type=int, default=1, help="cross-validations, each with other folds")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of the LPM; default: the hub")
+    parser.add_argument("--lpm", default=LpmSettings().name, metavar="NAME", help="name of the LPM")
+    parser.add_argument("--image-size", type=int, default=FeatureSettings().image_size, help="input of the LPM")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here, too")
+    options = parser.parse_args(arguments)
+    try:
+        result = bench(options)
+    except FptError as error:
+        print_error(str(error))
+        raise SystemExit(1) from None
+    report(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(study: Study, work: Path, dtypes: list[str], seeds: int) -> dict[str, Any]:
-    """Encode, train from and read each dtype."""
-    manifest = find_manifest(study, work)
-    say(f"{study.lpm.name}, {study.settings.method}: float32 features of {len(manifest.ids())} images")
-    exact = extract(ExtractionJob(study.settings, study.root, study.cache, manifest, work / "float32"), print_progress)
-    forms: dict[str, dict[str, Any]] = {}
-    stores: dict[str, tuple[Path, ExtractionReceipt]] = {}
-    for dtype in dtypes:
-        if dtype == "float32":
-            stores[dtype] = (study.cache, exact)
-        else:
-            stores[dtype] = (work / "cache", encode_again(study.cache, exact, work / "cache", dtype))
-        forms[dtype] = {
-            "bytes_an_image": bytes_an_image(*stores[dtype]),
-            "errors": errors(study.cache, exact, *stores[dtype]),
-        }
-    speeds = read_speeds(stores)
-    for dtype in dtypes:
-        forms[dtype]["images_a_second"] = speeds[dtype]
-        forms[dtype]["auc"] = []
-        for seed in range(seeds):
-            settings = with_keys(study.settings, dtype, seed)
-            auc = train_and_test(study, settings, manifest, *stores[dtype], work / f"{dtype}-{seed}")
-            forms[dtype]["auc"].append(auc)
-            say(f"{dtype}, seed {seed}: test AUC {auc:.4f}")
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every recipe on every data set, and compare them."""
+    recipes = read_recipes(options.recipes, options.recipe)
+    reference = options.reference or next(iter(recipes))
+    names = [folder.absolute().name for folder in options.data]
+    if reference not in recipes:
+        raise SettingsError(f"The reference {reference} is no recipe.", repair=f"Use {', '.join(recipes)}.")
+    if options.splits < 2 or options.repeats < 1:
+        raise SettingsError("A cross-validation needs at least two folds and one repeat.")
+    if len(set(names)) < len(names):
+        raise SettingsError("Two folders of data have the same name, which names their results.")
+    # One cache for all data sets and recipes, whatever cache the user has.
+    os.environ[CACHE_VARIABLE] = str((options.work / "cache").absolute())
+    weights = {} if options.weights is None else {"weights": str(options.weights.absolute())}
+    work, lpm = options.work.absolute(), {"name": options.lpm, **weights}
+    prepared: dict[str, dict[str, Prepared]] = {}
+    for folder in options.data:
+        data: DataSet = open_data(folder.absolute(), work, lpm, options.image_size)
+        # All features first: a recipe that cannot run is found before anything is trained.
+        prepared[data.name] = {name: prepare_recipe(recipe, data) for name, recipe in recipes.items()}
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    trained = read = 0
+    for data_name, ready in prepared.items():
+        outcomes[data_name] = {}
+        for name, one in ready.items():
+            runs, new = run_recipe(f"{data_name}, {name}", one, options.splits, options.repeats)
+            trained, read = trained + new, read + len(runs) - new
+            outcomes[data_name][name] = summarise(runs, one.bytes_per_image)
     return {
-        "study": study.root.name,
-        "lpm": study.lpm.name,
-        "image_size": study.lpm.image_size,
-        "method": study.settings.method,
-        "epochs": study.settings.train.epochs,
-        "lr": study.settings.train.lr,
-        "images": {split: len(list(manifest.of(split))) for split in ("train", "val", "test")},
-        "dtypes": forms,
+        "reference": reference,
+        "rule": RULE,
+        "trained": trained,
+        "read": read,
+        "data": {data: {name: one.figures for name, one in of.items()} for data, of in outcomes.items()},
+        "differences": compare(outcomes, reference),
     }
 
 
-def find_manifest(study: Study, work: Path) -> Manifest:
-    """Read the manifest of the study, or prepare one."""
-    if study.manifest.exists():
-        return read_manifest(study.manifest)
-    prepare(study.settings.data, study.root, work / "manifest")
-    return read_manifest(work / "manifest" / "manifest.parquet")
+def run_recipe(title: str, prepared: Prepared, splits: int, repeats: int) -> tuple[list[Run], int]:
+    """Train or read all runs of a recipe; return them with the number of trained ones."""
+    runs: list[Run] = []
+    trained = 0
+    for fold in plan_folds(prepared, splits, repeats):
+        finished, new = finish(prepared, fold)
+        runs += finished
+        trained += new
+        if new:
+            took = statistics.mean(run.seconds for run in finished)
+            say(f"{title}: fold {fold.number + 1} of {splits}, repeat {fold.repeat + 1} of {repeats}, {took:.1f} s")
+    return runs, trained
 
 
-def encode_again(cache: Path, receipt: ExtractionReceipt, target: Path, dtype: str) -> ExtractionReceipt:
-    """Convert the float32 store to another dtype, with the result of `extract` but without running the LPM."""
-    spec = FeatureSpec.model_validate({**receipt.spec.model_dump(), "dtype": dtype})
-    reader = open_store(cache, receipt)
-    shards: dict[str, str] = {}
-    try:
-        store = create_store(target, spec, reader.store.shard_size)
-        for number in receipt.shards:
-            ids = read_receipt(reader.store, int(number)).rows
-            rows = reader.read(ids, ["keys", "values", "indices", "pooled", "side"])
-            codes = encode(torch.from_numpy(rows.pop("keys")), torch.from_numpy(rows.pop("values")), spec)
-            rows.update({name: array.numpy() for name, array in codes.items()})
-            with claim_shard(store) as shard:
-                shards[str(shard)] = receipt_digest(write_shard(store, shard, ids, rows, 0.0))
-    finally:
-        reader.close()
-    return receipt.model_copy(update={"fingerprint": spec.fingerprint, "spec": spec, "shards": shards})
+def average_seeds(runs: Sequence[Run]) -> tuple[Tested, ...]:
+    """Return the folds of some runs, with the probabilities averaged over seeds."""
+    folds: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        folds.setdefault((run.repeat, run.fold), []).append(run)
+    tested = []
+    for seeds in folds.values():
+        first = seeds[0]
+        labels = np.array([first.classes.index(label) for label in first.labels], dtype=np.int64)
+        mean = np.mean([run.probabilities for run in seeds], axis=0)
+        tested.append(Tested(first.classes, first.rows, labels, first.patients, mean))
+    return tuple(tested)
 
 
-def bytes_an_image(cache: Path, receipt: ExtractionReceipt) -> float:
-    """Return the size on disk, including checksums and shard indices."""
-    reader = open_store(cache, receipt)
-    receipts = [read_receipt(reader.store, int(number)) for number in receipt.shards]
-    reader.close()
-    return sum(file.bytes for one in receipts for file in one.files.values()) / sum(len(one.rows) for one in receipts)
+def mean_auc(folds: Sequence[Tested]) -> float:
+    """Return the mean AUC of some folds."""
+    return float(np.mean([fold.auc(np.ones((len(fold.rows), 1))) for fold in folds]))
 
 
-def errors(cache: Path, exact: ExtractionReceipt, other: Path, receipt: ExtractionReceipt) -> list[float]:
-    """Return the relative L2 errors of keys and of values over some images."""
-    readers = open_store(cache, exact), open_store(other, receipt)
-    ids = some_ids(readers[0], exact)[:32]
-    true = readers[0].read(ids, ["keys", "values"])
-    found = dequantise(readers[1].read(ids, cached_names(receipt.spec)), receipt.spec)
-    for reader in readers:
-        reader.close()
-    return [
-        float(np.linalg.norm((x - true[name]).ravel()) / np.linalg.norm(true[name].ravel()))
-        for name, x in zip(("keys", "values"), found, strict=True)
-    ]
+def summarise(runs: Sequence[Run], bytes_per_image: float) -> Outcome:
+    """Compute the figures of a recipe on a data set.
 
-
-def read_speeds(stores: dict[str, tuple[Path, ExtractionReceipt]]) -> dict[str, float]:
-    """Return images per second for reading keys, values, their scales and side images in shuffled batches."""
-    readers = {dtype: open_store(*place) for dtype, place in stores.items()}
-    seconds: dict[str, list[float]] = {dtype: [] for dtype in stores}
-    count = 0
-    for turn in range(ROUNDS + 1):
-        for dtype, (_, receipt) in stores.items():
-            reader, names = readers[dtype], [*cached_names(receipt.spec), "side"]
-            ids = some_ids(reader, receipt, seed=turn)[: 8 * BATCH]
-            batches = [ids[first : first + BATCH] for first in range(0, len(ids), BATCH)]
-            # Buffers are allocated and chunks verified first, as in all epochs but the first.
-            buffers = reader.read(batches[0], names)
-            for batch in batches:
-                reader.read(batch, names, buffers)
-            start = time.perf_counter()
-            for batch in batches:
-                reader.read(batch, names, buffers)
-            if turn:
-                seconds[dtype].append(time.perf_counter() - start)
-            count = len(ids)
-    for reader in readers.values():
-        reader.close()
-    return {dtype: round(count / statistics.median(times), 1) for dtype, times in seconds.items()}
-
-
-def some_ids(reader: StoreReader, receipt: ExtractionReceipt, seed: int = 0) -> list[str]:
-    """Return the image ids of a store, shuffled."""
-    ids = sorted(id_ for number in receipt.shards for id_ in read_receipt(reader.store, int(number)).rows)
-    return [ids[place] for place in np.random.default_rng(seed).permutation(len(ids))]
-
-
-def cached_names(spec: FeatureSpec) -> list[str]:
-    """Return the names of the arrays with keys and values."""
-    return [name for name in array_layouts(spec) if name in CACHED]
-
-
-def with_keys(settings: ResolvedSettings, dtype: str, seed: int) -> ResolvedSettings:
-    """Return the settings of one training run."""
-    features = settings.features.model_copy(update={"dtype": dtype})
-    return settings.model_copy(update={"features": features, "train": settings.train.model_copy(update={"seed": seed})})
-
-
-def train_and_test(
-    study: Study,
-    settings: ResolvedSettings,
-    manifest: Manifest,
-    cache: Path,
-    receipt: ExtractionReceipt,
-    output: Path,
-) -> float:
-    """Train, and return the test AUC of the best epoch."""
-    train(settings, StudyFiles(manifest, study.lpm, receipt, cache), output, output / "checkpoints")
-    rows = list(manifest.of("test"))
-    reader = open_store(cache, receipt)
-    logits = source_logits(load_bundle(output), reader, [row.id for row in rows])
-    reader.close()
-    labels = np.array([manifest.classes.index(row.label) for row in rows])
-    auc = macro_auc(labels, probabilities(logits).astype(np.float64))
-    if auc is None:
-        raise SystemExit(
-            "The AUC is undefined because the test split lacks a class. Raise data.test_share, or use more images."
+    The AUC is the mean over folds, because models of different folds are not calibrated to each other. The other
+    metrics need more images than a fold has: they are computed over all images of a repeat, and averaged over repeats.
+    """
+    folds = average_seeds(runs)
+    repeats: list[dict[str, float]] = []
+    for number in sorted({run.repeat for run in runs}):
+        members = average_seeds([run for run in runs if run.repeat == number])
+        labels = np.concatenate([fold.labels for fold in members])
+        p = np.concatenate([fold.probabilities for fold in members])
+        metrics = compute_metrics(labels, p, members[0].classes)
+        repeats.append(
+            {
+                "accuracy": metrics.accuracy,
+                "balanced_accuracy": metrics.balanced_accuracy,
+                "log_loss": float(log_loss(labels, p, labels=range(p.shape[1]))),
+                "ece": metrics.calibration_error,
+            }
         )
-    return auc
+    seeds = sorted({run.seed for run in runs})
+    of_seeds = [mean_auc(average_seeds([run for run in runs if run.seed == seed])) for seed in seeds]
+    auc = mean_auc(folds)
+    figures = {
+        "auc": auc,
+        "auc_of_seeds": of_seeds,
+        "auc_of_folds": [mean_auc([fold]) for fold in folds],
+        **{name: statistics.mean(one[name] for one in repeats) for name in repeats[0]},
+        "seconds": statistics.mean(run.seconds for run in runs),
+        "bytes_per_image": bytes_per_image,
+    }
+    return Outcome(folds, auc, figures)
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print a table, and the smallest dtype with acceptable accuracy."""
-    images = ", ".join(f"{count} {split}" for split, count in result["images"].items())
-    print(
-        f"{result['study']}: {result['method']} on {result['lpm']} at {result['image_size']}, {images} images, ", end=""
+def bootstrap(recipes: Mapping[str, Outcome], seed: int) -> dict[str, Floats]:
+    """Return the mean AUC over folds of each recipe under the same bootstrap samples of patients.
+
+    Folds in which a sample has no image of some class are left out, for all recipes alike.
+
+    Args:
+        recipes: Outcomes on one data set.
+        seed: Seed of the samples; every data set needs its own, or their samples would be correlated.
+    """
+    first = next(iter(recipes.values()))
+    patients = sorted({patient for fold in first.folds for patient in fold.patients})
+    place = {patient: number for number, patient in enumerate(patients)}
+    rows = [np.array([place[patient] for patient in fold.patients]) for fold in first.folds]
+    for name, outcome in recipes.items():
+        if [fold.rows for fold in outcome.folds] != [fold.rows for fold in first.folds]:
+            raise EvaluationError(f"{name} was tested on other folds than {next(iter(recipes))}.")
+    batches: dict[str, list[Floats]] = {name: [] for name in recipes}
+    seeds = range(BATCHES * seed, BATCHES * (seed + 1))
+    for drawn in itertools.chain.from_iterable(group_draws(patients, seed=each) for each in seeds):
+        for name, outcome in recipes.items():
+            aucs = [fold.auc(drawn[at]) for fold, at in zip(outcome.folds, rows, strict=True)]
+            batches[name].append(np.ma.masked_invalid(aucs).mean(axis=0).filled(np.nan))
+    return {name: np.concatenate([*batch, np.zeros(0)]) for name, batch in batches.items()}
+
+
+def compare(outcomes: Mapping[str, Mapping[str, Outcome]], reference: str) -> dict[str, dict[str, Any]]:
+    """Return the differences of each recipe to the reference: per data set, and their mean with its interval."""
+    samples = [bootstrap(of, seed) for seed, of in enumerate(outcomes.values())]
+    compared = {}
+    for name in samples[0]:
+        if name == reference:
+            continue
+        by_set = {data: of[name].auc - of[reference].auc for data, of in outcomes.items()}
+        drawn = np.mean([sample[name] - sample[reference] for sample in samples], axis=0)
+        finite = drawn[np.isfinite(drawn)]
+        interval = None
+        if len(finite) and len(finite) >= len(drawn) / 2:
+            low, high = np.percentile(finite, [2.5, 97.5])
+            interval = (float(low), float(high))
+        compared[name] = {
+            "by_set": by_set,
+            "mean": statistics.mean(by_set.values()),
+            "interval": interval,
+            "adopt": interval is not None and interval[0] > 0 and min(by_set.values()) >= -TOLERANCE,
+        }
+    return compared
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print a table per data set, and the table of differences with its rule."""
+    show(f"{result['trained']} runs were trained, {result['read']} were read.")
+    heads = ("recipe", "AUC", "sd of seeds", "accuracy", "balanced", "log loss", "ECE", "s per run", "bytes per image")
+    for data, recipes in result["data"].items():
+        show_table(data, heads, [[name, *cells(one)] for name, one in recipes.items()])
+    if not result["differences"]:
+        return
+    rows = []
+    for name, one in result["differences"].items():
+        interval = "-" if one["interval"] is None else " to ".join(f"{end:+.4f}" for end in one["interval"])
+        by_set = [f"{value:+.4f}" for value in one["by_set"].values()]
+        rows.append([name, *by_set, f"{one['mean']:+.4f}", interval, "adopt" if one["adopt"] else "-"])
+    show_table(
+        f"AUC minus that of {result['reference']}",
+        ("recipe", *result["data"], "pooled", "95% interval", "verdict"),
+        rows,
     )
-    print(f"{result['epochs']} epochs, lr {result['lr']}")
-    print(
-        f"{'dtype':8} {'mean AUC':>8} {'bytes/image':>12} {'images/s':>9} {'keys':>9} {'values':>9}  AUC of each seed"
-    )
-    means = {}
-    for dtype, form in result["dtypes"].items():
-        means[dtype] = statistics.mean(form["auc"])
-        error = " ".join(f"{100 * value:8.3f}%" for value in form["errors"])
-        each = " ".join(f"{auc:.4f}" for auc in form["auc"])
-        figures = f"{means[dtype]:8.4f} {form['bytes_an_image']:12,.0f} {form['images_a_second']:9,.1f}"
-        print(f"{dtype:8} {figures} {error}  {each}")
-    if "float32" in means:
-        good = [dtype for dtype in means if means[dtype] >= means["float32"] - TOLERANCE]
-        smallest = min(good, key=lambda dtype: result["dtypes"][dtype]["bytes_an_image"])
-        print(f"Smallest within {TOLERANCE} of float32: {smallest}")
+    show(result["rule"])
 
 
-def print_progress(progress: Any) -> None:
-    """Print progress about every hundredth image."""
-    if progress.done % 100 < 4:
-        say(f"  {progress.done} of {progress.total}")
-
-
-def say(line: str) -> None:
-    """Print a line without buffering."""
-    print(line, flush=True)
+def cells(figures: Mapping[str, Any]) -> list[str]:
+    """Format the figures of a recipe."""
+    seeds = figures["auc_of_seeds"]
+    return [
+        f"{figures['auc']:.4f}",
+        f"{statistics.stdev(seeds):.4f}" if len(seeds) > 1 else "-",
+        *(f"{figures[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "log_loss", "ece")),
+        f"{figures['seconds']:.1f}",
+        f"{figures['bytes_per_image']:,.0f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -64,10 +64,13 @@ class Variant:
 
 VARIANTS = (
     Variant("fpt+", {"method": "fpt+"}),
-    Variant("fpt+, no pooled outputs", {"method": "fpt+", "pooled": False}),
+    Variant("fpt+, no statistics", {"method": "fpt+", "statistics": False}),
+    Variant("fpt+, keys and values only", {"method": "fpt+", "statistics": False, "pooled": False}),
+    Variant("statistics only", {"method": "statistics", "tokens": False}),
     Variant("fpt", {"method": "fpt"}),
-    Variant("fpt, no pooled outputs", {"method": "fpt", "pooled": False}),
+    Variant("fpt, keys and values only", {"method": "fpt", "statistics": False, "pooled": False}),
     Variant("fpt+, bfloat16", {"method": "fpt+", "precision": "bfloat16"}),
+    Variant("fpt+, bfloat16, no statistics", {"method": "fpt+", "precision": "bfloat16", "statistics": False}),
 )
 
 

@@ -18,6 +18,7 @@ from schemas.settings import (
     Precision,
     ResizeFilter,
 )
+from schemas.statistics import ProbeRule, ProbeSource, Segment, grouped, segments
 from schemas.views import IDENTITY, ViewRow
 
 FEATURE_VERSION = 2
@@ -38,6 +39,7 @@ LATER_FIELDS: dict[str, Any] = {
     "filter": None,
     "normalisation": "lpm",
     "hidden": None,
+    "statistics": False,
 }
 """Fields added after the first stores, with the values of those stores: in a fingerprint only if they differ."""
 
@@ -67,6 +69,8 @@ class LpmInfo(Contract):
     """Per channel (RGB), of pixels in [0, 1]."""
     interpolation: ResizeFilter
     """Filter of the resize to the input."""
+    mlp_width: int | None = None
+    """Width of the activations in the MLP of a block; None: described by an earlier version."""
 
     @property
     def tokens(self) -> int:
@@ -91,11 +95,11 @@ class FeatureSpec(Contract):
     weights_sha256: str
     """Sha256 of the weights file."""
     layers: tuple[int, ...]
-    """Tapped blocks, ascending."""
+    """Tapped blocks, ascending; empty without cached tokens."""
     importance: Importance
     """Rule of importance."""
     kept: int
-    """T = int(ratio * N): tokens kept per head."""
+    """T = int(ratio * N): tokens kept per head; 0 without cached tokens."""
     dtype: FeatureDtype
     """Type of keys and values."""
     codec: FeatureCodec = "none"
@@ -116,12 +120,35 @@ class FeatureSpec(Contract):
     """Source of `lpm.mean` and `lpm.std`: the LPM's training, or the training images of a study."""
     hidden: int | None = None
     """Block whose input tokens, all N, are cached too; None: no block's."""
+    statistics: bool = False
+    """Whether token statistics of every block are cached (`segments`)."""
 
     @property
     def fingerprint(self) -> str:
         """Sha256 (hex) of the canonical JSON of all fields; the store is named by its first 16 characters."""
         fields = self.model_dump(mode="json")
+        if not self.statistics:
+            del fields["lpm"]["mlp_width"]  # Nothing else depends on it.
         return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Token statistics of a row, in their order; none without them."""
+        if not self.statistics:
+            return ()
+        lpm = self.lpm
+        return segments(lpm.depth, lpm.width, lpm.mlp_width or 0, lpm.has_class_token, self.layers)
+
+    @property
+    def described_width(self) -> int:
+        """Numbers of a row that closed forms are fitted to: pooled outputs, then token statistics."""
+        return (2 * self.lpm.width if self.pooled else 0) + (self.segments[-1].stop if self.segments else 0)
+
+    def probe_sources(self, rule: ProbeRule) -> tuple[ProbeSource, ...]:
+        """Return what the linear probes of an ensemble read, as spans of `described_width` numbers."""
+        first = 2 * self.lpm.width if self.pooled else 0
+        pooled = (ProbeSource(name="pooled outputs", spans=((0, first),)),) if first and rule in ("all", "kept") else ()
+        return pooled + grouped(self.segments, self.lpm.depth, self.lpm.has_class_token, rule, first)
 
     @property
     def resize_filter(self) -> ResizeFilter:
@@ -140,7 +167,8 @@ class FeatureSpec(Contract):
         return {
             name: (mine.get(name), theirs.get(name))
             for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
+            # The name of the LPM determines the width of its MLP.
+            if mine.get(name) != theirs.get(name) and name != "lpm.mlp_width"
         }
 
     @property
@@ -150,7 +178,12 @@ class FeatureSpec(Contract):
         per_layer = lpm.heads * (2 * _encoded_bytes(self.dtype, self.kept, lpm.head_dim) + 2 * self.kept)
         pooled = 2 * lpm.width * 4 if self.pooled else 0
         hidden = 0 if self.hidden is None else _encoded_bytes(self.dtype, lpm.tokens, lpm.width)
-        return len(self.layers) * per_layer + hidden + pooled + 3 * self.side_image_size**2 + 32
+        return len(self.layers) * per_layer + hidden + pooled + self.statistics_bytes + 3 * self.side_image_size**2 + 32
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the token statistics of one row, float16."""
+        return 2 * self.segments[-1].stop if self.segments else 0
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -301,6 +334,8 @@ class ExtractionPlan(Contract):
     """Rows that are not cached."""
     bytes_per_image: int
     """Size of one row."""
+    statistics_bytes: int = 0
+    """Size of its token statistics."""
     cache_bytes_by_dtype: dict[str, int]
     """Size of one row in each dtype."""
     bytes: int

@@ -16,16 +16,19 @@ from pydantic_core import PydanticCustomError
 
 from schemas.base import Section
 from schemas.specs import (
+    AlfSpec,
     AttentiveSpec,
     FinetuneSpec,
     Inputs,
     KnnSpec,
     LinearSpec,
+    LoffTaSpec,
     MethodSpec,
     PooledSpec,
     SideNetworkSpec,
     StatisticsSpec,
 )
+from schemas.statistics import ProbeRule
 
 if TYPE_CHECKING:
     from schemas.resolved import ResolvedSettings
@@ -49,9 +52,18 @@ class FinetuneSettings(Section):
         return 0 if self.blocks == "all" else max(0, depth - self.blocks)
 
 
+class AlfSettings(Section):
+    """Settings of alf."""
+
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout of the attention weights over blocks; the paper chooses among 0, 0.1 and 0.3."""
+
+
 class MethodSettings(Section):
     """Settings that only one method has."""
 
+    alf: AlfSettings = AlfSettings()
+    """Attentive layer fusion."""
     finetune: FinetuneSettings = FinetuneSettings()
     """Fine-tuning of the LPM."""
 
@@ -72,6 +84,10 @@ class Preset:
     """Ensemble weight of the linear probes."""
     keep: Literal["best", "late", "last"] = "best"
     """Epoch whose weights are kept."""
+    probes: ProbeRule = "all"
+    """What linear probes read."""
+    fits_shares: bool = False
+    """Whether validation images fit the ensemble weights; their values here are then the prior."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,10 @@ class MethodRow:
     """Values of "auto"."""
     any_layers: bool = False
     """Whether it takes the tapped layers that were extracted, whatever the settings name."""
+    adapts_lpm: bool = False
+    """Whether it trains weights of the LPM."""
+    images_setting: str = ""
+    """Setting with which it reads images instead of the feature store; empty: none."""
     resolve: Callable[[MethodSettings, int, int | None], tuple[MethodSettings, Problems]] | None = None
     """Replaces "auto" in its own settings, from them, the depth of the LPM and `features.hidden`."""
     added_inputs: Callable[[ResolvedSettings], Inputs] | None = None
@@ -123,7 +143,7 @@ FITTED_BY: frozenset[str] = frozenset({"class_weights"})
 
 
 def _side_inputs(settings: ResolvedSettings) -> Inputs:
-    return frozenset({"pooled"} if settings.train.probe_weight else ())
+    return frozenset({"pooled", "statistics"} if settings.train.probe_weight else ())
 
 
 def _resolve_finetune(methods: MethodSettings, depth: int, hidden: int | None) -> tuple[MethodSettings, Problems]:
@@ -146,6 +166,13 @@ def _resolve_finetune(methods: MethodSettings, depth: int, hidden: int | None) -
 def _finetune_inputs(settings: ResolvedSettings) -> Inputs:
     # "auto" became hidden or image when the settings were resolved.
     return frozenset({"hidden"} if settings.methods.finetune.source == "hidden" else {"image"})
+
+
+def _resolve_loff_ta(methods: MethodSettings, depth: int, hidden: int | None) -> tuple[MethodSettings, Problems]:
+    if hidden is not None:
+        return methods, []
+    reason = f"must be a block, such as {depth // 2}: loff-ta reads the cached tokens that enter it"
+    return methods, [("features.hidden", reason)]
 
 
 _FPT, _FPT_PLUS = "arXiv 2403.07576 (MICCAI 2024)", "arXiv 2408.02426 (TNNLS 2025)"
@@ -176,13 +203,25 @@ _ROWS = (
     MethodRow(
         name="fpt-x",
         title="FPT-X",
-        help="side networks of fpt+, attentive and linear probes, averaged",
+        help="side networks of fpt+ and linear probes of token statistics, averaged",
         paper="",
         module="fpt_family",
         spec=SideNetworkSpec,
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
-        preset=Preset(members=5, attentive=1, probe_weight=0.5, keep="late"),
+        preset=Preset(members=3, probe_weight=0.7, keep="late", fits_shares=True),
+        added_inputs=_side_inputs,
+    ),
+    MethodRow(
+        name="fpt-x-kept",
+        title="FPT-X of the kept tokens",
+        help="fpt-x as it was before token statistics: its linear probes read only the cached tokens",
+        paper="",
+        module="fpt_family",
+        spec=SideNetworkSpec,
+        inputs=frozenset({"tokens", "side"}),
+        trained_by="gradient",
+        preset=Preset(members=5, attentive=1, probe_weight=0.5, keep="late", probes="kept"),
         added_inputs=_side_inputs,
     ),
     MethodRow(
@@ -199,13 +238,34 @@ _ROWS = (
     MethodRow(
         name="statistics",
         title="statistics probe",
-        help="logistic regressions on mean and deviation of the tokens, layer by layer, averaged",
+        help="logistic regressions on statistics of all tokens, block by block, averaged",
         paper="",
         module="statistics",
         spec=StatisticsSpec,
         inputs=frozenset({"statistics", "pooled"}),
         trained_by="closed form",
-        any_layers=True,
+    ),
+    MethodRow(
+        name="covariance",
+        title="covariance probe",
+        help="logistic regressions on the covariance of all tokens, block by block, averaged",
+        paper="arXiv 2511.04190",
+        module="statistics",
+        spec=StatisticsSpec,
+        inputs=frozenset({"statistics"}),
+        trained_by="closed form",
+        preset=Preset(probes="covariance"),
+    ),
+    MethodRow(
+        name="all-block-linear",
+        title="all-block linear probe",
+        help="one logistic regression on class token and mean of every block",
+        paper="arXiv 2601.09322",
+        module="statistics",
+        spec=StatisticsSpec,
+        inputs=frozenset({"statistics"}),
+        trained_by="closed form",
+        preset=Preset(probes="every block"),
     ),
     MethodRow(
         name="linear",
@@ -249,6 +309,27 @@ _ROWS = (
         any_layers=True,
     ),
     MethodRow(
+        name="alf",
+        title="attentive layer fusion",
+        help="a learnable query on class token and mean of every block",
+        paper="arXiv 2601.09322 (ICML 2026)",
+        module="alf",
+        spec=AlfSpec,
+        inputs=frozenset({"statistics"}),
+        trained_by="gradient",
+    ),
+    MethodRow(
+        name="loff-ta",
+        title="LOFF-TA",
+        help="a small transformer on cached hidden tokens, which are augmented",
+        paper="arXiv 2410.02527 (NeurIPS 2024)",
+        module="loff_ta",
+        spec=LoffTaSpec,
+        inputs=frozenset({"hidden"}),
+        trained_by="gradient",
+        resolve=_resolve_loff_ta,
+    ),
+    MethodRow(
         name="finetune",
         title="fine-tuning",
         help="the last blocks of the LPM, or all of it, with a linear head; from hidden tokens or images",
@@ -257,6 +338,8 @@ _ROWS = (
         spec=FinetuneSpec,
         inputs=frozenset(),
         trained_by="gradient",
+        adapts_lpm=True,
+        images_setting="methods.finetune.source=image",
         resolve=_resolve_finetune,
         added_inputs=_finetune_inputs,
     ),

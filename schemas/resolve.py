@@ -43,8 +43,9 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     if row.resolve is not None:
         methods, method_problems = row.resolve(methods, lpm.depth, features.hidden)
         problems += method_problems
-    if not features.pooled and ensemble["probe_weight"]:
-        problems.append(("features.pooled", "must be true: linear probes read the pooled outputs"))
+    if not (features.pooled and features.statistics) and ensemble["probe_weight"]:
+        name = "statistics" if features.pooled else "pooled"
+        problems.append((f"features.{name}", "must be true: linear probes read pooled outputs and token statistics"))
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
@@ -90,9 +91,18 @@ def _misfits(settings: Settings, lpm: LpmInfo, last_layer: int) -> list[tuple[st
         problems.append(("features.layers", f"{blocks} (is {last_layer})"))
     if features.hidden is not None and features.hidden >= lpm.depth:
         problems.append(("features.hidden", f"{blocks} (is {features.hidden})"))
+    reads = METHODS[settings.method].inputs
+    if "tokens" in reads and not features.tokens:
+        problems.append(("features.tokens", f"must be true: {settings.method} reads cached tokens"))
+    if "statistics" in reads and not features.statistics:
+        problems.append(("features.statistics", f"must be true: {settings.method} reads token statistics"))
+    if features.statistics and lpm.mlp_width is None:
+        problems.append(("features.statistics", f"must be false: {lpm.name} has an MLP that is not supported"))
+    if not (features.tokens or features.statistics or features.pooled):
+        problems.append(("features.tokens", "must be true without features.statistics and features.pooled"))
     if features.importance == "class_token" and not lpm.has_class_token:
         problems.append(("features.importance", f"{lpm.name} has no class token; use global"))
-    if int(features.ratio * lpm.tokens) < 1:
+    if features.tokens and int(features.ratio * lpm.tokens) < 1:
         problems.append(("features.ratio", f"keeps none of the {lpm.tokens} tokens"))
     width, rest = divmod(lpm.width, train.side_reduction)
     if METHODS[settings.method].has_side_network and (rest or width % lpm.heads):
@@ -143,9 +153,9 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
     return FeatureSpec(
         lpm=lpm,
         weights_sha256=weights_sha256,
-        layers=features.layers,
+        layers=features.layers if features.tokens else (),
         importance=features.importance,
-        kept=int(features.ratio * lpm.tokens),
+        kept=int(features.ratio * lpm.tokens) if features.tokens else 0,
         dtype=features.dtype,
         pooled=features.pooled,
         precision=features.precision,
@@ -156,6 +166,7 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
         filter=None if features.filter == lpm.interpolation else features.filter,
         normalisation=features.normalisation,
         hidden=features.hidden,
+        statistics=features.statistics,
     )
 
 

@@ -170,6 +170,11 @@ class FeatureSettings(Section):
     """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those of its pretraining) or
     dataset (those of the training images, computed at the start of an extraction). With dataset, features change
     whenever the training images do."""
+    tokens: bool = True
+    """Cache the keys and values of the important tokens, which side networks read; false: a small store for methods
+    that are fitted in closed form."""
+    statistics: bool = True
+    """Cache statistics of all tokens of every block (mean, deviation, covariance), which probes read."""
     layers: Literal["auto"] | Layers = "auto"
     """Blocks of the LPM whose tokens are cached, from 0; auto: all for fpt, the upper half for every other method."""
     importance: Importance = "global"
@@ -283,18 +288,20 @@ class TrainSettings(Section):
     side_image_size: Literal["auto"] | Annotated[int, Field(ge=16, le=1024)] = "auto"
     """Input size of the side network, in pixels, a multiple of 16; auto: 224 for fpt, otherwise 128."""
     members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
-    """Side networks in the ensemble, trained simultaneously on the same batches; auto: 5 for fpt-x, otherwise 1."""
+    """Side networks in the ensemble, trained simultaneously on the same batches; auto: 3 for fpt-x, 5 for fpt-x-kept,
+    otherwise 1."""
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Attentive probes in the ensemble, trained together with the side networks on the same cached tokens; auto: 1 for
-    fpt-x, otherwise 0."""
+    fpt-x-kept, otherwise 0."""
     attentive_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Ensemble weight of the attentive probes; auto: 0.1 with attentive probes, otherwise 0."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Ensemble weight of linear probes on the LPM's pooled outputs and on the statistics of the cached tokens; auto:
-    0.5 for fpt-x, otherwise 0."""
+    """Ensemble weight of linear probes on the LPM's pooled outputs and token statistics; with fpt-x the weights are
+    fitted to the validation images, and these numbers are their prior. auto: 0.7 for fpt-x, 0.5 for fpt-x-kept,
+    otherwise 0."""
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are saved: best (highest validation AUC), late (the best of the second half), or last; auto:
-    late for fpt-x, otherwise best."""
+    late for fpt-x and fpt-x-kept, otherwise best."""
     class_weights: Literal["none", "balanced"] | ClassWeights = "none"
     """Weight of each class in the loss; balanced: n / (classes * n_class). For multilabel, the weight of the positives
     of each label; balanced: negatives / positives."""

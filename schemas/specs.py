@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from schemas.base import Contract
 from schemas.manifest import Split
+from schemas.statistics import ProbeRule, ProbeSource, output_vectors
 from schemas.tasks import Task
 
 if TYPE_CHECKING:
     from schemas.features import FeatureSpec
 
 Input = Literal["tokens", "statistics", "pooled", "hidden", "side", "image"]
-"""What a method reads per image: tokens (cached keys and values), statistics (mean and deviation of the cached tokens),
-pooled (pooled outputs of the LPM), hidden (tokens that enter a block), side (small image), image (pixels of the LPM,
-which then runs in the training loop)."""
+"""What a method reads per image: tokens (cached keys and values), statistics (token statistics of every block), pooled
+(pooled outputs of the LPM), hidden (tokens that enter a block), side (small image), image (pixels of the LPM, which
+then runs in the training loop)."""
 
 Inputs = frozenset[Input]
-
-
-def adapts_lpm(inputs: Inputs) -> bool:
-    """Return whether a method with these inputs trains weights of the LPM."""
-    return bool(inputs & {"hidden", "image"})
 
 
 class MethodSpec(Contract):
@@ -57,7 +53,7 @@ class MethodSpec(Contract):
 class SideNetworkSpec(MethodSpec):
     """Fusion and side networks, and the probes averaged with them."""
 
-    method: Literal["fpt", "fpt+", "fpt-x", "side"]
+    method: Literal["fpt", "fpt+", "fpt-x", "fpt-x-kept", "side"]
     """Which preset."""
     layers: int
     """Blocks: one per tapped layer."""
@@ -81,11 +77,15 @@ class SideNetworkSpec(MethodSpec):
     """Ensemble weight of the attentive probes."""
     probe_weight: float = 0.0
     """Ensemble weight of the linear probes; 0: no probes."""
+    sources: tuple[ProbeSource, ...] = ()
+    """What each linear probe reads."""
+    fits_shares: bool = False
+    """Whether validation images fit the ensemble weights, with those above as their prior."""
 
     @property
     def added_inputs(self) -> Inputs:
-        """The pooled outputs, where linear probes are averaged with side networks."""
-        return frozenset({"pooled"} if self.probe_weight else ())
+        """Pooled outputs and token statistics, if linear probes are averaged with side networks."""
+        return frozenset({"pooled", "statistics"} if self.probe_weight else ())
 
     @property
     def reads_tokens(self) -> bool:
@@ -108,11 +108,6 @@ class SideNetworkSpec(MethodSpec):
         return 1.0 - self.attentive_weight - self.probe_weight
 
     @property
-    def sources(self) -> int:
-        """What linear probes are fitted to: the pooled outputs, and the statistics of keys and values of each layer."""
-        return 1 + 2 * self.layers if self.reads_tokens else 1
-
-    @property
     def fitted_splits(self) -> tuple[Split, ...]:
         """Splits whose images the weights were fitted to; linear probes are fitted to those of validation, too."""
         return ("train", "val") if self.probe_weight > 0 else ("train",)
@@ -120,7 +115,8 @@ class SideNetworkSpec(MethodSpec):
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""
         depth = len(features.layers) if self.reads_tokens else self.layers
-        return (self.layers, self.lpm_width, self.heads) == (depth, features.lpm.width, features.lpm.heads)
+        shape = (self.layers, self.lpm_width, self.heads)
+        return shape == (depth, features.lpm.width, features.lpm.heads) and _covered(self.sources, features)
 
 
 class PooledSpec(MethodSpec):
@@ -157,20 +153,15 @@ class KnnSpec(PooledSpec):
 class StatisticsSpec(MethodSpec):
     """Linear probes of the token statistics."""
 
-    method: Literal["statistics"] = "statistics"
-    """The kind of model."""
-    layers: tuple[int, ...]
-    """Tapped blocks of the features, from 0."""
-    features: int
-    """Inputs of each source, 2 D."""
+    sources: tuple[ProbeSource, ...]
+    """What each linear probe reads."""
     shares: tuple[float, ...]
-    """Ensemble weight of each source: the pooled outputs, then the keys and values of each layer."""
+    """Ensemble weight of each source."""
 
     @property
     def ranked(self) -> tuple[tuple[str, float], ...]:
         """Sources by name with their ensemble weights, the largest first."""
-        arrays = (f"{array} of block {layer}" for layer in self.layers for array in ("keys", "values"))
-        named = zip(("pooled outputs", *arrays), self.shares, strict=True)
+        named = zip((source.name for source in self.sources), self.shares, strict=True)
         return tuple(sorted(named, key=lambda pair: -pair[1]))
 
     @property
@@ -180,7 +171,12 @@ class StatisticsSpec(MethodSpec):
 
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""
-        return self.layers == features.layers and self.features == 2 * features.lpm.width
+        return _covered(self.sources, features)
+
+
+def _covered(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
+    """Whether rows of these features have the sources, in the same places."""
+    return not sources or any(set(sources) <= set(features.probe_sources(rule)) for rule in get_args(ProbeRule))
 
 
 class AttentiveSpec(MethodSpec):
@@ -204,6 +200,55 @@ class AttentiveSpec(MethodSpec):
             features.lpm.width,
             features.lpm.heads,
         )
+
+
+class AlfSpec(MethodSpec):
+    """Attentive layer fusion of the token statistics."""
+
+    method: Literal["alf"] = "alf"
+    """The kind of model."""
+    lpm_width: int
+    """D."""
+    vectors: tuple[int, ...]
+    """Position in the token statistics of the first number of each vector: class token and mean of each block."""
+    heads: int
+    """Attention heads."""
+    dropout: float
+    """Dropout of the attention weights."""
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        width = features.lpm.width
+        return self.lpm_width == width and self.vectors == output_vectors(features.segments, width)
+
+
+class LoffTaSpec(MethodSpec):
+    """Transformer classifier of cached hidden tokens."""
+
+    method: Literal["loff-ta"] = "loff-ta"
+    """The kind of model."""
+    hidden: int
+    """Block whose cached input tokens the model reads."""
+    lpm_width: int
+    """D."""
+    grid: int
+    """Side of the grid of patch tokens."""
+    prefix_tokens: int
+    """Class and register tokens before the patches."""
+    pooled_grid: int
+    """Side of the grid that the classifier reads, after average pooling."""
+    width: int
+    """Width of the classifier."""
+    blocks: int
+    """Blocks of the classifier."""
+    heads: int
+    """Heads of the classifier."""
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        lpm = features.lpm
+        shape = (features.hidden, lpm.width, lpm.image_size // lpm.patch, lpm.prefix_tokens)
+        return (self.hidden, self.lpm_width, self.grid, self.prefix_tokens) == shape
 
 
 class FinetuneSpec(MethodSpec):

@@ -11,7 +11,7 @@ from schemas.features import FeatureSpec, LpmInfo
 
 LPM = LpmInfo(
     name="vit_base", depth=12, width=768, heads=12, patch=16, prefix_tokens=1, has_class_token=True, image_size=512,
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=3072,
 )  # fmt: skip
 
 

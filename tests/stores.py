@@ -15,11 +15,17 @@ from stages.store.writer import claim_shard, write_shard
 
 LPM = LpmInfo(
     name="tiny", depth=4, width=12, heads=3, patch=16, prefix_tokens=1, has_class_token=True, image_size=64,
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=48,
 )  # fmt: skip
 SPEC = FeatureSpec(
     lpm=LPM, weights_sha256="0" * 64, layers=(1, 3), importance="global", kept=5, dtype="float16", side_image_size=16
 )
+FORMS = {
+    "tokens": SPEC,
+    "statistics": SPEC.model_copy(update={"statistics": True}),
+    "only statistics": SPEC.model_copy(update={"layers": (), "kept": 0, "statistics": True, "dtype": "int8"}),
+}
+"""Specs of stores with other arrays."""
 
 
 def image_id(number: int) -> str:
@@ -32,7 +38,7 @@ def random_rows(count: int, seed: int = 0, spec: FeatureSpec = SPEC) -> dict[str
     for name, layout in array_layouts(spec).items():
         if name != "sha256":
             rows[name] = rng.integers(0, 200, (count, *layout.shape)).astype(layout.dtype)
-    rows["keys"][0] = 0  # a row of zeros is a row, not a hole
+    rows["keys" if "keys" in rows else "pooled"][0] = 0  # a row of zeros is a row, not a hole
     return rows
 
 

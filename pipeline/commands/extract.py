@@ -170,13 +170,14 @@ def _show_plan(plan: ExtractionPlan, dtype: str, as_json: bool) -> None:
         return
     basis = "measured in this store" if plan.estimate == "receipts" else "a rough guess for this machine"
     views = plan.rows > plan.images
+    moments = f", {size(plan.statistics_bytes)} of them token statistics" if plan.statistics_bytes else ""
     show_pairs(
         "What `fpt extract` would do",
         [
             ("Images", f"{plan.images}" + (f" ({counted(plan.rows, 'row')} with their views)" if views else "")),
             ("In the cache", f"{plan.cached}" + (f" (from another store: {plan.reused})" if plan.reused else "")),
             ("To compute", f"{plan.to_compute}"),
-            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} {'per row' if views else 'per image'})"),
+            ("Size", f"{size(plan.bytes)} ({size(plan.bytes_per_image)} per {'row' if views else 'image'}{moments})"),
             ("Files", f"{plan.files}"),
             ("Free disk", size(plan.free_bytes)),
             ("Time", f"{duration(plan.seconds)} ({basis})" if plan.to_compute else "none"),

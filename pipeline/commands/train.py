@@ -47,7 +47,9 @@ def train(
         return
     if result.resumed_from:
         say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
-    best = ", ".join(f"{name} = {value:g}" for name, value in result.chosen.items()) or f"epoch {result.best.epoch}"
+    chosen = ", ".join(f"{name} = {value:g}" for name, value in result.chosen.items())
+    epoch = f"epoch {result.best.epoch}" if len(result.epochs) > 1 else ""
+    best = "; ".join(filter(None, (epoch, chosen))) or "epoch 1"
     say(f"Best: {best}, validation AUC {score(result.best.val_auc)}. Model: {model}")
     to = "" if output is None else f" --model {output / 'model'} --output {output / 'evaluation'}"
     say_next(f"fpt evaluate{to}")

@@ -19,7 +19,7 @@ from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.methods import METHODS, model_inputs
 from schemas.results import BundleSpec, Metrics
-from schemas.specs import Inputs, adapts_lpm
+from schemas.specs import Inputs
 from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
@@ -206,7 +206,7 @@ def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
 
 def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     features, lpm, inputs = spec.features, spec.features.lpm, model_inputs(spec.network)
-    use = "fine-tuned" if adapts_lpm(inputs) else "frozen"
+    use = "fine-tuned" if METHODS[spec.network.method].adapts_lpm else "frozen"
     return (
         ("Method", METHODS[spec.network.method].title),
         ("LPM", f"{lpm.name}, {use}: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
@@ -224,7 +224,8 @@ def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
 def _features(features: FeatureSpec, inputs: Inputs) -> Sequence[tuple[str, str]]:
     """The cached features that the model reads; none where it reads images."""
     rows: list[tuple[str, str]] = []
-    if inputs & {"tokens", "statistics"}:
+    # A store without cached tokens has statistics of all tokens only.
+    if features.layers and inputs & {"tokens", "statistics"}:
         rows += [
             ("Tapped blocks, from 0", ", ".join(str(layer) for layer in features.layers)),
             ("Kept tokens", f"{features.kept} per head and block, {features.importance.replace('_', ' ')} importance"),

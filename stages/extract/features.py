@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from stages.device import in_precision
 from stages.extract.resize import to_squares
+from stages.extract.statistics import TokenStatistics, checked, kept_moments
 from stages.extract.taps import Tapped, Taps
 from stages.lpm.loading import LoadedLpm
 from stages.pixels import normalise
@@ -72,23 +74,37 @@ def compute_features(
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
     pixels = normalise(stacked, spec.lpm.mean, spec.lpm.std)
 
+    kept: list[torch.Tensor] = []
+
     def record(layer: Tapped) -> dict[str, torch.Tensor]:
         # Encoded at once: in a small type the tokens of all layers take little memory next to one layer's activations.
         with torch.autocast(pixels.device.type, enabled=False):
+            if spec.statistics:
+                kept.extend(kept_moments(tokens) for tokens in (layer.keys, layer.values))
             return {**encode(layer.keys[:, None], layer.values[:, None], spec), "indices": layer.indices[:, None]}
 
     def record_hidden(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.autocast(pixels.device.type, enabled=False):
             return encode_hidden(tokens, spec)
 
-    with Taps(lpm.model, spec, record, record_hidden) as taps, in_precision(spec.precision, pixels.device):
+    statistics = TokenStatistics(lpm.model, spec) if spec.statistics else None
+    with (
+        statistics or nullcontext(),
+        Taps(lpm.model, spec, record, record_hidden) as taps,
+        in_precision(spec.precision, pixels.device),
+    ):
         tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
         layers, hidden = taps.take(), taps.take_hidden() or {}
-    arrays = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in layers[0]}
+        moments = [] if statistics is None else [statistics.take(), *map(checked, kept)]
+    names = list(layers[0]) if layers else []
+    arrays = {name: torch.cat([layer[name] for layer in layers], dim=1).cpu().numpy() for name in names}
     arrays |= {name: array.cpu().numpy() for name, array in hidden.items()}
-    arrays["indices"] = arrays["indices"].astype(np.uint16)
+    if layers:
+        arrays["indices"] = arrays["indices"].astype(np.uint16)
+    if moments:
+        arrays["statistics"] = torch.cat(moments, dim=1).half().cpu().numpy()
     arrays["side"] = np.stack([image.side for image in images])
-    if tokens is not None:
+    if tokens is not None and spec.pooled:
         arrays["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
     return FeatureBatch(arrays)
 

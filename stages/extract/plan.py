@@ -152,6 +152,7 @@ def plan_extraction(
         reused=len(copied),
         to_compute=missing,
         bytes_per_image=spec.bytes_per_image,
+        statistics_bytes=spec.statistics_bytes,
         cache_bytes_by_dtype=spec.bytes_by_dtype,
         bytes=len(absent) * spec.bytes_per_image,
         files=_new_shards([rows[row_id] for row_id in absent], copied, shard_size) * (len(array_layouts(spec)) + 1),

@@ -62,6 +62,7 @@ class Taps(Generic[Record]):
         """
         self._model, self._spec, self._record, self._record_hidden = model, spec, record, record_hidden
         self._hidden_block = None if record_hidden is None else spec.hidden
+        self._runs_on = spec.pooled or spec.statistics
         self._records: dict[int, Record] = {}
         self._hidden_records: list[Record] = []
         self._stack = ExitStack()
@@ -98,8 +99,8 @@ class Taps(Generic[Record]):
             pixels: (B, 3, S, S), normalised.
 
         Returns:
-            The tokens after the final norm, (B, N, D); None if `spec.pooled` is false: then the pass ends with the last
-            keys and values, or with the hidden tokens of a higher block.
+            The tokens after the final norm, (B, N, D); None if neither pooled outputs nor statistics are cached: then
+            the pass ends with the last keys and values, or with the hidden tokens of a higher block.
         """
         model: Any = self._model
         try:
@@ -122,7 +123,8 @@ class Taps(Generic[Record]):
         """Record the input of a block; its forward pre-hook."""
         if self._record_hidden is not None:
             self._hidden_records[:] = [self._record_hidden(inputs[0])]
-        if not self._spec.pooled and self._hidden_block is not None and self._hidden_block > self._spec.layers[-1]:
+        last = self._spec.layers[-1] if self._spec.layers else -1
+        if not self._runs_on and self._hidden_block is not None and self._hidden_block > last:
             raise _PassComplete
 
     def _tapped(self, layer: int, attention: nn.Module) -> Callable[..., torch.Tensor]:
@@ -130,7 +132,7 @@ class Taps(Generic[Record]):
         rule, count = self._spec.importance, self._spec.kept
         scale = scale_of(attention)
         higher = self._hidden_block is not None and self._hidden_block > layer
-        last = layer == self._spec.layers[-1] and not self._spec.pooled and not higher
+        last = layer == self._spec.layers[-1] and not self._runs_on and not higher
 
         def forward(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             projected = _in_one_type(project(attention, tokens, *args, **kwargs))

@@ -74,6 +74,15 @@ def project(attention: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return _kinds()[type(attention)](attention, tokens, options)
 
 
+def value_weight(attention: Any) -> torch.Tensor:
+    """Return the matrix that projects tokens to values, (H d, D); of grouped values one row per group's channel."""
+    if getattr(attention, "qkv", None) is None:
+        separate: torch.Tensor = attention.v_proj.weight
+        return separate
+    fused: torch.Tensor = attention.qkv.weight
+    return fused[2 * fused.shape[0] // 3 :]
+
+
 def scale_of(attention: Any) -> float:
     """Return the factor of the scores before the softmax."""
     return float(attention.scale)

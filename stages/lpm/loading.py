@@ -64,7 +64,14 @@ def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInf
         mean=tuple(float(value) for value in data["mean"]),
         std=tuple(float(value) for value in data["std"]),
         interpolation=data["interpolation"],
+        mlp_width=_mlp_width(model),
     )
+
+
+def _mlp_width(model: Any) -> int | None:
+    """Return the width of the activations that the MLP of a block projects back."""
+    projection = getattr(model.blocks[0].mlp, "fc2", None)
+    return None if projection is None else int(projection.in_features)
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:

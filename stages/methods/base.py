@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from schemas.features import LpmInfo
 from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
 from schemas.specs import MethodSpec
+from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.batch import Batch
 from stages.methods.fit_rows import FitRows, describe_rows
@@ -43,6 +44,9 @@ class Model(nn.Module):
 class Network(Model):
     """A model for the training loop: one member, or several that share a stream of batches."""
 
+    standardises = False
+    """Whether `standardise` has to be called before the first epoch."""
+
     kinds = 1
     """Number of experts in the ensemble: kinds of members, and linear probes."""
 
@@ -58,6 +62,9 @@ class Network(Model):
 
     def start_from(self, lpm: nn.Module) -> None:
         """Copy the initial weights from the LPM if the model adapts it; does nothing by default."""
+
+    def standardise(self, batches: Iterable[Batch]) -> None:
+        """Take over mean and deviation of inputs from batches of all training images; does nothing by default."""
 
     @staticmethod
     def member_logits(members: Sequence[Any], batch: Batch, checkpointing: bool = False) -> torch.Tensor:
@@ -86,6 +93,10 @@ class Network(Model):
     ) -> torch.Tensor:
         """Calibrate on validation images: `experts` (n, kinds, classes) -> logits (n, classes)."""
         return experts[:, 0]
+
+    def chosen(self) -> Mapping[str, float]:
+        """Return what the validation images selected, by name; empty by default."""
+        return {}
 
     def reseed(self, *entropy: int) -> None:
         """Seed the random draws of training with these numbers; does nothing by default."""
@@ -116,7 +127,7 @@ class RowModel(Model):
         return self.row_logits(describe_rows(batch))
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Compute logits (B, classes) from `describe_rows` (B, S, 2 D)."""
+        """Compute logits (B, classes) from `describe_rows` (B, F)."""
         raise NotImplementedError
 
 
@@ -130,8 +141,10 @@ class FitInputs:
     """Validation rows, at least one. Some methods are fitted to these as well."""
     task: Task = "multiclass"
     """Kind of the labels."""
-    layers: tuple[int, ...] = ()
-    """Tapped blocks of the features."""
+    method: str = ""
+    """Name of the method."""
+    sources: tuple[ProbeSource, ...] = ()
+    """What linear probes of an ensemble read."""
     class_weights: Sequence[float] | None = None
     """Loss weight of each class, (C,); None: all 1."""
     threads: Threads = CALLING_THREAD

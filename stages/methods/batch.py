@@ -23,8 +23,8 @@ IMAGE = "image"
 
 def array_names(inputs: Inputs) -> frozenset[str]:
     """Return the names of the arrays of a row source that hold these inputs."""
-    names: set[str] = {name for name in ("pooled", "side", IMAGE) if name in inputs}
-    if inputs & {"tokens", "statistics"}:
+    names: set[str] = {name for name in ("pooled", "statistics", "side", IMAGE) if name in inputs}
+    if "tokens" in inputs:
         names.update(CACHED)
     if "hidden" in inputs:
         names.update(HIDDEN_ARRAYS)
@@ -44,6 +44,8 @@ class Batch:
     """Keys and values of all tapped layers."""
     pooled: torch.Tensor | None = None
     """(B, 2, D) float32, class token and mean of the patches."""
+    statistics: torch.Tensor | None = None
+    """(B, F) float16, token statistics of every block."""
     hidden: Mapping[str, torch.Tensor] | None = None
     """Arrays of `HIDDEN_ARRAYS` as stored; once prepared `{"hidden": (B, N, D) float32}`."""
     image: torch.Tensor | None = None
@@ -63,6 +65,7 @@ class Batch:
             side,
             CachedTokens.of(arrays),
             torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None,
+            torch.from_numpy(arrays["statistics"]) if "statistics" in arrays else None,
             hidden or None,
             image,
         )
@@ -93,7 +96,7 @@ class Batch:
 
     def tensors(self) -> Sequence[torch.Tensor]:
         """Return every tensor of the batch."""
-        single = (self.labels, self.side, self.pooled, self.image)
+        single = (self.labels, self.side, self.pooled, self.statistics, self.image)
         cached = [] if self.tokens is None else self.tokens.tensors()
         hidden = () if self.hidden is None else self.hidden.values()
         return [*(tensor for tensor in single if isinstance(tensor, torch.Tensor)), *cached, *hidden]
@@ -101,13 +104,13 @@ class Batch:
     def _mapped(
         self, change: Callable[[torch.Tensor], torch.Tensor], change_tokens: Callable[[CachedTokens], CachedTokens]
     ) -> Batch:
-        side, pooled, image = (
+        side, pooled, statistics, image = (
             change(tensor) if isinstance(tensor, torch.Tensor) else None
-            for tensor in (self.side, self.pooled, self.image)
+            for tensor in (self.side, self.pooled, self.statistics, self.image)
         )
         hidden = None if self.hidden is None else {name: change(tensor) for name, tensor in self.hidden.items()}
         tokens = None if self.tokens is None else change_tokens(self.tokens)
-        return Batch(change(self.labels), side, tokens, pooled, hidden, image)
+        return Batch(change(self.labels), side, tokens, pooled, statistics, hidden, image)
 
 
 def required(value: Any, name: str) -> Any:

@@ -23,10 +23,6 @@ CHUNK = 2
 """Images whose keys and values are widened to the type of the query at a time: bounds memory, and fits the caches."""
 
 
-Moments = tuple[torch.Tensor, torch.Tensor]
-"""Mean and standard deviation, (B, H, d) float32 each."""
-
-
 @dataclass(frozen=True)
 class CachedTokens:
     """Keys and values as they are stored: floats, or codes with what dequantises them (`stages.store.quantise`).
@@ -83,26 +79,6 @@ class CachedTokens:
                 yield part, replace(tokens, per_token=pair, offset=offset)
             else:
                 yield part, replace(tokens, per_channel=pair, offset=offset - CENTRE * pair[1])
-
-    def token_moments(self) -> tuple[Moments, Moments]:
-        """Mean and standard deviation of each channel over the tokens of one layer, of keys and of values."""
-        keys, values = (self._moments(stored, part) for part, stored in enumerate((self.keys, self.values)))
-        return keys, values
-
-    def _moments(self, stored: torch.Tensor, part: int) -> Moments:
-        kind = torch.float32
-        if self.scale is None or self.offset is None:
-            wide = stored.to(kind, copy=True)
-            # About a token of the same image: squares of what all tokens share would leave no digits for the rest.
-            offset = wide[..., :1, :].clone()
-            mean, deviation = _weighted_moments(wide.sub_(offset), None)
-            return mean + offset.squeeze(-2), deviation
-        scale, offset = scale_of(self.scale[:, part], kind), self.offset[:, part].to(kind)
-        if stored.dtype == torch.int8:
-            mean, deviation = _weighted_moments(stored.to(kind), scale.unsqueeze(-2))
-            return mean + offset, deviation
-        mean, deviation = _weighted_moments(unpack(stored, scale.shape[-1], kind).sub_(CENTRE), None)
-        return mean * scale + offset, deviation * scale
 
     def _fields(self) -> tuple[torch.Tensor | None, ...]:
         return self.keys, self.values, self.scale, self.offset
@@ -163,12 +139,3 @@ class Tokens:
         if stored.dtype == torch.uint8:
             return unpack(stored, self.head_dim, self.kind)
         return stored.to(self.kind)
-
-
-def _weighted_moments(codes: torch.Tensor, scale: torch.Tensor | None) -> Moments:
-    """Return the moments of codes (B, H, T, d), overwritten, times a scale per token (B, H, 1, T), as two products."""
-    ones = codes.new_ones(1, 1, 1, codes.shape[-2]) if scale is None else scale
-    once = ones / codes.shape[-2]
-    mean = once @ codes
-    square = (once * ones) @ codes.square_()
-    return mean.squeeze(-2), (square - mean.square()).clamp_min_(0).sqrt_().squeeze(-2)

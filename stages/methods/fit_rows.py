@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from schemas.errors import TrainingError
-from stages.methods.batch import Batch, required
-from stages.methods.cached_tokens import CHUNK, CachedTokens
+from stages.methods.batch import Batch
 from stages.tasks import positives
 
 FOLDS = 5
@@ -26,7 +25,7 @@ class FitRows:
     """What fits read of one split."""
 
     x: npt.NDArray[np.float32]
-    """(n, S, F) of `describe_rows`; S = 1 for the pooled outputs only."""
+    """(n, F) of `describe_rows`."""
     y: Labels
     """(n,) class indices; with several labels an image (n, C) zeros and ones."""
     groups: Sequence[str]
@@ -53,31 +52,17 @@ class FitRows:
 
 
 def describe_rows(batch: Batch) -> torch.Tensor:
-    """Return the vectors that closed forms are fitted to.
+    """Return the vectors that closed forms are fitted to, (B, F) float32.
 
-    Args:
-        batch: With the pooled outputs, and with the cached tokens of L layers or without them.
-
-    Returns:
-        (B, S, 2 D) float32 with S = 1 + 2 L: the pooled outputs, then per layer the mean and standard deviation of the
-        keys over the tokens, and those of the values. S = 1 without cached tokens.
+    They are the pooled outputs (2 D: class token, mean of the patches), then the token statistics, each as far as the
+    batch has them.
     """
-    sources = [required(batch.pooled, "pooled").float().flatten(1)]
-    if batch.tokens is not None:
-        for layer in range(batch.tokens.keys.shape[1]):
-            sources += _moments(batch.tokens.layer(layer))
-    return torch.stack(sources, dim=1)
-
-
-def _moments(cached: CachedTokens) -> list[torch.Tensor]:
-    """Return mean and standard deviation over the tokens of one layer, (B, 2 D), of the keys and of the values."""
-    parts: list[list[torch.Tensor]] = [[], []]
-    for start in range(0, len(cached.keys), CHUNK):
-        for found, (mean, deviation) in zip(
-            parts, cached.rows(slice(start, start + CHUNK)).token_moments(), strict=True
-        ):
-            found.append(torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1))
-    return [torch.cat(found) for found in parts]
+    parts = [] if batch.pooled is None else [batch.pooled.float().flatten(1)]
+    if batch.statistics is not None:
+        parts.append(batch.statistics.float())
+    if not parts:
+        raise ValueError("this model needs the input pooled or statistics")
+    return torch.cat(parts, dim=1)
 
 
 def held_out(train: FitRows, val: FitRows) -> list[tuple[FitRows, FitRows]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from schemas.features import LpmInfo
+from schemas.methods import METHODS
+from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
 from schemas.specs import MethodSpec, SideNetworkSpec
 from stages.methods.base import Details, GradientMethod, Network
@@ -18,6 +20,7 @@ class FptMethod(GradientMethod):
     def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
         """Return the spec of resolved settings."""
         train = settings.train
+        sources = feature_spec(settings, lpm, "").probe_sources(METHODS[settings.method].preset.probes)
         return SideNetworkSpec.model_validate(
             {
                 "method": settings.method,
@@ -33,6 +36,8 @@ class FptMethod(GradientMethod):
                 "attentive": train.attentive,
                 "attentive_weight": train.attentive_weight,
                 "probe_weight": train.probe_weight,
+                "fits_shares": METHODS[settings.method].preset.fits_shares,
+                "sources": sources if train.probe_weight else (),
                 "task": settings.data.task,
             }
         )

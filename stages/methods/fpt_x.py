@@ -3,7 +3,7 @@
     log p = (1 - a - w) s_1 mean_m log softmax(side network m)
           + a s_2 mean_n log softmax(attentive probe n) + w s_3 log p(linear probes)   up to a constant
 
-a logarithmic opinion pool of experts with ensemble weights a and w, the inverse temperatures s from
+a logarithmic opinion pool of experts with ensemble weights a and w and inverse temperatures s from
 `stages.methods.calibration`, the linear probes from `stages.methods.statistics`. Untrained side networks predict
 uniformly, so that the average starts as the linear probes; all members see the same batches, each with its own
 initialisation and dropout.
@@ -11,16 +11,17 @@ initialisation and dropout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
 from schemas.specs import AttentiveSpec, SideNetworkSpec
+from stages.losses import plain_loss
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.batch import Batch
-from stages.methods.calibration import inverse_temperatures
+from stages.methods.calibration import fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
 from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.joint_attention import TokenNetwork
@@ -35,6 +36,8 @@ class Ensemble(TokenNetwork):
     shares: torch.Tensor
     sharpness: torch.Tensor
     """(kinds,) inverse temperatures; the name in bundles of every version."""
+    held_out_losses: torch.Tensor
+    """(2,) log-loss of the validation images: linear probes (NaN without them), and the average."""
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
@@ -42,10 +45,12 @@ class Ensemble(TokenNetwork):
         self.networks = nn.ModuleList(PromptedSideNetwork(spec) for _ in range(spec.members))
         self.attentive = nn.ModuleList(AttentiveProbe(_attentive_spec(spec)) for _ in range(spec.attentive))
         if spec.probe_weight:
-            self.probe = StatisticsProbe(spec.sources, 2 * spec.lpm_width, spec.classes, spec.task)
+            self.probe = StatisticsProbe(spec.sources, spec.classes, spec.task)
         shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
-        self.register_buffer("shares", torch.tensor([share for share in shares if share]), persistent=False)
+        self._prior = [share for share in shares if share]
+        self.register_buffer("shares", torch.tensor(self._prior))
         self.register_buffer("sharpness", torch.ones(len(self.shares)))
+        self.register_buffer("held_out_losses", torch.full((2,), torch.nan))
 
     @property
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
@@ -80,7 +85,7 @@ class Ensemble(TokenNetwork):
     def calibrate(
         self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Fit the inverse temperature of each expert on validation images.
+        """Fit the inverse temperature and the ensemble weight of each expert on validation images.
 
         Args:
             experts: (n, kinds, classes), on the CPU.
@@ -90,8 +95,34 @@ class Ensemble(TokenNetwork):
         Returns:
             The weighted average (n, classes).
         """
-        self.sharpness.copy_(inverse_temperatures(experts, labels, self.spec.task, class_weights))
-        return self._pool(experts)
+        task = self.spec.task
+        self.sharpness.copy_(inverse_temperatures(experts, labels, task, class_weights))
+        scaled = experts * self.sharpness.to(experts.device)[:, None]
+        if self.spec.fits_shares:
+            self.shares.copy_(fit_shares(scaled, labels, self._prior, task, class_weights))
+        averaged = self._pool(experts)
+        if len(labels):
+            weights = None if class_weights is None else class_weights.cpu()
+            compared = [averaged if self.probe is None else scaled[:, -1], averaged]
+            self.held_out_losses.copy_(torch.stack([plain_loss(one, labels, task, weights) for one in compared]))
+        return averaged
+
+    def chosen(self) -> Mapping[str, float]:
+        """Return the ensemble weights, and the held-out loss with and without the networks."""
+        names = [
+            name
+            for name, share in (
+                ("side networks", self.spec.side_weight),
+                ("attentive probes", self.spec.attentive_weight),
+                ("linear probes", self.spec.probe_weight),
+            )
+            if share
+        ]
+        found = {f"weight of {name}": round(share, 3) for name, share in zip(names, self.shares.tolist(), strict=True)}
+        if self.probe is not None:
+            only, averaged = self.held_out_losses.tolist()
+            found |= {"loss of the linear probes": round(only, 4), "loss of the ensemble": round(averaged, 4)}
+        return found
 
     def _pool(self, experts: torch.Tensor) -> torch.Tensor:
         weights = (self.shares * self.sharpness).to(experts.device)

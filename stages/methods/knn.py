@@ -47,12 +47,12 @@ class KnnProbe(RowModel):
         self.register_buffer("class_weights", torch.ones(spec.classes))
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 2 D) of `describe_rows` -> (B, classes) logarithms of the shares of the votes; of labels log-odds."""
+        """(B, 2 D) of `describe_rows` -> (B, classes) logarithms of the shares of the votes; of labels log-odds."""
         return self.vote(*self.nearest(rows))
 
     def nearest(self, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 1, 2 D) or (B, 2, D) -> cosine similarity and index (B, k) of the nearest rows, the nearest first."""
-        values, rows = (F.normalize(sources.flatten(1), dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
+        """(B, 2 D) -> cosine similarity and index (B, k) of the nearest rows, the nearest first."""
+        values, rows = (F.normalize(sources, dim=1) @ self.rows.T).topk(self.spec.neighbours, dim=1)
         return values, rows
 
     def vote(self, similarity: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def fit_knn(
 
 
 def _knn(rows: FitRows, k: int, weights: torch.Tensor, task: Task) -> KnnProbe:
-    x = F.normalize(torch.from_numpy(rows.x).flatten(1), dim=1)
+    x = F.normalize(torch.from_numpy(rows.x), dim=1)
     spec = KnnSpec(classes=rows.classes, features=x.shape[1], rows=len(x), neighbours=k, task=task)
     model = KnnProbe(spec)
     model.load_state_dict({"rows": x, "labels": torch.from_numpy(rows.y), "class_weights": weights})

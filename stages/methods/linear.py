@@ -40,7 +40,7 @@ def fit_linear_probe(train: FitRows, val: FitRows, class_weights: Sequence[float
     held = val.at(np.full(len(val.y), not folds))
     # Products of a few hundred rows are too small to be split among cores: on a busy machine 92 s instead of 1 s.
     with threadpool_limits(1):
-        return fit_regression(train.x[:, 0], train.y, held.x[:, 0], held.y, weights, folds)
+        return fit_regression(train.x, train.y, held.x, held.y, weights, folds)
 
 
 class LinearProbe(nn.Module):
@@ -58,8 +58,8 @@ class LinearProbe(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(B, 2, D) -> logits (B, classes)."""
-        return (pooled.flatten(1) - self.mean) / self.scale @ self.weight.T + self.bias
+        """(B, 2 D) -> logits (B, classes)."""
+        return (pooled - self.mean) / self.scale @ self.weight.T + self.bias
 
 
 class LinearModel(RowModel):
@@ -71,7 +71,7 @@ class LinearModel(RowModel):
         self.probe = LinearProbe(spec.features, spec.classes)
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 2 D) of `describe_rows` -> (B, classes) logits."""
+        """(B, 2 D) of `describe_rows` -> (B, classes) logits."""
         logits: torch.Tensor = self.probe(rows)
         return logits
 

@@ -34,8 +34,8 @@ class NearestMean(RowModel):
         self.register_buffer("opposites", torch.zeros(spec.classes, spec.features))
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 2 D) of `describe_rows` -> (B, classes) logits."""
-        return F.normalize(rows.flatten(1), dim=1) @ (self.means - self.opposites).T / TEMPERATURE
+        """(B, 2 D) of `describe_rows` -> (B, classes) logits."""
+        return F.normalize(rows, dim=1) @ (self.means - self.opposites).T / TEMPERATURE
 
 
 class NearestMeanMethod(ClosedFormMethod):
@@ -45,7 +45,7 @@ class NearestMeanMethod(ClosedFormMethod):
         """Average the normalised training rows of each class."""
         train = inputs.train
         check_rows_to_fit(train, inputs.val)
-        rows = F.normalize(torch.from_numpy(train.x).flatten(1), dim=1)
+        rows = F.normalize(torch.from_numpy(train.x), dim=1)
         members = torch.from_numpy(positives(train.y, train.classes).T.astype("float32"))
         spec = PooledSpec(method="nearest-mean", classes=train.classes, features=rows.shape[1], task=inputs.task)
         model = NearestMean(spec)

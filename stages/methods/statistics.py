@@ -1,13 +1,12 @@
-"""The statistics probe: linear probes of the LPM's pooled outputs and of the statistics of its cached tokens.
+"""The statistics probe: linear probes of the pooled outputs and of the token statistics of the LPM.
 
-Per tapped layer, the mean and the standard deviation of every channel over the kept tokens, of keys and of values,
-describe an image as a texture does (Gram matrices, Gatys et al. 2015, arXiv 1505.07376; here their diagonal). Which
-layer is most informative depends on the images: a logistic regression is fitted to each source separately, and their
-log-probabilities are averaged,
+Which statistic of which block is most informative depends on the images: a logistic regression is fitted to each source
+separately, and their log-probabilities are averaged,
 
-    log p = sum_s share_s log softmax(W_s z_s + b_s)   up to a constant,   share_s ~ exp(-PREFERENCE * loss_s)
+    log p = sum_s share_s log softmax(W_s z_s + b_s)   up to a constant,   share_s ~ exp(-n loss_s / 4)
 
-with z the standardised source and loss its log-loss on held-out images.
+with z the standardised source and loss its mean log-loss on the n held-out images: the more images there are, the more
+the best sources count.
 """
 
 from __future__ import annotations
@@ -21,17 +20,19 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from schemas.specs import MethodSpec, StatisticsSpec
+from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
 from stages.methods.fit_rows import check_rows_to_fit
-from stages.methods.regression import LinearFit, fit_regression
+from stages.methods.logistic_path import PathFit, fit_path
 from stages.scores import log_pool_terms
 
 LISTED = 0.05
 """Ensemble weight below which a source is not listed in the report."""
 
-PREFERENCE = 20.0
-"""A source whose log-loss is 0.05 nats per image higher has an ensemble weight smaller by a factor of e."""
+PREFERENCE = 0.25
+"""Weight per held-out image of a difference in log-loss between two sources; 1 would be the ratio of their likelihoods,
+which trusts the best source too much (docs/lab-notes.md)."""
 
 
 class StatisticsProbe(nn.Module):
@@ -43,20 +44,30 @@ class StatisticsProbe(nn.Module):
     scale: torch.Tensor
     share: torch.Tensor
 
-    def __init__(self, sources: int, width: int, classes: int, task: Task = "multiclass") -> None:
+    def __init__(self, sources: Sequence[ProbeSource], classes: int, task: Task = "multiclass") -> None:
         super().__init__()
-        self.task = task
-        self.register_buffer("weight", torch.zeros(sources, classes, width))
-        self.register_buffer("bias", torch.zeros(sources, classes))
-        self.register_buffer("mean", torch.zeros(sources, width))
-        self.register_buffer("scale", torch.ones(sources, width))
-        self.register_buffer("share", torch.full((sources,), 1.0 / sources))
+        self.task, self._sources = task, tuple(sources)
+        self._widths = [source.width for source in sources]
+        total = sum(self._widths)
+        self.register_buffer("weight", torch.zeros(classes, total))
+        self.register_buffer("bias", torch.zeros(len(sources), classes))
+        self.register_buffer("mean", torch.zeros(total))
+        self.register_buffer("scale", torch.ones(total))
+        self.register_buffer("share", torch.full((len(sources),), 1.0 / len(sources)))
 
-    def forward(self, sources: torch.Tensor) -> torch.Tensor:
-        """(B, S, F) of `describe_rows` -> (B, classes) of the opinion pool."""
-        scaled = (sources - self.mean) / self.scale
-        logits = torch.einsum("bsf,scf->bsc", scaled, self.weight) + self.bias
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, F) of `describe_rows` -> (B, classes), the weighted average of log-probabilities."""
+        scaled = (torch.cat([select(rows, source) for source in self._sources], dim=1) - self.mean) / self.scale
+        parts = zip(
+            torch.split(scaled, self._widths, dim=1), torch.split(self.weight, self._widths, dim=1), strict=True
+        )
+        logits = torch.stack([part @ weight.T for part, weight in parts], dim=1) + self.bias
         return (log_pool_terms(logits, self.task) * self.share[:, None]).sum(dim=1)
+
+
+def select(rows: torch.Tensor, source: ProbeSource) -> torch.Tensor:
+    """Return the numbers of a source, (B, F) -> (B, width)."""
+    return torch.cat([rows[:, start:stop] for start, stop in source.spans], dim=1)
 
 
 class StatisticsModel(RowModel):
@@ -67,10 +78,10 @@ class StatisticsModel(RowModel):
     def __init__(self, spec: StatisticsSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.probe = StatisticsProbe(len(spec.shares), spec.features, spec.classes, spec.task)
+        self.probe = StatisticsProbe(spec.sources, spec.classes, spec.task)
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, S, 2 D) of `describe_rows` -> (B, classes) log-probabilities up to a constant."""
+        """(B, F) of `describe_rows` -> (B, classes) log-probabilities up to a constant."""
         logits: torch.Tensor = self.probe(rows)
         return logits
 
@@ -79,13 +90,13 @@ class StatisticsFit(NamedTuple):
     """State of an `StatisticsProbe`."""
 
     weight: torch.Tensor
-    """(S, classes, F) float32."""
+    """(classes, F) float32, the sources one after the other."""
     bias: torch.Tensor
     """(S, classes) float32."""
     mean: torch.Tensor
-    """(S, F) float32, of the training rows."""
+    """(F,) float32, of the rows fitted to."""
     scale: torch.Tensor
-    """(S, F) float32, standard deviation of the training rows; 1 where they do not vary."""
+    """(F,) float32, standard deviation of the rows fitted to; 1 where they do not vary."""
     share: torch.Tensor
     """(S,) float32; they sum to 1."""
 
@@ -94,7 +105,7 @@ class StatisticsFit(NamedTuple):
         probe.load_state_dict(self._asdict())
 
 
-def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
+def fit_statistics(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[StatisticsFit, torch.Tensor]:
     """Fit a logistic regression to each standardised source, of training and validation images together.
 
     Penalty and ensemble weight follow from the log-loss on held-out images: every image is held out once, in up to
@@ -104,6 +115,7 @@ def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
 
     Args:
         inputs: Rows, class weights, and the threads that the sources share.
+        sources: What the probes read.
 
     Returns:
         The fit, and (m, C) float32: logits of the validation images, each from regressions without it.
@@ -115,27 +127,30 @@ def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
     classes, count = train.classes, len(val.y)
     check_rows_to_fit(train, val)
     weights = np.ones(classes) if inputs.class_weights is None else np.asarray(inputs.class_weights, np.float64)
-    rows, x_held, y_held = train.joined(val), val.x[:0], val.y[:0]
+    rows = train.joined(val)
     folds = rows.folds()
     if not folds or not np.any(folds, axis=0)[len(train.y) :].all():
-        rows, x_held, y_held = train, val.x, val.y
-        folds = train.folds()
+        # The only fold is the validation split.
+        folds = [np.arange(len(rows.y)) >= len(train.y)]
+    x = torch.from_numpy(rows.x)
 
-    def fit(sources: Sequence[int]) -> list[LinearFit]:
-        return [fit_regression(rows.x[:, one], rows.y, x_held[:, one], y_held, weights, folds) for one in sources]
+    def fit(positions: Sequence[int]) -> list[PathFit]:
+        return [fit_path(select(x, sources[one]).numpy(), rows.y, weights, folds) for one in positions]
 
     # Products of a few hundred rows are too small to be split among cores; complete fits are not.
     with threadpool_limits(1):
-        fits = inputs.threads.map(fit, range(rows.x.shape[1]))
+        fits = inputs.threads.map(fit, range(len(sources)))
     losses = np.array([one.loss for one in fits])
     # With several labels per image the loss is a mean over them: an image's is their sum.
     losses *= 1 if rows.y.ndim == 1 else classes
-    preferred = np.exp(-PREFERENCE * (losses - losses.min()))
+    held_rows = np.any(folds, axis=0).sum()
+    preferred = np.exp(-PREFERENCE * held_rows * (losses - losses.min()))
     share = torch.from_numpy((preferred / preferred.sum()).astype(np.float32))
-    stacked = {name: torch.stack([getattr(one, name) for one in fits]) for name in ("weight", "bias", "mean", "scale")}
-    held_out = torch.stack([one.held[-count:] for one in fits], dim=1)
+    joined = {name: torch.cat([getattr(one, name) for one in fits], dim=-1) for name in ("weight", "mean", "scale")}
+    held_out = torch.stack([one.held_out[-count:] for one in fits], dim=1)
     terms = log_pool_terms(held_out, "multiclass" if rows.y.ndim == 1 else "multilabel")
-    return StatisticsFit(**stacked, share=share), (terms * share[:, None]).sum(dim=1)
+    bias = torch.stack([one.bias for one in fits])
+    return StatisticsFit(**joined, bias=bias, share=share), (terms * share[:, None]).sum(dim=1)
 
 
 class StatisticsMethod(ClosedFormMethod):
@@ -143,12 +158,12 @@ class StatisticsMethod(ClosedFormMethod):
 
     def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
         """Fit the probes; validation images are fitted to as well."""
-        fit, held_out = fit_statistics(inputs)
-        _, classes, features = fit.weight.shape
+        sources = inputs.sources
+        fit, held_out = fit_statistics(inputs, sources)
         spec = StatisticsSpec(
-            classes=classes,
-            layers=inputs.layers,
-            features=features,
+            method=inputs.method,
+            classes=inputs.train.classes,
+            sources=sources,
             shares=tuple(fit.share.tolist()),
             task=inputs.task,
         )

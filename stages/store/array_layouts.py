@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from schemas.features import FeatureSpec
 
@@ -50,11 +51,14 @@ def array_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     side = spec.side_image_size
     lpm, layers = spec.lpm, len(spec.layers)
     pooled = {"pooled": ArrayLayout((2, lpm.width), "float32", ("output", "width"))} if spec.pooled else {}
+    indices = {"indices": ArrayLayout((layers, lpm.heads, spec.kept), "uint16", ("layer", "head", "token"))}
+    segments = spec.segments
     return {
-        **_cached_layouts(spec),
+        **(_cached_layouts(spec) if layers else {}),
         **(_hidden_layouts(spec) if spec.hidden is not None else {}),
-        "indices": ArrayLayout((layers, lpm.heads, spec.kept), "uint16", ("layer", "head", "token")),
+        **(indices if layers else {}),
         **pooled,
+        **({"statistics": ArrayLayout((segments[-1].stop,), "float16", ("statistic",))} if segments else {}),
         "side": ArrayLayout((3, side, side), "uint8", ("rgb", "y", "x")),
         "sha256": ArrayLayout((32,), "uint8", ("byte",)),
     }
@@ -91,9 +95,13 @@ def _hidden_layouts(spec: FeatureSpec) -> dict[str, ArrayLayout]:
     return {"hidden": codes, "hidden_scale": scale, "hidden_offset": offset}
 
 
-def decoding_attributes(spec: FeatureSpec) -> dict[str, str]:
-    """Return the attributes of the Zarr group with the formulas that decode quantised arrays."""
-    if spec.dtype not in DEQUANTISE:
-        return {}
-    hidden = {} if spec.hidden is None else {"dequantise_hidden": DEQUANTISE_HIDDEN[spec.dtype]}
-    return {"dequantise": DEQUANTISE[spec.dtype], **hidden}
+def decoding_attributes(spec: FeatureSpec) -> dict[str, Any]:
+    """Return the attributes of the Zarr group with the formulas that decode quantised arrays, and the statistics."""
+    attributes: dict[str, Any] = {}
+    if spec.segments:
+        attributes["statistics"] = [[one.name, one.start, one.stop] for one in spec.segments]
+    if spec.dtype in DEQUANTISE and spec.layers:
+        attributes["dequantise"] = DEQUANTISE[spec.dtype]
+    if spec.dtype in DEQUANTISE and spec.hidden is not None:
+        attributes["dequantise_hidden"] = DEQUANTISE_HIDDEN[spec.dtype]
+    return attributes

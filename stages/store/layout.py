@@ -3,12 +3,15 @@
     <cache root>/<first 16 of the fingerprint>/
         features.zarr/          Zarr v3 group; attributes hold the spec, the fingerprint and the shard size
             keys values         (row, layer, head, token, channel), float, int8, or two int4 codes a byte
+                                without `features.tokens` these, scale, offset and indices are missing
             scale offset        only with int8 and int4: see `stages.store.quantise`
             hidden              (row, token, channel): all tokens that enter one block, encoded like keys and values
             hidden_scale        as scale and offset, for hidden; all three only with `features.hidden`
             hidden_offset
             indices             (row, layer, head, token), uint16: position of each kept token
             pooled              (row, output, width), float32: class token, mean of the patches; with `features.pooled`
+            statistics          (row, statistic), float16: token statistics of every block, in the segments that the
+                                attribute `statistics` of the group lists; with `features.statistics`
             side                (row, channel, y, x), uint8: the small image
             sha256              (row, byte), uint8: content digest of the image; all zero: an empty row
         receipts/000012.json    proof that shard 12 of every array is complete
@@ -255,7 +258,7 @@ def impossible(spec: FeatureSpec) -> str | None:
         "lpm.image_size": (lpm.image_size, 1, 2**14),
         "lpm.patch": (lpm.patch, 1, lpm.image_size),
         "lpm.prefix_tokens": (lpm.prefix_tokens, 0, 2**14),
-        "kept": (spec.kept, 1, 2**16),
+        "kept": (spec.kept, *((1, 2**16) if spec.layers else (0, 0))),
         "side_image_size": (spec.side_image_size, 1, 2**14),
     }
     for name, (value, lowest, highest) in bounds.items():
@@ -263,7 +266,9 @@ def impossible(spec: FeatureSpec) -> str | None:
             return f"{name} is {value}, not from {lowest:,} to {highest:,}"
     if spec.kept > lpm.tokens:
         return f"kept is {spec.kept} of {lpm.tokens} tokens"
-    if not spec.layers or list(spec.layers) != sorted(set(spec.layers) & set(range(lpm.depth))):
+    if not spec.layers and not (spec.pooled or spec.statistics):
+        return "it has neither tokens, nor pooled outputs, nor statistics"
+    if list(spec.layers) != sorted(set(spec.layers) & set(range(lpm.depth))):
         return f"layers are not ascending numbers below {lpm.depth}"
     if spec.hidden is not None and not 0 <= spec.hidden < lpm.depth:
         return f"hidden is {spec.hidden}, not a block from 0 to {lpm.depth - 1}"

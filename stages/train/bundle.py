@@ -87,7 +87,9 @@ def _decode_spec(data: bytes, path: Path) -> BundleSpec:
 def _consistent(spec: BundleSpec) -> bool:
     """Return whether the network fits the classes and features of the spec."""
     network, features = spec.network, spec.features
-    if network.classes != len(spec.classes) or ("pooled" in model_inputs(network) and not features.pooled):
+    inputs = model_inputs(network)
+    missing = ("pooled" in inputs and not features.pooled) or ("statistics" in inputs and not features.statistics)
+    if network.classes != len(spec.classes) or missing:
         return False
     return network.matches(features)
 

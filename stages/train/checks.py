@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
-from schemas.features import ExtractionReceipt, LpmInfo
+from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
 from schemas.methods import METHODS
 from schemas.resolve import expected_spec
@@ -79,13 +79,7 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
     """
     extracted, row = receipt.spec, METHODS[settings.method]
     inputs = row.reads(settings)
-    if "pooled" in inputs and not extracted.pooled:
-        raise CacheMismatchError(
-            f"The extracted features have no pooled outputs of the LPM, which {settings.method} reads.",
-            {"pooled": (True, False)},
-            "They were extracted with features.pooled: false.",
-            "Set features.pooled: true in params.yaml, then run `fpt extract`.",
-        )
+    _check_arrays(settings.method, inputs, extracted)
     expected = expected_spec(settings, lpm, extracted)
     ignored = _ignored_fields(inputs, row.any_layers)
     differing = {
@@ -106,10 +100,32 @@ def check_features(settings: ResolvedSettings, lpm: LpmInfo, receipt: Extraction
         )
 
 
+def _check_arrays(method: str, inputs: Inputs, extracted: FeatureSpec) -> None:
+    """Refuse features without the arrays of these inputs.
+
+    Raises:
+        CacheMismatchError: If an array is missing.
+    """
+    present = {
+        "tokens": ("cached tokens", bool(extracted.layers)),
+        "pooled": ("pooled outputs", extracted.pooled),
+        "statistics": ("token statistics", extracted.statistics),
+    }
+    for name, (title, there) in present.items():
+        if name in inputs and not there:
+            earlier = ", or by an earlier version of fpt" if name == "statistics" else ""
+            raise CacheMismatchError(
+                f"The extracted features have no {title} of the LPM, which {method} reads.",
+                {name: (True, False)},
+                f"They were extracted with features.{name}: false{earlier}.",
+                f"Set features.{name}: true in params.yaml, then run `fpt extract`.",
+            )
+
+
 def _ignored_fields(inputs: Inputs, any_layers: bool) -> frozenset[str]:
     """Return the fields of the features that do not affect these inputs."""
-    ignored = {"pooled"}
-    tokens = bool(inputs & {"tokens", "statistics"})
+    ignored = {"pooled", "statistics"}
+    tokens = "tokens" in inputs
     if not tokens or any_layers:
         ignored.add("layers")
     if not tokens:

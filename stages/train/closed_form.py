@@ -36,7 +36,8 @@ def fit_job(job: Job) -> list[TrainResult]:
                 train=train,
                 val=val,
                 task=job.manifest.task,
-                layers=job.opened.features.layers,
+                method=settings.method,
+                sources=job.opened.features.probe_sources(METHODS[settings.method].preset.probes),
                 class_weights=None if weights is None else weights.tolist(),
                 threads=threads,
             )

@@ -127,8 +127,9 @@ def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: Re
 
 def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:
     """Return an empty batch with the shapes and types of a row source."""
-    # Linear probes of an ensemble are fitted before the first step, so steps read no pooled outputs.
-    names = array_names(inputs - {"pooled", "side", "image"})
+    # Linear probes of an ensemble are fitted before the first step, so steps do not use what these read.
+    probed = {"pooled", "statistics"} if network.probe is not None else set()
+    names = array_names(inputs - probed - {"side", "image"})
     arrays = {
         name: torch.empty((rows, *layout.shape), dtype=getattr(torch, layout.dtype))
         for name, layout in array_layouts(features).items()
@@ -141,6 +142,8 @@ def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: 
         torch.zeros(rows, dtype=torch.int64),
         torch.empty(rows, 3, side, side, dtype=torch.uint8) if side else None,
         CachedTokens(**tokens) if tokens else None,
+        arrays.get("pooled"),
+        arrays.get("statistics"),
         hidden=hidden or None,
         image=torch.empty(rows, 3, size, size, dtype=torch.uint8) if "image" in inputs else None,
     )

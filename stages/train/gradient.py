@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from schemas.manifest import Split
+from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
 from schemas.views import train_views
@@ -20,7 +21,7 @@ from stages.threads import open_threads
 from stages.train.checkpoints import Fit, load_checkpoint
 from stages.train.closed_form import MOST_THREADS
 from stages.train.compiling import compile_blocks
-from stages.train.data import FeatureDataset, Reading
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading, batches
 from stages.train.job import SPLITS, Job, rows_to_fit, run_key, save_model, taps_of
 from stages.train.loop import Recipe, Run, fit, make_optimizer
 from stages.train.parallel import begin_alike
@@ -55,7 +56,15 @@ def train_job(job: Job) -> list[TrainResult]:
         if job.ranks.first:
             run.checkpoint.unlink(missing_ok=True)
         epochs = tuple(run.state.epochs)
-        results.append(TrainResult(best=best, epochs=epochs, resumed_from=resumed, learnable=learnable))
+        results.append(
+            TrainResult(
+                best=best,
+                epochs=epochs,
+                resumed_from=resumed,
+                learnable=learnable,
+                chosen=dict(run.network.chosen()),
+            )
+        )
     return results
 
 
@@ -64,6 +73,8 @@ def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
     settings = job.variants[position]
     network = _network(job, settings)
     probe_logits = fit_probe(job, network, source, settings, fits)
+    if network.standardises:
+        network.standardise(_train_batches(job, source))
     recipe = Recipe(
         settings=settings.train,
         features=job.opened.features,
@@ -119,9 +130,18 @@ def _fit_statistics(job: Job, source: RowSource, settings: ResolvedSettings) -> 
     weights = job.class_weights(settings, torch.device("cpu"))
     originals = {split: [[row.id] for row in job.manifest.of(split)] for split in SPLITS}
     with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
-        train, val = rows_to_fit(job, source, originals, job.inputs - {"side"})
+        train, val = rows_to_fit(job, source, originals, job.inputs & {"pooled", "statistics"})
         class_weights = None if weights is None else weights.tolist()
-        return fit_statistics(FitInputs(train=train, val=val, class_weights=class_weights, threads=threads))
+        sources = job.opened.features.probe_sources(METHODS[settings.method].preset.probes)
+        return fit_statistics(FitInputs(train=train, val=val, class_weights=class_weights, threads=threads), sources)
+
+
+def _train_batches(job: Job, source: RowSource) -> BatchLoader:
+    """Return batches of the training images, un-augmented and each image once, as inputs of `Network.standardise`."""
+    ids = [row.id for row in job.manifest.of("train")]
+    reading = Reading(job.inputs, job.first.train.side_image_size)
+    dataset = FeatureDataset(source, ids, job.labels["train"], reading)
+    return batches(dataset, EpochSampler(len(ids), job.first.train.batch_size))
 
 
 def _source(job: Job) -> RowSource:

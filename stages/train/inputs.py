@@ -15,7 +15,7 @@ from schemas.methods import METHODS
 from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
 from schemas.settings import DataSettings, LpmSettings
-from schemas.specs import Inputs, adapts_lpm
+from schemas.specs import Inputs
 from stages.files import sha256_file
 from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
@@ -51,17 +51,17 @@ class StudyFiles:
         """Name and weights of the LPM."""
         return self.weights or LpmSettings(name=self.lpm.name)
 
-    def need_receipt(self, inputs: Inputs = frozenset()) -> ExtractionReceipt:
+    def need_receipt(self, images_setting: str = "") -> ExtractionReceipt:
         """Return the receipt.
 
         Args:
-            inputs: Inputs of the method, for the message.
+            images_setting: Setting with which the method reads images, for the message; empty: none.
 
         Raises:
             CacheIncompleteError: If nothing was extracted.
         """
         if self.receipt is None:
-            images = ", or train from images (--set methods.finetune.source=image)" if "hidden" in inputs else ""
+            images = f", or train from images (--set {images_setting})" if images_setting else ""
             raise CacheIncompleteError(
                 "There is no extraction receipt, and this method reads cached features.",
                 repair=f"Run `fpt extract` first{images}.",
@@ -115,8 +115,9 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
         lpm = load_weights(files)
         spec = _image_spec(settings, files, lpm.weights_sha256)
         return OpenInputs(image_rows(files, spec), spec, _image_key(spec), lpm)
-    receipt = files.need_receipt(inputs)
-    loaded = load_weights(files) if adapts_lpm(inputs) else None
+    row = METHODS[settings.method]
+    receipt = files.need_receipt(row.images_setting)
+    loaded = load_weights(files) if row.adapts_lpm else None
     if loaded is not None and loaded.weights_sha256 != receipt.spec.weights_sha256:
         raise CacheMismatchError(
             "The features were extracted with weights of the LPM that differ from lpm.weights.",
@@ -136,7 +137,7 @@ def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
         WeightsError: If the method reads images and the LPM's weights cannot be found.
     """
     if not reads_images(settings):
-        return _store_key(files.need_receipt(METHODS[settings.method].reads(settings)))
+        return _store_key(files.need_receipt(METHODS[settings.method].images_setting))
     from stages.lpm.weights import locate_weights
 
     digest = sha256_file(locate_weights(files.weights_source, files.root))

@@ -169,7 +169,7 @@ def rows_to_fit(
 
 
 def _described(source: RowSource, ids: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Return `describe_rows`, (n, S, 2 D), of rows of a source."""
+    """Return `describe_rows`, (n, F), of rows of a source."""
     described = []
     for start in range(0, len(ids), DESCRIBED):
         chunk = ids[start : start + DESCRIBED]

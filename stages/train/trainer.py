@@ -81,7 +81,7 @@ def train_together(
     check_task(first, files.manifest)
     inputs: Inputs = frozenset().union(*(row.reads(settings) for settings in variants))
     if "image" not in inputs:
-        receipt = files.need_receipt(inputs)
+        receipt = files.need_receipt(row.images_setting)
         for settings in variants:
             check_features(settings, files.lpm, receipt)
         check_views(first, receipt)

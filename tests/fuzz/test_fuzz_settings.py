@@ -22,7 +22,7 @@ CASES = int(os.environ.get("FPT_FUZZ_CASES", "1500"))
 
 LPM = LpmInfo(
     name="vit", depth=12, width=384, heads=6, patch=16, prefix_tokens=1, has_class_token=True, image_size=512,
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=1536,
 )  # fmt: skip
 NUMBERS: list[Any] = [
     0, 1, 2, 3, 16, 64, 0.1, 0.5, 1.0, -1, -0.0, 5e-324, 1e-300, 1e308, math.nan, math.inf, -math.inf,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import SPEC, filled, image_id, receipt_of
+from stores import FORMS, SPEC, filled, image_id, receipt_of
 
 from schemas.errors import FptError
 from schemas.features import ExtractionReceipt
@@ -27,6 +27,7 @@ SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FPT_FUZZ_CASES", "150"))
 SPECS = {
     "int8": SPEC.model_copy(update={"dtype": "int8", "pooled": False}),
+    "only statistics": FORMS["only statistics"],
     "zstd": SPEC.model_copy(update={"codec": "zstd", "pooled": False}),
 }
 IDS = [image_id(number) for number in range(1, 12)]

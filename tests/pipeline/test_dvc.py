@@ -33,7 +33,13 @@ def change(study: Path, section: str, key: str, value: object) -> None:
 
 def receipts(study: Path) -> dict[str, int]:
     """Shard receipts of a study's cache, with the time of their last change: rewriting one would show."""
-    return {path.name: path.stat().st_mtime_ns for path in (study / ".fpt" / "cache").rglob("receipts/*.json")}
+    # os.walk passes over folders that disappear meanwhile, such as that of a store before it has its name.
+    return {
+        name: (Path(folder) / name).stat().st_mtime_ns
+        for folder, _, names in os.walk(study / ".fpt" / "cache")
+        for name in names
+        if Path(folder).name == "receipts" and name.endswith(".json")
+    }
 
 
 def test_the_whole_pipeline_leaves_what_it_promises(finished: Path, run: Run) -> None:

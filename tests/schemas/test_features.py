@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ LPM: dict[str, Any] = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "interpolation": "bicubic",
+    "mlp_width": 3072,
 }
 OTHER_LPM: dict[str, Any] = {
     "name": "vit_base_patch16_384.augreg_in21k_ft_in1k",
@@ -33,6 +35,7 @@ OTHER_LPM: dict[str, Any] = {
     "mean": (0.485, 0.5, 0.5),
     "std": (0.5, 0.5, 0.225),
     "interpolation": "bilinear",
+    "mlp_width": 4096,
 }
 SPEC: dict[str, Any] = {
     "feature_version": 1,
@@ -51,6 +54,7 @@ SPEC: dict[str, Any] = {
     "filter": None,
     "normalisation": "lpm",
     "hidden": None,
+    "statistics": False,
 }
 OTHER_SPEC: dict[str, Any] = {
     "feature_version": 2,
@@ -69,6 +73,7 @@ OTHER_SPEC: dict[str, Any] = {
     "filter": "lanczos",
     "normalisation": "dataset",
     "hidden": 6,
+    "statistics": True,
 }
 
 
@@ -97,11 +102,18 @@ def test_each_field_changes_the_fingerprint_and_is_named(name: str) -> None:
     assert (mine, found) == (as_json(SPEC[name]), as_json(OTHER_SPEC[name]))
 
 
-@pytest.mark.parametrize("name", LPM)
+@pytest.mark.parametrize("name", sorted(LPM.keys() - {"mlp_width"}))
 def test_each_field_of_the_lpm_changes_the_fingerprint_and_is_named(name: str) -> None:
     changed = spec({name: OTHER_LPM[name]})
     assert changed.fingerprint != spec().fingerprint
     assert set(spec().differing(changed)) == {f"lpm.{name}"}
+
+
+def test_the_width_of_the_mlp_matters_only_to_statistics() -> None:
+    assert spec({"mlp_width": 4096}).fingerprint == spec().fingerprint == spec({"mlp_width": None}).fingerprint
+    assert spec({"mlp_width": 4096}, statistics=True).fingerprint != spec(statistics=True).fingerprint
+    # Stores of earlier versions do not state it.
+    assert spec().differing(spec({"mlp_width": None})) == {}
 
 
 def test_equal_specs_do_not_differ_also_after_json() -> None:
@@ -125,4 +137,64 @@ def test_tokens_and_heads() -> None:
 def test_bytes_of_a_row(dtype: str, size: int) -> None:
     keys = 6 * 12 * 205 * 64 * size
     indices = 6 * 12 * 205 * 2
-    assert spec(dtype=dtype).bytes_per_image == 2 * keys + indices + 2 * 768 * 4 + 3 * 144 * 144 + 32
+    others = 2 * 768 * 4 + 3 * 144 * 144 + 32
+    assert spec(dtype=dtype).bytes_per_image == 2 * keys + indices + others
+    assert spec(dtype=dtype, layers=(), kept=0).bytes_per_image == others
+    # Outputs and value means of 12 blocks, two covariances and the MLP of the six in the middle, kept tokens of six.
+    numbers = 12 * 4 * 768 + 6 * (2 * 64 * 65 // 2 + 2 * 3072) + 6 * 4 * 768
+    statistics = spec(dtype=dtype, statistics=True)
+    assert statistics.bytes_per_image == spec(dtype=dtype).bytes_per_image + 2 * numbers
+    assert statistics.described_width == 2 * 768 + numbers
+
+
+def test_statistics_are_segments_one_after_the_other() -> None:
+    found = spec(statistics=True).segments
+    assert found[0].start == 0
+    assert all(one.stop == following.start for one, following in pairwise(found))
+    every, inner = ["outputs", "value means"], ["output covariance", "value covariance", "MLP activations"]
+    expected = [(kind, block) for block in range(12) for kind in (*every, *(inner if 3 <= block < 9 else []))]
+    kept = [(kind, layer) for layer in SPEC["layers"] for kind in ("kept keys", "kept values")]
+    assert [(one.kind, one.block) for one in found] == [*expected, *kept]
+    assert spec().segments == ()
+    without = spec({"has_class_token": False}, statistics=True, layers=(), kept=0).segments
+    assert without[0].stop == 2 * 768
+    assert [(one.kind, one.block) for one in without] == expected
+
+
+def test_probes_read_the_middle_blocks_or_what_is_kept() -> None:
+    """Each span lies on the segment that its name names, behind the pooled outputs."""
+    of = spec(statistics=True)
+    place = {one.name: (2 * 768 + one.start, 2 * 768 + one.stop) for one in of.segments}
+    pooled, *sources = of.probe_sources("all")
+    assert (pooled.name, pooled.spans) == ("pooled outputs", ((0, 2 * 768),))
+    named = {source.name: source.spans for source in sources}
+    assert len(named) == len(sources)
+    for kind in ("outputs", "value means", "output covariance", "value covariance"):
+        spans = tuple(place[f"{kind} of block {block}"] for block in range(3, 9))
+        assert named.pop(f"{kind} of blocks 3 to 8") == spans
+    activations = [place[f"MLP activations of block {block}"] for block in range(3, 9)]
+    assert named.pop("MLP means of blocks 3 to 8") == tuple((start, start + 3072) for start, _ in activations)
+    assert named.pop("MLP deviations of blocks 3 to 8") == tuple((start + 3072, stop) for start, stop in activations)
+    kept = {
+        block: tuple(place[f"kept {array} of block {block}"] for array in ("keys", "values")) for block in (6, 7, 8)
+    }
+    assert named.pop("kept tokens of blocks 3 to 8") == sum(kept.values(), ())
+    for block, spans in kept.items():
+        assert named.pop(f"kept tokens of block {block}") == spans
+    assert named == {
+        f"{kind} of block {block}": (place[f"{kind} of block {block}"],)
+        for block in (5, 6, 7)
+        for kind in ("outputs", "value means", "value covariance", "MLP activations")
+    }
+    covariances = [source.name for source in of.probe_sources("covariance")]
+    assert covariances == [f"output covariance of block {block}" for block in range(3, 9)]
+    (linear,) = of.probe_sources("every block")
+    assert linear.width == 12 * 2 * 768
+    assert {span[0] for span in linear.spans} == {place[f"outputs of block {block}"][0] for block in range(12)}
+    assert [source.name for source in of.probe_sources("kept")] == [
+        "pooled outputs",
+        *(f"kept {array} of block {layer}" for layer in SPEC["layers"] for array in ("keys", "values")),
+    ]
+    assert [source.name for source in spec().probe_sources("all")] == ["pooled outputs"]
+    (first,) = (one for one in of.segments if (one.kind, one.block) == ("outputs", 3))
+    assert spec(statistics=True, pooled=False).probe_sources("all")[0].spans[0] == (first.start, first.stop)

@@ -18,24 +18,32 @@ from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
 from schemas.results import BundleSpec
 from schemas.specs import (
+    AlfSpec,
     AttentiveSpec,
     FinetuneSpec,
     KnnSpec,
     LinearSpec,
+    LoffTaSpec,
     MethodSpec,
     PooledSpec,
     SideNetworkSpec,
     StatisticsSpec,
 )
+from schemas.statistics import ProbeRule, output_vectors
 from stages.methods.base import ClosedFormMethod, GradientMethod, build_model, method_of
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 
 LPM = LpmInfo(
     name="test_vit", depth=6, width=64, heads=2, patch=16, prefix_tokens=1, has_class_token=True, image_size=64,
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=192,
 )  # fmt: skip
 CLASSES = ("a", "b", "c")
 LAYERS = (3, 4, 5)
+FEATURES = FeatureSpec(
+    lpm=LPM, weights_sha256="0" * 64, layers=LAYERS, importance="global", kept=3, dtype="float16", side_image_size=144,
+    statistics=True,
+)  # fmt: skip
+SOURCES = FEATURES.probe_sources("all")
 
 
 def side_network(method: str, **changes: Any) -> SideNetworkSpec:
@@ -51,15 +59,30 @@ def finetuned(**changes: Any) -> FinetuneSpec:
     return FinetuneSpec.model_validate({"classes": 3, **raw, **changes})
 
 
+def probes(method: str, rule: ProbeRule) -> StatisticsSpec:
+    sources = FEATURES.probe_sources(rule)
+    return StatisticsSpec(method=method, classes=3, sources=sources, shares=(1 / len(sources),) * len(sources))
+
+
+STATISTICS = FEATURES.segments
+VECTORS = output_vectors(STATISTICS, 64)
+
 EXAMPLES: dict[str, MethodSpec] = {
     "fpt": side_network("fpt"),
     "fpt+": side_network("fpt+", task="ordinal"),
-    "fpt-x": side_network("fpt-x", members=2, attentive=1, attentive_weight=0.1, probe_weight=0.5),
+    "fpt-x": side_network("fpt-x", members=2, attentive=1, attentive_weight=0.1, probe_weight=0.5, sources=SOURCES),
+    "fpt-x-kept": side_network("fpt-x-kept", members=2, probe_weight=0.5, sources=FEATURES.probe_sources("kept")),
     "side": side_network("side"),
-    "statistics": StatisticsSpec(classes=3, layers=LAYERS, features=128, shares=(0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)),
+    "statistics": probes("statistics", "all"),
+    "covariance": probes("covariance", "covariance"),
+    "all-block-linear": probes("all-block-linear", "every block"),
     "linear": LinearSpec(classes=3, features=128, c=0.1),
     "knn": KnnSpec(classes=3, features=128, rows=20, neighbours=5, task="multilabel"),
     "attentive": AttentiveSpec(classes=3, layers=3, lpm_width=64, heads=2, queries=4),
+    "alf": AlfSpec(classes=3, lpm_width=64, vectors=VECTORS, heads=12, dropout=0.1),
+    "loff-ta": LoffTaSpec(
+        classes=3, hidden=4, lpm_width=64, grid=4, prefix_tokens=1, pooled_grid=4, width=24, blocks=2, heads=3
+    ),
     "finetune": finetuned(),
 }
 """A saved spec of each method with fields of its own."""
@@ -75,7 +98,7 @@ SPECS: dict[str, MethodSpec] = {
 
 def bundle(spec: MethodSpec, **features: Any) -> BundleSpec:
     settings = resolve(parse_settings({"method": "fpt+", "train": {"side_reduction": 4}}), LPM)
-    read = feature_spec(settings, LPM, "0" * 64).model_copy(update={"layers": LAYERS, **features})
+    read = feature_spec(settings, LPM, "0" * 64).model_copy(update={"layers": LAYERS, "hidden": 4, **features})
     return BundleSpec(
         classes=CLASSES, network=spec, features=FeatureSpec.model_validate(read.model_dump()), train=settings.train,
         best_epoch=1, val_auc=0.5, learnable=7, weights_sha256="0" * 64,
@@ -123,7 +146,8 @@ def test_an_unknown_method_in_settings_is_an_error_with_its_path_and_all_names(v
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_accepted_in_settings_and_resolved(name: str) -> None:
-    settings = resolve(parse_settings({"method": name, "train": {"side_reduction": 4}}), LPM)
+    raw = {"method": name, "features": {"hidden": 4}, "train": {"side_reduction": 4}}
+    settings = resolve(parse_settings(raw), LPM)
     assert settings.method == name
     assert METHODS[name].reads(settings) >= METHODS[name].inputs
     assert METHODS[name].reads(settings), "a method reads something"
@@ -228,10 +252,16 @@ def test_fields_of_another_method_are_refused(name: str) -> None:
     ],
 )
 def test_a_model_of_other_features_is_refused(spec: MethodSpec, tmp_path: Path) -> None:
-    features = {"hidden": 4} if isinstance(spec, FinetuneSpec) else {}
-    (tmp_path / "model.json").write_bytes(encode_spec(bundle(spec, **features)))
+    (tmp_path / "model.json").write_bytes(encode_spec(bundle(spec)))
     assert read_spec(tmp_path).network == spec
-    others = {"hidden": 3} if isinstance(spec, FinetuneSpec) else {"layers": (4, 5)}
+    others: dict[str, Any] = {"layers": (4, 5)}
+    if isinstance(spec, FinetuneSpec | LoffTaSpec):
+        others = {"hidden": 3}
+    if isinstance(spec, AlfSpec):
+        others = {"statistics": False}
+    if isinstance(spec, StatisticsSpec):
+        # Statistics of every block begin elsewhere without a class token; tapped layers do not matter to them.
+        others = {"lpm": LPM.model_copy(update={"has_class_token": False})}
     (tmp_path / "model.json").write_bytes(encode_spec(bundle(spec, **others)))
     with pytest.raises(BundleError, match="cannot be understood"):
         read_spec(tmp_path)

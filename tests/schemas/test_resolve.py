@@ -25,6 +25,7 @@ VIT_B = LpmInfo(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     interpolation="bicubic",
+    mlp_width=3072,
 )
 
 
@@ -99,6 +100,21 @@ def test_stored_side_image_leaves_room_for_a_crop(side: int) -> None:
         ({"features": {"hidden": 12}}, {}, "features.hidden", "0 to 11"),
         ({"features": {"importance": "class_token"}}, {"has_class_token": False}, "features.importance", "class token"),
         ({"features": {"ratio": 0.0005}}, {}, "features.ratio", "1025"),
+        ({"method": "fpt", "features": {"tokens": False}}, {}, "features.tokens", "fpt reads cached tokens"),
+        ({"method": "attentive", "features": {"tokens": False}}, {}, "features.tokens", "attentive reads"),
+        ({"method": "statistics", "features": {"statistics": False}}, {}, "features.statistics", "token statistics"),
+        (
+            {"method": "fpt+", "features": {"statistics": False}, "train": {"probe_weight": 0.5}},
+            {},
+            "features.statistics",
+            "linear probes",
+        ),
+        (
+            {"method": "side", "features": {"tokens": False, "statistics": False, "pooled": False}},
+            {},
+            "features.tokens",
+            "without features.statistics and features.pooled",
+        ),
         ({"train": {"side_reduction": 7}}, {}, "train.side_reduction", "12 heads"),
         ({"train": {"side_reduction": 16}}, {"heads": 16}, "train.side_reduction", None),
         ({"train": {"side_reduction": 128}}, {}, "train.side_reduction", "heads"),
@@ -118,6 +134,14 @@ def test_what_does_not_fit(raw: dict[str, Any], lpm: dict[str, Any], path: str, 
     found = problems(made(**raw), shape)
     assert set(found) == {path}
     assert words in found[path]
+
+
+@pytest.mark.parametrize("method", ["linear", "knn", "nearest-mean", "statistics", "side"])
+def test_without_tokens_no_layer_is_tapped(method: str) -> None:
+    # A ratio that keeps no token does not matter then.
+    resolved = resolve(made(method=method, features={"tokens": False, "ratio": 0.0005}), VIT_B)
+    spec = feature_spec(resolved, VIT_B, "0" * 64)
+    assert (spec.layers, spec.kept, spec.statistics) == ((), 0, True)
 
 
 def test_all_misfits_at_once() -> None:

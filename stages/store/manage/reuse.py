@@ -1,4 +1,4 @@
-"""Copy rows from a store with more layers, so that a run with fewer layers need not run the LPM."""
+"""Copy rows from a store that holds more per row, so that a run that needs less of it does not run the LPM."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from stages.store.writer import claim_shard, split_into_shards, write_shard
 def serves(spec: FeatureSpec, other: FeatureSpec) -> bool:
     """Return whether a store of `other` holds the features of `spec`.
 
-    It may have more layers, and pooled outputs or hidden tokens that `spec` does without.
+    It may have more layers, and pooled outputs, token statistics or hidden tokens that `spec` does without.
     """
-    enough = set(spec.layers) <= set(other.layers) and spec.pooled <= other.pooled and spec != other
-    if not enough or spec.hidden not in (None, other.hidden):
+    enough = spec.pooled <= other.pooled and spec.statistics <= other.statistics and spec != other
+    if not enough or not set(spec.layers) <= set(other.layers) or spec.hidden not in (None, other.hidden):
         return False
-    fewer = {"layers": spec.layers, "pooled": spec.pooled, "hidden": spec.hidden}
+    fewer = {name: getattr(spec, name) for name in ("layers", "pooled", "hidden", "statistics")}
+    if not spec.layers:
+        fewer["kept"] = spec.kept
     return other.model_copy(update=fewer) == spec
 
 
@@ -96,7 +98,7 @@ def copy_rows(cache_root: Path, store: Store, missing: Sequence[str], on_copied:
 def _read(
     reader: StoreReader, donor: FeatureSpec, target: FeatureSpec, row_ids: list[str]
 ) -> tuple[list[str], dict[str, NDArray[Any]]]:
-    """Read rows of a donor store, reduced to the layers of `target`.
+    """Read rows of a donor store, reduced to the layers and statistics of `target`.
 
     Returns:
         Ids of the undamaged rows, and their arrays by name.
@@ -116,4 +118,13 @@ def _read(
         name: np.ascontiguousarray(array[:, layer_positions]) if layouts[name].dims[0] == "layer" else array
         for name, array in rows.items()
     }
+    if target.segments:
+        sliced["statistics"] = np.ascontiguousarray(sliced["statistics"][:, _columns(donor, target)])
     return sound, sliced
+
+
+def _columns(donor: FeatureSpec, target: FeatureSpec) -> NDArray[np.intp]:
+    """Return the positions of the target's statistics among those of the donor, which has more layers."""
+    of_donor = {segment.name: segment for segment in donor.segments}
+    segments = [of_donor[segment.name] for segment in target.segments]
+    return np.concatenate([np.arange(segment.start, segment.stop) for segment in segments])

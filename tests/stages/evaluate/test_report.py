@@ -54,7 +54,7 @@ class Checker(HTMLParser):
 def bundle_spec(classes: tuple[str, ...]) -> BundleSpec:
     lpm = LpmInfo(
         name="vit", depth=2, width=64, heads=2, patch=16, prefix_tokens=1, has_class_token=True, image_size=64,
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=256,
     )  # fmt: skip
     features = FeatureSpec(
         lpm=lpm, weights_sha256="a" * 64, layers=(1,), importance="global", kept=3, dtype="float16", side_image_size=48

@@ -107,12 +107,13 @@ def read(path: str) -> Any:
     return read_image(Path(path), max_pixels=10**6)
 
 
-def test_without_pooled_outputs_the_pass_ends_with_the_last_keys(made: Study) -> None:
+def test_without_pooled_outputs_and_statistics_the_pass_ends_with_the_last_keys(made: Study) -> None:
     lpm = load_lpm(made.settings.lpm, 64, made.root)
     whole = feature_spec(made.settings, lpm.info, lpm.weights_sha256)
-    short = feature_spec(made.changed(features={"pooled": False}), lpm.info, lpm.weights_sha256)
+    short = feature_spec(made.changed(features={"pooled": False, "statistics": False}), lpm.info, lpm.weights_sha256)
     assert short.fingerprint != whole.fingerprint
-    assert short.bytes_per_image == whole.bytes_per_image - 8 * lpm.info.width
+    statistics = 2 * whole.segments[-1].stop
+    assert short.bytes_per_image == whole.bytes_per_image - 8 * lpm.info.width - statistics
     images = [to_pixels(read(str(made.root / "images" / row.path)), short) for row in made.manifest.rows[:3]]
     full = compute_features(lpm, whole, images)
     ran: list[str] = []
@@ -121,7 +122,7 @@ def test_without_pooled_outputs_the_pass_ends_with_the_last_keys(made: Study) ->
     model.norm.register_forward_hook(lambda *_: ran.append("norm"))
     found = compute_features(lpm, short, images)
     assert ran == []
-    assert set(found.arrays) == set(full.arrays) - {"pooled"} == set(array_layouts(short)) - {"sha256"}
+    assert set(found.arrays) == set(full.arrays) - {"pooled", "statistics"} == set(array_layouts(short)) - {"sha256"}
     for name in found.arrays:
         np.testing.assert_allclose(found[name], full[name], atol=2e-3)
 

@@ -291,7 +291,7 @@ def test_tapped_tokens_are_those_of_the_direct_importance(family: str) -> None:
     count = tokens.shape[1]
     info = LpmInfo(
         name=family, depth=2, width=48, heads=3, patch=16, prefix_tokens=count - 16, has_class_token=count > 16,
-        image_size=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
+        image_size=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", mlp_width=192,
     )  # fmt: skip
     spec = FeatureSpec(
         lpm=info, weights_sha256="", layers=(0, 1), importance="global", kept=5, dtype="float32", side_image_size=32

@@ -24,6 +24,7 @@ def test_describe_gives_shape_and_preprocessing_of_the_published_model() -> None
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         interpolation="bicubic",
+        mlp_width=3072,
     )
 
 

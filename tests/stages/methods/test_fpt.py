@@ -285,7 +285,7 @@ def quantised(dtype: str, batch: int, head_dim: int = 16) -> tuple[CachedTokens,
     """One layer as codes, and its dequantised keys and values in double precision."""
     lpm = LpmInfo(
         name="tiny", depth=1, width=2 * head_dim, heads=2, patch=16, prefix_tokens=1, has_class_token=True,
-        image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic",
+        image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", mlp_width=8,
     )  # fmt: skip
     spec = FeatureSpec(
         lpm=lpm, weights_sha256="0" * 64, layers=(0,), importance="global", kept=KEPT, dtype=dtype, side_image_size=16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,23 @@ from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.results import EpochLog, TrainResult
 from schemas.specs import SideNetworkSpec
+from schemas.statistics import ProbeSource
 from stages.evaluate.evaluator import evaluate
 from stages.extract.features import compute_features, to_pixels
 from stages.groups import cluster_of
 from stages.images import read_image
+from stages.losses import plain_loss
 from stages.lpm.loading import load_lpm
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.base import FitInputs, Network, build_model, gradient_method, learnable_parameters
 from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
-from stages.methods.calibration import inverse_temperatures
+from stages.methods.calibration import fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
 from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.fpt_x import Ensemble, _attentive_spec
-from stages.methods.statistics import StatisticsFit, StatisticsProbe, fit_statistics
+from stages.methods.statistics import StatisticsFit, StatisticsProbe, fit_statistics, select
+from stages.scores import log_pool_terms
 from stages.store.reader import open_store
 from stages.train import gradient
 from stages.train.bundle import load_bundle
@@ -40,12 +45,26 @@ from stages.train.loop import Recipe, Run, keep_epoch, make_optimizer, training_
 from stages.train.trainer import train, train_together
 
 SHAPE = {"classes": 3, "layers": 3, "lpm_width": 32, "heads": 2, "width": 8, "image_size": 32, "prompts": 4}
+SOURCES = (
+    ProbeSource(name="pooled outputs", spans=((0, 64),)),
+    ProbeSource(name="first and last", spans=((64, 70), (80, 84))),
+    ProbeSource(name="last", spans=((80, 84),)),
+)
+"""Of rows of 64 pooled outputs and 20 statistics."""
+READ = 64 + 10 + 4
+"""Numbers of all sources."""
 
 
 def tiny(
     members: int, weight: float, dropout: float = 0.0, method: str = "fpt-x", attentive: int = 0, share: float = 0.0
 ) -> SideNetworkSpec:
-    pool = {"members": members, "probe_weight": weight, "attentive": attentive, "attentive_weight": share}
+    pool: dict[str, Any] = {
+        "members": members,
+        "probe_weight": weight,
+        "attentive": attentive,
+        "attentive_weight": share,
+    }
+    pool["sources"] = SOURCES if weight else ()
     return SideNetworkSpec.model_validate({**SHAPE, "method": method, "dropout": dropout, **pool})
 
 
@@ -53,7 +72,8 @@ def batch(seed: int, size: int = 5) -> Batch:
     g = torch.Generator().manual_seed(seed)
     cached = CachedTokens(*(torch.randn(size, 3, 2, 7, 16, generator=g) for _ in range(2)))
     images = torch.randint(0, 256, (size, 3, 32, 32), generator=g, dtype=torch.uint8)
-    return Batch(torch.arange(size) % 3, side=images, tokens=cached, pooled=torch.randn(size, 2, 32, generator=g))
+    pooled, statistics = torch.randn(size, 2, 32, generator=g), torch.randn(size, 20, generator=g).half()
+    return Batch(torch.arange(size) % 3, side=images, tokens=cached, pooled=pooled, statistics=statistics)
 
 
 def prepared(seed: int, size: int = 5) -> Batch:
@@ -75,15 +95,17 @@ def fill(probe: StatisticsProbe) -> None:
     for name in ("weight", "bias", "mean"):
         getattr(probe, name).normal_()
     probe.scale.uniform_(0.5, 2.0)
-    probe.share.copy_(torch.rand(7).softmax(0))
+    probe.share.copy_(torch.rand(len(SOURCES)).softmax(0))
 
 
-def said_by(probe: StatisticsProbe, sources: torch.Tensor) -> torch.Tensor:
+def said_by(probe: StatisticsProbe, rows: torch.Tensor) -> torch.Tensor:
     """(B, C), source by source."""
-    total = torch.zeros(len(sources), 3)
-    for source, share in enumerate(probe.share):
-        x = (sources[:, source] - probe.mean[source]) / probe.scale[source]
-        total += share * torch.nn.functional.linear(x, probe.weight[source], probe.bias[source]).softmax(-1).log()
+    total, first = torch.zeros(len(rows), 3), 0
+    for source, share, bias in zip(SOURCES, probe.share, probe.bias, strict=True):
+        part = slice(first, first + source.width)
+        x = (select(rows, source) - probe.mean[part]) / probe.scale[part]
+        total += share * torch.nn.functional.linear(x, probe.weight[:, part], bias).softmax(-1).log()
+        first += source.width
     return total
 
 
@@ -147,7 +169,7 @@ def test_the_answer_is_the_weighted_mean_of_log_probabilities() -> None:
         probe = said_by(network.probe, describe_rows(own)).log_softmax(-1)
     torch.testing.assert_close(found, 0.2 * (parts[0] + parts[1]) / 2 + 0.035 * (parts[2] + parts[3]) / 2 + 0.5 * probe)
     with pytest.raises(ValueError, match="pooled"):
-        network(replace(own, pooled=None))
+        network(replace(own, pooled=None, statistics=None))
 
 
 def test_before_training_it_ranks_as_the_probe_does() -> None:
@@ -168,7 +190,7 @@ def test_before_training_it_ranks_as_the_probe_does() -> None:
 def test_one_member_without_a_probe_is_the_published_network() -> None:
     assert isinstance(build_network(tiny(1, 0.0)), PromptedSideNetwork)
     one = learnable_parameters(build_network(tiny(1, 0.0)))
-    assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 7 * (3 * 2 * 32 + 3)
+    assert learnable_parameters(build_network(tiny(4, 0.3))) == 4 * one + 3 * READ + 3 * len(SOURCES)
     probe = learnable_parameters(AttentiveProbe(_attentive_spec(tiny(1, 0.0))))
     assert learnable_parameters(build_network(tiny(1, 0.0, attentive=2, share=0.5))) == one + 2 * probe
 
@@ -204,8 +226,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_what_auto_means(study: Study) -> None:
     train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (5, 0.5, "late")
-    assert (train_settings.attentive, train_settings.attentive_weight) == (1, 0.1)
+    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (3, 0.7, "late")
+    assert (train_settings.attentive, train_settings.attentive_weight) == (0, 0.0)
+    raw = parse_settings({"method": "fpt-x-kept", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
+    kept = resolve(raw, study.lpm).train
+    assert (kept.members, kept.probe_weight, kept.attentive, kept.attentive_weight) == (5, 0.5, 1, 0.1)
     raw = parse_settings({"method": "fpt+", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     published = resolve(raw, study.lpm).train
     assert (published.members, published.probe_weight, published.keep) == (1, 0.0, "best")
@@ -218,7 +243,7 @@ def test_what_auto_means(study: Study) -> None:
         ("fpt+", {"attentive_weight": 0.3}, "with 0 attentive probes"),
         ("fpt+", {"attentive": 2, "attentive_weight": 0.0}, "is 0 with 2 attentive probes"),
         ("side", {"attentive": 1}, "reads no cached tokens"),
-        ("fpt-x", {"attentive_weight": 0.7, "probe_weight": 0.3}, "leave nothing for the side networks"),
+        ("fpt-x-kept", {"attentive_weight": 0.7, "probe_weight": 0.3}, "leave nothing for the side networks"),
     ],
 )
 def test_a_pool_without_sense_is_refused(study: Study, method: str, keys: dict[str, Any], named: str) -> None:
@@ -290,20 +315,21 @@ def test_which_epoch_is_kept(keep: str, kept: int) -> None:
 def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
     result = run(study, "best", keep="best", members=2)
     assert result.best == max(result.epochs, key=lambda log: (log.val_auc, -log.val_loss))
-    assert len(load_bundle(study.root / "best").network.members) == 2 + 1
+    assert len(load_bundle(study.root / "best").network.members) == 2
 
 
-def test_a_probe_without_pooled_outputs_is_refused(study: Study) -> None:
-    raw = {
+@pytest.mark.parametrize("name", ["pooled", "statistics"])
+def test_a_probe_without_what_it_reads_is_refused(study: Study, name: str) -> None:
+    raw: dict[str, Any] = {
         "method": "fpt-x",
         "lpm": {"name": "test_vit"},
-        "features": {"pooled": False},
+        "features": {name: False},
         "train": {"side_reduction": 4},
     }
-    with pytest.raises(SettingsError, match=r"features\.pooled"):
+    with pytest.raises(SettingsError, match=rf"features\.{name}"):
         resolve(parse_settings(raw), study.lpm)
     raw["train"] = {"side_reduction": 4, "probe_weight": 0.0}
-    assert resolve(parse_settings(raw), study.lpm).train.members == 5
+    assert resolve(parse_settings(raw), study.lpm).train.members == 3
 
 
 def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -331,11 +357,11 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1, "attentive": 0})
     fits = []
 
-    def counted(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
+    def counted(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[StatisticsFit, torch.Tensor]:
         units = cluster_of(study.manifest)
         for rows, split in zip((inputs.train, inputs.val), SPLITS, strict=True):
             assert rows.groups == [units[row.path] for row in study.manifest.of(split)]
-        found = fit_statistics(inputs)
+        found = fit_statistics(inputs, sources)
         fits.append(found[0])
         return found
 
@@ -351,3 +377,43 @@ def test_runs_of_one_pass_share_the_fit_of_the_probe(tmp_path: Path, monkeypatch
         assert network.probe is not None
         torch.testing.assert_close(network.probe.weight, fit.weight)
     assert not torch.equal(fits[0].weight, fits[1].weight)
+
+
+def test_ensemble_weights_follow_the_held_out_loss_and_the_prior() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    good = 2.0 * torch.nn.functional.one_hot(labels, 3) + torch.randn(60, 3, generator=g)
+    terms = log_pool_terms(torch.stack([torch.randn(60, 3, generator=g), good]), "multiclass").transpose(0, 1)
+    prior = [0.5, 0.5]
+    shares = fit_shares(terms, labels, prior)
+    assert float(shares.sum()) == pytest.approx(1.0)
+    assert shares[1] > 0.8
+    # Two images do not move the weights far, none at all does not move them.
+    assert abs(float(fit_shares(terms[:2], labels[:2], prior)[1]) - 0.5) < 0.2
+    assert torch.equal(fit_shares(terms[:0], labels[:0], prior), torch.tensor(prior))
+    # Experts that are equally good keep the weights of the prior.
+    same = torch.stack([good, good], dim=1)
+    assert fit_shares(same, labels, [0.3, 0.7]).tolist() == pytest.approx([0.3, 0.7])
+    # Of all weights of the grid none has a lower cost.
+    costs = [
+        60 * float(plain_loss((terms * torch.tensor([1 - w, w])[:, None]).sum(1), labels))
+        - 10.0 * (0.5 * math.log(1 - w) + 0.5 * math.log(w))
+        for w in (0.05 * step for step in range(1, 20))
+    ]
+    assert float(shares[1]) == pytest.approx(0.05 * (1 + costs.index(min(costs))))
+
+
+def test_what_the_networks_added_is_reported(tmp_path: Path) -> None:
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 2, "members": 1})
+    result = run(study, "model")
+    weights = [value for name, value in result.chosen.items() if name.startswith("weight of")]
+    assert len(weights) == 2
+    assert sum(weights) == pytest.approx(1.0, abs=2e-3)
+    assert result.chosen["loss of the ensemble"] == pytest.approx(result.best.val_loss, abs=1e-4)
+    network = load_bundle(tmp_path / "model").network
+    assert isinstance(network, Ensemble)
+    assert network.shares.tolist() == pytest.approx(weights, abs=1e-3)
+    run(make_study(tmp_path / "kept", method="fpt-x-kept", train={"epochs": 1, "members": 1}), "model")
+    network = load_bundle(tmp_path / "kept/model").network
+    assert isinstance(network, Ensemble)
+    assert network.shares.tolist() == pytest.approx([0.4, 0.1, 0.5])

@@ -28,7 +28,7 @@ def blobs(n: int, classes: int, features: int = 12, distance: float = 3.0, seed:
 def rows(x: Any, y: Any, classes: int, groups: Any = None) -> FitRows:
     """Rows of a patient each, unless groups are named."""
     names = [str(group) for group in (range(len(y)) if groups is None else groups)]
-    return FitRows(np.asarray(x, np.float32)[:, None], np.asarray(y, np.int64), names, classes)
+    return FitRows(np.asarray(x, np.float32), np.asarray(y, np.int64), names, classes)
 
 
 def logits(fit: LinearFit, x: Any) -> torch.Tensor:

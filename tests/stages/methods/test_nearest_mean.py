@@ -23,7 +23,7 @@ from stages.train.trainer import train
 def rows(labels: np.ndarray, seed: int = 0, classes: int = 3) -> FitRows:
     rng = np.random.default_rng(seed)
     first = labels if labels.ndim == 1 else labels @ np.arange(1, classes + 1)
-    x = rng.normal(size=(len(labels), 1, 8)) + 1.5 * np.eye(8)[first % 8][:, None]
+    x = rng.normal(size=(len(labels), 8)) + 1.5 * np.eye(8)[first % 8]
     return FitRows(x.astype(np.float32), labels, [str(n) for n in range(len(labels))], classes)
 
 
@@ -31,7 +31,7 @@ def test_the_nearest_mean_of_unit_vectors_is_that_of_scikit_learn() -> None:
     train_rows, other = rows(np.arange(30) % 3), rows(np.arange(21) % 3, seed=1)
     model, held_out = METHOD.fit(FitInputs(train_rows, other))
     assert held_out is None
-    unit = [x[:, 0] / np.linalg.norm(x[:, 0], axis=1, keepdims=True) for x in (train_rows.x, other.x)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train_rows.x, other.x)]
     reference = NearestCentroid().fit(unit[0], train_rows.y)
     # Of unit means the nearest is the one with the largest cosine.
     means = reference.centroids_ / np.linalg.norm(reference.centroids_, axis=1, keepdims=True)

@@ -63,8 +63,9 @@ def test_a_local_store_with_an_impossible_shard_size_is_refused_and_repaired(tmp
 
 @pytest.mark.parametrize(
     "change",
-    [{"kept": 10**9}, {"kept": 0}, {"side_image_size": 10**7}, {"layers": [1, 10**6]}, {"layers": []},
-     {"layers": [3, 1]}, {"lpm": {"heads": 0}}, {"lpm": {"patch": 0}}, {"lpm": {"width": 2**40}}],
+    [{"kept": 10**9}, {"kept": 0}, {"side_image_size": 10**7}, {"layers": [1, 10**6]}, {"layers": [3, 1]},
+     {"layers": []}, {"layers": [], "kept": 0, "pooled": False}, {"lpm": {"heads": 0}}, {"lpm": {"patch": 0}},
+     {"lpm": {"width": 2**40}}],
 )  # fmt: skip
 def test_a_spec_that_cannot_be_is_not_pulled(tmp_path: Path, change: dict[str, Any]) -> None:
     lpm = SPEC.lpm.model_copy(update=change.pop("lpm", {}))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from stores import SPEC, filled, image_id, random_rows, receipt_of
+from stores import FORMS, SPEC, filled, image_id, random_rows, receipt_of
 
 from schemas.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
 from stages.store.index import refresh_index
@@ -20,8 +20,10 @@ from stages.store.reader import StoreReader, open_store
 from stages.store.writer import claim_shard, write_shard
 
 
-def test_rows_are_returned_in_the_requested_order(tmp_path: Path) -> None:
-    store, rows = filled(tmp_path)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_returned_in_the_requested_order(tmp_path: Path, form: str) -> None:
+    store, rows = filled(tmp_path, spec=FORMS[form])
+    assert ("keys" in rows, "statistics" in rows) == ("only" not in form, "statistics" in form)
     reader = open_store(tmp_path, receipt_of(store))
     order = [7, 1, 11, 1, 4]
     found = reader.read([image_id(n) for n in order], rows)
@@ -39,14 +41,15 @@ def test_a_buffer_is_reused(tmp_path: Path) -> None:
     assert np.array_equal(first["keys"][0], rows["keys"][8])
 
 
-def test_zarr_reads_every_array_with_dimension_names(tmp_path: Path) -> None:
-    store, rows = filled(tmp_path)
+@pytest.mark.parametrize("form", FORMS)
+def test_zarr_reads_every_array_with_dimension_names(tmp_path: Path, form: str) -> None:
+    store, rows = filled(tmp_path, spec=FORMS[form])
     group = zarr.open_group(store.group, mode="r")
     assert set(group.array_keys()) == {*rows, "sha256"}
     for name, values in rows.items():
         array: Any = group[name]
         assert np.array_equal(array[: len(values)], values)
-        assert array.metadata.dimension_names == ("row", *array_layouts(SPEC)[name].dims)
+        assert array.metadata.dimension_names == ("row", *array_layouts(FORMS[form])[name].dims)
     digests: Any = group["sha256"]
     assert bytes(digests[4]).hex() == image_id(5)
     assert not np.asarray(digests[11]).any(), "the last row of a partly filled shard is empty"

@@ -21,6 +21,8 @@ from schemas.methods import Method
 from schemas.resolved import ResolvedSettings
 from schemas.results import Metrics, TrainResult
 from schemas.settings import DataSettings
+from schemas.specs import SideNetworkSpec
+from schemas.statistics import ProbeSource
 from stages.evaluate.compare import compare
 from stages.evaluate.ensemble import score_ensemble
 from stages.evaluate.evaluator import evaluate
@@ -172,11 +174,10 @@ def test_the_bundle_gives_the_validation_loss_of_training(
 
 
 def test_labels_are_pooled_by_their_odds() -> None:
-    from schemas.specs import SideNetworkSpec
-
     spec = SideNetworkSpec(
         method="fpt-x", classes=2, layers=1, lpm_width=8, heads=2, width=4, image_size=16, prompts=1, dropout=0.0,
-        members=2, probe_weight=0.25, task="multilabel",
+        members=2, probe_weight=0.25, sources=(ProbeSource(name="pooled outputs", spans=((0, 16),)),),
+        task="multilabel",
     )  # fmt: skip
     network = Ensemble(spec)
     assert network.probe is not None

@@ -1,11 +1,14 @@
-"""A store of more layers serves a run that taps fewer; and a study registers with the stores that it uses."""
+"""A store that holds more per row serves a run that needs less; and a study registers with the stores it uses."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from study import Study
+from study import Study, make_study
 
+from schemas.features import FeatureSpec
 from stages.extract.extractor import ExtractProgress
 from stages.extract.plan import plan_extraction
 from stages.store.layout import array_layouts, open_store_layout
@@ -29,6 +32,13 @@ def fewer(study: Study, **more: object) -> None:
     study.settings = study.changed(features={"layers": layers[-1:], **more})
 
 
+def columns(donor: FeatureSpec, target: FeatureSpec) -> list[int]:
+    """Positions in the donor's rows of the statistics of the target, number by number."""
+    names = {one.name for one in target.segments}
+    assert names <= {one.name for one in donor.segments}
+    return [column for one in donor.segments if one.name in names for column in range(one.start, one.stop)]
+
+
 def test_rows_of_fewer_layers_are_copied_not_computed(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     full = study.extract()
     assert len(full.spec.layers) > 1
@@ -44,11 +54,80 @@ def test_rows_of_fewer_layers_are_copied_not_computed(study: Study, monkeypatch:
     layouts = array_layouts(part.spec)
     names = [name for name in layouts if name != "sha256"]
     large, small = open_store(study.cache, full).read(ids, names), open_store(study.cache, part).read(ids, names)
+    assert part.spec.segments[-1].stop < full.spec.segments[-1].stop
     for name in names:
         expected = large[name][:, -1:] if layouts[name].dims[0] == "layer" else large[name]
+        if name == "statistics":
+            expected = large[name][:, columns(full.spec, part.spec)]
         assert np.array_equal(small[name], expected), name
     assert plan_extraction(study.settings, study.root, study.cache, study.manifest).reused == 0
     assert verify_store(open_store_layout(study.cache, part.spec)).damages == ()
+
+
+def test_copied_statistics_are_those_that_the_lpm_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Middle layers are kept and others dropped: each kept segment must land on its own layer."""
+    computed = make_study(tmp_path / "computed", features={"layers": [1, 4]})
+    expected = computed.extract()
+    copied = make_study(tmp_path / "copied", features={"layers": [0, 1, 3, 4]})
+    copied.extract()
+    copied.settings = copied.changed(features={"layers": (1, 4)})
+    no_lpm(monkeypatch)
+    found = copied.extract()
+    assert found.spec == expected.spec
+    ids = copied.manifest.ids()
+    rows = [
+        open_store(study.cache, receipt).read(ids, ["statistics", "keys"])
+        for study, receipt in ((computed, expected), (copied, found))
+    ]
+    for name in ("statistics", "keys"):
+        mine, other = (part[name].astype(np.float64) for part in rows)
+        # A tapped block computes its attention by another kernel: equal up to rounding.
+        np.testing.assert_allclose(mine, other, atol=5e-3, err_msg=name)
+
+
+SMALLER = {
+    "no tokens": {"tokens": False},
+    "no statistics": {"statistics": False},
+    "only pooled outputs": {"tokens": False, "statistics": False},
+    "only statistics": {"tokens": False, "pooled": False},
+}
+
+
+@pytest.mark.parametrize("form", SMALLER)
+def test_a_store_with_everything_serves_one_with_less(study: Study, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = study.extract()
+    study.settings = study.changed(features=SMALLER[form])
+    no_lpm(monkeypatch)
+    part = study.extract()
+    assert serves(part.spec, full.spec)
+    assert not serves(full.spec, part.spec)
+    ids, names = study.manifest.ids(), [name for name in array_layouts(part.spec) if name != "sha256"]
+    large, small = open_store(study.cache, full).read(ids, names), open_store(study.cache, part).read(ids, names)
+    for name in names:
+        expected = large[name][:, columns(full.spec, part.spec)] if name == "statistics" else large[name]
+        assert np.array_equal(small[name], expected), name
+    assert ("keys" in names, "statistics" in names) == (bool(part.spec.layers), part.spec.statistics)
+    assert verify_store(open_store_layout(study.cache, part.spec)).damages == ()
+
+
+@pytest.mark.parametrize("form", SMALLER)
+def test_a_store_with_less_does_not_serve_one_with_everything(study: Study, form: str) -> None:
+    settings = study.settings
+    study.settings = study.changed(features=SMALLER[form])
+    study.extract()
+    study.settings = settings
+    plan = plan_extraction(study.settings, study.root, study.cache, study.manifest)
+    assert (plan.reused, plan.to_compute) == (0, 24)
+
+
+def test_without_tokens_other_kept_tokens_do_not_matter(study: Study) -> None:
+    """The ratio only decides how many tokens are kept."""
+    full = study.extract().spec
+    target = full.model_copy(update={"layers": (), "kept": 0})
+    assert serves(target, full.model_copy(update={"kept": full.kept - 1}))
+    assert not serves(target, full.model_copy(update={"precision": "bfloat16"}))
+    fewer_layers = full.model_copy(update={"layers": full.layers[-1:]})
+    assert not serves(fewer_layers, full.model_copy(update={"kept": full.kept - 1}))
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float32"}, {"ratio": 0.1}, {"side_image_size": 48}])

@@ -1,0 +1,162 @@
+"""Token statistics in the store: what they are, in which order, and how they are described in reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from schemas.base import Contract
+
+DIRECTIONS = 64
+"""Fixed directions in which covariances are stored."""
+COVARIANCES = DIRECTIONS * (DIRECTIONS + 1) // 2
+"""Numbers of one covariance matrix: its upper triangle."""
+
+
+KINDS = ("outputs", "value means", "output covariance", "value covariance", "MLP activations")
+"""Statistics of all patch tokens: class token, mean and deviation of the outputs of a block; means of the values in its
+attention; covariances in fixed directions; mean and deviation of the activations in its MLP. The last three are stored
+for the middle half of the blocks."""
+
+
+class Segment(NamedTuple):
+    """One statistic of one block."""
+
+    kind: str
+    """One of `KINDS`, kept keys, or kept values."""
+    block: int
+    """Block of the LPM, from 0."""
+    start: int
+    """Position of its first number in a row."""
+    stop: int
+    """Position after its last number."""
+
+    @property
+    def width(self) -> int:
+        """Count of its numbers."""
+        return self.stop - self.start
+
+    @property
+    def name(self) -> str:
+        """Name in reports."""
+        return f"{self.kind} of block {self.block}"
+
+
+def middle(depth: int) -> range:
+    """Return the middle half of the blocks, whose statistics predict best (docs/lab-notes.md)."""
+    return range(depth // 4, depth - depth // 4)
+
+
+def segments(
+    depth: int, width: int, mlp_width: int, has_class_token: bool, layers: tuple[int, ...]
+) -> tuple[Segment, ...]:
+    """Return the statistics of a row, in their order in the store.
+
+    Args:
+        depth: Blocks of the LPM.
+        width: D, the width of a token.
+        mlp_width: Width of the activations in the MLP of a block.
+        has_class_token: Whether token 0 is a class token.
+        layers: Tapped blocks; empty without cached tokens.
+    """
+    found: list[Segment] = []
+
+    def add(kind: str, block: int, count: int) -> None:
+        start = found[-1].stop if found else 0
+        found.append(Segment(kind, block, start, start + count))
+
+    for block in range(depth):
+        add("outputs", block, (3 if has_class_token else 2) * width)
+        add("value means", block, width)
+        if block in middle(depth):
+            add("output covariance", block, COVARIANCES)
+            add("value covariance", block, COVARIANCES)
+            add("MLP activations", block, 2 * mlp_width)
+    for layer in layers:
+        add("kept keys", layer, 2 * width)
+        add("kept values", layer, 2 * width)
+    return tuple(found)
+
+
+ProbeRule = Literal["all", "kept", "covariance", "every block"]
+"""What linear probes are fitted to, one source each: all (every kind of statistic of all middle blocks together, most
+kinds also of each central block), kept (each statistic of the kept tokens of each tapped block), covariance (of the
+outputs of each middle block), every block (class token and mean of all blocks together)."""
+
+
+def output_vectors(found: tuple[Segment, ...], width: int) -> tuple[int, ...]:
+    """Return the position in a row of each class token and mean of the blocks' outputs, block by block.
+
+    Args:
+        found: Statistics of a row.
+        width: D, the width of a token.
+    """
+    # The last vector of a segment is the deviation.
+    outputs = [one for one in found if one.kind == "outputs"]
+    return tuple(start for one in outputs for start in range(one.start, one.stop - width, width))
+
+
+class ProbeSource(Contract):
+    """Numbers of a row that one linear probe is fitted to."""
+
+    name: str
+    """Name in reports."""
+    spans: tuple[tuple[int, int], ...]
+    """First number and the one after the last, of each span of the row (`stages.methods.fit_rows.describe_rows`)."""
+
+    @property
+    def width(self) -> int:
+        """Count of its numbers."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+def grouped(
+    found: tuple[Segment, ...], depth: int, has_class_token: bool, rule: ProbeRule, first: int
+) -> tuple[ProbeSource, ...]:
+    """Return the sources of linear probes among the statistics of a row.
+
+    Args:
+        found: Statistics of a row; none without `features.statistics`.
+        depth: Blocks of the LPM.
+        has_class_token: Whether token 0 is a class token.
+        rule: Which of them.
+        first: Numbers of the row before the statistics.
+    """
+    if rule == "kept" or not found:
+        return tuple(_source(one.name, [one], first) for one in found if one.kind.startswith("kept"))
+    if rule == "covariance":
+        return tuple(_source(one.name, [one], first) for one in found if one.kind == "output covariance")
+    if rule == "every block":
+        # Without the deviations, the last part of each.
+        moments = 3 if has_class_token else 2
+        outputs = [one._replace(stop=one.stop - one.width // moments) for one in found if one.kind == "outputs"]
+        return (_source("class token and mean of every block", outputs, first),)
+    inner = [one for one in found if one.block in middle(depth)]
+    return (*_joint(inner, depth, first), *_single(inner, depth, first))
+
+
+def _joint(inner: Sequence[Segment], depth: int, first: int) -> Iterator[ProbeSource]:
+    """Yield the sources that join a kind of statistic of all middle blocks."""
+    blocks = f"of blocks {middle(depth)[0]} to {middle(depth)[-1]}"
+    for kind in ("outputs", "value means", "output covariance", "value covariance"):
+        yield _source(f"{kind} {blocks}", [one for one in inner if one.kind == kind], first)
+    activations = [one for one in inner if one.kind == "MLP activations"]
+    halves = [(one, one.start + one.width // 2) for one in activations]
+    yield _source(f"MLP means {blocks}", [one._replace(stop=half) for one, half in halves], first)
+    yield _source(f"MLP deviations {blocks}", [one._replace(start=half) for one, half in halves], first)
+    if kept := [one for one in inner if one.kind.startswith("kept")]:
+        yield _source(f"kept tokens {blocks}", kept, first)
+
+
+def _single(inner: Sequence[Segment], depth: int, first: int) -> Iterator[ProbeSource]:
+    """Yield the sources of single blocks: statistics of the central ones, kept tokens of every one."""
+    for one in inner:
+        if abs(one.block - depth // 2) <= 1 and one.kind in KINDS and one.kind != "output covariance":
+            yield _source(one.name, [one], first)
+    for block in middle(depth):
+        if kept := [one for one in inner if one.kind.startswith("kept") and one.block == block]:
+            yield _source(f"kept tokens of block {block}", kept, first)
+
+
+def _source(name: str, parts: list[Segment], first: int) -> ProbeSource:
+    return ProbeSource(name=name, spans=tuple((first + one.start, first + one.stop) for one in parts))

@@ -1,0 +1,196 @@
+"""Token statistics: moments of all patch tokens in every block, taken while the LPM runs.
+
+The mean, the standard deviation and the covariance of the tokens describe an image as a texture does (Gram matrices,
+Gatys et al. 2015, arXiv 1505.07376; covariance descriptors of DINOv2's tokens, arXiv 2511.04190). A covariance is taken
+in 64 fixed directions of random signs, which need no data and keep inner products to within a few percent (Achlioptas
+2003), and stored as sign(c) sqrt(|c|): of one scale with the deviations, and within the range of float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from schemas.errors import DataError
+from schemas.features import FeatureSpec
+from schemas.statistics import DIRECTIONS, KINDS, middle
+from stages.lpm.attention import value_weight
+
+SEED = 64
+"""Seed of the signs of the directions."""
+
+
+def directions(width: int) -> torch.Tensor:
+    """Return the fixed directions of tokens of a width, (width, 64) float32 of unit length."""
+    signs = np.random.Generator(np.random.PCG64([SEED, width])).integers(0, 2, (width, DIRECTIONS))
+    return torch.from_numpy(((2 * signs - 1) / np.sqrt(width)).astype(np.float32))
+
+
+class TokenStatistics:
+    """Context that records the statistics of every block in each forward pass of the LPM."""
+
+    def __init__(self, model: nn.Module, spec: FeatureSpec) -> None:
+        """Prepare the hooks; the model is only changed inside the context.
+
+        Args:
+            model: The LPM.
+            spec: Gives the statistics and the prefix tokens.
+        """
+        blocks: Any = model.blocks
+        prefix, class_token = spec.lpm.prefix_tokens, spec.lpm.has_class_token
+        self._recorders = [
+            _BlockRecorder(block, prefix, class_token, number in middle(len(blocks)))
+            for number, block in enumerate(blocks)
+        ]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> TokenStatistics:
+        for recorder in self._recorders:
+            for handle in recorder.register():
+                self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def take(self) -> torch.Tensor:
+        """Return the statistics of all blocks of the last forward pass, (B, F) float32.
+
+        Raises:
+            DataError: If they are not finite.
+        """
+        return checked(torch.cat([part for recorder in self._recorders for part in recorder.take()], dim=1))
+
+
+class _BlockRecorder:
+    """Hooks of one block."""
+
+    def __init__(self, block: Any, prefix: int, class_token: bool, complete: bool) -> None:
+        """Prepare them.
+
+        Args:
+            block: Block of the LPM.
+            prefix: Tokens before the patches.
+            class_token: Whether token 0 is a class token.
+            complete: Whether covariances and the activations of the MLP are recorded.
+        """
+        self._block, self._prefix, self._class_token, self._complete = block, prefix, class_token, complete
+        self._weight = value_weight(block.attn).float()
+        device, (values, width) = self._weight.device, self._weight.shape
+        # Values times directions is the input of the attention times these.
+        self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
+        self._output_axes = directions(width).to(device)
+        self._upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=device)
+        self._parts: dict[str, torch.Tensor] = {}
+        self._activations: list[_Moments] = []
+
+    def register(self) -> Iterator[Any]:
+        """Register the hooks, and yield their handles."""
+        yield self._block.attn.register_forward_pre_hook(self._enter_attention)
+        yield self._block.register_forward_hook(self._leave_block)
+        if self._complete:
+            yield self._block.mlp.fc2.register_forward_pre_hook(self._leave_activation)
+
+    def take(self) -> list[torch.Tensor]:
+        """Return and forget the statistics of the last forward pass, in the order of the store."""
+        if self._complete:
+            self._parts["MLP activations"] = torch.cat(merged(self._activations), dim=1)
+            self._activations = []
+        parts = [self._parts[kind] for kind in KINDS if kind in self._parts]
+        self._parts = {}
+        return parts
+
+    def _enter_attention(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Record the mean of the values (without the bias of their projection) and their covariance."""
+        with torch.autocast(self._weight.device.type, enabled=False):
+            patches = self._patches(inputs[0])
+            self._parts["value means"] = torch.stack([image.mean(dim=0) for image in patches]) @ self._weight.T
+            if self._complete:
+                self._parts["value covariance"] = self._covariances(image @ self._value_axes for image in patches)
+
+    def _leave_activation(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Record the moments of the MLP's activations, which may come in chunks of tokens."""
+        first = self._prefix if not self._activations else 0
+        self._activations.append(_moments([image[first:].float() for image in inputs[0]]))
+
+    def _leave_block(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Record class token, mean, deviation and covariance of the output."""
+        with torch.autocast(self._weight.device.type, enabled=False):
+            patches = self._patches(output)
+            _, mean, deviation = _moments(patches)
+            first = [output[:, 0].float()] if self._class_token else []
+            self._parts["outputs"] = torch.cat([*first, mean, deviation], dim=1)
+            if self._complete:
+                self._parts["output covariance"] = self._covariances(image @ self._output_axes for image in patches)
+
+    def _patches(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        # Image by image: what one image takes stays in the processor's cache.
+        return [image[self._prefix :].float() for image in tokens]
+
+    def _covariances(self, projected: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the signed roots of the upper triangles of covariance matrices: of (N, 64) each -> (B, 2080)."""
+        rows = []
+        for image in projected:
+            centred = image - image.mean(dim=0)
+            triangle = (centred.T @ centred / len(centred))[self._upper[0], self._upper[1]]
+            rows.append(triangle.sign() * triangle.abs().sqrt())
+        return torch.stack(rows)
+
+
+class _Moments(NamedTuple):
+    """Moments of some tokens of each image."""
+
+    tokens: int
+    mean: torch.Tensor
+    """(B, F)."""
+    deviation: torch.Tensor
+    """(B, F)."""
+
+
+def _moments(images: Sequence[torch.Tensor]) -> _Moments:
+    """Return the moments of tokens (N, F) of each image."""
+    means, deviations = [], []
+    for image in images:
+        mean = image.mean(dim=0)
+        means.append(mean)
+        deviations.append((image - mean).square_().mean(dim=0).sqrt_())
+    return _Moments(len(images[0]), torch.stack(means), torch.stack(deviations))
+
+
+def merged(parts: Sequence[_Moments]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation (B, F) of all tokens, from the moments of chunks of them (Chan et al. 1979)."""
+    total = sum(part.tokens for part in parts)
+    mean = torch.stack([part.mean * (part.tokens / total) for part in parts]).sum(dim=0)
+    squares = [(part.deviation.square() + (part.mean - mean).square()) * (part.tokens / total) for part in parts]
+    return mean, torch.stack(squares).sum(dim=0).sqrt()
+
+
+def kept_moments(tokens: torch.Tensor) -> torch.Tensor:
+    """Return mean and standard deviation of the kept tokens of one layer: (B, H, T, d) -> (B, 2 H d) float32."""
+    tokens = tokens.float()
+    mean = tokens.mean(dim=2, keepdim=True)
+    deviation = (tokens - mean).square().mean(dim=2).sqrt()
+    return torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1)
+
+
+def checked(rows: torch.Tensor) -> torch.Tensor:
+    """Return statistics that fit float16.
+
+    Raises:
+        DataError: If they do not.
+    """
+    if not bool((rows.abs() <= torch.finfo(torch.float16).max).all()):
+        raise DataError(
+            "The token statistics of the LPM are not finite, or too large for float16.",
+            "The weights are damaged, or features.precision has too small a range for this LPM.",
+            "Check lpm.weights, set features.precision to float32, or features.statistics to false.",
+        )
+    return rows
