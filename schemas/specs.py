@@ -93,6 +93,11 @@ class SideNetworkSpec(MethodSpec):
         return self.method != "side"
 
     @property
+    def wide_prompts(self) -> bool:
+        """Whether prompts have the width of the LPM, as in FPT+ and all later presets."""
+        return self.method != "fpt"
+
+    @property
     def side_size(self) -> int:
         """Input of the side network, in pixels."""
         return self.image_size

@@ -149,7 +149,7 @@ class Fusion(nn.Module):
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
-        self.wide = spec.method in ("fpt+", "fpt-x")
+        self.wide = spec.wide_prompts
         prompt_width = spec.lpm_width if self.wide else spec.width
         self.prompts = nn.Parameter(torch.empty(spec.layers, spec.prompts, prompt_width))
         self.query: nn.Module

@@ -417,3 +417,15 @@ def test_what_the_networks_added_is_reported(tmp_path: Path) -> None:
     network = load_bundle(tmp_path / "kept/model").network
     assert isinstance(network, Ensemble)
     assert network.shares.tolist() == pytest.approx([0.4, 0.1, 0.5])
+
+
+@pytest.mark.parametrize("method", ["fpt-x", "fpt-x-kept"])
+def test_its_side_networks_are_those_of_the_tnnls_paper(method: str) -> None:
+    """Prompts of the LPM's width, as in `fpt+`: equal parameters, name by name."""
+    of_one = dict(PromptedSideNetwork(tiny(1, 0.0, method="fpt+")).named_parameters())
+    network = build_network(tiny(2, 0.5, method=method))
+    assert isinstance(network, Ensemble)
+    for member in network.members:
+        assert {name: value.shape for name, value in member.named_parameters()} == {
+            name: value.shape for name, value in of_one.items()
+        }
