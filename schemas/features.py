@@ -139,16 +139,11 @@ class FeatureSpec(Contract):
         lpm = self.lpm
         return segments(lpm.depth, lpm.width, lpm.mlp_width or 0, lpm.has_class_token, self.layers)
 
-    @property
-    def described_width(self) -> int:
-        """Numbers of a row that closed forms are fitted to: pooled outputs, then token statistics."""
-        return (2 * self.lpm.width if self.pooled else 0) + (self.segments[-1].stop if self.segments else 0)
-
     def probe_sources(self, rule: ProbeRule) -> tuple[ProbeSource, ...]:
-        """Return what the linear probes of an ensemble read, as spans of `described_width` numbers."""
+        """Return what the linear probes of an ensemble read of a row: pooled outputs, then token statistics."""
         first = 2 * self.lpm.width if self.pooled else 0
         pooled = (ProbeSource(name="pooled outputs", spans=((0, first),)),) if first and rule in ("all", "kept") else ()
-        return pooled + grouped(self.segments, self.lpm.depth, self.lpm.has_class_token, rule, first)
+        return pooled + grouped(self.segments, self.lpm.depth, self.lpm.width, rule, first)
 
     @property
     def resize_filter(self) -> ResizeFilter:

@@ -122,6 +122,8 @@ class MethodRow:
     """Replaces "auto" in its own settings, from them, the depth of the LPM and `features.hidden`."""
     added_inputs: Callable[[ResolvedSettings], Inputs] | None = None
     """What it reads apart from `inputs` under given settings; None: nothing."""
+    probe_inputs: Callable[[ResolvedSettings], Inputs] | None = None
+    """What only its linear probes read, which are fitted before the first epoch; None: nothing."""
 
     @property
     def closed_form(self) -> bool:
@@ -133,16 +135,21 @@ class MethodRow:
         """Whether it trains side networks, which the settings of `train` describe."""
         return "side" in self.inputs
 
+    def trains_on(self, settings: ResolvedSettings) -> Inputs:
+        """Return what every training step reads under these settings."""
+        return self.inputs | (self.added_inputs(settings) if self.added_inputs is not None else frozenset())
+
     def reads(self, settings: ResolvedSettings) -> Inputs:
         """Return what it reads under these settings."""
-        return self.inputs | (self.added_inputs(settings) if self.added_inputs is not None else frozenset())
+        probed = frozenset() if self.probe_inputs is None else self.probe_inputs(settings)
+        return self.trains_on(settings) | probed
 
 
 FITTED_BY: frozenset[str] = frozenset({"class_weights"})
 """Fields of `train` that a closed form depends on: another seed or learning rate gives the same model."""
 
 
-def _side_inputs(settings: ResolvedSettings) -> Inputs:
+def _probe_inputs(settings: ResolvedSettings) -> Inputs:
     return frozenset({"pooled", "statistics"} if settings.train.probe_weight else ())
 
 
@@ -187,7 +194,7 @@ _ROWS = (
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
         preset=Preset(first_layer=0.0, side_image_size=224),
-        added_inputs=_side_inputs,
+        probe_inputs=_probe_inputs,
     ),
     MethodRow(
         name="fpt+",
@@ -198,7 +205,7 @@ _ROWS = (
         spec=SideNetworkSpec,
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
-        added_inputs=_side_inputs,
+        probe_inputs=_probe_inputs,
     ),
     MethodRow(
         name="fpt-x",
@@ -210,7 +217,7 @@ _ROWS = (
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
         preset=Preset(members=3, probe_weight=0.7, keep="late", fits_shares=True),
-        added_inputs=_side_inputs,
+        probe_inputs=_probe_inputs,
     ),
     MethodRow(
         name="fpt-x-kept",
@@ -222,7 +229,7 @@ _ROWS = (
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
         preset=Preset(members=5, attentive=1, probe_weight=0.5, keep="late", probes="kept"),
-        added_inputs=_side_inputs,
+        probe_inputs=_probe_inputs,
     ),
     MethodRow(
         name="side",
@@ -233,7 +240,7 @@ _ROWS = (
         spec=SideNetworkSpec,
         inputs=frozenset({"side"}),
         trained_by="gradient",
-        added_inputs=_side_inputs,
+        probe_inputs=_probe_inputs,
     ),
     MethodRow(
         name="statistics",

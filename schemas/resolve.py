@@ -43,9 +43,6 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
     if row.resolve is not None:
         methods, method_problems = row.resolve(methods, lpm.depth, features.hidden)
         problems += method_problems
-    if not (features.pooled and features.statistics) and ensemble["probe_weight"]:
-        name = "statistics" if features.pooled else "pooled"
-        problems.append((f"features.{name}", "must be true: linear probes read pooled outputs and token statistics"))
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
@@ -127,6 +124,10 @@ def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]
     probe_weight = preset.probe_weight if train.probe_weight == "auto" else train.probe_weight
     if attentive and "tokens" not in row.inputs:
         problems.append(("train.attentive", f"must be 0: {row.name} reads no cached tokens"))
+    features = settings.features
+    if probe_weight and not (features.pooled and features.statistics):
+        name = "statistics" if features.pooled else "pooled"
+        problems.append((f"features.{name}", "must be true: linear probes read pooled outputs and token statistics"))
     if bool(attentive) != bool(attentive_weight):
         problems.append(("train.attentive_weight", f"is {attentive_weight:g} with {attentive} attentive probes"))
     if attentive_weight + probe_weight >= 1.0:

@@ -90,7 +90,8 @@ class TrainResult(Contract):
     learnable: int
     """Parameters that were trained."""
     chosen: dict[str, float] = Field(default_factory=dict)
-    """Hyperparameter of a model without epochs: C of linear, k of knn, the largest share of statistics."""
+    """What the fit selected, by name: C of linear, k of knn, the largest ensemble weight of statistics, weights and
+    held-out losses of fpt-x."""
 
 
 class Metrics(Contract):

@@ -81,6 +81,9 @@ class SideNetworkSpec(MethodSpec):
     """What each linear probe reads."""
     fits_shares: bool = False
     """Whether validation images fit the ensemble weights, with those above as their prior."""
+    shares: tuple[float, ...] = ()
+    """Fitted ensemble weights of side networks, attentive and linear probes, those of weight 0 left out; empty before
+    training, or if they are not fitted."""
 
     @property
     def added_inputs(self) -> Inputs:
@@ -106,6 +109,17 @@ class SideNetworkSpec(MethodSpec):
     def is_ensemble(self) -> bool:
         """Whether several networks or probes are averaged."""
         return self.members > 1 or self.attentive > 0 or self.probe_weight > 0
+
+    @property
+    def experts(self) -> dict[str, float]:
+        """Kinds of the averaged models, with their ensemble weights; without those of weight 0."""
+        prior = {
+            "side networks": self.side_weight,
+            "attentive probes": self.attentive_weight,
+            "linear probes": self.probe_weight,
+        }
+        present = {name: weight for name, weight in prior.items() if weight}
+        return dict(zip(present, self.shares, strict=True)) if self.shares else present
 
     @property
     def side_weight(self) -> float:

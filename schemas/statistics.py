@@ -84,16 +84,19 @@ kinds also of each central block), kept (each statistic of the kept tokens of ea
 outputs of each middle block), every block (class token and mean of all blocks together)."""
 
 
-def output_vectors(found: tuple[Segment, ...], width: int) -> tuple[int, ...]:
+def _without_deviations(found: Sequence[Segment], width: int) -> list[Segment]:
+    """Return the outputs of every block without their last vector."""
+    return [one._replace(stop=one.stop - width) for one in found if one.kind == "outputs"]
+
+
+def output_vectors(found: Sequence[Segment], width: int) -> tuple[int, ...]:
     """Return the position in a row of each class token and mean of the blocks' outputs, block by block.
 
     Args:
         found: Statistics of a row.
         width: D, the width of a token.
     """
-    # The last vector of a segment is the deviation.
-    outputs = [one for one in found if one.kind == "outputs"]
-    return tuple(start for one in outputs for start in range(one.start, one.stop - width, width))
+    return tuple(start for one in _without_deviations(found, width) for start in range(one.start, one.stop, width))
 
 
 class ProbeSource(Contract):
@@ -110,15 +113,13 @@ class ProbeSource(Contract):
         return sum(stop - start for start, stop in self.spans)
 
 
-def grouped(
-    found: tuple[Segment, ...], depth: int, has_class_token: bool, rule: ProbeRule, first: int
-) -> tuple[ProbeSource, ...]:
+def grouped(found: Sequence[Segment], depth: int, width: int, rule: ProbeRule, first: int) -> tuple[ProbeSource, ...]:
     """Return the sources of linear probes among the statistics of a row.
 
     Args:
         found: Statistics of a row; none without `features.statistics`.
         depth: Blocks of the LPM.
-        has_class_token: Whether token 0 is a class token.
+        width: D, the width of a token.
         rule: Which of them.
         first: Numbers of the row before the statistics.
     """
@@ -127,10 +128,7 @@ def grouped(
     if rule == "covariance":
         return tuple(_source(one.name, [one], first) for one in found if one.kind == "output covariance")
     if rule == "every block":
-        # Without the deviations, the last part of each.
-        moments = 3 if has_class_token else 2
-        outputs = [one._replace(stop=one.stop - one.width // moments) for one in found if one.kind == "outputs"]
-        return (_source("class token and mean of every block", outputs, first),)
+        return (_source("class token and mean of every block", _without_deviations(found, width), first),)
     inner = [one for one in found if one.block in middle(depth)]
     return (*_joint(inner, depth, first), *_single(inner, depth, first))
 

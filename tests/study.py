@@ -20,13 +20,17 @@ from schemas.resolve import resolve
 from schemas.resolved import ResolvedSettings
 from schemas.results import Prediction, TrainResult
 from schemas.settings import DataSettings, LpmSettings
+from stages.evaluate.evaluator import evaluate
+from stages.evaluate.predictions import read_predictions
 from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
 from stages.predict.classifier import as_row, check_task, load_classifier
 from stages.prepare import prepare
 from stages.progress import Progress
+from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
+from stages.train.infer import source_logits
 from stages.train.inputs import StudyFiles
 from stages.train.job import Watch
 from stages.train.trainer import train
@@ -150,3 +154,21 @@ def predict(
     check_task(bundle.spec, data)
     found = load_classifier(bundle, lpm, root, data or DataSettings()).probabilities(images, batch_size, progress)
     return [as_row(str(path), p, bundle.spec) for path, p in zip(images, found, strict=True)]
+
+
+def evaluated_and_predicted(study: Study, receipt: ExtractionReceipt | None) -> tuple[Any, Any]:
+    """Probabilities (n, C) of the test images by the saved model: from an evaluation, and predicted from the files."""
+    evaluate(study.files(receipt), study.root / "model", study.root / "evaluation")
+    table = read_predictions(study.root / "evaluation/predictions.parquet")
+    images = [study.root / "images" / row.path for row in table.rows]
+    rows = predict(study.root / "model", images, study.settings.lpm, study.root)
+    return table.probabilities, np.array([list((row.probabilities or {}).values()) for row in rows])
+
+
+def validation_loss(study: Study, receipt: ExtractionReceipt) -> float:
+    """Log-loss of the saved model on the validation images, from the store."""
+    rows = list(study.manifest.of("val"))
+    reader = open_store(study.cache, receipt)
+    logits = source_logits(load_bundle(study.root / "model"), reader, [row.id for row in rows])
+    target = torch.tensor([study.manifest.classes.index(row.label) for row in rows])
+    return float(torch.nn.functional.cross_entropy(logits, target))

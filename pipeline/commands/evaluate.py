@@ -18,7 +18,6 @@ from schemas.tasks import METRICS
 from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
-    from pipeline.evaluation import LabelledImages
     from schemas.results import Metrics
     from stages.progress import Progress
 
@@ -83,10 +82,7 @@ def evaluate(
     else:
         if split is not None:
             raise SettingsError("--split is for images of the study, --images for others.", repair="Leave one out.")
-        from pipeline.evaluation import LabelledImages
-
-        others = LabelledImages(images, labels)
-        metrics, folder = _evaluate_images(params, assignments or [], model, output, others)
+        metrics, folder = _evaluate_images(params, assignments or [], model, output, images, labels)
     if as_json:
         show_json(metrics.model_dump(mode="json"))
         return
@@ -104,15 +100,21 @@ def _evaluate_split(
 
 
 def _evaluate_images(
-    params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, images: LabelledImages
+    params: Path,
+    assignments: Sequence[str],
+    model: Path | None,
+    output: Path | None,
+    images: Path,
+    labels: Path | None,
 ) -> tuple[Metrics, Path]:
-    from pipeline.evaluation import evaluate_images
+    from pipeline.evaluation import LabelledImages, evaluate_images
     from stages.predict.external import ExternalProgress
     from stages.prepare import QUARANTINE_FILE
 
     with ExitStack() as stack:
         progress = ExternalProgress(_bar(stack, "Reading"), _bar(stack, "Predicting"))
-        result, folder = evaluate_images(params, assignments, images, model, output, progress)
+        others = LabelledImages(images, labels)
+        result, folder = evaluate_images(params, assignments, others, model, output, progress)
     for note in result.notes:
         say(note)
     say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")

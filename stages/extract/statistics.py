@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,8 +25,11 @@ from stages.lpm.attention import value_weight
 
 SEED = 64
 """Seed of the signs of the directions."""
+SOME = 64
+"""Tokens that are added up at a time: those of wide MLPs fit the processor's cache, which is several times as fast."""
 
 
+@cache
 def directions(width: int) -> torch.Tensor:
     """Return the fixed directions of tokens of a width, (width, 64) float32 of unit length."""
     signs = np.random.Generator(np.random.PCG64([SEED, width])).integers(0, 2, (width, DIRECTIONS))
@@ -85,9 +89,10 @@ class _BlockRecorder:
         self._block, self._prefix, self._class_token, self._complete = block, prefix, class_token, complete
         self._weight = value_weight(block.attn).float()
         device, (values, width) = self._weight.device, self._weight.shape
-        # Values times directions is the input of the attention times these.
-        self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
-        self._output_axes = directions(width).to(device)
+        if complete:
+            # Values times directions is the input of the attention times these.
+            self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
+            self._output_axes = directions(width).to(device)
         self._upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=device)
         self._parts: dict[str, torch.Tensor] = {}
         self._activations: list[_Moments] = []
@@ -119,7 +124,7 @@ class _BlockRecorder:
     def _leave_activation(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Record the moments of the MLP's activations, which may come in chunks of tokens."""
         first = self._prefix if not self._activations else 0
-        self._activations.append(_moments([image[first:].float() for image in inputs[0]]))
+        self._activations.append(_moments([image[first:] for image in inputs[0]]))
 
     def _leave_block(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         """Record class token, mean, deviation and covariance of the output."""
@@ -156,17 +161,26 @@ class _Moments(NamedTuple):
 
 
 def _moments(images: Sequence[torch.Tensor]) -> _Moments:
-    """Return the moments of tokens (N, F) of each image."""
-    means, deviations = [], []
-    for image in images:
-        mean = image.mean(dim=0)
-        means.append(mean)
-        deviations.append((image - mean).square_().mean(dim=0).sqrt_())
-    return _Moments(len(images[0]), torch.stack(means), torch.stack(deviations))
+    """Return the moments of tokens (N, F) of each image, computed in float32."""
+    found = [_mean_and_deviation(image) for image in images]
+    return _Moments(len(images[0]), *(torch.stack(rows) for rows in zip(*found, strict=True)))
+
+
+def _mean_and_deviation(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation (F,) of tokens (N, F): sums about the mean of the first ones, which loses no digits."""
+    about = tokens[:SOME].float().mean(dim=0)
+    total, squares = torch.zeros_like(about), torch.zeros_like(about)
+    buffer = about.new_empty(SOME, len(about))
+    for part in torch.split(tokens, SOME):
+        centred = buffer[: len(part)].copy_(part).sub_(about)
+        total += centred.sum(dim=0)
+        squares += centred.square_().sum(dim=0)
+    shift = total / len(tokens)
+    return about + shift, (squares / len(tokens) - shift.square()).clamp_min_(0.0).sqrt_()
 
 
 def merged(parts: Sequence[_Moments]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and deviation (B, F) of all tokens, from the moments of chunks of them (Chan et al. 1979)."""
+    """Return mean and deviation of all tokens, from the moments of chunks of them (Chan et al. 1979)."""
     total = sum(part.tokens for part in parts)
     mean = torch.stack([part.mean * (part.tokens / total) for part in parts]).sum(dim=0)
     squares = [(part.deviation.square() + (part.mean - mean).square()) * (part.tokens / total) for part in parts]

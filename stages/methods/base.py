@@ -37,6 +37,11 @@ class Model(nn.Module):
         """Compute logits (B, classes) of a prepared batch."""
         raise NotImplementedError
 
+    @property
+    def saved_spec(self) -> MethodSpec:
+        """Spec of the bundle: that of the model, with what training found."""
+        return self.spec
+
     def use_lpm(self, lpm: nn.Module) -> None:
         """Copy the frozen weights that the model needs from the LPM; does nothing by default."""
 

@@ -50,10 +50,8 @@ class FptMethod(GradientMethod):
     def describe(self, spec: MethodSpec) -> Details:
         """Return the ensemble and the shape of the side network."""
         spec = cast("SideNetworkSpec", spec)
-        ensemble = (
-            f"{spec.members} side networks ({spec.side_weight:g}), {spec.attentive} attentive probes "
-            f"({spec.attentive_weight:g}), linear probes ({spec.probe_weight:g})"
-        )
+        counts = {"side networks": f"{spec.members} ", "attentive probes": f"{spec.attentive} "}
+        ensemble = ", ".join(f"{counts.get(name, '')}{name} ({weight:g})" for name, weight in spec.experts.items())
         return (
             *((("Averaged", ensemble),) if _is_ensemble(spec) else ()),
             ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),

@@ -46,11 +46,17 @@ class Ensemble(TokenNetwork):
         self.attentive = nn.ModuleList(AttentiveProbe(_attentive_spec(spec)) for _ in range(spec.attentive))
         if spec.probe_weight:
             self.probe = StatisticsProbe(spec.sources, spec.classes, spec.task)
-        shares = (spec.side_weight, spec.attentive_weight, spec.probe_weight)
-        self._prior = [share for share in shares if share]
-        self.register_buffer("shares", torch.tensor(self._prior))
+        self.register_buffer("shares", torch.tensor(list(spec.experts.values())))
         self.register_buffer("sharpness", torch.ones(len(self.shares)))
         self.register_buffer("held_out_losses", torch.full((2,), torch.nan))
+
+    @property
+    def saved_spec(self) -> SideNetworkSpec:
+        """Spec of the bundle: with the fitted ensemble weights."""
+        if not self.spec.fits_shares:
+            return self.spec
+        # What float32 adds to two decimals is no part of a weight.
+        return self.spec.model_copy(update={"shares": tuple(round(share, 4) for share in self.shares.tolist())})
 
     @property
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
@@ -99,7 +105,7 @@ class Ensemble(TokenNetwork):
         self.sharpness.copy_(inverse_temperatures(experts, labels, task, class_weights))
         scaled = experts * self.sharpness.to(experts.device)[:, None]
         if self.spec.fits_shares:
-            self.shares.copy_(fit_shares(scaled, labels, self._prior, task, class_weights))
+            self.shares.copy_(fit_shares(scaled, labels, list(self.spec.experts.values()), task, class_weights))
         averaged = self._pool(experts)
         if len(labels):
             weights = None if class_weights is None else class_weights.cpu()
@@ -109,16 +115,8 @@ class Ensemble(TokenNetwork):
 
     def chosen(self) -> Mapping[str, float]:
         """Return the ensemble weights, and the held-out loss with and without the networks."""
-        names = [
-            name
-            for name, share in (
-                ("side networks", self.spec.side_weight),
-                ("attentive probes", self.spec.attentive_weight),
-                ("linear probes", self.spec.probe_weight),
-            )
-            if share
-        ]
-        found = {f"weight of {name}": round(share, 3) for name, share in zip(names, self.shares.tolist(), strict=True)}
+        shares = zip(self.spec.experts, self.shares.tolist(), strict=True)
+        found = {f"weight of {name}": round(share, 3) for name, share in shares}
         if self.probe is not None:
             only, averaged = self.held_out_losses.tolist()
             found |= {"loss of the linear probes": round(only, 4), "loss of the ensemble": round(averaged, 4)}

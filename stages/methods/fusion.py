@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from schemas.specs import SideNetworkSpec
+from stages.methods.batch_draws import BatchDraws
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.kernels import linear
 
@@ -91,15 +92,13 @@ class _Attend(torch.autograd.Function):
         return grad_query, None, None, None, None, None
 
 
-class PromptDropout(nn.Module):
+class PromptDropout(BatchDraws, nn.Module):
     """Dropout with an optional generator per network, so that networks trained together draw independent masks."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
         self.generator: torch.Generator | None = None
-        self._micro_batch: tuple[slice, int] | None = None
-        self._state_before: torch.Tensor | None = None
 
     def draw(self, like: torch.Tensor, width: int) -> torch.Tensor | None:
         """Draw the dropout mask of the prompts of one block.
@@ -115,7 +114,7 @@ class PromptDropout(nn.Module):
         """
         if not self.training or not self.p:
             return None
-        rows, batch_rows = self._micro_batch or (slice(None), len(like))
+        rows, batch_rows = self.part_of(len(like))
         mask = torch.empty(batch_rows, like.shape[1], width, device=like.device)
         return mask.bernoulli_(1 - self.p, generator=self.generator)[rows].bool()
 
@@ -127,21 +126,12 @@ class PromptDropout(nn.Module):
         """Draw and apply a mask."""
         return self.apply_drawn(prompts, self.draw(prompts, prompts.shape[-1]))
 
-    def draw_part(self, rows: slice | None, whole: int, again: bool) -> None:
-        """Make further draws for rows of a batch those of the complete batch.
+    def _state(self) -> torch.Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
 
-        Args:
-            rows: Position of the rows in the complete batch; None: all of it.
-            whole: Rows of the complete batch.
-            again: Whether an earlier micro-batch of the same batch was drawn for.
-        """
-        self._micro_batch = None if rows is None else (rows, whole)
-        if self.generator is None or rows is None:
-            return
-        if again and self._state_before is not None:
-            self.generator.set_state(self._state_before)
-        else:
-            self._state_before = self.generator.get_state()
+    def _restore(self, state: torch.Tensor) -> None:
+        if self.generator is not None:
+            self.generator.set_state(state)
 
 
 class Fusion(nn.Module):

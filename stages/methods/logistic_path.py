@@ -11,13 +11,13 @@ solver call per penalty and fold, with the same optimum (tests/stages/methods/te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.methods.regression import label_log_loss, log_loss, spread
+from stages.methods.regression import LinearFit, label_log_loss, log_loss, spread
 from stages.tasks import LEAST
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-8, 5))
@@ -37,28 +37,9 @@ Rows = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
-class PathFit(NamedTuple):
-    """Logits of x (n, F): ((x - mean) / scale) @ weight.T + bias."""
-
-    weight: torch.Tensor
-    """(C, F) float32."""
-    bias: torch.Tensor
-    """(C,) float32."""
-    mean: torch.Tensor
-    """(F,) float32, of the rows."""
-    scale: torch.Tensor
-    """(F,) float32, standard deviation of the rows; 1 where they do not vary."""
-    c: float
-    """Inverse of the penalty with the lowest held-out loss."""
-    loss: float
-    """Log-loss of the held-out rows; for multi-label the mean over labels."""
-    held_out: torch.Tensor
-    """(n, C) float32: logits of each row by regressions that did not see it; NaN for rows in no fold."""
-
-
 def fit_path(
     x: Rows, y: Labels, class_weights: npt.NDArray[np.float64], folds: Sequence[npt.NDArray[np.bool_]]
-) -> PathFit:
+) -> LinearFit:
     """Fit a logistic regression to standardised rows, with the penalty of the lowest held-out loss.
 
     Mean, deviation and principal axes are those of all rows: they use no label.
@@ -89,7 +70,7 @@ def fit_path(
         torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
         for part in (in_features.T, bias[0, best], mean, scale, held_out[best])
     ]
-    return PathFit(tensors[0], tensors[1], tensors[2], tensors[3], STRENGTHS[best], losses[best], tensors[4])
+    return LinearFit(tensors[0], tensors[1], tensors[2], tensors[3], STRENGTHS[best], losses[best], tensors[4])
 
 
 def _principal_axes(x: Rows) -> tuple[Rows, Rows]:

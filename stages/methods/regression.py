@@ -44,12 +44,12 @@ class LinearFit(NamedTuple):
     scale: torch.Tensor
     """(F,) float32, standard deviation of the training rows; 1 where they do not vary."""
     c: float
-    """Inverse of the penalty that was chosen."""
+    """Inverse of the penalty with the lowest held-out loss."""
     loss: float
-    """Log-loss of the rows that it did not see."""
-    held: torch.Tensor
-    """(n + m, classes) float32: logits of its n rows, then of m others, by regressions that did not see them; NaN
-    without one."""
+    """Log-loss of the held-out rows; for multi-label the mean over labels."""
+    held_out: torch.Tensor
+    """(n + m, classes) float32: logits of the n rows fitted to, then of m others, by regressions that did not see them;
+    NaN for rows that no regression held out."""
 
 
 def fit_regression(

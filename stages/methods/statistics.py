@@ -24,7 +24,8 @@ from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
 from stages.methods.fit_rows import check_rows_to_fit
-from stages.methods.logistic_path import PathFit, fit_path
+from stages.methods.logistic_path import fit_path
+from stages.methods.regression import LinearFit
 from stages.scores import log_pool_terms
 
 LISTED = 0.05
@@ -46,7 +47,7 @@ class StatisticsProbe(nn.Module):
 
     def __init__(self, sources: Sequence[ProbeSource], classes: int, task: Task = "multiclass") -> None:
         super().__init__()
-        self.task, self._sources = task, tuple(sources)
+        self.task, self.sources = task, tuple(sources)
         self._widths = [source.width for source in sources]
         total = sum(self._widths)
         self.register_buffer("weight", torch.zeros(classes, total))
@@ -57,7 +58,7 @@ class StatisticsProbe(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, F) of `describe_rows` -> (B, classes), the weighted average of log-probabilities."""
-        scaled = (torch.cat([select(rows, source) for source in self._sources], dim=1) - self.mean) / self.scale
+        scaled = (torch.cat([select(rows, source) for source in self.sources], dim=1) - self.mean) / self.scale
         parts = zip(
             torch.split(scaled, self._widths, dim=1), torch.split(self.weight, self._widths, dim=1), strict=True
         )
@@ -105,7 +106,7 @@ class StatisticsFit(NamedTuple):
         probe.load_state_dict(self._asdict())
 
 
-def fit_statistics(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[StatisticsFit, torch.Tensor]:
+def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
     """Fit a logistic regression to each standardised source, of training and validation images together.
 
     Penalty and ensemble weight follow from the log-loss on held-out images: every image is held out once, in up to
@@ -114,8 +115,7 @@ def fit_statistics(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[S
     choose.
 
     Args:
-        inputs: Rows, class weights, and the threads that the sources share.
-        sources: What the probes read.
+        inputs: Rows, sources of the probes, class weights, and the threads that the fits share.
 
     Returns:
         The fit, and (m, C) float32: logits of the validation images, each from regressions without it.
@@ -123,7 +123,7 @@ def fit_statistics(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[S
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    train, val = inputs.train, inputs.val
+    train, val, sources = inputs.train, inputs.val, inputs.sources
     classes, count = train.classes, len(val.y)
     check_rows_to_fit(train, val)
     weights = np.ones(classes) if inputs.class_weights is None else np.asarray(inputs.class_weights, np.float64)
@@ -134,7 +134,7 @@ def fit_statistics(inputs: FitInputs, sources: Sequence[ProbeSource]) -> tuple[S
         folds = [np.arange(len(rows.y)) >= len(train.y)]
     x = torch.from_numpy(rows.x)
 
-    def fit(positions: Sequence[int]) -> list[PathFit]:
+    def fit(positions: Sequence[int]) -> list[LinearFit]:
         return [fit_path(select(x, sources[one]).numpy(), rows.y, weights, folds) for one in positions]
 
     # Products of a few hundred rows are too small to be split among cores; complete fits are not.
@@ -158,12 +158,11 @@ class StatisticsMethod(ClosedFormMethod):
 
     def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
         """Fit the probes; validation images are fitted to as well."""
-        sources = inputs.sources
-        fit, held_out = fit_statistics(inputs, sources)
+        fit, held_out = fit_statistics(inputs)
         spec = StatisticsSpec(
             method=inputs.method,
             classes=inputs.train.classes,
-            sources=sources,
+            sources=inputs.sources,
             shares=tuple(fit.share.tolist()),
             task=inputs.task,
         )

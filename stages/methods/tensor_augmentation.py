@@ -14,10 +14,13 @@ store. Which operations there are, and how strong, is our reading:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from stages.methods.batch_draws import BatchDraws
 
 SHIFT = 0.25
 """Largest shift, as a share of the side of the grid."""
@@ -74,33 +77,21 @@ def _taken(tokens: torch.Tensor, places: Places) -> torch.Tensor:
     return tokens[torch.from_numpy(places.reshape(-1).copy()).to(tokens.device)]
 
 
-class TensorAugmentation:
+class TensorAugmentation(BatchDraws):
     """Draws the operation of every image of a batch, in micro-batches the same as in the complete batch."""
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(0)
-        self._micro_batch: tuple[slice, int] | None = None
-        self._state_before = self._rng.bit_generator.state
 
     def reseed(self, *entropy: int) -> None:
         """Draw from here on as these numbers determine, on every device alike."""
         self._rng = np.random.default_rng(entropy)
 
-    def draw_part(self, rows: slice | None, batch_rows: int, again: bool) -> None:
-        """Make further draws for rows of a batch those of the complete batch.
+    def _state(self) -> Any:
+        return self._rng.bit_generator.state
 
-        Args:
-            rows: Position of the rows in the complete batch; None: all of it.
-            batch_rows: Rows of the complete batch.
-            again: Whether an earlier micro-batch of the same batch was drawn for.
-        """
-        self._micro_batch = None if rows is None else (rows, batch_rows)
-        if rows is None:
-            return
-        if again:
-            self._rng.bit_generator.state = self._state_before
-        else:
-            self._state_before = self._rng.bit_generator.state
+    def _restore(self, state: Any) -> None:
+        self._rng.bit_generator.state = state
 
     def __call__(self, grids: torch.Tensor, side: int) -> torch.Tensor:
         """Augment patch tokens.
@@ -112,7 +103,7 @@ class TensorAugmentation:
         Returns:
             (B, side * side, D).
         """
-        rows, batch_rows = self._micro_batch or (slice(None), len(grids))
+        rows, batch_rows = self.part_of(len(grids))
         # One number per image determines the rest: how much an operation draws does not affect the next image.
         seeds = self._rng.integers(2**63, size=batch_rows)[rows]
         return torch.stack([augmented(grid, side, int(seed)) for grid, seed in zip(grids, seeds, strict=True)])

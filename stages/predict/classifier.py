@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from schemas.errors import BundleError, EvaluationError, ImageError
+from schemas.features import FeatureSpec
 from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import DataSettings, LpmSettings
@@ -57,7 +58,7 @@ class Classifier:
                 progress(start + len(batch), len(images))
 
     def _batch(self, images: Sequence[Path | Image.Image]) -> list[npt.NDArray[np.float32] | ImageError]:
-        spec = self.bundle.spec.features
+        spec = _needed(self.bundle.spec)
         read: list[Pixels | ImageError] = []
         for image in images:
             try:
@@ -131,6 +132,13 @@ def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: D
         bundle.network.use_lpm(loaded.model)
         return Classifier(bundle, None, data, bundle.device)
     return Classifier(bundle, loaded, data, bundle.device)
+
+
+def _needed(spec: BundleSpec) -> FeatureSpec:
+    """Return the features without the arrays that the model does not read and that no other array depends on."""
+    inputs = model_inputs(spec.network)
+    unread = {name: value for name, value in (("statistics", False), ("hidden", None)) if name not in inputs}
+    return spec.features.model_copy(update=unread)
 
 
 def _pixel_arrays(pixels: Sequence[Pixels], inputs: Inputs) -> dict[str, npt.NDArray[np.uint8]]:

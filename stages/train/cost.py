@@ -64,7 +64,7 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
 
     model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
     learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
-    mib, batch_mib = _step_mib(network, features, row.reads(settings), settings.train)
+    mib, batch_mib = _step_mib(network, features, row.trains_on(settings), settings.train)
     full_mib = _full_step_mib(model, lpm, settings.train)
     share = learnable / lpm_parameters
     return CostReport(
@@ -127,9 +127,7 @@ def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: Re
 
 def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:
     """Return an empty batch with the shapes and types of a row source."""
-    # Linear probes of an ensemble are fitted before the first step, so steps do not use what these read.
-    probed = {"pooled", "statistics"} if network.probe is not None else set()
-    names = array_names(inputs - probed - {"side", "image"})
+    names = array_names(inputs - {"side", "image"})
     arrays = {
         name: torch.empty((rows, *layout.shape), dtype=getattr(torch, layout.dtype))
         for name, layout in array_layouts(features).items()

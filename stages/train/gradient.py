@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from schemas.manifest import Split
-from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
+from schemas.statistics import ProbeSource
 from schemas.views import train_views
 from stages.methods.base import FitInputs, Network, gradient_method
 from stages.methods.batch import array_names
@@ -72,7 +72,7 @@ def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
     """Build the network of a variant, or restore it from its checkpoint."""
     settings = job.variants[position]
     network = _network(job, settings)
-    probe_logits = fit_probe(job, network, source, settings, fits)
+    probe_logits = fit_probe(job, network, settings, fits)
     if network.standardises:
         network.standardise(_train_batches(job, source))
     recipe = Recipe(
@@ -109,9 +109,7 @@ def _network(job: Job, settings: ResolvedSettings) -> Network:
     return network
 
 
-def fit_probe(
-    job: Job, network: Network, source: RowSource, settings: ResolvedSettings, fits: Fits
-) -> torch.Tensor | None:
+def fit_probe(job: Job, network: Network, settings: ResolvedSettings, fits: Fits) -> torch.Tensor | None:
     """Fit the linear probes of an ensemble, if it has any, and return their out-of-fold logits on validation images.
 
     Variants of a job have the same images, so that those with equal class weights share a fit, cached in `fits`.
@@ -120,26 +118,28 @@ def fit_probe(
         return None
     chosen = settings.train.class_weights
     if chosen not in fits:
-        fits[chosen] = _fit_statistics(job, source, settings)
+        fits[chosen] = _fit_statistics(job, network.probe.sources, settings)
     probe_fit, probe_logits = fits[chosen]
     probe_fit.copy_to(network.probe)
     return probe_logits
 
 
-def _fit_statistics(job: Job, source: RowSource, settings: ResolvedSettings) -> tuple[StatisticsFit, torch.Tensor]:
+def _fit_statistics(
+    job: Job, sources: tuple[ProbeSource, ...], settings: ResolvedSettings
+) -> tuple[StatisticsFit, torch.Tensor]:
     weights = job.class_weights(settings, torch.device("cpu"))
     originals = {split: [[row.id] for row in job.manifest.of(split)] for split in SPLITS}
     with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
-        train, val = rows_to_fit(job, source, originals, job.inputs & {"pooled", "statistics"})
+        # From the store: what only the fit reads, once, is not worth the memory.
+        train, val = rows_to_fit(job, job.opened.source, originals, job.inputs & {"pooled", "statistics"})
         class_weights = None if weights is None else weights.tolist()
-        sources = job.opened.features.probe_sources(METHODS[settings.method].preset.probes)
-        return fit_statistics(FitInputs(train=train, val=val, class_weights=class_weights, threads=threads), sources)
+        return fit_statistics(FitInputs(train, val, sources=sources, class_weights=class_weights, threads=threads))
 
 
 def _train_batches(job: Job, source: RowSource) -> BatchLoader:
     """Return batches of the training images, un-augmented and each image once, as inputs of `Network.standardise`."""
     ids = [row.id for row in job.manifest.of("train")]
-    reading = Reading(job.inputs, job.first.train.side_image_size)
+    reading = Reading(job.step_inputs, job.first.train.side_image_size)
     dataset = FeatureDataset(source, ids, job.labels["train"], reading)
     return batches(dataset, EpochSampler(len(ids), job.first.train.batch_size))
 
@@ -148,7 +148,7 @@ def _source(job: Job) -> RowSource:
     """Return the row source, or a copy in memory of the rows that training reads."""
     ids = tuple(dict.fromkeys([row for views in _views(job) for row in views] + [r.id for r in job.manifest.of("val")]))
     source = job.opened.source
-    names = [name for name in source.layouts if name in array_names(job.inputs)]
+    names = [name for name in source.layouts if name in array_names(job.step_inputs)]
     memory = plan_memory(source, ids, names, job.first.store, job.ranks.local_count)
     job.watch.on_memory(memory)
     return MemoryRows(source, ids, names) if memory.held else source
@@ -165,6 +165,6 @@ def _dataset(job: Job, source: RowSource, split: Split) -> FeatureDataset:
     train = job.first.train
     training = split == "train"
     # Only pixels are augmented; cached and hidden tokens are those of the un-augmented image.
-    reading = Reading(job.inputs, train.side_image_size, train.augment if training else None, train.order_seed)
+    reading = Reading(job.step_inputs, train.side_image_size, train.augment if training else None, train.order_seed)
     ids = [row.id for row in job.manifest.of(split)]
     return FeatureDataset(source, ids, job.labels[split], reading, _views(job) if training else None)

@@ -86,6 +86,11 @@ class Job:
         return self.variants[0]
 
     @property
+    def step_inputs(self) -> Inputs:
+        """Union of what the training steps of all variants read: without what only linear probes read."""
+        return frozenset().union(*(METHODS[variant.method].trains_on(variant) for variant in self.variants))
+
+    @property
     def manifest(self) -> Manifest:
         """Manifest of the study."""
         return self.files.manifest
@@ -132,7 +137,7 @@ def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
     weights, weights_sha256 = serialise(model)
     bundle = BundleSpec(
         classes=job.manifest.classes,
-        network=model.spec,
+        network=model.saved_spec,
         features=job.opened.features,
         train=job.variants[position].train,
         best_epoch=best.epoch,

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from command_line import Fpt
-from study_tools import draw_images
+from study_tools import prepared_study
 
 from stages.train.bundle import load_bundle
 
@@ -20,19 +19,9 @@ NAMES = ("alf", "loff-ta")
 @pytest.fixture
 def tiny(tmp_path: Path, weights: Path, fpt: Fpt) -> Path:
     """An extracted study of 40 images with hidden tokens and token statistics, and without keys and values."""
-    draw_images(tmp_path / "images")
-    params = {
-        "method": "linear",
-        "data": {"images": "images"},
-        "lpm": {"name": "test_vit", "weights": str(weights)},
-        "features": {"image_size": 64, "shard_size": 8, "tokens": False, "hidden": 4},
-        "train": {"epochs": 2, "batch_size": 8, "lr": 1e-3},
-        "compute": {"device": "cpu", "threads": 1},
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    fpt("prepare", cwd=tmp_path)
-    fpt("extract", cwd=tmp_path)
-    return tmp_path
+    study = prepared_study(tmp_path, weights, fpt, tokens=False, hidden=4)
+    fpt("extract", cwd=study)
+    return study
 
 
 def test_from_training_to_one_table(tiny: Path, fpt: Fpt) -> None:

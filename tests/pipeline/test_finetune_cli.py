@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import Fpt
-from study_tools import draw_images
+from study_tools import prepared_study
 
 from stages.train.bundle import load_bundle
 
@@ -26,18 +26,7 @@ NORM_AND_HEAD = 2 * WIDTH + 2 * WIDTH + 2
 @pytest.fixture
 def tiny(tmp_path: Path, weights: Path, fpt: Fpt) -> Path:
     """A prepared study of 40 images; nothing is extracted."""
-    draw_images(tmp_path / "images")
-    params = {
-        "method": "linear",
-        "data": {"images": "images"},
-        "lpm": {"name": "test_vit", "weights": str(weights)},
-        "features": {"image_size": 64, "shard_size": 8},
-        "train": {"epochs": 2, "batch_size": 8, "lr": 1e-3},
-        "compute": {"device": "cpu", "threads": 1},
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    fpt("prepare", cwd=tmp_path)
-    return tmp_path
+    return prepared_study(tmp_path, weights, fpt)
 
 
 def store_folders(study: Path) -> list[Path]:

@@ -144,7 +144,7 @@ def test_bytes_of_a_row(dtype: str, size: int) -> None:
     numbers = 12 * 4 * 768 + 6 * (2 * 64 * 65 // 2 + 2 * 3072) + 6 * 4 * 768
     statistics = spec(dtype=dtype, statistics=True)
     assert statistics.bytes_per_image == spec(dtype=dtype).bytes_per_image + 2 * numbers
-    assert statistics.described_width == 2 * 768 + numbers
+    assert statistics.segments[-1].stop == numbers
 
 
 def test_statistics_are_segments_one_after_the_other() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import Study, make_study, predict, train_study
+from study import Study, evaluated_and_predicted, make_study, train_study, validation_loss
 
 from schemas.errors import CacheMismatchError, SettingsError
 from schemas.features import FeatureSpec
@@ -17,14 +17,11 @@ from schemas.methods import METHODS
 from schemas.resolve import feature_spec
 from schemas.specs import AlfSpec
 from schemas.statistics import output_vectors
-from stages.evaluate.evaluator import evaluate
-from stages.evaluate.predictions import read_predictions
 from stages.methods.alf import METHOD, LayerFusion
 from stages.methods.batch import Batch
 from stages.store.reader import open_store
 from stages.train.bundle import load_bundle
 from stages.train.cost import estimate_cost
-from stages.train.infer import source_logits
 from stages.train.trainer import train_together
 
 LOOP = {"epochs": 12, "lr": 2e-3}
@@ -146,17 +143,9 @@ def test_it_learns_and_predicts_what_it_is_evaluated_by(tmp_path: Path) -> None:
     result = train_study(study, receipt)
     assert result.best.val_auc is not None
     assert result.best.val_auc > 0.9
-    logits = source_logits(
-        load_bundle(tmp_path / "model"), open_store(study.cache, receipt), [row.id for row in study.manifest.of("val")]
-    )
-    target = torch.tensor([study.manifest.classes.index(row.label) for row in study.manifest.of("val")])
-    assert float(torch.nn.functional.cross_entropy(logits, target)) == pytest.approx(result.best.val_loss, abs=1e-5)
-    evaluate(study.files(receipt), tmp_path / "model", tmp_path / "evaluation")
-    table = read_predictions(tmp_path / "evaluation/predictions.parquet")
-    images = [tmp_path / "images" / row.path for row in table.rows]
-    rows = predict(tmp_path / "model", images, study.settings.lpm, study.root)
-    found = np.array([list((row.probabilities or {}).values()) for row in rows])
-    np.testing.assert_allclose(found, table.probabilities, atol=2e-3)
+    assert validation_loss(study, receipt) == pytest.approx(result.best.val_loss, abs=1e-5)
+    evaluated, predicted = evaluated_and_predicted(study, receipt)
+    np.testing.assert_allclose(predicted, evaluated, atol=2e-3)
     report = (tmp_path / "evaluation/report.html").read_text()
     assert "Fused vectors" in report
     assert "frozen" in report

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from study import Study, make_study, predict
+from study import Study, evaluated_and_predicted, make_study
 
 from schemas.base import digest
 from schemas.errors import CacheIncompleteError, UnsupportedModelError
 from schemas.results import TrainResult
 from schemas.settings import LpmSettings
 from schemas.specs import FinetuneSpec
-from stages.evaluate.evaluator import evaluate
-from stages.evaluate.predictions import read_predictions
 from stages.lpm.loading import load_lpm
 from stages.methods.finetune import METHOD
 from stages.train.bundle import load_bundle
@@ -81,13 +79,8 @@ def test_the_bundle_holds_only_what_was_trained(tmp_path: Path) -> None:
 def test_evaluation_and_prediction_agree(tmp_path: Path, source: str) -> None:
     study = study_at(tmp_path, source)
     run(study, extracted=source == "hidden")
-    files = study.files(study.extract() if source == "hidden" else None)
-    evaluate(files, tmp_path / "model", tmp_path / "evaluation")
-    table = read_predictions(tmp_path / "evaluation/predictions.parquet")
-    paths = [tmp_path / "images" / row.path for row in table.rows]
-    predicted = predict(tmp_path / "model", paths, study.settings.lpm, tmp_path)
-    probabilities = np.array([list((row.probabilities or {}).values()) for row in predicted])
-    np.testing.assert_allclose(probabilities, table.probabilities, atol=1e-4)
+    evaluated, predicted = evaluated_and_predicted(study, study.extract() if source == "hidden" else None)
+    np.testing.assert_allclose(predicted, evaluated, atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["hidden", "image"])

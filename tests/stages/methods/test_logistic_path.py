@@ -10,8 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from stages.methods import logistic_path
-from stages.methods.logistic_path import STRENGTHS, PathFit, fit_path
-from stages.methods.regression import label_log_loss, log_loss
+from stages.methods.logistic_path import STRENGTHS, fit_path
+from stages.methods.regression import LinearFit, label_log_loss, log_loss
 
 CLOSE = 1e-2
 """Difference of two logits that changes no probability by more than a quarter of a percent."""
@@ -70,7 +70,7 @@ def centred(logits: Any, y: Any) -> Any:
     return logits - logits.mean(axis=1, keepdims=True) if y.ndim == 1 else logits
 
 
-def logits_of(fit: PathFit, x: Any) -> Any:
+def logits_of(fit: LinearFit, x: Any) -> Any:
     return (((torch.from_numpy(x) - fit.mean) / fit.scale) @ fit.weight.T + fit.bias).numpy()
 
 

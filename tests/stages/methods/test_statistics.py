@@ -72,7 +72,7 @@ def fit_to(
     others = [f"val {number}" for number in range(len(val[1]))]
     rows = FitRows(*train, known, classes), FitRows(*val, others, classes)
     read = sources or sources_of(3, train[0].shape[1] // 3)
-    return fit_statistics(FitInputs(train=rows[0], val=rows[1], class_weights=weights), read)
+    return fit_statistics(FitInputs(train=rows[0], val=rows[1], sources=read, class_weights=weights))
 
 
 def probe_of(fit: StatisticsFit, sources: tuple[ProbeSource, ...] | None = None) -> StatisticsProbe:
@@ -222,9 +222,9 @@ def test_class_weights_shift_predictions() -> None:
 
 def test_threads_change_nothing() -> None:
     train, val = (FitRows(*made(n, seed), [f"{seed} {k}" for k in range(n)], 3) for n, seed in ((60, 0), (20, 1)))
-    fits = [fit_statistics(FitInputs(train=train, val=val), sources_of(3))]
+    fits = [fit_statistics(FitInputs(train=train, val=val, sources=sources_of(3)))]
     with open_threads(3, torch.device("cpu")) as threads:
-        fits.append(fit_statistics(FitInputs(train=train, val=val, threads=threads), sources_of(3)))
+        fits.append(fit_statistics(FitInputs(train=train, val=val, sources=sources_of(3), threads=threads)))
     for one, other in zip(fits[0][0], fits[1][0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fits[0][1], fits[1][1], rtol=1e-5, atol=1e-5)
@@ -239,3 +239,19 @@ def test_rows_that_cannot_be_fitted_to_are_refused() -> None:
     x[3, 25] = np.nan
     with pytest.raises(TrainingError, match="not finite"):
         fit_to((x, y), (x_val, y_val))
+
+
+@pytest.mark.parametrize("count", [60, 240])
+def test_ensemble_weights_sharpen_with_the_number_of_images(count: int) -> None:
+    """Each share is proportional to exp(-n loss / 4), with the loss and the number n of held-out images."""
+    (x, y), (x_val, y_val) = made(count, 0, 0.3), made(30, 1, 0.3)
+    fit, _ = fit_to((x, y), (x_val, y_val))
+    rows, labels = np.concatenate([x, x_val]), np.concatenate([y, y_val])
+    folds = FitRows(rows, labels, [*one_each(count), *(f"val {number}" for number in range(30))], 3).folds()
+    losses = [
+        logistic_path.fit_path(select(torch.from_numpy(rows), source).numpy(), labels, np.ones(3), folds).loss
+        for source in sources_of(3)
+    ]
+    expected = torch.tensor(losses).mul(-(count + 30) / 4).softmax(dim=0)
+    assert 0.01 < float(expected.max()) < 0.99, "one source with all of the weight would prove nothing"
+    torch.testing.assert_close(fit.share, expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,77 @@
+"""Ensemble weights of FPT-X, and what its training reads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from study import make_study, train_study
+
+from stages.losses import plain_loss
+from stages.methods.calibration import fit_shares
+from stages.methods.fpt_x import Ensemble
+from stages.scores import log_pool_terms
+from stages.train.bundle import load_bundle
+from stages.train.data import FeatureDataset, Reading
+
+
+def test_ensemble_weights_follow_the_held_out_loss_and_the_prior() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    good = 2.0 * torch.nn.functional.one_hot(labels, 3) + torch.randn(60, 3, generator=g)
+    terms = log_pool_terms(torch.stack([torch.randn(60, 3, generator=g), good]), "multiclass").transpose(0, 1)
+    prior = [0.5, 0.5]
+    shares = fit_shares(terms, labels, prior)
+    assert float(shares.sum()) == pytest.approx(1.0)
+    assert shares[1] > 0.8
+    # Two images do not move the weights far, none at all does not move them.
+    assert abs(float(fit_shares(terms[:2], labels[:2], prior)[1]) - 0.5) < 0.2
+    assert torch.equal(fit_shares(terms[:0], labels[:0], prior), torch.tensor(prior))
+    # Experts that are equally good keep the weights of the prior.
+    same = torch.stack([good, good], dim=1)
+    assert fit_shares(same, labels, [0.3, 0.7]).tolist() == pytest.approx([0.3, 0.7])
+    # Of all weights of the grid none has a lower cost.
+    costs = [
+        60 * float(plain_loss((terms * torch.tensor([1 - w, w])[:, None]).sum(1), labels))
+        - 10.0 * (0.5 * math.log(1 - w) + 0.5 * math.log(w))
+        for w in (0.05 * step for step in range(1, 20))
+    ]
+    assert float(shares[1]) == pytest.approx(0.05 * (1 + costs.index(min(costs))))
+
+
+def test_what_the_networks_added_is_reported(tmp_path: Path) -> None:
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 2, "members": 1})
+    result = train_study(study, study.extract())
+    weights = [value for name, value in result.chosen.items() if name.startswith("weight of")]
+    assert len(weights) == 2
+    assert sum(weights) == pytest.approx(1.0, abs=2e-3)
+    assert result.chosen["loss of the ensemble"] == pytest.approx(result.best.val_loss, abs=1e-4)
+    network = load_bundle(tmp_path / "model").network
+    assert isinstance(network, Ensemble)
+    assert network.shares.tolist() == pytest.approx(weights, abs=1e-3)
+    kept = make_study(tmp_path / "kept", method="fpt-x-kept", train={"epochs": 1, "members": 1})
+    train_study(kept, kept.extract())
+    network = load_bundle(tmp_path / "kept/model").network
+    assert isinstance(network, Ensemble)
+    assert network.shares.tolist() == pytest.approx([0.4, 0.1, 0.5])
+
+
+def test_training_steps_do_not_read_what_only_the_probes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1})
+    read: list[set[str]] = []
+    plain = FeatureDataset.__init__
+
+    def noted(self: FeatureDataset, source: Any, ids: Any, labels: Any, reading: Reading, *rest: Any) -> None:
+        plain(self, source, ids, labels, reading, *rest)
+        read.append(set(self._names))
+        assert not {"statistics", "pooled"} & set(source.layouts), "held in memory for nothing"
+
+    monkeypatch.setattr(FeatureDataset, "__init__", noted)
+    train_study(study, study.extract())
+    assert len(read) == 2
+    for names in read:
+        assert {"keys", "values", "side"} <= names
+        assert not {"statistics", "pooled"} & names
