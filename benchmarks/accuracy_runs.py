@@ -276,7 +276,7 @@ def predict(
     inputs = model_inputs(bundle.spec.network)
     opened = open_inputs(settings, files, inputs)
     try:
-        if "image" in inputs and opened.model is not None:
+        if bundle.network.needs_lpm and opened.model is not None:
             bundle.network.use_lpm(opened.model.to(bundle.device))
         logits = source_logits(bundle, opened.source, [row.id for row in rows])
     finally:

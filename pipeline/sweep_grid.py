@@ -76,15 +76,14 @@ class Combination:
         Those are the settings of other methods and, for a method that is fitted in closed form, almost all of `train`.
         """
         row = METHODS[method]
-        return Combination(
-            {
-                key: value
-                for key, value in self.values.items()
-                if key == METHOD_AXIS
-                or (key.startswith(f"methods.{method}.") if key.startswith("methods.") else not row.closed_form)
-                or key in FITTED_BY
-            }
-        )
+        mine = (f"methods.{row.settings_section}.", "methods.options.")
+
+        def counts(key: str) -> bool:
+            if key == METHOD_AXIS or key in FITTED_BY:
+                return True
+            return key.startswith(mine) if key.startswith("methods.") else not row.closed_form
+
+        return Combination({key: value for key, value in self.values.items() if counts(key)})
 
 
 def _setting(axis: str) -> str:

@@ -7,14 +7,15 @@ documentation read the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
+from schemas import adaptations
 from schemas.base import Section
+from schemas.errors import SettingsError
+from schemas.method_row import MethodRow, Preset, Problems
 from schemas.specs import (
     AlfSpec,
     AttentiveSpec,
@@ -28,14 +29,9 @@ from schemas.specs import (
     SideNetworkSpec,
     StatisticsSpec,
 )
-from schemas.statistics import ProbeRule
 
 if TYPE_CHECKING:
     from schemas.resolved import ResolvedSettings
-
-
-Problems = list[tuple[str, str]]
-"""(dotted path of a setting, what is wrong)."""
 
 
 class FinetuneSettings(Section):
@@ -66,83 +62,26 @@ class MethodSettings(Section):
     """Attentive layer fusion."""
     finetune: FinetuneSettings = FinetuneSettings()
     """Fine-tuning of the LPM."""
+    ept: adaptations.EptSettings = adaptations.EptSettings()
+    """Embedded Prompt Tuning: ept and ept-lse."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Settings of a method that is not part of fpt (docs/methods.md), by name."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What "auto" means in the settings of a method."""
+def method_options(methods: MethodSettings, row: MethodRow) -> Section | None:
+    """Return the settings that only this method has, or None if it has none.
 
-    first_layer: float = 0.5
-    """First tapped block as a share of the depth."""
-    side_image_size: int = 128
-    """Input of the side network, in pixels."""
-    members: int = 1
-    """Side networks."""
-    attentive: int = 0
-    """Attentive probes."""
-    probe_weight: float = 0.0
-    """Ensemble weight of the linear probes."""
-    keep: Literal["best", "late", "last"] = "best"
-    """Epoch whose weights are kept."""
-    probes: ProbeRule = "all"
-    """What linear probes read."""
-    fits_shares: bool = False
-    """Whether validation images fit the ensemble weights; their values here are then the prior."""
-
-
-@dataclass(frozen=True)
-class MethodRow:
-    """One row of the registry."""
-
-    name: str
-    """As in `method`."""
-    title: str
-    """For reports and tables."""
-    help: str
-    """One line."""
-    paper: str
-    """Source; empty for ours."""
-    module: str
-    """Module of `stages.methods` whose `METHOD` builds or fits it."""
-    spec: type[MethodSpec]
-    """What its bundles hold."""
-    inputs: Inputs
-    """What it reads, apart from what its settings add."""
-    trained_by: Literal["gradient", "closed form"]
-    """gradient: epochs over batches; closed form: one fit to all training rows."""
-    preset: Preset = field(default=Preset())
-    """Values of "auto"."""
-    any_layers: bool = False
-    """Whether it takes the tapped layers that were extracted, whatever the settings name."""
-    adapts_lpm: bool = False
-    """Whether it trains weights of the LPM."""
-    images_setting: str = ""
-    """Setting with which it reads images instead of the feature store; empty: none."""
-    resolve: Callable[[MethodSettings, int, int | None], tuple[MethodSettings, Problems]] | None = None
-    """Replaces "auto" in its own settings, from them, the depth of the LPM and `features.hidden`."""
-    added_inputs: Callable[[ResolvedSettings], Inputs] | None = None
-    """What it reads apart from `inputs` under given settings; None: nothing."""
-    probe_inputs: Callable[[ResolvedSettings], Inputs] | None = None
-    """What only its linear probes read, which are fitted before the first epoch; None: nothing."""
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether it has neither epochs, nor a learning rate, nor a seed."""
-        return self.trained_by == "closed form"
-
-    @property
-    def has_side_network(self) -> bool:
-        """Whether it trains side networks, which the settings of `train` describe."""
-        return "side" in self.inputs
-
-    def trains_on(self, settings: ResolvedSettings) -> Inputs:
-        """Return what every training step reads under these settings."""
-        return self.inputs | (self.added_inputs(settings) if self.added_inputs is not None else frozenset())
-
-    def reads(self, settings: ResolvedSettings) -> Inputs:
-        """Return what it reads under these settings."""
-        probed = frozenset() if self.probe_inputs is None else self.probe_inputs(settings)
-        return self.trains_on(settings) | probed
+    Raises:
+        SettingsError: If `methods.options` do not fit a method that is not part of fpt.
+    """
+    section = getattr(methods, row.settings_section, None)
+    if isinstance(section, Section) or row.options is None:
+        return section if isinstance(section, Section) else None
+    try:
+        return row.options.model_validate(methods.options)
+    except ValidationError as error:
+        problems = [(f"methods.options.{'.'.join(map(str, one['loc']))}", one["msg"]) for one in error.errors()]
+        raise SettingsError(f"The options of {row.name} are not valid.", problems, "Correct params.yaml.") from None
 
 
 FITTED_BY: frozenset[str] = frozenset({"class_weights"})
@@ -352,7 +291,7 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, MethodRow] = {row.name: row for row in _ROWS}
+METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *adaptations.ROWS)}
 """Name -> row, in the order of help texts."""
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
-from schemas.methods import METHODS, MethodRow
+from schemas.method_row import MethodRow
+from schemas.methods import METHODS
 from schemas.resolved import ResolvedFeatures, ResolvedSettings, ResolvedTrain
 from schemas.settings import Precision, Settings
 
@@ -45,6 +46,7 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         problems += method_problems
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
+    start = (features.hidden or 0) if train.start_block == "auto" else train.start_block
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
     stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
     resolved = ResolvedSettings(
@@ -69,6 +71,7 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
                 **train.model_dump(),
                 **ensemble,
                 "side_image_size": side,
+                "start_block": start,
                 "keep": preset.keep if train.keep == "auto" else train.keep,
                 "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
             }
@@ -88,6 +91,8 @@ def _misfits(settings: Settings, lpm: LpmInfo, last_layer: int) -> list[tuple[st
         problems.append(("features.layers", f"{blocks} (is {last_layer})"))
     if features.hidden is not None and features.hidden >= lpm.depth:
         problems.append(("features.hidden", f"{blocks} (is {features.hidden})"))
+    if train.start_block != "auto" and train.start_block >= lpm.depth:
+        problems.append(("train.start_block", f"{blocks} (is {train.start_block})"))
     reads = METHODS[settings.method].inputs
     if "tokens" in reads and not features.tokens:
         problems.append(("features.tokens", f"must be true: {settings.method} reads cached tokens"))

@@ -37,6 +37,8 @@ class ResolvedTrain(TrainSettings):
     """Ensemble weight of the linear probes."""
     keep: Literal["best", "late", "last"]
     """Epoch whose weights are kept."""
+    start_block: Annotated[int, Field(ge=0, le=999)]
+    """First block that an adaptation changes."""
     order_seed: Seed
     """Seed of the order of the images, their augmentation and views."""
 

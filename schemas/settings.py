@@ -316,6 +316,10 @@ class TrainSettings(Section):
     """Fraction of the target probability that is spread evenly over all classes."""
     kappa_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.5
     """Weight of the quadratic-kappa term in the loss; only for ordinal."""
+    start_block: Literal["auto"] | Annotated[int, Field(ge=0, le=999)] = "auto"
+    """First block of the LPM that an adaptation (ept, vpt-deep, lora, ...) changes. It reads hidden tokens if
+    `features.hidden` is this block or a lower one: then no image is opened and the blocks below never run; else images,
+    augmented. auto: the block of `features.hidden`, otherwise 0, the published form."""
     accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Gradient accumulation: micro-batches per batch, to save memory; must divide batch_size. Results are the same up
     to rounding."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
+from pydantic import Field
+
 from schemas.base import Contract
 from schemas.manifest import Split
 from schemas.statistics import ProbeRule, ProbeSource, output_vectors
@@ -270,11 +272,9 @@ class LoffTaSpec(MethodSpec):
         return (self.hidden, self.lpm_width, self.grid, self.prefix_tokens) == shape
 
 
-class FinetuneSpec(MethodSpec):
-    """Trained blocks of the LPM with a linear head."""
+class AdaptedLpmSpec(MethodSpec):
+    """The LPM itself, changed from a block upward, with a linear head."""
 
-    method: Literal["finetune"] = "finetune"
-    """The kind of model."""
     lpm: str
     """Name of the LPM."""
     image_size: int
@@ -282,9 +282,7 @@ class FinetuneSpec(MethodSpec):
     depth: int
     """Blocks of the LPM."""
     first_block: int
-    """First trained block; the ones below are those of the LPM."""
-    everything: bool
-    """Whether the embeddings are trained, too."""
+    """First block that is changed; the ones below are those of the LPM."""
     hidden: int | None
     """Block whose cached input tokens the model reads; null: it reads images."""
 
@@ -296,3 +294,56 @@ class FinetuneSpec(MethodSpec):
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""
         return self.lpm == features.lpm.name and (self.hidden is None or self.hidden == features.hidden)
+
+
+class FinetuneSpec(AdaptedLpmSpec):
+    """Trained blocks of the LPM with a linear head."""
+
+    method: Literal["finetune"] = "finetune"
+    """The kind of model."""
+    everything: bool
+    """Whether the embeddings are trained, too."""
+
+
+class AdaptationSpec(AdaptedLpmSpec):
+    """An adaptation of the LPM with a linear head."""
+
+    width: int
+    """D."""
+    heads: int
+    """H."""
+    mlp_width: int
+    """Width of the activations in the MLP of a block; 0: unknown."""
+    patch: int
+    """Side of a patch, in pixels."""
+    prefix_tokens: int
+    """Class and register tokens."""
+    options: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Settings of the method, as in its section of `methods`."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of adapted blocks."""
+        return self.depth - self.first_block
+
+    @property
+    def head_dim(self) -> int:
+        """d = D / H."""
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches per side of the image."""
+        return self.image_size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """N: patches and prefix tokens."""
+        return self.grid**2 + self.prefix_tokens
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        lpm = features.lpm
+        shape = (lpm.depth, lpm.width, lpm.heads, lpm.patch, lpm.prefix_tokens, lpm.image_size)
+        mine = (self.depth, self.width, self.heads, self.patch, self.prefix_tokens, self.image_size)
+        return shape == mine and super().matches(features)

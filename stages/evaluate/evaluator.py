@@ -92,15 +92,16 @@ def evaluate(
 def _open_source(bundle: Bundle, files: StudyFiles) -> RowSource:
     """Open what the model reads: the store of its features, or the images of the study with the LPM at hand."""
     spec = bundle.spec.features
-    if "image" not in model_inputs(bundle.spec.network):
-        receipt = files.need_receipt()
-        check_same_features(bundle.spec, receipt)
-        return open_rows(files.cache_root, receipt, files.remote)
-    # Imported late: models of cached features need no code of the LPM.
-    from stages.lpm.matching import load_matching
+    if bundle.network.needs_lpm:
+        # Imported late: models of cached features need no code of the LPM.
+        from stages.lpm.matching import load_matching
 
-    bundle.network.use_lpm(load_matching(spec, files.weights_source, files.root, bundle.device).model)
-    return image_rows(files, spec)
+        bundle.network.use_lpm(load_matching(spec, files.weights_source, files.root, bundle.device).model)
+    if "image" in model_inputs(bundle.spec.network):
+        return image_rows(files, spec)
+    receipt = files.need_receipt()
+    check_same_features(bundle.spec, receipt)
+    return open_rows(files.cache_root, receipt, files.remote)
 
 
 def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, output: Path) -> None:

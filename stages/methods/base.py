@@ -42,8 +42,13 @@ class Model(nn.Module):
         """Spec of the bundle: that of the model, with what training found."""
         return self.spec
 
+    @property
+    def needs_lpm(self) -> bool:
+        """Whether `use_lpm` has to be called before the first forward pass."""
+        return False
+
     def use_lpm(self, lpm: nn.Module) -> None:
-        """Copy the frozen weights that the model needs from the LPM; does nothing by default."""
+        """Take over the frozen weights that the model needs from the LPM; does nothing by default."""
 
 
 class Network(Model):

@@ -128,8 +128,9 @@ def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: D
     if inputs == {"side"}:
         return Classifier(bundle, None, data, bundle.device)
     loaded = load_matching(spec, lpm, root, bundle.device)
-    if "image" in inputs:
+    if bundle.network.needs_lpm:
         bundle.network.use_lpm(loaded.model)
+    if "image" in inputs:
         return Classifier(bundle, None, data, bundle.device)
     return Classifier(bundle, loaded, data, bundle.device)
 

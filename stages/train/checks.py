@@ -10,7 +10,7 @@ import torch
 from schemas.errors import CacheIncompleteError, CacheMismatchError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
-from schemas.methods import METHODS
+from schemas.methods import METHODS, method_options
 from schemas.resolve import expected_spec
 from schemas.resolved import ResolvedSettings
 from schemas.specs import Inputs
@@ -53,7 +53,7 @@ def check_shared(variants: Sequence[ResolvedSettings]) -> None:
 
 def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:
     """Return the fields that must be equal in runs that share their batches, by dotted name."""
-    method_settings = getattr(settings.methods, settings.method, None)
+    method_settings = method_options(settings.methods, METHODS[settings.method])
     sections = {name: getattr(settings, name) for name in ("features", "lpm", "data", "train")}
     if method_settings is not None:
         sections[f"methods.{settings.method}"] = method_settings

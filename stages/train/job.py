@@ -13,7 +13,7 @@ import torch
 from schemas.base import digest
 from schemas.cost import StoreMemory
 from schemas.manifest import Manifest, Split
-from schemas.methods import METHODS
+from schemas.methods import METHODS, method_options
 from schemas.resolved import ResolvedSettings
 from schemas.results import BundleSpec, EpochLog
 from schemas.specs import Inputs
@@ -108,7 +108,7 @@ def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[
         manifest: Manifest written by `prepare`.
         inputs_key: Content of the row source, from `stages.train.inputs.inputs_key`.
     """
-    method_settings = getattr(settings.methods, settings.method, None)
+    method_settings = method_options(settings.methods, METHODS[settings.method])
     return digest(
         {
             "recipe": RECIPE,
