@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
-from schemas import adaptations
+from schemas import prompt_adaptations
 from schemas.base import Section
 from schemas.errors import SettingsError
 from schemas.method_row import MethodRow, Preset, Problems
@@ -62,7 +62,7 @@ class MethodSettings(Section):
     """Attentive layer fusion."""
     finetune: FinetuneSettings = FinetuneSettings()
     """Fine-tuning of the LPM."""
-    ept: adaptations.EptSettings = adaptations.EptSettings()
+    ept: prompt_adaptations.EptSettings = prompt_adaptations.EptSettings()
     """Embedded Prompt Tuning: ept and ept-lse."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Settings of a method that is not part of fpt (docs/methods.md), by name."""
@@ -291,7 +291,7 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *adaptations.ROWS)}
+METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *prompt_adaptations.ROWS)}
 """Name -> row, in the order of help texts."""
 
 

@@ -187,8 +187,8 @@ def _block_forward(number: int, block: Any, adaptation: Adaptation) -> Callable[
         tokens = adaptation.between(number, block, tokens)
         normed = block.norm2(tokens)
         output = adaptation.mlp_out(number, block.mlp(normed), tokens, normed)
-        tokens = tokens + block.drop_path2(_scaled(block, 2, output))
-        return tokens
+        result: torch.Tensor = tokens + block.drop_path2(_scaled(block, 2, output))
+        return result
 
     return forward
 

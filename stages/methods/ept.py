@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from schemas.adaptations import EptSettings
+from schemas.prompt_adaptations import EptSettings
 from schemas.specs import AdaptationSpec
 from stages.lpm.adaptation import Adaptation
 from stages.lpm.attention import Projected

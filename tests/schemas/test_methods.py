@@ -18,6 +18,8 @@ from schemas.parse import parse_settings
 from schemas.resolve import feature_spec, resolve
 from schemas.results import BundleSpec
 from schemas.specs import (
+    AdaptationSpec,
+    AdaptedLpmSpec,
     AlfSpec,
     AttentiveSpec,
     FinetuneSpec,
@@ -87,12 +89,27 @@ EXAMPLES: dict[str, MethodSpec] = {
 }
 """A saved spec of each method with fields of its own."""
 
-SPECS: dict[str, MethodSpec] = {
-    name: EXAMPLES.get(name) or row.spec.model_validate({"method": name, "classes": 3, "features": 128})
-    if name in EXAMPLES
-    else row.spec.model_validate({"method": name, "classes": 3, "features": 128})
-    for name, row in METHODS.items()
-}
+
+def example(name: str) -> MethodSpec:
+    """Return a saved spec of a method: its own, that of any adaptation, or that of any closed form."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    raw: dict[str, Any] = {"method": name, "classes": 3, "features": 128}
+    if METHODS[name].spec is AdaptationSpec:
+        shape = {"depth": 6, "width": 64, "heads": 2, "mlp_width": 192, "patch": 16, "prefix_tokens": 1}
+        raw = {
+            "method": name,
+            "classes": 3,
+            "lpm": "test_vit",
+            "image_size": 64,
+            "first_block": 4,
+            "hidden": 4,
+            **shape,
+        }
+    return METHODS[name].spec.model_validate(raw)
+
+
+SPECS: dict[str, MethodSpec] = {name: example(name) for name in METHODS}
 """A saved spec of every method."""
 
 
@@ -255,7 +272,7 @@ def test_a_model_of_other_features_is_refused(spec: MethodSpec, tmp_path: Path) 
     (tmp_path / "model.json").write_bytes(encode_spec(bundle(spec)))
     assert read_spec(tmp_path).network == spec
     others: dict[str, Any] = {"layers": (4, 5)}
-    if isinstance(spec, FinetuneSpec | LoffTaSpec):
+    if isinstance(spec, AdaptedLpmSpec | LoffTaSpec):
         others = {"hidden": 3}
     if isinstance(spec, AlfSpec):
         others = {"statistics": False}

@@ -28,7 +28,7 @@ def _families() -> Any:
 
 
 families = _families()
-OTHER_ORDER: set[str] = set()
+OTHER_ORDER = {"beit_shared_bias"}
 """Families whose own attention sums in another order than the driver's."""
 OTHER_BLOCKS = {"vit_res_post_norm"}
 """Families whose blocks have the norm behind attention and MLP."""

@@ -1,4 +1,4 @@
-"""The adaptations of the LPM: one registry row each, and their settings."""
+"""Rows of the registry that are adaptations of the LPM: what they share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from schemas.base import Section
 from schemas.method_row import MethodRow
 from schemas.specs import AdaptationSpec, Inputs
 
@@ -15,13 +14,6 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 """Number of prompts, ranks or channels."""
-
-
-class EptSettings(Section):
-    """Settings of ept and ept-lse."""
-
-    prompts: Count = 100
-    """Prompt logits per token and block (d_p); the paper chooses among 5, 10, 20, 50, 100, 200, 400 and 600."""
 
 
 def reads_hidden(settings: ResolvedSettings) -> bool:
@@ -59,29 +51,3 @@ def adaptation(name: str, title: str, line: str, paper: str, module: str, **fiel
         added_inputs=_inputs,
         **fields,
     )
-
-
-_EPT = "arXiv 2407.01003 (Medical Image Analysis 2024)"
-ROWS = (
-    adaptation(
-        "ept",
-        "EPT",
-        "prompt logits in every softmax of the LPM, as published",
-        _EPT,
-        "ept",
-        section="ept",
-        options=EptSettings,
-        rates=(1e-3, 5e-3, 2e-2),
-    ),
-    adaptation(
-        "ept-lse",
-        "EPT-lse",
-        "EPT with one logit per token and block, in fused attention",
-        _EPT,
-        "ept",
-        section="ept",
-        options=EptSettings,
-        rates=(1e-3, 5e-3, 2e-2),
-    ),
-)
-"""In the order of help texts."""
