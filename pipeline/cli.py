@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,6 +26,7 @@ from pipeline.commands.sweep import sweep
 from pipeline.commands.train import train
 from pipeline.console import make_encodable, notices_to, print_error, print_notice, say
 from pipeline.interrupt import interrupted_message
+from pipeline.plugins import load_plugins
 from schemas.errors import FptError, PlatformError, StorageError
 from schemas.urls import masked, secrets_in
 from schemas.version import __version__
@@ -78,7 +80,17 @@ def _root(
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE",
+            help="Python file with methods of your own; also in FPT_PLUGINS (docs/extending.md).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
+    load_plugins(plugin or ())
     count = Ranks.of().count
     if count > 1 and context.invoked_subcommand not in DISTRIBUTED:
         verb = context.invoked_subcommand

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from pipeline.console import quiet, say
 from pipeline.params import PARAMS, as_assignments, override, read_params
+from pipeline.plugins import load_plugins
 from schemas.errors import DataError, FptError, ProjectError, UnreadableImagesError
 from schemas.parse import parse_settings
 from schemas.results import PROBABILITY, BundleSpec, Prediction
@@ -234,6 +235,7 @@ def load(
         CacheMismatchError: The LPM has another shape or preprocessing than in training.
         SettingsError: The device is not available.
     """
+    load_plugins()
     folder = Path(model).expanduser()
     root = next((place for place in folder.absolute().parents if (place / PARAMS).is_file()), folder.absolute())
     changes = {"compute": {"device": device, "extract_batch_size": "auto" if batch_size is None else batch_size}}

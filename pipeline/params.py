@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.plugins import load_plugins
 from pipeline.yaml_text import load_yaml
 from schemas.errors import ProjectError, SettingsError, StorageError
 from schemas.parse import parse_settings
@@ -140,6 +141,7 @@ def load_settings(path: Path, assignments: Sequence[str] = ()) -> Settings:
         ProjectError: The file does not exist.
         SettingsError: Lists all problems.
     """
+    load_plugins()
     return parse_settings(override(read_params(path), assignments), source=path.name)
 
 

@@ -53,7 +53,7 @@ class MethodRow:
     paper: str
     """Source; empty for ours."""
     module: str
-    """Module of `stages.methods` whose `METHOD` builds or fits it."""
+    """Module of `package` whose `METHOD` builds or fits it."""
     spec: type[MethodSpec]
     """What its bundles hold."""
     inputs: Inputs
@@ -68,6 +68,8 @@ class MethodRow:
     """Whether it trains weights of the LPM."""
     images_setting: str = ""
     """Setting with which it reads images instead of the feature store; empty: none."""
+    package: str = "stages.methods"
+    """Package of the module; empty: `module` is a complete name, that of a plugin."""
     section: str = ""
     """Section of `methods` with its own settings; empty: that of its name, if there is one."""
     options: type[Section] | None = None

@@ -295,6 +295,20 @@ METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *prompt_adapt
 """Name -> row, in the order of help texts."""
 
 
+def register(row: MethodRow) -> None:
+    """Add the row of a plugin to the registry; again with the same module does nothing.
+
+    Raises:
+        SettingsError: If the name is that of another method.
+    """
+    known = METHODS.setdefault(row.name, row)
+    if (known.package, known.module) != (row.package, row.module):
+        raise SettingsError(
+            f"The plugin {row.module} has a method named {row.name}, and so has {known.module}.",
+            repair="Rename one of them.",
+        )
+
+
 def _known(name: str) -> str:
     if name not in METHODS:
         *others, last = map(repr, METHODS)

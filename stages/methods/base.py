@@ -207,7 +207,9 @@ class ClosedFormMethod(ABC):
 
 def method_of(name: str) -> GradientMethod | ClosedFormMethod:
     """Return the implementation of a method of the registry."""
-    module = import_module(f"stages.methods.{METHODS[name].module}")
+    row = METHODS[name]
+    # Files of plugins are in no package: they are imported once, under a name of their own.
+    module = import_module(f"stages.methods.{row.module}" if row.package else row.module)
     return cast("GradientMethod | ClosedFormMethod", module.METHOD)
 
 

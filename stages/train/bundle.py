@@ -107,7 +107,9 @@ def read_spec(folder: Path) -> BundleSpec:
         raise
     except (ValueError, RecursionError):
         raise BundleError(
-            f"{path} cannot be understood.", "It was damaged, or written by another version of fpt.", RESTORE
+            f"{path} cannot be understood.",
+            "It was damaged, or written by another version of fpt, or its method is that of a plugin (--plugin FILE).",
+            RESTORE,
         ) from None
 
 
