@@ -86,8 +86,8 @@ def _imported(load: Any, source: str) -> Any:
 def _register(module: Any, source: str) -> None:
     from stages.methods.base import ClosedFormMethod, GradientMethod
 
-    rows = getattr(module, "ROWS", None)
-    valid = isinstance(rows, list | tuple) and rows and all(isinstance(row, MethodRow) for row in rows)
+    rows: Any = getattr(module, "ROWS", None)
+    valid = isinstance(rows, list | tuple) and bool(rows) and all(isinstance(row, MethodRow) for row in rows)
     if not valid or not isinstance(getattr(module, "METHOD", None), GradientMethod | ClosedFormMethod):
         raise SettingsError(
             f"The plugin {source} has no method.",

@@ -37,7 +37,7 @@ class CostReport(Contract):
     dtype: str
     """Type of the cached keys and values."""
     learnable: int
-    """Parameters of fusion and side network."""
+    """Parameters that are trained."""
     lpm_parameters: int
     """Parameters of the LPM with a linear head: what full fine-tuning would learn."""
     learnable_share: float
@@ -48,6 +48,8 @@ class CostReport(Contract):
     """The batch as it is stored, a share of the former: nothing makes a step smaller than this and the next."""
     train_states_mib: float
     """Parameters, gradients and the two states of AdamW, a share of the former."""
+    train_frozen_mib: float
+    """Frozen weights of the LPM that a step holds, a share of the former; 0 for methods that do not run the LPM."""
     checkpointing: bool
     """Whether side blocks are computed again in the backward pass."""
     accumulate: int

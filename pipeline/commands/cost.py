@@ -80,7 +80,9 @@ def _show(report: CostReport) -> None:
     memory = report.train_tensor_mib / report.full_finetune_tensor_mib
     parts = f" in {report.accumulate} parts" if report.accumulate > 1 else ""
     again = ", checkpointing" if report.checkpointing else ""
-    fixed = f"the batch {report.train_batch_mib:,.1f}, parameters and their states {report.train_states_mib:,.1f}"
+    frozen = f", of which frozen weights {report.train_frozen_mib:,.1f}" if report.train_frozen_mib else ""
+    states = f"parameters and their states {report.train_states_mib:,.1f}{frozen}"
+    fixed = f"the batch {report.train_batch_mib:,.1f}, {states}"
     show_pairs(
         f"{report.method} on {report.lpm}: {report.image_size} pixels, {report.classes} classes, "
         f"batch {report.batch_size}{parts}, {report.dtype}{again}",

@@ -80,6 +80,7 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         train_tensor_mib=mib,
         train_batch_mib=batch_mib,
         train_states_mib=_states_mib(network),
+        train_frozen_mib=_mib(parameter for parameter in network.parameters() if not parameter.requires_grad),
         checkpointing=settings.train.checkpointing,
         accumulate=settings.train.accumulate,
         full_finetune_tensor_mib=full_mib,
