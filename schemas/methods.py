@@ -77,7 +77,9 @@ class Preset:
     side_image_size: int = 128
     """Input of the side network, in pixels."""
     members: int = 1
-    """Side networks."""
+    """Side networks; with `adaptive_members` at most."""
+    adaptive_members: bool = False
+    """Whether held-out loss decides between one side network and all."""
     attentive: int = 0
     """Attentive probes."""
     probe_weight: float = 0.0
@@ -216,7 +218,7 @@ _ROWS = (
         spec=SideNetworkSpec,
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
-        preset=Preset(members=3, probe_weight=0.7, keep="late", fits_shares=True),
+        preset=Preset(members=3, adaptive_members=True, probe_weight=0.7, keep="late", fits_shares=True),
         probe_inputs=_probe_inputs,
     ),
     MethodRow(

@@ -134,6 +134,8 @@ def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]
         problems.append(("train.attentive_weight", "and train.probe_weight leave nothing for the side networks"))
     return {
         "members": members,
+        # Without linear probes there is nothing to compare one network with.
+        "adaptive_members": train.members == "auto" and preset.adaptive_members and probe_weight > 0 and not attentive,
         "attentive": attentive,
         "attentive_weight": attentive_weight,
         "probe_weight": probe_weight,

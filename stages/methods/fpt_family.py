@@ -11,7 +11,7 @@ from schemas.resolved import ResolvedSettings
 from schemas.specs import MethodSpec, SideNetworkSpec
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.fpt import PromptedSideNetwork
-from stages.methods.fpt_x import Ensemble
+from stages.methods.fpt_x import Ensemble, conclusion
 
 
 class FptMethod(GradientMethod):
@@ -33,6 +33,7 @@ class FptMethod(GradientMethod):
                 "prompts": train.prompts,
                 "dropout": train.dropout,
                 "members": train.members,
+                "most_members": METHODS[settings.method].preset.members if train.adaptive_members else 0,
                 "attentive": train.attentive,
                 "attentive_weight": train.attentive_weight,
                 "probe_weight": train.probe_weight,
@@ -54,6 +55,7 @@ class FptMethod(GradientMethod):
         ensemble = ", ".join(f"{counts.get(name, '')}{name} ({weight:g})" for name, weight in spec.experts.items())
         return (
             *((("Averaged", ensemble),) if _is_ensemble(spec) else ()),
+            *((("Gain of the side networks", conclusion(spec)),) if spec.held_out is not None else ()),
             ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
             ("Width of the side network", str(spec.width)),
             ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),

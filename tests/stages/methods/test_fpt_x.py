@@ -263,7 +263,10 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     assert isinstance(bundle.network, Ensemble)
     shares = tuple(round(share, 4) for share in bundle.network.shares.tolist())
     asked = gradient_method("fpt-x").spec(study.settings, study.lpm, 3)
-    assert bundle.spec.network == asked.model_copy(update={"shares": shares})
+    held_out = bundle.network.held_out
+    assert held_out is not None
+    members = 3 if held_out.helps else 1
+    assert bundle.spec.network == asked.model_copy(update={"members": members, "shares": shares, "held_out": held_out})
     assert sum(shares) == pytest.approx(1.0)
     ((name, described), *_) = gradient_method("fpt-x").describe(bundle.spec.network)
     assert (name, described) == ("Averaged", f"3 side networks ({shares[0]:g}), linear probes ({shares[1]:g})")
