@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
-from study import Study, make_study
+from study import Study, blind_fit, make_study
 
 from schemas.errors import StorageError
 from schemas.results import EpochLog, TrainResult
-from stages.methods.base import FitInputs
-from stages.methods.statistics import StatisticsFit
 from stages.train import gradient
 from stages.train.bundle import read_spec
 from stages.train.job import Watch
@@ -23,18 +21,6 @@ from stages.train.trainer import train_together
 
 EPOCHS = 3
 STATED: dict[str, Any] = {"adaptive_members": False}
-
-
-def blind_fit(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
-    """Linear probes to which all classes are equally probable, as where moments of the tokens say nothing."""
-    count, classes, width = len(inputs.sources), inputs.train.classes, sum(one.width for one in inputs.sources)
-    return StatisticsFit(
-        weight=torch.zeros(classes, width),
-        bias=torch.zeros(count, classes),
-        mean=torch.zeros(width),
-        scale=torch.ones(width),
-        share=torch.full((count,), 1 / count),
-    ), torch.zeros(len(inputs.val.y), classes)
 
 
 @pytest.fixture
@@ -45,7 +31,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("adaptive")
-    return make_study(folder, method="fpt-x", train={"epochs": EPOCHS, "lr": 3e-3, "order_seed": 0})
+    return make_study(folder, 12, method="fpt-x", train={"epochs": EPOCHS, "lr": 3e-3, "order_seed": 0})
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +106,7 @@ def test_one_network_is_trained_where_the_linear_probes_suffice(study: Study) ->
 
 
 def test_all_are_trained_where_the_first_one_helps(study: Study, blind: None) -> None:
-    """Where the linear probes see nothing, and as a stated number trains them in one go; other runs are not repeated."""
+    """They are those of a stated number, which trains them in one go; other runs of the pass are not repeated."""
     calls = Calls()
     adaptive, stated, two = run(study, "blind", [{}, STATED, {**STATED, "members": 2, "seed": 3}], calls)
     assert calls.epochs == [(at, epoch) for epoch in (1, 2, 3) for at in (0, 1, 2)] + [(0, 1), (0, 2), (0, 3)]
