@@ -51,6 +51,10 @@ class EpochLogger:
         }
         self._seconds += log.seconds
         with storage_errors(self.folder):
+            if self._live is not None and log.epoch == 1:
+                # Side networks are added to a first one: the curves are those of the model.
+                self._live.end()
+                self._live = None
             if self._live is None:
                 self._live = _open_live(self.folder)
             self._live.step = log.epoch

@@ -146,8 +146,12 @@ def load_settings(path: Path, assignments: Sequence[str] = ()) -> Settings:
 
 
 def dump_settings(settings: Settings) -> str:
-    """Format all settings as YAML."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Format all settings as YAML that `load_settings` accepts."""
+    tree = settings.model_dump(mode="json")
+    if tree["train"].pop("adaptive_members", False):
+        # A number would train as many whatever the held-out loss.
+        tree["train"]["members"] = "auto"
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def write_settings(settings: Settings, folder: Path) -> None:

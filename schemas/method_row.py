@@ -27,7 +27,9 @@ class Preset:
     side_image_size: int = 128
     """Input of the side network, in pixels."""
     members: int = 1
-    """Side networks."""
+    """Side networks; with `adaptive_members` at most."""
+    adaptive_members: bool = False
+    """Whether held-out loss decides between one side network and all."""
     attentive: int = 0
     """Attentive probes."""
     probe_weight: float = 0.0

@@ -122,6 +122,7 @@ def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]
     if not row.has_side_network:
         return {"members": 1, "attentive": 0, "attentive_weight": 0.0, "probe_weight": 0.0}
     train, preset = settings.train, row.preset
+    auto = train.members == "auto" or (isinstance(train, ResolvedTrain) and train.adaptive_members)
     members = preset.members if train.members == "auto" else train.members
     attentive = preset.attentive if train.attentive == "auto" else train.attentive
     default_weight = ATTENTIVE_WEIGHT if attentive else 0.0
@@ -139,6 +140,8 @@ def _ensemble(settings: Settings, row: MethodRow, problems: list[tuple[str, str]
         problems.append(("train.attentive_weight", "and train.probe_weight leave nothing for the side networks"))
     return {
         "members": members,
+        # Without linear probes there is nothing to compare one network with.
+        "adaptive_members": auto and preset.adaptive_members and probe_weight > 0 and not attentive,
         "attentive": attentive,
         "attentive_weight": attentive_weight,
         "probe_weight": probe_weight,

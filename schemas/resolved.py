@@ -28,7 +28,9 @@ class ResolvedTrain(TrainSettings):
     side_image_size: Annotated[int, Field(ge=16, le=1024)]
     """Input of the side network, in pixels."""
     members: Annotated[int, Field(ge=1, le=64)]
-    """Side networks that are trained together and averaged."""
+    """Side networks that are trained together and averaged; with `adaptive_members` at most."""
+    adaptive_members: bool = False
+    """Whether held-out loss decides between one side network and all: only if `members` is auto."""
     attentive: Annotated[int, Field(ge=0, le=64)]
     """Attentive probes that are trained with them."""
     attentive_weight: Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -84,14 +84,16 @@ class TrainResult(Contract):
     best: EpochLog
     """The epoch whose weights are in the bundle."""
     epochs: tuple[EpochLog, ...]
-    """All epochs."""
+    """All epochs; of the second training where side networks were added to a first one."""
     resumed_from: int
-    """Epochs that a checkpoint had already; 0 for a fresh run."""
+    """How many of them a checkpoint had already; 0 for a fresh run."""
     learnable: int
     """Parameters that were trained."""
     chosen: dict[str, float] = Field(default_factory=dict)
     """What the fit selected, by name: C of linear, k of knn, the largest ensemble weight of statistics, weights and
     held-out losses of fpt-x."""
+    conclusion: str = ""
+    """Sentences on what the networks of an ensemble add to its linear probes; empty without linear probes."""
 
 
 class Metrics(Contract):

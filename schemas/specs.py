@@ -52,6 +52,27 @@ class MethodSpec(Contract):
         return True
 
 
+class HeldOut(Contract):
+    """Log-loss of held-out images by an ensemble, with and without its networks."""
+
+    linear_probes: float
+    """Of the linear probes only: out of fold, temperature fitted to other images."""
+    ensemble: float
+    """Of the ensemble, temperatures and ensemble weights fitted to other images."""
+    standard_error: float | None
+    """Of the difference, paired by image, over patients; null with a single patient."""
+
+    @property
+    def gain(self) -> float:
+        """Log-loss that the networks save."""
+        return self.linear_probes - self.ensemble
+
+    @property
+    def helps(self) -> bool:
+        """Whether the networks save more than the standard error."""
+        return self.standard_error is not None and self.gain > self.standard_error
+
+
 class SideNetworkSpec(MethodSpec):
     """Fusion and side networks, and the probes averaged with them."""
 
@@ -86,6 +107,10 @@ class SideNetworkSpec(MethodSpec):
     shares: tuple[float, ...] = ()
     """Fitted ensemble weights of side networks, attentive and linear probes, those of weight 0 left out; empty before
     training, or if they are not fitted."""
+    most_members: int = 0
+    """Side networks at most, where held-out loss decides between one and all; 0: the number is stated."""
+    held_out: HeldOut | None = None
+    """What the networks add to the linear probes; null before training, or without linear probes."""
 
     @property
     def added_inputs(self) -> Inputs:

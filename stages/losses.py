@@ -59,6 +59,18 @@ def plain_loss(
     return (label_loss if task == "multilabel" else class_loss)(logits, labels, class_weights)
 
 
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, task: Task = "multiclass", class_weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log-losses (n,) and their weights (n,): the weighted mean is `plain_loss`."""
+    if task == "multilabel":
+        target = labels.to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights, reduction="none")
+        return losses.mean(dim=1), losses.new_ones(len(losses))
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses, losses.new_ones(len(losses)) if class_weights is None else class_weights[labels].to(losses)
+
+
 def class_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -25,6 +25,8 @@ from stages.evaluate.predictions import read_predictions
 from stages.extract.extractor import ExtractionJob, extract
 from stages.lpm.loading import describe_lpm
 from stages.manifest import read_manifest
+from stages.methods.base import FitInputs
+from stages.methods.statistics import StatisticsFit
 from stages.predict.classifier import as_row, check_task, load_classifier
 from stages.prepare import prepare
 from stages.progress import Progress
@@ -125,6 +127,18 @@ def study_of(root: Path, raw: dict[str, Any], sections: dict[str, dict[str, Any]
     study = Study(root, resolve(settings, lpm), lpm, Manifest(classes=(), rows=()))
     study.prepare()
     return study
+
+
+def blind_fit(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
+    """Linear probes to which all classes are equally probable, as where moments of the tokens say nothing."""
+    count, classes, width = len(inputs.sources), inputs.train.classes, sum(one.width for one in inputs.sources)
+    return StatisticsFit(
+        weight=torch.zeros(classes, width),
+        bias=torch.zeros(count, classes),
+        mean=torch.zeros(width),
+        scale=torch.ones(width),
+        share=torch.full((count,), 1 / count),
+    ), torch.zeros(len(inputs.val.y), classes)
 
 
 def train_study(

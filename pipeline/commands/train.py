@@ -51,6 +51,8 @@ def train(
     epoch = f"epoch {result.best.epoch}" if len(result.epochs) > 1 else ""
     best = "; ".join(filter(None, (epoch, chosen))) or "epoch 1"
     say(f"Best: {best}, validation AUC {score(result.best.val_auc)}. Model: {model}")
+    if result.conclusion:
+        say(result.conclusion)
     to = "" if output is None else f" --model {output / 'model'} --output {output / 'evaluation'}"
     say_next(f"fpt evaluate{to}")
 

@@ -14,7 +14,7 @@ from torch import nn
 from schemas.features import LpmInfo
 from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
-from schemas.specs import MethodSpec
+from schemas.specs import HeldOut, MethodSpec
 from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.batch import Batch
@@ -100,9 +100,19 @@ class Network(Model):
         experts: torch.Tensor,
         labels: torch.Tensor,  # noqa: ARG002
         class_weights: torch.Tensor | None = None,  # noqa: ARG002
+        groups: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         """Calibrate on validation images: `experts` (n, kinds, classes) -> logits (n, classes)."""
         return experts[:, 0]
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What the members add to linear probes, as of the last calibration; None without linear probes."""
+        return None
+
+    def conclusion(self) -> str:
+        """Return sentences on what the members add to linear probes; empty without linear probes."""
+        return ""
 
     def chosen(self) -> Mapping[str, float]:
         """Return what the validation images selected, by name; empty by default."""

@@ -9,9 +9,10 @@ from schemas.methods import METHODS
 from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
 from schemas.specs import MethodSpec, SideNetworkSpec
+from schemas.text import counted
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.fpt import PromptedSideNetwork
-from stages.methods.fpt_x import Ensemble
+from stages.methods.fpt_x import Ensemble, conclusion
 
 
 class FptMethod(GradientMethod):
@@ -33,6 +34,7 @@ class FptMethod(GradientMethod):
                 "prompts": train.prompts,
                 "dropout": train.dropout,
                 "members": train.members,
+                "most_members": METHODS[settings.method].preset.members if train.adaptive_members else 0,
                 "attentive": train.attentive,
                 "attentive_weight": train.attentive_weight,
                 "probe_weight": train.probe_weight,
@@ -50,10 +52,14 @@ class FptMethod(GradientMethod):
     def describe(self, spec: MethodSpec) -> Details:
         """Return the ensemble and the shape of the side network."""
         spec = cast("SideNetworkSpec", spec)
-        counts = {"side networks": f"{spec.members} ", "attentive probes": f"{spec.attentive} "}
-        ensemble = ", ".join(f"{counts.get(name, '')}{name} ({weight:g})" for name, weight in spec.experts.items())
+        kinds = {
+            "side networks": counted(spec.members, "side network"),
+            "attentive probes": counted(spec.attentive, "attentive probe"),
+        }
+        ensemble = ", ".join(f"{kinds.get(name, name)} ({weight:g})" for name, weight in spec.experts.items())
         return (
             *((("Averaged", ensemble),) if _is_ensemble(spec) else ()),
+            *((("Gain of the side networks", conclusion(spec)),) if spec.held_out is not None else ()),
             ("Input of the side network", f"{spec.image_size} x {spec.image_size} pixels"),
             ("Width of the side network", str(spec.width)),
             ("Prompts per block", f"{spec.prompts}, dropout {spec.dropout:g}"),

@@ -11,19 +11,22 @@ initialisation and dropout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from schemas.specs import AttentiveSpec, SideNetworkSpec
-from stages.losses import plain_loss
+from schemas.methods import METHODS
+from schemas.specs import AttentiveSpec, HeldOut, SideNetworkSpec
+from schemas.text import counted
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.batch import Batch
 from stages.methods.calibration import fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
 from stages.methods.fpt import PromptedSideNetwork
+from stages.methods.held_out_gain import group_folds, paired_losses
 from stages.methods.joint_attention import TokenNetwork
 from stages.methods.statistics import StatisticsProbe
 from stages.scores import log_pool_terms
@@ -37,7 +40,7 @@ class Ensemble(TokenNetwork):
     sharpness: torch.Tensor
     """(kinds,) inverse temperatures; the name in bundles of every version."""
     held_out_losses: torch.Tensor
-    """(2,) log-loss of the validation images: linear probes (NaN without them), and the average."""
+    """(3,) of `paired_losses` of the validation images without and with the networks; NaN without linear probes."""
 
     def __init__(self, spec: SideNetworkSpec) -> None:
         super().__init__()
@@ -48,15 +51,22 @@ class Ensemble(TokenNetwork):
             self.probe = StatisticsProbe(spec.sources, spec.classes, spec.task)
         self.register_buffer("shares", torch.tensor(list(spec.experts.values())))
         self.register_buffer("sharpness", torch.ones(len(self.shares)))
-        self.register_buffer("held_out_losses", torch.full((2,), torch.nan))
+        self.register_buffer("held_out_losses", torch.full((3,), torch.nan))
 
     @property
     def saved_spec(self) -> SideNetworkSpec:
-        """Spec of the bundle: with the fitted ensemble weights."""
-        if not self.spec.fits_shares:
-            return self.spec
+        """Spec of the bundle: with the fitted ensemble weights, and what the networks add."""
         # What float32 adds to two decimals is no part of a weight.
-        return self.spec.model_copy(update={"shares": tuple(round(share, 4) for share in self.shares.tolist())})
+        shares = tuple(round(share, 4) for share in self.shares.tolist()) if self.spec.fits_shares else ()
+        return self.spec.model_copy(update={"shares": shares, "held_out": self.held_out})
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What the members add to the linear probes, as of the last calibration; None without linear probes."""
+        probes, ensemble, error = (round(value, 6) for value in self.held_out_losses.tolist())
+        if math.isnan(probes):
+            return None
+        return HeldOut(linear_probes=probes, ensemble=ensemble, standard_error=None if math.isnan(error) else error)
 
     @property
     def members(self) -> Sequence[PromptedSideNetwork | AttentiveProbe]:
@@ -89,7 +99,11 @@ class Ensemble(TokenNetwork):
         return torch.stack(terms, dim=1)
 
     def calibrate(
-        self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
+        self,
+        experts: torch.Tensor,
+        labels: torch.Tensor,
+        class_weights: torch.Tensor | None = None,
+        groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Fit the inverse temperature and the ensemble weight of each expert on validation images.
 
@@ -97,30 +111,54 @@ class Ensemble(TokenNetwork):
             experts: (n, kinds, classes), on the CPU.
             labels: (n,).
             class_weights: Weights of the loss.
+            groups: Numbers of the patients (n,), for the comparison with the linear probes; None: one per image.
 
         Returns:
             The weighted average (n, classes).
         """
-        task = self.spec.task
-        self.sharpness.copy_(inverse_temperatures(experts, labels, task, class_weights))
-        scaled = experts * self.sharpness.to(experts.device)[:, None]
-        if self.spec.fits_shares:
-            self.shares.copy_(fit_shares(scaled, labels, list(self.spec.experts.values()), task, class_weights))
-        averaged = self._pool(experts)
-        if len(labels):
-            weights = None if class_weights is None else class_weights.cpu()
-            compared = [averaged if self.probe is None else scaled[:, -1], averaged]
-            self.held_out_losses.copy_(torch.stack([plain_loss(one, labels, task, weights) for one in compared]))
-        return averaged
+        weights = None if class_weights is None else class_weights.cpu()
+        for fitted, buffer in zip(self._fitted(experts, labels, weights), (self.sharpness, self.shares), strict=True):
+            buffer.copy_(fitted)
+        if self.probe is not None and len(labels):
+            patients = torch.arange(len(labels)) if groups is None else groups
+            self.held_out_losses.copy_(self._compared(experts, labels, weights, patients))
+        return self._pool(experts)
+
+    def _fitted(
+        self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inverse temperatures and ensemble weights, (kinds,) each."""
+        task, prior = self.spec.task, list(self.spec.experts.values())
+        sharpness = inverse_temperatures(experts, labels, task, class_weights)
+        if not self.spec.fits_shares:
+            return sharpness, torch.tensor(prior)
+        return sharpness, fit_shares(experts * sharpness[:, None], labels, prior, task, class_weights)
+
+    def _compared(
+        self, experts: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, groups: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `paired_losses` of predictions that are calibrated in folds, (3,)."""
+        probes, averaged = torch.empty_like(experts[:, 0]), torch.empty_like(experts[:, 0])
+        for fold in group_folds(groups):
+            sharpness, shares = self._fitted(experts[~fold], labels[~fold], class_weights)
+            probes[fold] = experts[fold, -1] * sharpness[-1]
+            averaged[fold] = (experts[fold] * (sharpness * shares)[:, None]).sum(dim=1)
+        return paired_losses(probes, averaged, labels, groups, self.spec.task, class_weights)
 
     def chosen(self) -> Mapping[str, float]:
         """Return the ensemble weights, and the held-out loss with and without the networks."""
         shares = zip(self.spec.experts, self.shares.tolist(), strict=True)
         found = {f"weight of {name}": round(share, 3) for name, share in shares}
-        if self.probe is not None:
-            only, averaged = self.held_out_losses.tolist()
-            found |= {"loss of the linear probes": round(only, 4), "loss of the ensemble": round(averaged, 4)}
+        if (held_out := self.held_out) is not None:
+            found |= {
+                "loss of the linear probes": round(held_out.linear_probes, 4),
+                "loss of the ensemble": round(held_out.ensemble, 4),
+            }
         return found
+
+    def conclusion(self) -> str:
+        """Return sentences on what the networks add to the linear probes; empty without linear probes."""
+        return conclusion(self.saved_spec)
 
     def _pool(self, experts: torch.Tensor) -> torch.Tensor:
         weights = (self.shares * self.sharpness).to(experts.device)
@@ -140,6 +178,24 @@ class Ensemble(TokenNetwork):
         """Draw the dropout of the complete batch in every side network, and use that of some rows."""
         for network in self.networks:
             cast("PromptedSideNetwork", network).set_micro_batch(rows, batch_rows, again)
+
+
+def conclusion(spec: SideNetworkSpec) -> str:
+    """Return how many side networks were trained and why, and what they add; empty if the spec does not record it."""
+    held_out = spec.held_out
+    if held_out is None:
+        return ""
+    reason, error = "", held_out.standard_error
+    if spec.most_members:
+        reason = f" of at most {spec.most_members}" + ("" if spec.members == 1 else ", because the first one helped")
+    sentence = (
+        f"{counted(spec.members, 'side network')}{reason}: held-out log-loss {held_out.linear_probes:.4f} by the "
+        f"linear probes only, {held_out.ensemble:.4f} by the ensemble; gain {held_out.gain:.4f}, standard error "
+        f"{'unknown' if error is None else f'{error:.4f}'}."
+    )
+    if held_out.helps or METHODS[spec.method].preset.probes != "all":
+        return sentence
+    return f"{sentence} No clear gain: `--method statistics` gives the same without training."
 
 
 def _attentive_spec(spec: SideNetworkSpec) -> AttentiveSpec:

@@ -10,13 +10,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import nn
 
 from schemas.base import canonical_json
+from schemas.errors import StorageError
 from schemas.results import EpochLog
 from stages.files import atomic_write, read_regular
 from stages.methods.base import Network
@@ -63,10 +66,43 @@ def save_checkpoint(state: Fit, path: Path, key: str) -> None:
         **{f"best.{name}": value for name, value in state.best_state.items()},
         **moments,
     }
-    progress = {"key": key, "best": state.best, "epochs": [log.model_dump(mode="json") for log in state.epochs]}
-    arrays = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    payload = canonical_json(progress).encode() + b"\n" + arrays
-    atomic_write(path, HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    _write(
+        path, {"key": key, "best": state.best, "epochs": [log.model_dump(mode="json") for log in state.epochs]}, tensors
+    )
+
+
+def save_weights(network: nn.Module, path: Path, key: str) -> None:
+    """Write the weights of one epoch, which `load_weights` reads.
+
+    Raises:
+        StorageError: If they cannot be written.
+    """
+    _write(path, {"key": key}, network.state_dict())
+
+
+def load_weights(network: nn.Module, path: Path, key: str) -> None:
+    """Load the weights of one epoch.
+
+    Raises:
+        StorageError: If the file is missing, damaged, or of another run.
+    """
+    try:
+        _, tensors = _read(path, key)
+        _check_shapes(tensors, network.state_dict())
+    except _UnusableError as error:
+        problem = str(error)
+    except FileNotFoundError:
+        problem = "is missing"
+    except ValueError:
+        problem = "was written by another version"
+    else:
+        network.load_state_dict(dict(tensors))
+        return
+    raise StorageError(
+        f"The checkpoint {path} {problem}.",
+        "It was removed or damaged while the training needed it.",
+        f"Remove the files in {path.parent}, then run `fpt train` again: training starts from the first epoch.",
+    )
 
 
 def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
@@ -81,20 +117,7 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
         Why an existing checkpoint cannot be resumed, or None if it was resumed or does not exist.
     """
     try:
-        data = read_regular(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    head, payload = data[:_LENGTH], data[_LENGTH:]
-    if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        return "is damaged"
-    # The bytes are intact: what does not fit now is from another run or version.
-    line, _, arrays = payload.partition(b"\n")
-    try:
-        progress, tensors = json.loads(line), load_tensors(arrays)
-        if progress["key"] != key:
-            return "belongs to another training"
+        progress, tensors = _read(path, key)
         epochs = [EpochLog.model_validate(log) for log in progress["epochs"]]
         network, best, moments = (_below(f"{section}.", tensors) for section in ("network", "best", "optimizer"))
         _check_shapes(network, state.network.state_dict())
@@ -102,11 +125,53 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
         state.optimizer.load_state_dict(
             {"state": _by_parameter(moments), "param_groups": state.optimizer.state_dict()["param_groups"]}
         )
-    except (SafetensorError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return None
+    except _UnusableError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError):
         return "was written by another version"
     state.network.load_state_dict(network)
     state.epochs, state.best, state.best_state = epochs, int(progress["best"]), best
     return None
+
+
+class _UnusableError(Exception):
+    """Why a file cannot be used."""
+
+
+def _write(path: Path, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    arrays = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    payload = canonical_json(progress).encode() + b"\n" + arrays
+    atomic_write(path, HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def _read(path: Path, key: str) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+    """Read a file of `_write`.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        _UnusableError: If it cannot be read, is damaged, or belongs to another run or version.
+    """
+    try:
+        data = read_regular(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _UnusableError(f"cannot be read ({error.strerror})") from None
+    head, payload = data[:_LENGTH], data[_LENGTH:]
+    if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        raise _UnusableError("is damaged")
+    # The bytes are intact: what does not fit now is from another run or version.
+    line, _, arrays = payload.partition(b"\n")
+    try:
+        progress, tensors = json.loads(line), load_tensors(arrays)
+        other = progress["key"] != key
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise _UnusableError("was written by another version") from None
+    if other:
+        raise _UnusableError("belongs to another training")
+    return progress, tensors
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

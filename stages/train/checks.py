@@ -32,7 +32,7 @@ SIDE_IMAGE_FIELDS = frozenset(
 
 FREE = frozenset(
     {"lr", "weight_decay", "clip_norm", "dropout", "keep", "class_weights", "seed"}
-    | {"members", "attentive", "attentive_weight", "probe_weight"}
+    | {"members", "adaptive_members", "attentive", "attentive_weight", "probe_weight"}
     | {"loss", "focal_gamma", "label_smoothing", "kappa_weight"}
 )
 """Fields of `train` in which runs that share their batches may differ."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from schemas.manifest import Split
 from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
 from schemas.statistics import ProbeSource
+from schemas.text import counted
 from schemas.views import train_views
+from stages.groups import cluster_of
 from stages.methods.base import FitInputs, Network, gradient_method
 from stages.methods.batch import array_names
 from stages.methods.statistics import StatisticsFit, fit_statistics
@@ -24,7 +27,7 @@ from stages.train.compiling import compile_blocks
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading, batches
 from stages.train.job import SPLITS, Job, rows_to_fit, run_key, save_model, taps_of
 from stages.train.loop import Recipe, Run, fit, make_optimizer
-from stages.train.parallel import begin_alike
+from stages.train.parallel import begin_alike, sum_over_ranks
 
 Fits = dict[str | tuple[float, ...], tuple[StatisticsFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, with their out-of-fold logits on the validation images."""
@@ -40,42 +43,117 @@ class _Started:
 
 
 def train_job(job: Job) -> list[TrainResult]:
-    """Train the networks of all variants, and write their bundles."""
+    """Train the networks of all variants, and write their bundles.
+
+    Where held-out loss decides how many side networks are trained (`train.adaptive_members`), the first one is trained
+    by itself, on one stream of batches with all other variants. If it lowers the held-out log-loss of the linear probes
+    by more than the standard error (`stages.methods.held_out_gain`), the others follow on a second stream. Seeds and
+    batches are those of a training of all at once, and in the ensemble of each epoch the first network has its weights
+    of that epoch: the model is that of the same number of side networks in one training, up to rounding.
+    """
     source = _source(job)
     data = {split: _dataset(job, source, split) for split in SPLITS}
     fits: Fits = {}
-    started = [_start(job, position, source, fits) for position in range(len(job.variants))]
-    runs = [one.run for one in started]
-    begin_alike([run.network for run in runs], [(one.run.key, one.resumed) for one in started], job.ranks)
-    fit(runs, data["train"], data["val"], job.labels["val"], job.first.train.order_seed)
-    results = []
-    for position, (run, resumed) in enumerate((one.run, one.resumed) for one in started):
-        best = run.state.epochs[run.state.best - 1]
-        run.network.load_state_dict(run.state.best_state)
-        learnable = save_model(job, position, run.network, best)
-        if job.ranks.first:
-            run.checkpoint.unlink(missing_ok=True)
-        epochs = tuple(run.state.epochs)
-        results.append(
-            TrainResult(
-                best=best,
-                epochs=epochs,
-                resumed_from=resumed,
-                learnable=learnable,
-                chosen=dict(run.network.chosen()),
-            )
-        )
+
+    def run_stream(positions: Sequence[int], firsts: Mapping[int, _Started]) -> dict[int, _Started]:
+        started = {position: _start(job, position, source, fits, firsts.get(position)) for position in positions}
+        runs = [one.run for one in started.values()]
+        begin_alike([run.network for run in runs], [(one.run.key, one.resumed) for one in started.values()], job.ranks)
+        fit(runs, data["train"], data["val"], job.labels["val"], job.first.train.order_seed)
+        for run in runs:
+            run.network.load_state_dict(run.state.best_state)
+        return started
+
+    first = run_stream(range(len(job.variants)), {})
+    growing = _growing(job, [one.run for one in first.values()])
+    added = run_stream(growing, first) if growing else {}
+    results = [_finish(job, position, one) for position, one in sorted((first | added).items())]
+    if job.ranks.first:
+        for one in (*added.values(), *first.values()):
+            _remove_checkpoint(one.run)
     return results
 
 
-def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
-    """Build the network of a variant, or restore it from its checkpoint."""
+def _growing(job: Job, runs: Sequence[Run]) -> list[int]:
+    """Return the positions of the variants whose first side network helps, so that the others are trained as well."""
+    helps = [run.keeps_weights and run.network.held_out is not None and run.network.held_out.helps for run in runs]
+    # The processes may be on machines that round differently: rank 0 decides.
+    decided = torch.tensor([float(one and job.ranks.first) for one in helps])
+    sum_over_ranks([decided], job.ranks)
+    positions = [position for position, one in enumerate(decided.tolist()) if one]
+    if job.ranks.first:
+        for position in positions:
+            more = counted(job.variants[position].train.members - 1, "more side network")
+            of_several = f"Run {position + 1}: " if len(runs) > 1 else ""
+            job.watch.on_notice(f"{of_several}{runs[position].network.conclusion()} Next: {more}.")
+    return positions
+
+
+def _finish(job: Job, position: int, started: _Started) -> TrainResult:
+    """Write the bundle of a variant."""
+    run = started.run
+    best = run.state.epochs[run.state.best - 1]
+    learnable = save_model(job, position, run.network, best)
+    return TrainResult(
+        best=best,
+        epochs=tuple(run.state.epochs),
+        resumed_from=started.resumed,
+        learnable=learnable,
+        chosen=dict(run.network.chosen()),
+        conclusion=run.network.conclusion(),
+    )
+
+
+def _remove_checkpoint(run: Run) -> None:
+    """Remove the checkpoint of a run, then the weights of its epochs."""
+    run.checkpoint.unlink(missing_ok=True)
+    for epoch in range(1, len(run.state.epochs) + 1 if run.keeps_weights else 1):
+        run.weights_file(epoch).unlink(missing_ok=True)
+
+
+def _start(job: Job, position: int, source: RowSource, fits: Fits, first: _Started | None) -> _Started:
+    """Build the network of a variant, or restore it from its checkpoint.
+
+    Args:
+        job: Job.
+        position: Position of the variant.
+        source: Row source.
+        fits: Linear probes that are fitted already.
+        first: Finished training of its first side network; None: it is not trained yet.
+    """
     settings = job.variants[position]
+    adaptive = settings.train.adaptive_members and first is None
+    if adaptive:
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"members": 1})})
     network = _network(job, settings)
     probe_logits = fit_probe(job, network, settings, fits)
     if network.standardises:
         network.standardise(_train_batches(job, source))
-    recipe = Recipe(
+    key = run_key(settings, job.manifest, job.opened.key)
+    network.to(job.device)
+    run = Run(
+        Fit(network, make_optimizer(nn.ModuleList(network.members[0 if first is None else 1 :]), settings.train)),
+        _recipe(job, settings),
+        job.checkpoints / f"{key[:16]}.ckpt",
+        partial(job.watch.on_epoch, position),
+        probe_logits,
+        key,
+        _patients(job),
+        keeps_weights=adaptive,
+        first=None if first is None else first.run,
+    )
+    problem = load_checkpoint(run.state, run.checkpoint, key)
+    if problem is not None and job.ranks.first:
+        job.watch.on_notice(f"The checkpoint {run.checkpoint} {problem}: training starts from the first epoch.")
+    if settings.train.compile:
+        compile_blocks([network], job.device)
+    for log in run.state.epochs:
+        job.watch.on_epoch(position, log)
+    return _Started(run, len(run.state.epochs))
+
+
+def _recipe(job: Job, settings: ResolvedSettings) -> Recipe:
+    return Recipe(
         settings=settings.train,
         features=job.opened.features,
         class_weights=job.class_weights(settings, job.device),
@@ -84,18 +162,13 @@ def _start(job: Job, position: int, source: RowSource, fits: Fits) -> _Started:
         task=job.manifest.task,
         ranks=job.ranks,
     )
-    state = Fit(network.to(job.device), make_optimizer(network, settings.train))
-    key = run_key(settings, job.manifest, job.opened.key)
-    checkpoint = job.checkpoints / f"{key[:16]}.ckpt"
-    problem = load_checkpoint(state, checkpoint, key)
-    if problem is not None and job.ranks.first:
-        job.watch.on_notice(f"The checkpoint {checkpoint} {problem}: training starts from the first epoch.")
-    if settings.train.compile:
-        compile_blocks([network], job.device)
-    for log in state.epochs:
-        job.watch.on_epoch(position, log)
-    on_epoch = partial(job.watch.on_epoch, position)
-    return _Started(Run(state, recipe, checkpoint, on_epoch, probe_logits, key), len(state.epochs))
+
+
+def _patients(job: Job) -> torch.Tensor:
+    """Return the numbers of the clusters of the validation images, (n,)."""
+    clusters = cluster_of(job.manifest)
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(clusters[row.path], len(numbers)) for row in job.manifest.of("val")])
 
 
 def _network(job: Job, settings: ResolvedSettings) -> Network:

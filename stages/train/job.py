@@ -48,11 +48,12 @@ class Watch:
     """Callbacks of a training."""
 
     on_epoch: Callable[[int, EpochLog], None] = ignore
-    """Called after each epoch with the position of the variant; on resume also for the earlier epochs."""
+    """Called after each epoch with the position of the variant, on resume also for the earlier epochs. It starts again
+    from epoch 1 where side networks are added to a first one."""
     on_memory: Callable[[StoreMemory], None] = ignore
     """Called before the first epoch, with whether the inputs fit into memory."""
     on_notice: Callable[[str], None] = ignore
-    """Called with a line for the user if a checkpoint exists but cannot be resumed."""
+    """Called with a line for the user: a checkpoint exists but cannot be resumed, or more side networks are trained."""
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from stages.ranks import ALONE, Ranks
 from stages.scores import macro_auc, probabilities
 from stages.tasks import decide, hits
 from stages.threads import CALLING_THREAD, Threads, open_threads
-from stages.train.checkpoints import Fit, save_checkpoint
+from stages.train.checkpoints import Fit, load_weights, save_checkpoint, save_weights
 from stages.train.compiling import eager_unless
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.micro_batches import join_gradients, split_batch
-from stages.train.parallel import gather_rows
+from stages.train.parallel import copy_from_first, gather_rows
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
 
@@ -82,11 +82,26 @@ class Run:
     """Out-of-fold logits (n, C) of the linear probes on the validation images, or None without probes."""
     key: str = ""
     """Identifies settings and inputs; a checkpoint with another key is not resumed."""
+    patients: torch.Tensor | None = None
+    """Numbers of the patients of the validation images, (n,); None: one per image."""
+    keeps_weights: bool = False
+    """Whether the weights of every epoch of its first member are written to a file, for a run that adds members."""
+    first: Run | None = None
+    """Finished run of the first member, which this run does not train; None: it trains all members."""
 
     @property
     def network(self) -> Network:
         """Network of this run."""
         return self.state.network
+
+    @property
+    def trained(self) -> Sequence[nn.Module]:
+        """Members that this run trains."""
+        return self.network.members[0 if self.first is None else 1 :]
+
+    def weights_file(self, epoch: int) -> Path:
+        """Return the file with the weights of the first member after an epoch."""
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}-{epoch}.weights")
 
 
 def training_step(
@@ -120,13 +135,13 @@ def training_step(
     if not single:
         join_gradients(runs, totals, batch.labels, shared.ranks)
     threads.map(_update, runs)
-    return [total / len(run.network.members) for run, total in zip(runs, totals, strict=True)]
+    return [total / len(run.trained) for run, total in zip(runs, totals, strict=True)]
 
 
 def _update(runs: Sequence[Run]) -> list[None]:
     """Clip the gradients of each member separately, and update the weights."""
     for run in runs:
-        for member in run.network.members:
+        for member in run.trained:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
     return [None] * len(runs)
@@ -149,9 +164,9 @@ def _add_gradients(runs: Sequence[Run], batch: Batch, reduction: Reduction, thre
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         return [loss.detach() for loss in losses]
 
-    pairs = [(run, member) for run in runs for member in run.network.members]
+    pairs = [(run, member) for run in runs for member in run.trained]
     member_losses = iter(threads.map(losses_of, pairs))
-    return [torch.stack([next(member_losses) for _ in run.network.members]).sum() for run in runs]
+    return [torch.stack([next(member_losses) for _ in run.trained]).sum() for run in runs]
 
 
 def _member_loss(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe, reduction: Reduction) -> torch.Tensor:
@@ -177,7 +192,7 @@ def fit(
     # One loader for all epochs: a worker takes seconds to start.
     train_batches = batches(train, sampler, shared.workers)
     val_batches = batches(val, val_sampler, shared.workers)
-    members = sum(len(run.network.members) for run in runs)
+    members = sum(len(run.trained) for run in runs)
     with open_threads(1 if settings.compile else members, shared.device) as threads:
         for epoch in range(1, shared.settings.epochs + 1):
             # A kill between two checkpoints leaves some runs one epoch ahead; they skip it.
@@ -189,12 +204,14 @@ def fit(
             for run in behind:
                 run.network.reseed(run.recipe.settings.seed, epoch)
             train_losses = _train_epoch(behind, train_batches, sampler, epoch, threads)
+            for run in behind:
+                _load_first(run, epoch)
             validated = _validate(behind, val_batches, val_sampler, val_labels, threads)
             seconds = round(time.perf_counter() - start, 3)
             for run, train_loss, (val_loss, auc, accuracy) in zip(behind, train_losses, validated, strict=True):
                 log = EpochLog(
                     epoch=epoch,
-                    train_loss=train_loss,
+                    train_loss=_mean_loss(run, epoch, train_loss),
                     val_loss=val_loss,
                     val_auc=auc,
                     val_accuracy=accuracy,
@@ -203,8 +220,27 @@ def fit(
                 )
                 keep_epoch(run, log)
                 if ranks.first:
+                    if run.keeps_weights:
+                        save_weights(run.network.members[0], run.weights_file(epoch), run.key)
                     save_checkpoint(run.state, run.checkpoint, run.key)
                 run.on_epoch(log)
+
+
+def _load_first(run: Run, epoch: int) -> None:
+    """Give the first member the weights that it had after this epoch, if another run has trained it."""
+    if run.first is None:
+        return
+    member, ranks = run.network.members[0], run.recipe.ranks
+    if ranks.first:
+        load_weights(member, run.first.weights_file(epoch), run.first.key)
+    copy_from_first([member], ranks)
+
+
+def _mean_loss(run: Run, epoch: int, loss: float) -> float:
+    """Return the training loss over all members, from that over the trained ones."""
+    if run.first is None:
+        return loss
+    return (run.first.state.epochs[epoch - 1].train_loss + len(run.trained) * loss) / len(run.network.members)
 
 
 def keep_epoch(run: Run, log: EpochLog) -> None:
@@ -276,7 +312,8 @@ def _validate(
         network, weights = run.network, run.recipe.class_weights
         of_rank = torch.cat(run_experts) if run_experts else torch.empty(0, network.kinds, network.spec.classes)
         experts = gather_rows(of_rank, [row for rows in positions for row in rows], len(labels), shared.ranks)
-        scores.append(score_logits(network.calibrate(experts, target, weights), labels, weights, run.recipe.task))
+        averaged = network.calibrate(experts, target, weights, run.patients)
+        scores.append(score_logits(averaged, labels, weights, run.recipe.task))
     return scores
 
 

@@ -78,7 +78,7 @@ def join_gradients(runs: Sequence[Run], losses: Sequence[torch.Tensor], labels: 
         loss_weight(labels, run.recipe.task, run.recipe.class_weights).to(loss)
         for run, loss in zip(runs, losses, strict=True)
     ]
-    gradients = [_gradients(run.network, ranks) for run in runs]
+    gradients = [_gradients(run.trained, ranks) for run in runs]
     sum_over_ranks(
         [*(gradient for gradients_of_run in gradients for gradient in gradients_of_run), *losses, *weights], ranks
     )
@@ -88,10 +88,11 @@ def join_gradients(runs: Sequence[Run], losses: Sequence[torch.Tensor], labels: 
         loss.div_(weight)
 
 
-def _gradients(network: nn.Module, ranks: Ranks) -> list[torch.Tensor]:
+def _gradients(members: Sequence[nn.Module], ranks: Ranks) -> list[torch.Tensor]:
     """Return the gradients; with several processes those of all parameters, since a process may have had no rows."""
+    parameters = [parameter for member in members for parameter in member.parameters()]
     if ranks.count > 1:
-        for parameter in network.parameters():
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -108,6 +108,17 @@ def begin_alike(networks: Sequence[nn.Module], states: Sequence[tuple[str, int]]
             "Their settings, features or checkpoints differ, because they do not read the same folders.",
             "Put the study and its cache on storage that all machines share.",
         )
+    copy_from_first(networks, ranks)
+
+
+def copy_from_first(networks: Sequence[nn.Module], ranks: Ranks) -> None:
+    """Copy the weights of rank 0 to the other processes.
+
+    Raises:
+        TrainingError: If another process has ended.
+    """
+    if ranks.count == 1:
+        return
     with _together(ranks), torch.no_grad():
         for network in networks:
             for tensor in network.state_dict().values():

@@ -1,6 +1,7 @@
 """The verbs on a finished study: what is result, what is talk, and which options win."""
 
 import csv
+import html
 import io
 import json
 import shutil
@@ -90,6 +91,16 @@ def test_method_and_output_train_a_second_model_beside_the_first(study: Path, fp
     written = {path.name for path in (study / "outputs" / "baseline").iterdir()}
     assert written == {"model", "train", "evaluation"}
     assert "method: side" in (study / "outputs" / "baseline" / "evaluation" / "settings.yaml").read_text()
+
+
+def test_train_and_report_tell_what_the_side_networks_add(study: Path, fpt: Fpt) -> None:
+    _, err = fpt("train", "--method", "fpt-x", "--output", "outputs/x", cwd=study)
+    (line,) = (line for line in err.splitlines() if "of at most 3: held-out log-loss" in line)
+    assert line.startswith("1 side network of at most 3: ")
+    assert line.endswith("No clear gain: `--method statistics` gives the same without training.")
+    fpt("evaluate", "--model", "outputs/x/model", "--output", "outputs/x/evaluation", cwd=study)
+    report = (study / "outputs" / "x" / "evaluation" / "report.html").read_text()
+    assert line in html.unescape(report)
 
 
 def test_evaluate_shows_a_table_and_where_the_report_is(study: Path, fpt: Fpt) -> None:

@@ -44,6 +44,16 @@ def test_a_second_run_replaces_the_first(folder: Path) -> None:
     assert len(lines) == 2
 
 
+def test_a_second_training_of_one_run_replaces_the_curves_and_adds_its_time(folder: Path) -> None:
+    with EpochLogger(folder, 3) as logger:
+        for number in (1, 2, 3, 1, 2):
+            logger(epoch(number))
+        logger.finish(epoch(2))
+    lines = (folder / "plots" / "metrics" / "train" / "loss.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["step", "1", "2"]
+    assert json.loads((folder / "metrics.json").read_text())["seconds"] == 5.0
+
+
 def test_an_area_that_is_not_defined_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with EpochLogger(folder, 1) as logger:
         logger(epoch(1, auc=None))

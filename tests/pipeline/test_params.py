@@ -6,7 +6,10 @@ import yaml
 from pipeline.params import dump_settings, load_settings, override, read_params, write_settings
 from pipeline.yaml_text import load_yaml
 from schemas.errors import FptError, ProjectError, SettingsError
+from schemas.parse import parse_settings
+from schemas.resolve import resolve
 from schemas.settings import Settings
+from stages.lpm.loading import describe_lpm
 
 BOMB = "data:\n  classes:\n    - &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"    - &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -118,6 +121,16 @@ def test_written_settings_give_the_same_settings(tmp_path: Path) -> None:
     write_settings(settings, tmp_path)
     assert load_settings(tmp_path / "settings.yaml") == settings
     assert load_yaml(dump_settings(settings), "text") == yaml.safe_load(dump_settings(settings))
+
+
+@pytest.mark.parametrize(("members", "written"), [("auto", "auto"), (3, 3)])
+def test_written_settings_train_the_same_networks(members: int | str, written: int | str) -> None:
+    lpm = describe_lpm("test_vit", 64)
+    raw = {"method": "fpt-x", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4, "members": members}}
+    resolved = resolve(parse_settings(raw), lpm)
+    tree = yaml.safe_load(dump_settings(resolved))
+    assert tree["train"]["members"] == written
+    assert resolve(parse_settings(tree), lpm) == resolved
 
 
 def test_errors_are_of_the_one_tree() -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
-from study import Study, make_study
+from study import Study, blind_fit, make_study
 
 from pipeline import cli
 from pipeline.params import dump_settings
 from schemas.results import EpochLog, TrainResult
+from stages.train import gradient
 from stages.train.job import Watch
 from stages.train.trainer import train
 
@@ -44,6 +45,18 @@ from pipeline.cli import main
 main([*sys.argv[1:], "--set", f"train.lr=1e-{3 + int(os.environ['RANK'])}"])
 """
 """`fpt`, but each process has a learning rate of its own."""
+
+
+BLIND = """
+import sys
+from pipeline.cli import main
+from stages.train import gradient
+from study import blind_fit
+
+gradient.fit_statistics = blind_fit
+main(sys.argv[1:])
+"""
+"""`fpt` with linear probes that see nothing, so that side networks are added to a first one."""
 
 
 @pytest.fixture
@@ -126,6 +139,22 @@ def test_two_processes_train_what_one_trains(two: Study) -> None:
     assert done.stderr.count("Epoch 3/3") == 1
     metrics = json.loads((two.root / "outputs/both/train/metrics.json").read_bytes())
     assert metrics["best"]["epoch"] == 3
+    assert not list((two.root / ".fpt/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_add_the_same_networks(two: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    two.settings = two.changed(train={"members": 3, "adaptive_members": True})
+    (two.root / "params.yaml").write_text(dump_settings(two.settings))
+    done = torchrun(two, ["train", "--json", "--output", "outputs/both"], BLIND)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Epoch 3/3") == 2
+    report = json.loads(done.stdout)
+    model = Path(report.pop("model"))
+    assert "3 side networks of at most 3, because the first one helped" in report["conclusion"]
+    monkeypatch.setattr(gradient, "fit_statistics", blind_fit)
+    two.settings = two.changed(train={"members": 3, "adaptive_members": False})
+    assert_same(two, TrainResult.model_validate(report), model)
     assert not list((two.root / ".fpt/checkpoints").iterdir())
 
 

@@ -217,12 +217,14 @@ def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return make_study(tmp_path_factory.mktemp("ensemble"), method="fpt-x", train={"epochs": 3})
+    return make_study(tmp_path_factory.mktemp("ensemble"), method="fpt-x", train={"epochs": 3, "members": 2})
 
 
 def test_what_auto_means(study: Study) -> None:
-    train_settings = study.settings.train
-    assert (train_settings.members, train_settings.probe_weight, train_settings.keep) == (3, 0.7, "late")
+    raw = parse_settings({"method": "fpt-x", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
+    train_settings = resolve(raw, study.lpm).train
+    assert (train_settings.members, train_settings.adaptive_members) == (3, True)
+    assert (train_settings.probe_weight, train_settings.keep) == (0.7, "late")
     assert (train_settings.attentive, train_settings.attentive_weight) == (0, 0.0)
     raw = parse_settings({"method": "fpt-x-kept", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     kept = resolve(raw, study.lpm).train
@@ -263,10 +265,12 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     assert isinstance(bundle.network, Ensemble)
     shares = tuple(round(share, 4) for share in bundle.network.shares.tolist())
     asked = gradient_method("fpt-x").spec(study.settings, study.lpm, 3)
-    assert bundle.spec.network == asked.model_copy(update={"shares": shares})
+    held_out = bundle.network.held_out
+    assert held_out is not None
+    assert bundle.spec.network == asked.model_copy(update={"shares": shares, "held_out": held_out})
     assert sum(shares) == pytest.approx(1.0)
     ((name, described), *_) = gradient_method("fpt-x").describe(bundle.spec.network)
-    assert (name, described) == ("Averaged", f"3 side networks ({shares[0]:g}), linear probes ({shares[1]:g})")
+    assert (name, described) == ("Averaged", f"2 side networks ({shares[0]:g}), linear probes ({shares[1]:g})")
     assert bundle.network.probe is not None
     assert float(bundle.network.probe.weight.abs().sum()) > 0
     assert not torch.equal(bundle.network.sharpness, torch.ones_like(bundle.network.sharpness))
@@ -314,9 +318,9 @@ def test_which_epoch_is_kept(keep: str, kept: int) -> None:
 
 
 def test_the_best_epoch_can_be_kept_instead(study: Study) -> None:
-    result = run(study, "best", keep="best", members=2)
+    result = run(study, "best", keep="best", members=3)
     assert result.best == max(result.epochs, key=lambda log: (log.val_auc, -log.val_loss))
-    assert len(load_bundle(study.root / "best").network.members) == 2
+    assert len(load_bundle(study.root / "best").network.members) == 3
 
 
 @pytest.mark.parametrize("name", ["pooled", "statistics"])
@@ -330,11 +334,13 @@ def test_a_probe_without_what_it_reads_is_refused(study: Study, name: str) -> No
     with pytest.raises(SettingsError, match=rf"features\.{name}"):
         resolve(parse_settings(raw), study.lpm)
     raw["train"] = {"side_reduction": 4, "probe_weight": 0.0}
-    assert resolve(parse_settings(raw), study.lpm).train.members == 3
+    without = resolve(parse_settings(raw), study.lpm).train
+    # Nothing to compare a first network with: all are trained.
+    assert (without.members, without.adaptive_members) == (3, False)
 
 
 def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    study = make_study(tmp_path, method="fpt-x", train={"epochs": 3})
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 3, "members": 2})
     receipt = study.extract()
 
     class Killed(BaseException):
