@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from schemas.errors import FptError, WeightsError
 from stages.lpm.catalogue import ModelEntry
-from stages.lpm.feature_maps import size_options
+from stages.lpm.feature_maps import runs_at, size_options
 from stages.lpm.key_map import is_foreign, to_timm
 
 Shapes = dict[str, tuple[int, ...]]
@@ -43,13 +43,9 @@ def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Mod
         source, shapes, options = _source(entry, path, shapes, image_size)
         # timm loads strictly only where the classifier of the model and of the file have as many rows.
         rows = 0 if path.suffix.lower() == ".npz" else _classifier_rows(entry.cfg, shapes)
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {**source, "num_classes": rows}}
         with written:
-            model: Any = entry.build(
-                rows,
-                pretrained=True,
-                pretrained_cfg_overlay={**source, "num_classes": rows},
-                **options,
-            )
+            model: Any = _filled(entry, rows, options, path, written)
     except (MemoryError, FptError):
         raise
     except Exception as error:  # timm and torch raise nearly every kind for a foreign file
@@ -67,7 +63,32 @@ def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Mod
     if random or unused:
         raise _mismatch(entry.name, path, shapes, missing=random, unused=unused)
     model.reset_classifier(0)
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def _filled(entry: ModelEntry, rows: int, options: dict[str, Any], path: Path, written: _Written) -> Any:
+    """Build the model for the input size, or for that of its weights if it resamples positions in its forward pass.
+
+    Raises:
+        WeightsError: The weights fit only the input size of their pretraining.
+    """
+    try:
+        return entry.build(rows, **options)
+    except RuntimeError as error:
+        plain = {name: value for name, value in options.items() if name != "img_size"}
+        written.ids.clear()
+        try:
+            model: Any = entry.build(rows, **plain)
+        except Exception:
+            raise error from None
+        size, default = options.get("img_size"), model.pretrained_cfg["input_size"][-1]
+        if size is None or runs_at(entry.build_on_meta(), size):
+            return model
+        raise WeightsError(
+            f"The weights in {path} fit {entry.name} only at {default} pixels, not at {size}.",
+            "It has tables of positions for one input size, which timm does not resample.",
+            f"Set features.image_size to {default}.",
+        ) from error
 
 
 def _source(

@@ -109,11 +109,23 @@ def _channels(feature_map: torch.Tensor) -> int:
 
 
 def run_on_meta(entry: ModelEntry, image_size: int) -> MapPass:
+    """Run a forward pass of one image by the model for this input size."""
+    return _run_on_meta(entry.build_on_meta(**size_options(entry.build_on_meta(), image_size)), image_size)
+
+
+def runs_at(model: nn.Module, image_size: int) -> bool:
+    """Return whether a model takes images of another size than it was built for."""
+    try:
+        _run_on_meta(model, image_size)
+    except Exception:  # timm and torch raise nearly every kind for a size that does not fit
+        return False
+    return True
+
+
+def _run_on_meta(model: nn.Module, image_size: int) -> MapPass:
     """Run a forward pass of one image on the meta device: shapes only, no weights, no memory."""
-    plain = entry.build_on_meta()
-    model = entry.build_on_meta(**size_options(plain, image_size)).eval().to("meta")
     with torch.inference_mode():
-        return run_maps(model, torch.empty(1, 3, image_size, image_size, device="meta"))
+        return run_maps(model.eval().to("meta"), torch.empty(1, 3, image_size, image_size, device="meta"))
 
 
 def map_operations(entry: ModelEntry, image_size: int) -> float:
