@@ -156,9 +156,14 @@ class FeatureSpec(Contract):
             return map_segments(lpm.map_widths)
         return segments(lpm.depth, lpm.width, lpm.mlp_width or 0, lpm.has_class_token, self.layers)
 
-    def probe_sources(self, rule: ProbeRule) -> tuple[ProbeSource, ...]:
-        """Return what the linear probes of an ensemble read of a row: pooled outputs, then token statistics."""
-        first = 2 * self.lpm.width if self.pooled else 0
+    def probe_sources(self, rule: ProbeRule, with_pooled: bool = True) -> tuple[ProbeSource, ...]:
+        """Return what the linear probes of an ensemble read of a row: pooled outputs, then token statistics.
+
+        Args:
+            rule: Which of the statistics.
+            with_pooled: Whether the rows of the method begin with the pooled outputs, where these are stored.
+        """
+        first = 2 * self.lpm.width if self.pooled and with_pooled else 0
         pooled = (ProbeSource(name="pooled outputs", spans=((0, first),)),) if first and rule in ("all", "kept") else ()
         if self.lpm.map_widths:
             return pooled + map_sources(self.segments, rule, first)
