@@ -241,8 +241,8 @@ def check_supported(model: Any, name: str) -> None:
         repair = f"Set lpm.name to a vision transformer of timm ({WORKS}), such as {EXAMPLES}."
         if gives_maps(model):
             repair += (
-                "\nOr keep no tokens: --set features.tokens=false --set method=statistics, without features.hidden, opens"
-                f" it for the methods that are fitted in closed form ({closed})."
+                "\nOr keep no tokens: --set features.tokens=false --set method=statistics, without features.hidden,"
+                f" opens it for the methods that are fitted in closed form ({closed})."
             )
         raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot be the LPM.", reason, repair)
 

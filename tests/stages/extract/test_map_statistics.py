@@ -79,7 +79,9 @@ def test_they_equal_those_of_plain_forward_passes(tmp_path: Path, family: str) -
         expected = statistics[:, one.start : one.stop]
         assert expected.std() > 1e-3, "equal numbers would prove nothing"
         limit = 2e-3 * np.abs(expected).max()
-        np.testing.assert_allclose(batch["statistics"][:, one.start : one.stop], expected, 2e-3, limit, err_msg=one.name)
+        np.testing.assert_allclose(
+            batch["statistics"][:, one.start : one.stop], expected, 2e-3, limit, err_msg=one.name
+        )
     assert batch["pooled"].shape == (3, 2, lpm.info.width)
     assert pooled.std() > 1e-3
     for output in range(2):
@@ -93,7 +95,9 @@ def test_they_equal_those_of_plain_forward_passes(tmp_path: Path, family: str) -
 def test_in_bfloat16_they_are_roughly_the_same(tmp_path: Path, family: str) -> None:
     lpm = loaded(tmp_path, family)
     images = pixels_of(lpm.info)
-    rough, exact = (compute_features(lpm, spec_of(lpm.info, precision=kind), images) for kind in ("bfloat16", "float32"))
+    rough, exact = (
+        compute_features(lpm, spec_of(lpm.info, precision=kind), images) for kind in ("bfloat16", "float32")
+    )
     for name in ("statistics", "pooled"):
         mine, other = rough[name].astype(np.float64), exact[name].astype(np.float64)
         assert not np.array_equal(mine, other)
