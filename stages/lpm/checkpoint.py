@@ -63,7 +63,7 @@ def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Mod
     if random or unused:
         raise _mismatch(entry.name, path, shapes, missing=random, unused=unused)
     model.reset_classifier(0)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _filled(entry: ModelEntry, rows: int, options: dict[str, Any], path: Path, written: _Written) -> Any:
