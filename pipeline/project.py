@@ -144,10 +144,11 @@ def resolve_aloud(
     from schemas.resolve import resolve
     from stages.lpm.loading import describe_lpm
 
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
-    requested = settings.features.image_size
-    if lpm.image_size != requested:
-        say(f"Image size {requested} -> {lpm.image_size}: {lpm.name} needs a multiple of its {lpm.patch}-pixel patch.")
+    features = settings.features
+    lpm = describe_lpm(settings.lpm.name, features.image_size, root, features.with_tokens)
+    if lpm.image_size != features.image_size:
+        grid = f"{lpm.patch} pixels" if lpm.map_widths else f"its {lpm.patch}-pixel patch"
+        say(f"Image size {features.image_size} -> {lpm.image_size}: {lpm.name} needs a multiple of {grid}.")
     if choose_precision is None:
         return resolve(settings, lpm), lpm
     return resolve(settings, lpm, lambda partly: choose_precision(partly, lpm)), lpm

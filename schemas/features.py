@@ -18,7 +18,7 @@ from schemas.settings import (
     Precision,
     ResizeFilter,
 )
-from schemas.statistics import ProbeRule, ProbeSource, Segment, grouped, segments
+from schemas.statistics import ProbeRule, ProbeSource, Segment, grouped, map_segments, map_sources, segments
 from schemas.views import IDENTITY, ViewRow
 
 FEATURE_VERSION = 2
@@ -50,13 +50,13 @@ class LpmInfo(Contract):
     name: str
     """timm name with tag, `hf-hub:organisation/name`, or `local-dir:architecture@content`; never a path."""
     depth: int
-    """Blocks."""
+    """Blocks; feature maps of an LPM that gives those."""
     width: int
-    """D, the width of a token."""
+    """D, the width of a token; of an LPM that gives feature maps, of its pooled outputs."""
     heads: int
-    """H."""
+    """H; 1 of an LPM that gives feature maps."""
     patch: int
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; of feature maps, of a position of the coarsest."""
     prefix_tokens: int
     """Class and register tokens before the patches."""
     has_class_token: bool
@@ -71,6 +71,19 @@ class LpmInfo(Contract):
     """Filter of the resize to the input."""
     mlp_width: int | None = None
     """Width of the activations in the MLP of a block; None: described by an earlier version."""
+    map_widths: tuple[int, ...] = ()
+    """Channels of each feature map of an LPM of which no keys and values are cached: of its stages, or of its blocks
+    where all are of one width. Empty: a plain vision transformer."""
+
+    @property
+    def architecture(self) -> str:
+        """Shape in words."""
+        if not self.map_widths:
+            return f"{self.depth} blocks, width {self.width}, {self.heads} heads, patch {self.patch}"
+        widths = dict.fromkeys(self.map_widths)
+        if len(widths) == 1:
+            return f"{self.depth} blocks, width {self.map_widths[0]}, pooled width {self.width}"
+        return f"{self.depth} stages, widths {', '.join(map(str, self.map_widths))}, pooled width {self.width}"
 
     @property
     def tokens(self) -> int:
@@ -129,6 +142,8 @@ class FeatureSpec(Contract):
         fields = self.model_dump(mode="json")
         if not self.statistics:
             del fields["lpm"]["mlp_width"]  # Nothing else depends on it.
+        if not self.lpm.map_widths:
+            del fields["lpm"]["map_widths"]  # Earlier stores have none.
         return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
 
     @property
@@ -137,12 +152,21 @@ class FeatureSpec(Contract):
         if not self.statistics:
             return ()
         lpm = self.lpm
+        if lpm.map_widths:
+            return map_segments(lpm.map_widths)
         return segments(lpm.depth, lpm.width, lpm.mlp_width or 0, lpm.has_class_token, self.layers)
 
-    def probe_sources(self, rule: ProbeRule) -> tuple[ProbeSource, ...]:
-        """Return what the linear probes of an ensemble read of a row: pooled outputs, then token statistics."""
-        first = 2 * self.lpm.width if self.pooled else 0
+    def probe_sources(self, rule: ProbeRule, with_pooled: bool = True) -> tuple[ProbeSource, ...]:
+        """Return what the linear probes of an ensemble read of a row: pooled outputs, then token statistics.
+
+        Args:
+            rule: Which of the statistics.
+            with_pooled: Whether the rows of the method begin with the pooled outputs, where these are stored.
+        """
+        first = 2 * self.lpm.width if self.pooled and with_pooled else 0
         pooled = (ProbeSource(name="pooled outputs", spans=((0, first),)),) if first and rule in ("all", "kept") else ()
+        if self.lpm.map_widths:
+            return pooled + map_sources(self.segments, rule, first)
         return pooled + grouped(self.segments, self.lpm.depth, self.lpm.width, rule, first)
 
     @property

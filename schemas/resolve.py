@@ -94,11 +94,14 @@ def _misfits(settings: Settings, lpm: LpmInfo, last_layer: int) -> list[tuple[st
     if train.start_block != "auto" and train.start_block >= lpm.depth:
         problems.append(("train.start_block", f"{blocks} (is {train.start_block})"))
     reads = METHODS[settings.method].inputs
-    if "tokens" in reads and not features.tokens:
+    if lpm.map_widths and not METHODS[settings.method].closed_form:
+        closed = ", ".join(row.name for row in METHODS.values() if row.closed_form)
+        problems.append(("method", f"must be one of {closed}: {lpm.name} gives feature maps, no tokens"))
+    elif "tokens" in reads and not features.tokens:
         problems.append(("features.tokens", f"must be true: {settings.method} reads cached tokens"))
     if "statistics" in reads and not features.statistics:
         problems.append(("features.statistics", f"must be true: {settings.method} reads token statistics"))
-    if features.statistics and lpm.mlp_width is None:
+    if features.statistics and lpm.mlp_width is None and not lpm.map_widths:
         problems.append(("features.statistics", f"must be false: {lpm.name} has an MLP that is not supported"))
     if not (features.tokens or features.statistics or features.pooled):
         problems.append(("features.tokens", "must be true without features.statistics and features.pooled"))

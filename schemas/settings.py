@@ -172,7 +172,7 @@ class FeatureSettings(Section):
     whenever the training images do."""
     tokens: bool = True
     """Cache the keys and values of the important tokens, which side networks read; false: a small store for methods
-    that are fitted in closed form."""
+    that are fitted in closed form; the LPM may then be any model of timm that gives feature maps (ConvNeXt, Swin)."""
     statistics: bool = True
     """Cache statistics of all tokens of every block (mean, deviation, covariance), which probes read."""
     layers: Literal["auto"] | Layers = "auto"
@@ -207,6 +207,11 @@ class FeatureSettings(Section):
     """Random crops of each training image, as additional views."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Fraction of the area that each of `crops` keeps, (lowest, highest)."""
+
+    @property
+    def with_tokens(self) -> bool:
+        """Whether single tokens of the LPM are stored, not only statistics and pooled outputs."""
+        return self.tokens or self.hidden is not None
 
     @model_validator(mode="after")
     def _check_bitround(self) -> FeatureSettings:

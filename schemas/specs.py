@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
@@ -222,7 +223,8 @@ class StatisticsSpec(MethodSpec):
 
 def _covered(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
     """Whether rows of these features have the sources, in the same places."""
-    return not sources or any(set(sources) <= set(features.probe_sources(rule)) for rule in get_args(ProbeRule))
+    choices = product(get_args(ProbeRule), (True, False))
+    return not sources or any(set(sources) <= set(features.probe_sources(*choice)) for choice in choices)
 
 
 class AttentiveSpec(MethodSpec):

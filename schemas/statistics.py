@@ -1,4 +1,8 @@
-"""Token statistics in the store: what they are, in which order, and how they are described in reports."""
+"""Token statistics in the store: what they are, in which order, and how they are described in reports.
+
+Of an LPM that is no plain vision transformer they are those of its feature maps, whose positions take the place of
+patch tokens (`map_segments`).
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,18 @@ for the middle half of the blocks."""
 
 
 class Segment(NamedTuple):
-    """One statistic of one block."""
+    """One statistic of one block or feature map."""
 
     kind: str
     """One of `KINDS`, kept keys, or kept values."""
     block: int
-    """Block of the LPM, from 0."""
+    """Block of the LPM, or its stage, from 0."""
     start: int
     """Position of its first number in a row."""
     stop: int
     """Position after its last number."""
+    unit: str = "block"
+    """block or stage."""
 
     @property
     def width(self) -> int:
@@ -39,7 +45,7 @@ class Segment(NamedTuple):
     @property
     def name(self) -> str:
         """Name in reports."""
-        return f"{self.kind} of block {self.block}"
+        return f"{self.kind} of {self.unit} {self.block}"
 
 
 def middle(depth: int) -> range:
@@ -75,6 +81,24 @@ def segments(
     for layer in layers:
         add("kept keys", layer, 2 * width)
         add("kept values", layer, 2 * width)
+    return tuple(found)
+
+
+def map_segments(widths: Sequence[int]) -> tuple[Segment, ...]:
+    """Return the statistics of a row of an LPM that gives feature maps, in their order in the store.
+
+    They are mean and deviation (outputs) and output covariance of every map. Maps of one width are those of blocks,
+    others those of stages.
+
+    Args:
+        widths: Channels of each map.
+    """
+    unit = "block" if len(set(widths)) == 1 else "stage"
+    found: list[Segment] = []
+    for number, width in enumerate(widths):
+        for kind, count in (("outputs", 2 * width), ("output covariance", COVARIANCES)):
+            start = found[-1].stop if found else 0
+            found.append(Segment(kind, number, start, start + count, unit))
     return tuple(found)
 
 
@@ -131,6 +155,35 @@ def grouped(found: Sequence[Segment], depth: int, width: int, rule: ProbeRule, f
         return (_source("class token and mean of every block", _without_deviations(found, width), first),)
     inner = [one for one in found if one.block in middle(depth)]
     return (*_joint(inner, depth, first), *_single(inner, depth, first))
+
+
+def map_sources(found: Sequence[Segment], rule: ProbeRule, first: int) -> tuple[ProbeSource, ...]:
+    """Return the sources of linear probes among the statistics of feature maps.
+
+    They follow the rules of blocks; stages are few, and each of them counts like a middle block.
+
+    Args:
+        found: Statistics of a row, from `map_segments`; none without `features.statistics`.
+        rule: Which of them.
+        first: Numbers of the row before the statistics.
+    """
+    if rule == "kept" or not found:
+        return ()
+    unit, depth = found[0].unit, found[-1].block + 1
+    outputs = [one for one in found if one.kind == "outputs"]
+    if rule == "every block":
+        means = [one._replace(stop=one.start + one.width // 2) for one in outputs]
+        return (_source(f"mean of every {unit}", means, first),)
+    chosen = range(depth) if unit == "stage" else middle(depth)
+    inner = [one for one in found if one.block in chosen]
+    if rule == "covariance":
+        return tuple(_source(one.name, [one], first) for one in inner if one.kind == "output covariance")
+    joint = [
+        _source(f"{kind} of {unit}s {chosen[0]} to {chosen[-1]}", [one for one in inner if one.kind == kind], first)
+        for kind in ("outputs", "output covariance")
+    ]
+    central = [one for one in inner if unit == "stage" or abs(one.block - depth // 2) <= 1]
+    return (*joint, *(_source(one.name, [one], first) for one in central))
 
 
 def _joint(inner: Sequence[Segment], depth: int, first: int) -> Iterator[ProbeSource]:

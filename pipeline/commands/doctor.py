@@ -147,14 +147,16 @@ def _resolve(
     from stages.extract.precision import stored_precision
     from stages.lpm.loading import describe_lpm
 
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
+    features = settings.features
+    lpm = describe_lpm(settings.lpm.name, features.image_size, root, features.with_tokens)
     # As in an extraction, "auto" is the precision of the store; without a store the value does not matter here, so
     # nothing is measured.
     resolved = resolve(
         settings, lpm, lambda partly: stored_precision(cache, feature_spec(partly, lpm, "")) or "float32"
     )
     resolutions.append((resolved, lpm))
-    return Finding(name="model", status="ok", detail=f"{lpm.name}: {lpm.tokens:,} tokens at {lpm.image_size} pixels")
+    shape = lpm.architecture if lpm.map_widths else f"{lpm.tokens:,} tokens"
+    return Finding(name="model", status="ok", detail=f"{lpm.name}: {shape} at {lpm.image_size} pixels")
 
 
 def _show(health: Health) -> None:

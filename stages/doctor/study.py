@@ -52,12 +52,12 @@ def check_weights(settings: ResolvedSettings, root: Path) -> Finding:
     from stages.lpm.loading import load_lpm
     from stages.lpm.weights import locate_weights, need_hub
 
-    lpm = settings.lpm
+    lpm, features = settings.lpm, settings.features
     if need_hub(lpm, root):
         detail = f"not on this machine yet: `fpt extract` downloads those of {lpm.name} from the hub"
         return Finding(name="weights", status="skipped", detail=detail)
     path = locate_weights(lpm, root)
-    loaded = load_lpm(lpm, settings.features.image_size, root)
+    loaded = load_lpm(lpm, features.image_size, root, features.with_tokens)
     return Finding(name="weights", status="ok", detail=f"{path} fits {loaded.info.name} ({loaded.weights_sha256[:16]})")
 
 

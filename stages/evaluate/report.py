@@ -206,12 +206,13 @@ def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
 
 def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     features, lpm, inputs = spec.features, spec.features.lpm, model_inputs(spec.network)
+    tokens = "" if lpm.map_widths else f", {lpm.tokens:,} tokens"
     use = "fine-tuned" if METHODS[spec.network.method].adapts_lpm else "frozen"
     return (
         ("Method", METHODS[spec.network.method].title),
-        ("LPM", f"{lpm.name}, {use}: {lpm.depth} blocks, width {lpm.width}, {lpm.heads} heads, patch {lpm.patch}"),
+        ("LPM", f"{lpm.name}, {use}: {lpm.architecture}"),
         ("LPM weights, sha256", features.weights_sha256),
-        ("Input of the LPM", f"{lpm.image_size} x {lpm.image_size} pixels, {lpm.tokens:,} tokens"),
+        ("Input of the LPM", f"{lpm.image_size} x {lpm.image_size} pixels{tokens}"),
         *_features(features, inputs),
         ("Learnable parameters", f"{spec.learnable:,}"),
         *_model(spec),

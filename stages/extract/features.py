@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from stages.device import in_precision
 from stages.extract.resize import to_squares
-from stages.extract.statistics import TokenStatistics, checked, kept_moments
+from stages.extract.statistics import TokenStatistics, checked, kept_moments, map_statistics
 from stages.extract.taps import Tapped, Taps
+from stages.lpm.feature_maps import run_maps
 from stages.lpm.loading import LoadedLpm
 from stages.pixels import normalise
 from stages.store.quantise import encode, encode_hidden
@@ -40,7 +42,8 @@ class FeatureBatch:
     arrays: dict[str, NDArray[Any]]
     """Array name -> (B, ...), as in `array_layouts` of the spec; only `side` for a network that reads nothing else.
 
-    `pooled` holds the class token (the mean, for models without one) and the mean of the patches, after the final norm.
+    `pooled` holds the class token (the mean, for models without one) and the mean of the patches, after the final norm;
+    of an LPM that gives feature maps twice what its classifier reads.
     """
 
     def __len__(self) -> int:
@@ -73,7 +76,25 @@ def compute_features(
     """
     stacked = torch.from_numpy(np.stack([image.lpm for image in images])).to(device).permute(0, 3, 1, 2)
     pixels = normalise(stacked, spec.lpm.mean, spec.lpm.std)
+    arrays = (_of_maps if spec.lpm.map_widths else _of_tokens)(lpm.model, spec, pixels)
+    arrays["side"] = np.stack([image.side for image in images])
+    return FeatureBatch(arrays)
 
+
+def _of_maps(model: nn.Module, spec: FeatureSpec, pixels: torch.Tensor) -> dict[str, NDArray[Any]]:
+    """Compute the pooled outputs and the statistics of feature maps."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with in_precision(spec.precision, pixels.device):
+        found = run_maps(model, pixels.to(next(model.parameters()).dtype))
+    if spec.statistics:
+        arrays["statistics"] = map_statistics(found.maps).half().cpu().numpy()
+    if spec.pooled:
+        arrays["pooled"] = _finite(torch.stack([found.pooled.float()] * 2, dim=1)).cpu().numpy()
+    return arrays
+
+
+def _of_tokens(model: nn.Module, spec: FeatureSpec, pixels: torch.Tensor) -> dict[str, NDArray[Any]]:
+    """Compute the kept tokens, hidden tokens, statistics and pooled outputs of a plain vision transformer."""
     kept: list[torch.Tensor] = []
 
     def record(layer: Tapped) -> dict[str, torch.Tensor]:
@@ -87,13 +108,13 @@ def compute_features(
         with torch.autocast(pixels.device.type, enabled=False):
             return encode_hidden(tokens, spec)
 
-    statistics = TokenStatistics(lpm.model, spec) if spec.statistics else None
+    statistics = TokenStatistics(model, spec) if spec.statistics else None
     with (
         statistics or nullcontext(),
-        Taps(lpm.model, spec, record, record_hidden) as taps,
+        Taps(model, spec, record, record_hidden) as taps,
         in_precision(spec.precision, pixels.device),
     ):
-        tokens = taps.run(pixels.to(next(lpm.model.parameters()).dtype))
+        tokens = taps.run(pixels.to(next(model.parameters()).dtype))
         layers, hidden = taps.take(), taps.take_hidden() or {}
         moments = [] if statistics is None else [statistics.take(), *map(checked, kept)]
     names = list(layers[0]) if layers else []
@@ -103,10 +124,9 @@ def compute_features(
         arrays["indices"] = arrays["indices"].astype(np.uint16)
     if moments:
         arrays["statistics"] = torch.cat(moments, dim=1).half().cpu().numpy()
-    arrays["side"] = np.stack([image.side for image in images])
     if tokens is not None and spec.pooled:
         arrays["pooled"] = pooled_outputs(tokens.float(), spec).cpu().numpy()
-    return FeatureBatch(arrays)
+    return arrays
 
 
 def pooled_outputs(tokens: torch.Tensor, spec: FeatureSpec) -> torch.Tensor:
@@ -116,7 +136,10 @@ def pooled_outputs(tokens: torch.Tensor, spec: FeatureSpec) -> torch.Tensor:
         DataError: If they are not finite.
     """
     mean = tokens[:, spec.lpm.prefix_tokens :].mean(dim=1)
-    pooled = torch.stack([tokens[:, 0] if spec.lpm.has_class_token else mean, mean], dim=1)
+    return _finite(torch.stack([tokens[:, 0] if spec.lpm.has_class_token else mean, mean], dim=1))
+
+
+def _finite(pooled: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(pooled).all()):
         raise DataError(
             "The pooled outputs of the LPM are not finite.",

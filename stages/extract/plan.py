@@ -22,6 +22,8 @@ from schemas.resolved import ResolvedSettings
 from schemas.views import ViewRow, manifest_rows
 from stages.extract.normalisation import known_statistics
 from stages.files import sha256_file
+from stages.lpm.catalogue import find_model
+from stages.lpm.feature_maps import map_operations
 from stages.lpm.loading import describe_lpm
 from stages.lpm.weights import locate_weights
 from stages.prepare.folds import all_to_train
@@ -83,7 +85,8 @@ def requested_spec(settings: ResolvedSettings, root: Path, channels: Channels | 
             LPM, as a placeholder; with dataset no store has this spec.
     """
     weights = sha256_file(locate_weights(settings.lpm, root))
-    lpm = describe_lpm(settings.lpm.name, settings.features.image_size, root)
+    features = settings.features
+    lpm = describe_lpm(settings.lpm.name, features.image_size, root, features.with_tokens)
     spec = feature_spec(settings, lpm, weights)
     return spec if channels is None or spec.normalisation == "lpm" else with_channels(spec, channels)
 
@@ -142,7 +145,9 @@ def plan_extraction(
     copied = reusable_rows(cache_root, spec, absent) if absent and is_known else set()
     missing = len(absent) - len(copied)
     measured = inventory.seconds_per_image
-    seconds = measured if measured is not None else probe_seconds(spec.lpm) if missing else 0.0
+    seconds = measured or 0.0
+    if measured is None and missing:
+        seconds = probe_seconds(_operations(settings, root, spec.lpm))
     return ExtractionPlan(
         fingerprint=spec.fingerprint if is_known else None,
         store=str(store_path(cache_root, spec.fingerprint)) if is_known else None,
@@ -174,13 +179,20 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def _operations(settings: ResolvedSettings, root: Path, lpm: LpmInfo) -> float:
+    """Return the floating-point operations of one image's forward pass."""
+    if lpm.map_widths:
+        return map_operations(find_model(settings.lpm.name, root), lpm.image_size)
+    return forward_operations(lpm)
+
+
 def forward_operations(lpm: LpmInfo) -> float:
     """Floating-point operations of one image's forward pass: 24 N D^2 + 4 N^2 D per block."""
     return lpm.depth * (24.0 * lpm.tokens * lpm.width**2 + 4.0 * lpm.tokens**2 * lpm.width)
 
 
-def probe_seconds(lpm: LpmInfo) -> float:
-    """Rough seconds per image on this machine, from a matrix product of some 50 ms."""
+def probe_seconds(operations: float) -> float:
+    """Rough seconds of a forward pass of this many operations on this machine, from a matrix product of some 50 ms."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.rand(1024, 1024, device=device)
     best = math.inf
@@ -188,4 +200,4 @@ def probe_seconds(lpm: LpmInfo) -> float:
         start = time.perf_counter()
         float((matrix @ matrix)[0, 0])
         best = min(best, time.perf_counter() - start)
-    return forward_operations(lpm) * best / (2 * 1024**3) / PROBE_EFFICIENCY
+    return operations * best / (2 * 1024**3) / PROBE_EFFICIENCY

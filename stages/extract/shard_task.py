@@ -92,7 +92,8 @@ class Extractor:
             WeightsError: If the weights are missing or belong to another model.
         """
         self._device = set_up(settings.compute)
-        self._lpm: LoadedLpm = load_lpm(settings.lpm, settings.features.image_size, root)
+        features = settings.features
+        self._lpm: LoadedLpm = load_lpm(settings.lpm, features.image_size, root, features.with_tokens)
         self._lpm.model.to(self._device)
         self._store, self._data = store, settings.data
         self._batch = batch_size(settings.compute, self._device)

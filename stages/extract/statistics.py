@@ -187,6 +187,24 @@ def merged(parts: Sequence[_Moments]) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.stack(squares).sum(dim=0).sqrt()
 
 
+def map_statistics(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return mean, deviation and output covariance of feature maps (B, C, y, x): (B, F) float32, in the store's order.
+
+    Raises:
+        DataError: If they are not finite, or too large for float16.
+    """
+    parts = []
+    for one in maps:
+        tokens = one.float().flatten(2)
+        variance, mean = torch.var_mean(tokens, dim=2, correction=0)
+        projected = directions(tokens.shape[1]).T.to(tokens.device) @ tokens
+        centred = projected - projected.mean(dim=2, keepdim=True)
+        upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=tokens.device)
+        triangle = (centred @ centred.mT / tokens.shape[2])[:, upper[0], upper[1]]
+        parts += [mean, variance.sqrt(), triangle.sign() * triangle.abs().sqrt()]
+    return checked(torch.cat(parts, dim=1))
+
+
 def kept_moments(tokens: torch.Tensor) -> torch.Tensor:
     """Return mean and standard deviation of the kept tokens of one layer: (B, H, T, d) -> (B, 2 H d) float32."""
     tokens = tokens.float()

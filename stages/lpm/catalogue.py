@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from schemas.base import digest
 from schemas.errors import UnsupportedModelError
+from schemas.methods import METHODS
 from stages.files import read_small
 from stages.lpm.attention import obstacle
+from stages.lpm.feature_maps import gives_maps
 from stages.lpm.hub import fetch
 from stages.vision import compiler_left_out
 
@@ -233,16 +235,20 @@ def check_supported(model: Any, name: str) -> None:
     Raises:
         UnsupportedModelError: With the reason.
     """
-    reason = _obstacle(model)
+    reason = obstacle_to_tokens(model)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{name} ({type(model).__name__}) cannot be the LPM.",
-            reason,
-            f"Set lpm.name to a vision transformer of timm ({WORKS}), such as {EXAMPLES}.",
-        )
+        closed = ", ".join(row.name for row in METHODS.values() if row.closed_form)
+        repair = f"Set lpm.name to a vision transformer of timm ({WORKS}), such as {EXAMPLES}."
+        if gives_maps(model):
+            repair += (
+                "\nOr keep no tokens: --set features.tokens=false --set method=statistics, without features.hidden,"
+                f" opens it for the methods that are fitted in closed form ({closed})."
+            )
+        raise UnsupportedModelError(f"{name} ({type(model).__name__}) cannot be the LPM.", reason, repair)
 
 
-def _obstacle(model: Any) -> str | None:
+def obstacle_to_tokens(model: Any) -> str | None:
+    """Return why keys and values of global attention cannot be taken from a model, or None if they can."""
     from timm import layers
     from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from schemas.errors import FptError, WeightsError
 from stages.lpm.catalogue import ModelEntry
+from stages.lpm.feature_maps import runs_at, size_options
 from stages.lpm.key_map import is_foreign, to_timm
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,7 +26,7 @@ _OTHER_FILE = "Set lpm.weights to the file of this model, or to hub."
 
 
 def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Module:
-    """Build a timm vision transformer without classifier whose every parameter comes from the file.
+    """Build a model of timm without classifier whose every parameter comes from the file.
 
     Args:
         entry: Architecture and preprocessing.
@@ -39,29 +40,24 @@ def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Mod
     shapes = read_shapes(path)
     written = _Written()
     try:
-        source, shapes, options = _source(entry, path, shapes)
+        source, shapes, options = _source(entry, path, shapes, image_size)
         # timm loads strictly only where the classifier of the model and of the file have as many rows.
         rows = 0 if path.suffix.lower() == ".npz" else _classifier_rows(entry.cfg, shapes)
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {**source, "num_classes": rows}}
         with written:
-            model: Any = entry.build(
-                rows,
-                pretrained=True,
-                pretrained_cfg_overlay={**source, "num_classes": rows},
-                img_size=image_size,
-                **options,
-            )
+            model: Any = _filled(entry, rows, options, path, written)
     except (MemoryError, FptError):
         raise
     except Exception as error:  # timm and torch raise nearly every kind for a foreign file
         raise _mismatch(entry.name, path, shapes, error) from error
     # timm keeps the source of the weights in the model, here a second copy of all tensors.
     model.pretrained_cfg.pop("state_dict", None)
-    patch = _patch_in_file(shapes)
-    if patch is not None and patch != model.patch_embed.patch_size[0] and not entry.architecture.startswith("flexivit"):
+    patch, expected = (_patch_in(named) for named in (shapes, _shapes_in(model.state_dict())))
+    if None not in (patch, expected) and patch != expected and not entry.architecture.startswith("flexivit"):
         # timm silently resamples patches of another size.
         raise _mismatch(entry.name, path, shapes, ValueError(f"its patches are {patch} pixels wide"))
     random = [key for key, value in model.named_parameters() if id(value) not in written.ids]
-    if path.suffix.lower() == ".npz" and _blocks_in_npz(shapes) != len(model.blocks):
+    if path.suffix.lower() == ".npz" and hasattr(model, "blocks") and _blocks_in_npz(shapes) != len(model.blocks):
         random.append(f"blocks: the file has {_blocks_in_npz(shapes)}, the model {len(model.blocks)}")
     unused = _unused(entry, shapes, model)
     if random or unused:
@@ -70,12 +66,40 @@ def build_with_weights(entry: ModelEntry, image_size: int, path: Path) -> nn.Mod
     return model  # type: ignore[no-any-return]
 
 
-def _source(entry: ModelEntry, path: Path, shapes: Shapes) -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
+def _filled(entry: ModelEntry, rows: int, options: dict[str, Any], path: Path, written: _Written) -> Any:
+    """Build the model for the input size, or for that of its weights if it resamples positions in its forward pass.
+
+    Raises:
+        WeightsError: The weights fit only the input size of their pretraining.
+    """
+    try:
+        return entry.build(rows, **options)
+    except RuntimeError as error:
+        plain = {name: value for name, value in options.items() if name != "img_size"}
+        written.ids.clear()
+        try:
+            model: Any = entry.build(rows, **plain)
+        except Exception:
+            raise error from None
+        size, default = options.get("img_size"), model.pretrained_cfg["input_size"][-1]
+        if size is None or runs_at(entry.build_on_meta(), size):
+            return model
+        raise WeightsError(
+            f"The weights in {path} fit {entry.name} only at {default} pixels, not at {size}.",
+            "It has tables of positions for one input size, which timm does not resample.",
+            f"Set features.image_size to {default}.",
+        ) from error
+
+
+def _source(
+    entry: ModelEntry, path: Path, shapes: Shapes, image_size: int
+) -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
     """Return timm's source of the weights, the shapes in it, and the options that the model must be built with."""
     from timm.models.vision_transformer import VisionTransformer
 
     plain = entry.build_on_meta()
-    expected, options = set(plain.state_dict()), dict[str, Any]()
+    expected: set[str] = set(plain.state_dict())
+    options: dict[str, Any] = dict(size_options(plain, image_size))
     if isinstance(plain, VisionTransformer):
         if type(plain) is VisionTransformer:
             options["weight_init"] = "skip"  # saves the seconds of an initialisation that is overwritten
@@ -87,7 +111,11 @@ def _source(entry: ModelEntry, path: Path, shapes: Shapes) -> tuple[dict[str, An
     if not is_foreign(shapes, expected):
         return {"file": str(path), "custom_load": False}, shapes, options
     state = to_timm(_read_tensors(path), expected)
-    return {"state_dict": state}, {key: tuple(value.shape) for key, value in state.items()}, options
+    return {"state_dict": state}, _shapes_in(state), options
+
+
+def _shapes_in(state: Mapping[str, torch.Tensor]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def _unused(entry: ModelEntry, shapes: Shapes, model: nn.Module) -> list[str]:
@@ -159,7 +187,7 @@ def _pickled_shapes(path: Path) -> Shapes:
             "It was probably saved as a complete model, not as its state_dict.",
             "Save the state_dict of a model that you trust as .safetensors, and set lpm.weights to that file.",
         ) from error
-    shapes = {key: tuple(value.shape) for key, value in _read_tensors(path, "meta").items()}
+    shapes = _shapes_in(_read_tensors(path, "meta"))
     if not shapes:
         raise WeightsError(f"{path} holds no tensors.", "", _OTHER_FILE)
     return shapes
@@ -205,7 +233,7 @@ def _classifier_rows(cfg: Any, shapes: Shapes) -> int:
     return next((shapes[f"{item}.weight"][0] for item in names if f"{item}.weight" in shapes), 0)
 
 
-def _patch_in_file(shapes: Shapes) -> int | None:
+def _patch_in(shapes: Shapes) -> int | None:
     for key, shape in shapes.items():
         if len(shape) == 4 and key.endswith("patch_embed.proj.weight"):
             return shape[-1]

@@ -12,8 +12,9 @@ from schemas.errors import UnsupportedModelError
 from schemas.features import LpmInfo
 from schemas.settings import LpmSettings
 from stages.files import sha256_file
-from stages.lpm.catalogue import check_supported, find_model
+from stages.lpm.catalogue import ModelEntry, check_supported, find_model, obstacle_to_tokens
 from stages.lpm.checkpoint import build_with_weights
+from stages.lpm.feature_maps import map_shapes
 from stages.lpm.weights import locate_weights
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")
@@ -31,7 +32,7 @@ class LoadedLpm:
     """Sha256 of the weights file."""
 
 
-def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInfo:
+def describe_lpm(name: str, image_size: int, root: Path | None = None, with_tokens: bool = True) -> LpmInfo:
     """Return shape and preprocessing of a model, without its weights.
 
     Args:
@@ -40,17 +41,21 @@ def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInf
         image_size: Side of the input, in pixels; the result has the nearest multiple of the patch, upward if two are
             equally near.
         root: Folder that a relative folder in the name starts at; None: the working directory.
+        with_tokens: Whether keys, values or hidden tokens are taken from it. Without them a model that has no global
+            attention is described by its feature maps.
 
     Raises:
-        UnsupportedModelError: timm has no such name, or the model has no global attention to tap.
+        UnsupportedModelError: timm has no such name, the model has no global attention to tap or no feature maps, or it
+            takes no images of this size.
         WeightsError: The `config.json` of a repository cannot be fetched.
     """
     entry = find_model(name, root)
     model: Any = entry.build_on_meta()
-    check_supported(model, name)
-    data = _preprocessing(model)
-    if data["interpolation"] not in _INTERPOLATIONS:
-        raise UnsupportedModelError(f"{name} resizes its input with {data['interpolation']!r}, which is not supported.")
+    if with_tokens:
+        check_supported(model, name)
+    preprocessing = _preprocessing(model, name)
+    if not with_tokens and obstacle_to_tokens(model) is not None:
+        return LpmInfo(name=entry.name, **_map_fields(entry, name, image_size), **preprocessing)
     patch = int(model.patch_embed.patch_size[0])
     return LpmInfo(
         name=entry.name,
@@ -61,11 +66,24 @@ def describe_lpm(name: str, image_size: int, root: Path | None = None) -> LpmInf
         prefix_tokens=model.num_prefix_tokens,
         has_class_token=model.cls_token is not None,
         image_size=nearest_multiple(image_size, patch),
-        mean=tuple(float(value) for value in data["mean"]),
-        std=tuple(float(value) for value in data["std"]),
-        interpolation=data["interpolation"],
         mlp_width=_mlp_width(model),
+        **preprocessing,
     )
+
+
+def _map_fields(entry: ModelEntry, name: str, image_size: int) -> dict[str, Any]:
+    """Return the fields of the shape of a model that gives feature maps."""
+    shapes = map_shapes(entry, name, image_size)
+    return {
+        "depth": len(shapes.widths),
+        "width": shapes.pooled_width,
+        "heads": 1,
+        "patch": shapes.stride,
+        "prefix_tokens": 0,
+        "has_class_token": False,
+        "image_size": shapes.image_size,
+        "map_widths": shapes.widths,
+    }
 
 
 def _mlp_width(model: Any) -> int | None:
@@ -74,11 +92,25 @@ def _mlp_width(model: Any) -> int | None:
     return None if projection is None else int(projection.in_features)
 
 
-def _preprocessing(model: nn.Module) -> dict[str, Any]:
+def _preprocessing(model: nn.Module, name: str) -> dict[str, Any]:
+    """Return the fields of the preprocessing.
+
+    Raises:
+        UnsupportedModelError: Its resize has another filter than those of Pillow.
+    """
     from timm import data
 
     tools: Any = data
-    return dict(tools.resolve_model_data_config(model))
+    found = tools.resolve_model_data_config(model)
+    if found["interpolation"] not in _INTERPOLATIONS:
+        raise UnsupportedModelError(
+            f"{name} resizes its input with {found['interpolation']!r}, which is not supported."
+        )
+    return {
+        "mean": tuple(float(value) for value in found["mean"]),
+        "std": tuple(float(value) for value in found["std"]),
+        "interpolation": found["interpolation"],
+    }
 
 
 def nearest_multiple(size: int, patch: int) -> int:
@@ -86,19 +118,20 @@ def nearest_multiple(size: int, patch: int) -> int:
     return max(1, (2 * size + patch) // (2 * patch)) * patch
 
 
-def load_lpm(lpm: LpmSettings, image_size: int, root: Path) -> LoadedLpm:
+def load_lpm(lpm: LpmSettings, image_size: int, root: Path, with_tokens: bool = True) -> LoadedLpm:
     """Build the frozen model with its weights.
 
     Args:
         lpm: Name and source of the weights; the preprocessing depends only on the name.
         image_size: Side of the input, in pixels; position embeddings are resampled to it.
         root: Folder that a relative `lpm.weights` or `local-dir:` starts at.
+        with_tokens: As of `describe_lpm`.
 
     Raises:
         UnsupportedModelError: As for `describe_lpm`.
         WeightsError: The weights cannot be found or read, run code, or belong to another model.
     """
-    info = describe_lpm(lpm.name, image_size, root)
+    info = describe_lpm(lpm.name, image_size, root, with_tokens)
     path = locate_weights(lpm, root)
     model = build_with_weights(find_model(lpm.name, root), info.image_size, path)
     return LoadedLpm(model.eval().requires_grad_(False), info, sha256_file(path))

@@ -26,7 +26,8 @@ def load_matching(spec: FeatureSpec, source: LpmSettings | None, root: Path, dev
         WeightsError: The weights are missing, or are not those of the spec.
     """
     source = source or LpmSettings(name=spec.lpm.name)
-    info = spec.normalised(describe_lpm(source.name, spec.lpm.image_size, root))
+    with_tokens = not spec.lpm.map_widths
+    info = spec.normalised(describe_lpm(source.name, spec.lpm.image_size, root, with_tokens))
     if differing := spec.differing(spec.model_copy(update={"lpm": info, "feature_version": FEATURE_VERSION})):
         raise CacheMismatchError(
             f"The model was trained on features of {spec.lpm.name}, which {source.name} does not give.",
@@ -34,7 +35,7 @@ def load_matching(spec: FeatureSpec, source: LpmSettings | None, root: Path, dev
             "lpm.name is another model, or this version of timm describes it differently.",
             f"Set lpm.name to {'the local-dir: of that model' if 'local-dir:' in spec.lpm.name else spec.lpm.name}.",
         )
-    loaded = load_lpm(source, spec.lpm.image_size, root)
+    loaded = load_lpm(source, spec.lpm.image_size, root, with_tokens)
     if loaded.weights_sha256 != spec.weights_sha256:
         raise WeightsError(
             f"The weights of {spec.lpm.name} have the sha256 {loaded.weights_sha256}, "

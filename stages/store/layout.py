@@ -264,6 +264,10 @@ def impossible(spec: FeatureSpec) -> str | None:
     for name, (value, lowest, highest) in bounds.items():
         if not lowest <= value <= highest:
             return f"{name} is {value}, not from {lowest:,} to {highest:,}"
+    if lpm.map_widths and (len(lpm.map_widths) != lpm.depth or not all(1 <= one <= 2**17 for one in lpm.map_widths)):
+        return f"lpm.map_widths are not {lpm.depth} numbers from 1 to {2**17:,}"
+    if lpm.map_widths and (spec.layers or spec.hidden is not None):
+        return "it has tokens of an LPM that gives feature maps"
     if spec.kept > lpm.tokens:
         return f"kept is {spec.kept} of {lpm.tokens} tokens"
     if not spec.layers and not (spec.pooled or spec.statistics):

@@ -37,7 +37,7 @@ def fit_job(job: Job) -> list[TrainResult]:
                 val=val,
                 task=job.manifest.task,
                 method=settings.method,
-                sources=job.opened.features.probe_sources(METHODS[settings.method].preset.probes),
+                sources=job.opened.features.probe_sources(METHODS[settings.method].preset.probes, "pooled" in inputs),
                 class_weights=None if weights is None else weights.tolist(),
                 threads=threads,
             )

@@ -22,6 +22,7 @@ LPM: dict[str, Any] = {
     "std": (0.5, 0.5, 0.5),
     "interpolation": "bicubic",
     "mlp_width": 3072,
+    "map_widths": (),
 }
 OTHER_LPM: dict[str, Any] = {
     "name": "vit_base_patch16_384.augreg_in21k_ft_in1k",
@@ -36,6 +37,7 @@ OTHER_LPM: dict[str, Any] = {
     "std": (0.5, 0.5, 0.225),
     "interpolation": "bilinear",
     "mlp_width": 4096,
+    "map_widths": (96, 192),
 }
 SPEC: dict[str, Any] = {
     "feature_version": 1,
