@@ -14,7 +14,7 @@ of the model, so that there is neither a fork nor a subclass of timm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +118,17 @@ class Adaptation(nn.Module):
             normed: Input of the MLP.
         """
         return output
+
+    def maps(self, forward: Callable[[], object]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
+        """Return maps that explain what is computed for images, by name; none by default.
+
+        Args:
+            forward: Runs the adapted LPM on the images.
+
+        Returns:
+            (B, blocks, gh, gw) each, a number per patch.
+        """
+        return {}
 
     def fold(self, lpm: Any) -> None:
         """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""

@@ -6,7 +6,7 @@ the frozen LPM, whose weights all runs of a process share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -74,6 +74,10 @@ class AdaptedLpm(Network):
         self.lpm.set_grad_checkpointing(False)
         tokens = self.lpm.forward_features(self._input(batch))
         return cast("torch.Tensor", self.lpm.forward_head(tokens, pre_logits=True))
+
+    def maps(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Return what explains the images of a prepared batch, by name, (B, blocks, gh, gw) each."""
+        return self.adaptation.maps(lambda: self.features(batch))
 
     def _input(self, batch: Batch) -> torch.Tensor:
         if self.spec.hidden is None:
