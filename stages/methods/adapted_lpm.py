@@ -39,6 +39,7 @@ class AdaptedLpm(Network):
         """
         super().__init__()
         self.spec, self.adaptation = spec, adaptation
+        self._uses_lpm = False
         model: Any = lpm
         self.lpm = model
         if spec.hidden is not None:
@@ -98,7 +99,9 @@ class AdaptedLpm(Network):
 
     @property
     def needs_lpm(self) -> bool:
-        """Whether weights of the LPM are not saved with the model."""
+        """Whether weights of the LPM are not saved with the model, and have not been taken over yet."""
+        if self._uses_lpm:
+            return False
         # With hidden tokens, embeddings see only the blank image.
         running = "" if self.spec.hidden is None else ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head.")
         return any(name.startswith(running) and f"lpm.{name}" not in self._saved for name in self.lpm.state_dict())
@@ -110,6 +113,7 @@ class AdaptedLpm(Network):
     def use_lpm(self, lpm: nn.Module) -> None:
         """Take over the frozen weights of the LPM, and fold the adaptation into new ones where it can be."""
         self._take_over(lpm, lambda _: False, lambda name: f"lpm.{name}" not in self._saved)
+        self._uses_lpm = True
         with torch.no_grad():
             self.adaptation.fold(self.lpm)
 

@@ -67,7 +67,7 @@ class _Embedded(Adaptation):
             factors = torch.stack([of_block.mean(dim=1) for of_block in self._factors], dim=1)
         finally:
             self._factors = None
-        return {MAP: factors[..., self.prefix :].unflatten(-1, (self.grid, self.grid))}
+        return {MAP: factors[..., self.prefix :].reshape(*factors.shape[:2], self.grid, self.grid)}
 
 
 def _scores(tokens: Projected, scale: float) -> torch.Tensor:

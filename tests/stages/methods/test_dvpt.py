@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from plain_vit import adapted, assert_equal, pixels, plain_logits, self_attention
+
+from schemas.cross_adaptations import DvptReleaseSettings
+from schemas.specs import AdaptationSpec
+from stages.methods.dvpt import PromptTokens
 
 
 def adapter(learnt: Any, row: int, u: torch.Tensor) -> torch.Tensor:
@@ -68,3 +73,16 @@ def test_gates_are_what_starts_to_learn() -> None:
         name for name, value in network.adaptation.named_parameters() if value.grad is not None and value.grad.any()
     }
     assert moved == {"gates", "adapters.0.gate", "adapters.1.gate"}
+
+
+def test_dvpt_release_starts_with_tokens_of_the_published_size() -> None:
+    shape: dict[str, Any] = {"depth": 12, "width": 768, "heads": 12, "mlp_width": 3072, "patch": 16, "prefix_tokens": 1}
+    spec = AdaptationSpec(
+        method="dvpt-release", classes=2, lpm="vit", image_size=224, first_block=0, hidden=None, **shape
+    )
+    torch.manual_seed(0)
+    released = PromptTokens(spec, DvptReleaseSettings())
+    added = released.enter(torch.zeros(2, 197, 768))[:, 1:51].detach()
+    assert released.added_tokens == 50 and torch.equal(added[0], added[1])
+    assert float(released.positions.detach().std()) == pytest.approx(768**-0.5, rel=0.02)
+    assert float(added.std()) == pytest.approx(1.0, abs=0.01)
