@@ -119,6 +119,9 @@ class Adaptation(nn.Module):
         """
         return output
 
+    def fold(self, lpm: Any) -> None:
+        """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""
+
     def maps(self, forward: Callable[[], object]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
         """Return maps that explain what is computed for images, by name; none by default.
 
@@ -129,9 +132,6 @@ class Adaptation(nn.Module):
             (B, blocks, gh, gw) each, a number per patch.
         """
         return {}
-
-    def fold(self, lpm: Any) -> None:
-        """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""
 
 
 _ATTENTION_HOOKS = ("extra", "sink", "mix")

@@ -83,6 +83,11 @@ def value_weight(attention: Any) -> torch.Tensor:
     return fused[2 * fused.shape[0] // 3 :]
 
 
+def scale_of(attention: Any) -> float:
+    """Return the factor of the scores before the softmax."""
+    return float(attention.scale)
+
+
 def query_projection(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weight (H d, D) and bias (H d,) of the projection to queries; None: no bias."""
     if getattr(attention, "qkv", None) is None:
@@ -110,11 +115,6 @@ def gate_of(attention: Any, tokens: torch.Tensor) -> torch.Tensor | None:
         return None
     opened: torch.Tensor = gate(tokens).sigmoid()
     return opened
-
-
-def scale_of(attention: Any) -> float:
-    """Return the factor of the scores before the softmax."""
-    return float(attention.scale)
 
 
 def finish(attention: Any, mixed: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:

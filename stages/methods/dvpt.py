@@ -88,7 +88,7 @@ class DynamicPrompts(SharedAdapters):
         """Refuse an LPM without a class token.
 
         Raises:
-            UnsupportedModelError: If there is none.
+            UnsupportedModelError: If it has none.
         """
         if getattr(lpm, "cls_token", None) is None:
             raise UnsupportedModelError(
