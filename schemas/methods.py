@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
-from schemas import prompt_adaptations
+from schemas import cross_adaptations, prompt_adaptations
 from schemas.base import Section
 from schemas.errors import SettingsError
 from schemas.method_row import MethodRow, Preset, Problems
@@ -64,6 +64,14 @@ class MethodSettings(Section):
     """Fine-tuning of the LPM."""
     ept: prompt_adaptations.EptSettings = prompt_adaptations.EptSettings()
     """Embedded Prompt Tuning: ept and ept-lse."""
+    cvpt: cross_adaptations.CvptSettings = cross_adaptations.CvptSettings()
+    """Cross Visual Prompt Tuning."""
+    dvpt: cross_adaptations.DvptSettings = cross_adaptations.DvptSettings()
+    """Dynamic Visual Prompt Tuning."""
+    dvpt_release: cross_adaptations.DvptReleaseSettings = cross_adaptations.DvptReleaseSettings()
+    """Dynamic Visual Prompt Tuning as in the released code."""
+    apt: cross_adaptations.AptSettings = cross_adaptations.AptSettings()
+    """Approximated Prompt Tuning."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Settings of a method that is not part of fpt (docs/methods.md), by name."""
 
@@ -291,7 +299,7 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *prompt_adaptations.ROWS)}
+METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *prompt_adaptations.ROWS, *cross_adaptations.ROWS)}
 """Name -> row, in the order of help texts."""
 
 

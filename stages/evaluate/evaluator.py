@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from schemas.results import BundleSpec, EvaluatedModel, Metrics
 from schemas.tasks import Task
 from stages import scores
 from stages.evaluate.curves import roc_curves, write_plots
+from stages.evaluate.pictures import mapped_rows
 from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score, split_warnings
@@ -27,11 +29,11 @@ from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
 from stages.train.bundle import Bundle, load_bundle
-from stages.train.infer import source_logits
+from stages.train.infer import source_logits, source_maps
 from stages.train.inputs import StudyFiles, image_rows
 
 THUMBNAIL = 144
-"""Side of a mistake in the report, in pixels, where no small image is stored."""
+"""Side of an image in the report, in pixels, where no small image is stored."""
 
 
 def evaluate(
@@ -74,12 +76,14 @@ def evaluate(
             manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
         )
         metrics = score(predictions, split_warnings(bundle.spec, split, manifest))
+        maps = source_maps(bundle, source, [rows[row].id for row in mapped_rows(predictions)])
         report = render_report(
             metrics,
             predictions,
             manifest,
             bundle.spec,
-            thumbnails=_thumbnails(predictions, source),
+            thumbnails=_thumbnails(predictions, source, mapped_rows(predictions) if maps else []),
+            maps={name: values.numpy() for name, values in maps.items()},
             train_dir=bundle_dir.parent / "train" if train_dir is None else train_dir,
         )
     finally:
@@ -180,9 +184,9 @@ def probabilities(logits: torch.Tensor, task: Task = "multiclass") -> npt.NDArra
     return p
 
 
-def _thumbnails(predictions: Predictions, source: RowSource) -> dict[str, npt.NDArray[Any]]:
-    """Small images of the mistakes that the report shows, by image id."""
-    ids = [predictions.rows[row].id for row in confident_mistakes(predictions)]
+def _thumbnails(predictions: Predictions, source: RowSource, others: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+    """Small images of the mistakes that the report shows, and of other rows, by image id."""
+    ids = list(dict.fromkeys(predictions.rows[row].id for row in (*confident_mistakes(predictions), *others)))
     if not ids:
         return {}
     name = "side" if "side" in source.layouts else IMAGE

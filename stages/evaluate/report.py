@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.features import FeatureSpec
@@ -23,6 +20,7 @@ from schemas.specs import Inputs
 from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
+from stages.evaluate.pictures import map_figures, thumbnail_uri
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.wording import metric_rows, mistake, number, quoted, sureness
 from stages.methods.base import method_of
@@ -48,6 +46,7 @@ def render_report(
     spec: BundleSpec,
     *,
     thumbnails: Mapping[str, npt.NDArray[np.uint8]] | None = None,
+    maps: Mapping[str, npt.NDArray[np.float32]] | None = None,
     train_dir: Path | None = None,
 ) -> str:
     """The report as one HTML text without a script and without a reference to another file.
@@ -57,7 +56,8 @@ def render_report(
         predictions: The evaluated rows.
         manifest: All rows of the study, for the table of the data set; of external images these images.
         spec: Of the evaluated bundle.
-        thumbnails: Image id -> (3, S, S) uint8, for the mistakes; those without one are shown as text.
+        thumbnails: Image id -> (3, S, S) uint8, for mistakes and maps; those without one are shown as text.
+        maps: What the model shows of the rows `mapped_rows`, (rows, blocks, gh, gw) by name.
         train_dir: DVCLive's folder of the training run; None or a folder without metrics: no training curves.
     """
     labels, probabilities = predictions.labels, predictions.probabilities.astype(np.float64)
@@ -91,6 +91,7 @@ def render_report(
         mistakes=[_mistake(predictions, row, thumbnails or {}) for row in mistakes],
         mistakes_note=_mistakes_note(len(mistakes), total, several),
         reliability_note=_reliability_note(several),
+        maps=map_figures(maps or {}, predictions, thumbnails or {}),
         training=_training(train_dir, spec.best_epoch),
         splits=splits,
         data=_data(manifest, splits),
@@ -172,14 +173,8 @@ def _mistake(
 ) -> dict[str, str | None]:
     item = predictions.rows[row]
     pixels = thumbnails.get(item.id)
-    image = None if pixels is None else _data_uri(pixels)
+    image = None if pixels is None else thumbnail_uri(pixels)
     return {"path": item.path, "image": image, **mistake(predictions, row)}
-
-
-def _data_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format="JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _training(train_dir: Path | None, best_epoch: int) -> list[dict[str, str]]:

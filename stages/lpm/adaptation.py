@@ -14,7 +14,7 @@ of the model, so that there is neither a fork nor a subclass of timm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,6 +122,17 @@ class Adaptation(nn.Module):
     def fold(self, lpm: Any) -> None:
         """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""
 
+    def maps(self, forward: Callable[[], object]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
+        """Return maps that explain what is computed for images, by name; none by default.
+
+        Args:
+            forward: Runs the adapted LPM on the images.
+
+        Returns:
+            (B, blocks, gh, gw) each, a number per patch.
+        """
+        return {}
+
 
 _ATTENTION_HOOKS = ("extra", "sink", "mix")
 _BLOCK_HOOKS = (*_ATTENTION_HOOKS, "attention_out", "between", "mlp_out")
@@ -156,6 +167,12 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
             block.forward = _block_forward(number, block, adaptation)
     if overrides(adaptation, "enter"):
         adapted[0][1].register_forward_pre_hook(lambda _, inputs: (adaptation.enter(inputs[0]), *inputs[1:]))
+    if adaptation.added_tokens and any("rel_pos" in name or "relative_pos" in name for name in _names(lpm)):
+        raise UnsupportedModelError(
+            f"{type(lpm).__name__} has no place for more tokens.",
+            "Its positions are biases between pairs of its own tokens, which others do not have.",
+            "Choose prompts that are keys and values, such as vpt-deep, or an LPM such as vit_base_patch16_384.",
+        )
     if adaptation.added_tokens or overrides(adaptation, "leave"):
         prefix = lpm.num_prefix_tokens
         adapted[-1][1].register_forward_hook(lambda _, __, tokens: adaptation.leave(tokens, prefix))
@@ -163,6 +180,11 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
             # Rotary positions are those of the patches: all tokens before them have none.
             if hasattr(block.attn, "num_prefix_tokens"):
                 block.attn.num_prefix_tokens += adaptation.added_tokens
+
+
+def _names(lpm: Any) -> list[str]:
+    """Return the names of all modules and parameters of the LPM."""
+    return [name for name, _ in (*lpm.named_modules(), *lpm.named_parameters())]
 
 
 def _block_kinds() -> set[type[nn.Module]]:

@@ -88,6 +88,35 @@ def scale_of(attention: Any) -> float:
     return float(attention.scale)
 
 
+def query_projection(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight (H d, D) and bias (H d,) of the projection to queries; None: no bias."""
+    if getattr(attention, "qkv", None) is None:
+        return attention.q_proj.weight, attention.q_proj.bias
+    rows = attention.qkv.weight.shape[0] // 3
+    separate: torch.Tensor | None = getattr(attention, "q_bias", None)
+    bias = attention.qkv.bias[:rows] if separate is None and attention.qkv.bias is not None else separate
+    return attention.qkv.weight[:rows], bias
+
+
+def queries(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute only the queries (B, H, N, d) of tokens (B, N, D), without positions."""
+    projected = F.linear(tokens, *query_projection(attention))
+    query = projected.view(*projected.shape[:-1], attention.num_heads, -1).transpose(1, 2)
+    if not hasattr(attention, "q_norm"):  # older versions of EvaAttention
+        return query
+    normed: torch.Tensor = attention.q_norm(query)
+    return normed
+
+
+def gate_of(attention: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Compute the gate (B, N, H d) of `finish` from tokens (B, N, D); None: the attention has no gate."""
+    gate = getattr(attention, "gate", None)
+    if gate is None:
+        return None
+    opened: torch.Tensor = gate(tokens).sigmoid()
+    return opened
+
+
 def finish(attention: Any, mixed: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """Compute the module's output from softmax(...) value.
 
@@ -131,7 +160,7 @@ def _kinds() -> dict[type[nn.Module], Kind]:
 
 def _plain(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
     query, key, value = _heads(attention, attention.qkv(tokens))
-    return Projected(*_normed(attention, query, key), value, _mask(options, query), _gate(attention, tokens))
+    return Projected(*_normed(attention, query, key), value, _mask(options, query), gate_of(attention, tokens))
 
 
 def _biased(attention: Any, tokens: torch.Tensor, options: Options) -> Projected:
@@ -164,7 +193,7 @@ def _rotated(attention: Any, tokens: torch.Tensor, options: Options) -> Projecte
         query, key = (_rotate(attention, tensor, rope).type_as(value) for tensor in (query, key))
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return Projected(query, key, value, _mask(options, query), _gate(attention, tokens))
+    return Projected(query, key, value, _mask(options, query), gate_of(attention, tokens))
 
 
 def _rotate(attention: Any, tensor: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -200,11 +229,6 @@ def _normed(attention: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[tor
     if not hasattr(attention, "q_norm"):  # older versions of EvaAttention
         return query, key
     return attention.q_norm(query), attention.k_norm(key)
-
-
-def _gate(attention: Any, tokens: torch.Tensor) -> torch.Tensor | None:
-    gate = getattr(attention, "gate", None)
-    return None if gate is None else gate(tokens).sigmoid()
 
 
 def _mask(options: Options, query: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ the frozen LPM, whose weights all runs of a process share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,6 +39,7 @@ class AdaptedLpm(Network):
         """
         super().__init__()
         self.spec, self.adaptation = spec, adaptation
+        self._uses_lpm = False
         model: Any = lpm
         self.lpm = model
         if spec.hidden is not None:
@@ -75,6 +76,10 @@ class AdaptedLpm(Network):
         tokens = self.lpm.forward_features(self._input(batch))
         return cast("torch.Tensor", self.lpm.forward_head(tokens, pre_logits=True))
 
+    def maps(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Return what explains the images of a prepared batch, by name, (B, blocks, gh, gw) each."""
+        return self.adaptation.maps(lambda: self.features(batch))
+
     def _input(self, batch: Batch) -> torch.Tensor:
         if self.spec.hidden is None:
             return cast("torch.Tensor", required(batch.image, "image"))
@@ -94,7 +99,9 @@ class AdaptedLpm(Network):
 
     @property
     def needs_lpm(self) -> bool:
-        """Whether weights of the LPM are not saved with the model."""
+        """Whether weights of the LPM are not saved with the model, and have not been taken over yet."""
+        if self._uses_lpm:
+            return False
         # With hidden tokens, embeddings see only the blank image.
         running = "" if self.spec.hidden is None else ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head.")
         return any(name.startswith(running) and f"lpm.{name}" not in self._saved for name in self.lpm.state_dict())
@@ -106,6 +113,7 @@ class AdaptedLpm(Network):
     def use_lpm(self, lpm: nn.Module) -> None:
         """Take over the frozen weights of the LPM, and fold the adaptation into new ones where it can be."""
         self._take_over(lpm, lambda _: False, lambda name: f"lpm.{name}" not in self._saved)
+        self._uses_lpm = True
         with torch.no_grad():
             self.adaptation.fold(self.lpm)
 

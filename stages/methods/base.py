@@ -37,6 +37,14 @@ class Model(nn.Module):
         """Compute logits (B, classes) of a prepared batch."""
         raise NotImplementedError
 
+    def maps(self, batch: Batch) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
+        """Return maps that explain what is computed for the images of a prepared batch; none by default.
+
+        Returns:
+            By name, (B, blocks, gh, gw) each, a number per patch.
+        """
+        return {}
+
     @property
     def saved_spec(self) -> MethodSpec:
         """Spec of the bundle: that of the model, with what training found."""

@@ -6,18 +6,23 @@ As published, d_p learnable logits P_i stand in front of the attention logits of
 
 Only s_i = logsumexp_j P_ij enters the result, which is that of fused attention times sigmoid(lse_i - s_i) (METHODS I1).
 `ept-lse` learns s_i directly, as a sink of fused attention: one number per token and block.
+
+At flat attention the factor is N / (N + d_p), 0.66 for ViT-B at 224 pixels and the published 100 prompts: EPT does not
+start as the LPM. The published recipe uses SGD; here AdamW trains both forms, under which they take equal steps, while
+SGD would need a rate divided by d_p for `ept-lse` (METHODS I4).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from schemas.prompt_adaptations import EptSettings
 from schemas.specs import AdaptationSpec
+from stages.extract.importance import attend
 from stages.lpm.adaptation import Adaptation
 from stages.lpm.attention import Projected
 from stages.methods.adapted_lpm import AdaptationMethod
@@ -26,18 +31,63 @@ INITIAL = 0.02
 """Standard deviation of the initial prompt logits, as published."""
 
 
-class EmbeddedPrompts(Adaptation):
+MAP = "Share of the attention of each patch that the prompts leave to tokens, mean over heads"
+"""Name of the maps of the published factor."""
+
+
+class _Embedded(Adaptation):
+    """What both forms share: the factors sigmoid(lse_i - s_i)."""
+
+    def __init__(self, spec: AdaptationSpec) -> None:
+        super().__init__(spec.first_block)
+        self.grid, self.prefix = spec.grid, spec.prefix_tokens
+        self._factors: list[torch.Tensor] | None = None
+
+    def logits(self) -> torch.Tensor:
+        """Return s, (blocks, N)."""
+        raise NotImplementedError
+
+    def mix(self, number: int, tokens: Projected, scale: float) -> torch.Tensor | None:
+        """Record the factors while `maps` runs; else leave attention to the driver."""
+        if self._factors is None:
+            return None
+        mixed, lse = attend(tokens, scale)
+        if lse is None:
+            lse = _scores(tokens, scale).logsumexp(dim=-1)
+        factors = (lse - self.logits()[self.row(number)]).sigmoid()
+        self._factors.append(factors)
+        return mixed * factors.unsqueeze(-1).to(mixed.dtype)
+
+    @torch.no_grad()
+    def maps(self, forward: Callable[[], object]) -> Mapping[str, torch.Tensor]:
+        """Return the factors of all patches of the images of a forward pass, (B, blocks, gh, gw), mean over heads."""
+        self._factors = []
+        try:
+            forward()
+            factors = torch.stack([of_block.mean(dim=1) for of_block in self._factors], dim=1)
+        finally:
+            self._factors = None
+        return {MAP: factors[..., self.prefix :].reshape(*factors.shape[:2], self.grid, self.grid)}
+
+
+def _scores(tokens: Projected, scale: float) -> torch.Tensor:
+    """Return the logits of the softmax, (B, H, N, N)."""
+    scores = (tokens.query * scale) @ tokens.key.mT
+    return scores if tokens.bias is None else scores + tokens.bias
+
+
+class EmbeddedPrompts(_Embedded):
     """EPT as published, with the matrix of all attention weights."""
 
     def __init__(self, spec: AdaptationSpec, options: EptSettings) -> None:
-        super().__init__(spec.first_block)
+        super().__init__(spec)
         self.prompts = nn.Parameter(INITIAL * torch.randn(spec.blocks, spec.tokens, options.prompts))
 
-    def mix(self, number: int, tokens: Projected, scale: float) -> torch.Tensor:
+    def mix(self, number: int, tokens: Projected, scale: float) -> torch.Tensor | None:
         """Return softmax([P, scores])[:, d_p:] v, (B, H, N, d)."""
-        scores = (tokens.query * scale) @ tokens.key.mT
-        if tokens.bias is not None:
-            scores = scores + tokens.bias
+        if (recorded := super().mix(number, tokens, scale)) is not None:
+            return recorded
+        scores = _scores(tokens, scale)
         prompts = self.prompts[self.row(number)].to(scores.dtype)
         logits = torch.cat([prompts.expand(*scores.shape[:2], -1, -1), scores], dim=-1)
         return logits.softmax(dim=-1)[..., prompts.shape[-1] :] @ tokens.value
@@ -47,38 +97,21 @@ class EmbeddedPrompts(Adaptation):
         return self.prompts.logsumexp(dim=-1)
 
 
-class EmbeddedLogits(Adaptation):
+class EmbeddedLogits(_Embedded):
     """EPT with s = log d_p + u, and u learnable from 0 (METHODS I4)."""
 
     def __init__(self, spec: AdaptationSpec, options: EptSettings) -> None:
-        super().__init__(spec.first_block)
+        super().__init__(spec)
         self.base = math.log(options.prompts)
         self.offsets = nn.Parameter(torch.zeros(spec.blocks, spec.tokens))
 
     def sink(self, number: int) -> torch.Tensor:
         """Return the logits s of a block, (N,)."""
-        return self.base + self.offsets[self.row(number)]
+        return self.logits()[self.row(number)]
 
     def logits(self) -> torch.Tensor:
         """Return s, (blocks, N)."""
         return self.base + self.offsets
-
-
-def at_grid(offsets: torch.Tensor, prefix: int, side: int, new_side: int) -> torch.Tensor:
-    """Resample position-bound numbers to another image size, bicubically; those of prefix tokens stay.
-
-    Args:
-        offsets: (blocks, prefix + side^2).
-        prefix: Class and register tokens.
-        side: Patches per side.
-        new_side: Patches per side of the result.
-
-    Returns:
-        (blocks, prefix + new_side^2).
-    """
-    grid = offsets[:, prefix:].reshape(len(offsets), 1, side, side)
-    resampled = F.interpolate(grid, (new_side, new_side), mode="bicubic", align_corners=False)
-    return torch.cat([offsets[:, :prefix], resampled.flatten(1)], dim=1)
 
 
 def _make(spec: AdaptationSpec, options: EptSettings) -> Adaptation:

@@ -26,6 +26,7 @@ from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score
 from stages.extract.features import to_pixels
 from stages.images import read_image
+from stages.lpm.matching import load_matching
 from stages.predict.classifier import check_task, load_classifier
 from stages.prepare import QUARANTINE_FILE
 from stages.prepare.dataset_listing import Listing, check_listing, read_listing
@@ -70,7 +71,8 @@ class ExternalContext:
     root: Path
     """Folder where relative paths of the settings start."""
     lpm: LpmSettings | None
-    """Location of the LPM's weights; None: the hub. Not loaded if all features are cached."""
+    """Location of the LPM's weights; None: the hub. Loaded where features are missing, or where the model runs upper
+    blocks of it."""
     cache_root: Path
     """Folder of all stores."""
     study: Manifest | None = None
@@ -242,6 +244,9 @@ class _Source:
             cached = [ids[index] for index in np.flatnonzero(store.find(ids) >= 0).tolist()]
             if not cached:
                 return {}
+            if self.bundle.network.needs_lpm:
+                lpm = load_matching(spec.features, self.context.lpm, self.context.root, self.bundle.device)
+                self.bundle.network.use_lpm(lpm.model)
             return dict(zip(cached, probabilities(source_logits(self.bundle, store, cached), spec.task), strict=True))
 
 

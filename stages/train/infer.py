@@ -42,6 +42,20 @@ def source_logits(bundle: Bundle, source: RowSource, ids: Sequence[str], batch_s
 
 
 @torch.inference_mode()
+def source_maps(bundle: Bundle, source: RowSource, ids: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    """Compute the maps that a model offers (`Model.maps`) for a few images of a row source, in one batch.
+
+    Returns:
+        By name, (len(ids), blocks, gh, gw) float32 on the CPU; empty if the model offers none.
+    """
+    network = bundle.spec.network
+    dataset = FeatureDataset(source, ids, [0] * len(ids), Reading(model_inputs(network), network.side_size))
+    [batch] = batches(dataset, EpochSampler(len(ids), len(ids)))
+    maps = bundle.network.maps(batch.to(bundle.device).prepared(bundle.spec.features))
+    return {name: values.float().cpu() for name, values in maps.items()}
+
+
+@torch.inference_mode()
 def feature_logits(bundle: Bundle, arrays: Mapping[str, NDArray[Any]]) -> torch.Tensor:
     """Compute the logits of features in memory, by array name as in the store; `image` contains the LPM's pixels.
 

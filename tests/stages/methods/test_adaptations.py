@@ -35,10 +35,23 @@ COUNTS: list[tuple[str, dict[str, Any], int]] = [
     ("ept", {}, 236_400),
     ("ept", {"prompts": 600}, 1_418_400),
     ("ept-lse", {}, 2_364),
+    ("cvpt", {}, 92_160),
+    ("cvpt", {"prompts": 20}, 184_320),
+    ("dvpt", {}, 218_208),
+    ("dvpt-release", {}, 202_836),
+    ("apt", {}, 534_540),
+    ("apt", {"prompts": 200}, 1_916_940),
+    ("apt", {"zero_gate": True}, 534_552),
 ]
 """Method, its settings, and the published parameter count without the head, of ViT-B/16 at 224 pixels (METHODS 2)."""
 ADAPTATIONS = [name for name, row in METHODS.items() if row.spec is AdaptationSpec]
-TINY: dict[str, dict[str, Any]] = {"ept": {"prompts": 3}}
+TINY: dict[str, dict[str, Any]] = {
+    "ept": {"prompts": 3},
+    "cvpt": {"prompts": 3},
+    "dvpt": {"prompts": 3, "latent": 4},
+    "dvpt_release": {"prompts": 3, "latent": 4},
+    "apt": {"prompts": 3},
+}
 """Settings of small models, by section of `methods`."""
 PLAIN = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 """Augmentation that changes nothing."""
@@ -180,7 +193,7 @@ def changed_at_start(name: str, tmp_path: Path) -> float:
     return float((features - expected).norm() / expected.norm())
 
 
-IDENTICAL: set[str] = set()
+IDENTICAL = {"dvpt"}
 """Adaptations that start as the LPM; the others are published with another start, which nobody should "fix"."""
 
 

@@ -186,3 +186,28 @@ def test_the_side_method_needs_no_lpm(tmp_path: Path) -> None:
     (trained.study.root / "lpm.safetensors").unlink()
     make_images(tmp_path / "others", 2, seed=5)
     assert run(trained, tmp_path / "others", tmp_path / "out").metrics.images == 6
+
+
+@pytest.mark.parametrize("method", ["ept-lse", "cvpt"])
+def test_an_adaptation_runs_the_upper_blocks_of_the_lpm_on_cached_tokens(
+    method: str, others: Path, tmp_path: Path
+) -> None:
+    study = make_study(tmp_path, method=method, features={"hidden": 3}, train={"start_block": 3, "epochs": 1})
+    receipt, model = study.extract(), tmp_path / "model"
+    train(study.settings, study.files(receipt), model, tmp_path / "checkpoints")
+    trained = Trained(study, receipt, model)
+    evaluate(study.files(receipt), model, tmp_path / "evaluation")
+    expected = read_predictions(tmp_path / "evaluation/predictions.parquet")
+    # Some images are cached, the others are computed: both by the same model.
+    shutil.copytree(others, tmp_path / "images", dirs_exist_ok=True)
+    result = run(trained, tmp_path / "images", tmp_path / "external")
+    assert (result.cached, result.computed) == (24, 12)
+    found = read_predictions(tmp_path / "external/predictions.parquet")
+    position = {row.id: number for number, row in enumerate(found.rows)}
+    mine = found.probabilities[[position[row.id] for row in expected.rows]]
+    np.testing.assert_allclose(mine, expected.probabilities, atol=1e-6)
+    again = run(trained, tmp_path / "images", tmp_path / "again", cache=tmp_path / "nothing")
+    assert (again.cached, again.computed) == (0, 36)
+    computed = read_predictions(tmp_path / "again/predictions.parquet")
+    assert [row.id for row in computed.rows] == [row.id for row in found.rows]
+    np.testing.assert_allclose(computed.probabilities, found.probabilities, atol=2e-3)
