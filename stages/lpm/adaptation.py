@@ -23,6 +23,7 @@ from torch import nn
 
 from schemas.errors import UnsupportedModelError
 from stages.lpm.attention import Projected, finish, project, scale_of
+from stages.phases import Phase
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, (1 or B, H, m, d) each."""
@@ -119,6 +120,19 @@ class Adaptation(nn.Module):
         """
         return output
 
+    def phase(self, epoch: int, epochs: int) -> Phase:  # noqa: ARG002
+        """Return the phase of an epoch, from 1, in a training of so many epochs; one for all of them by default."""
+        return Phase(1, epochs)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set what learns in an epoch, from 1, of a training of so many epochs; does nothing by default."""
+
+    def begin_phase(self, epoch: int, epochs: int) -> None:
+        """Change weights before an epoch that begins a phase; does nothing by default."""
+
+    def read_gradients(self) -> None:
+        """Read the gradients of a batch before the weights are updated; does nothing by default."""
+
     def fold(self, lpm: Any) -> None:
         """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""
 
@@ -156,6 +170,12 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
             block.forward = _block_forward(number, block, adaptation)
     if overrides(adaptation, "enter"):
         adapted[0][1].register_forward_pre_hook(lambda _, inputs: (adaptation.enter(inputs[0]), *inputs[1:]))
+    if adaptation.added_tokens and any("rel_pos" in name or "relative_pos" in name for name in _names(lpm)):
+        raise UnsupportedModelError(
+            f"{type(lpm).__name__} has no place for more tokens.",
+            "Its positions are biases between pairs of its own tokens, which others do not have.",
+            "Choose prompts that are keys and values, such as vpt-deep, or an LPM such as vit_base_patch16_384.",
+        )
     if adaptation.added_tokens or overrides(adaptation, "leave"):
         prefix = lpm.num_prefix_tokens
         adapted[-1][1].register_forward_hook(lambda _, __, tokens: adaptation.leave(tokens, prefix))
@@ -163,6 +183,11 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
             # Rotary positions are those of the patches: all tokens before them have none.
             if hasattr(block.attn, "num_prefix_tokens"):
                 block.attn.num_prefix_tokens += adaptation.added_tokens
+
+
+def _names(lpm: Any) -> list[str]:
+    """Return the names of all modules and parameters of the LPM."""
+    return [name for name, _ in (*lpm.named_modules(), *lpm.named_parameters())]
 
 
 def _block_kinds() -> set[type[nn.Module]]:
