@@ -59,8 +59,8 @@ def written_out(
     keys: Sequence[torch.Tensor] | None = None,
     values: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Logits of a ViT from its equations: prompts `deep` (m, D) as tokens of each block, dropped behind it; `shallow` (m, D)
-    as tokens that stay; `keys` and `values` (H, m, d) in front of those of each block."""
+    """Logits of a ViT from its equations: prompts `deep` (m, D) as tokens of each block, dropped behind it; `shallow`
+    (m, D) as tokens that stay; `keys` and `values` (H, m, d) in front of those of each block."""
     count, heads, width = len(images), model.blocks[0].attn.num_heads, model.embed_dim
     x = torch.cat([model.cls_token.expand(count, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
     if shallow is not None:

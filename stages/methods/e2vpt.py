@@ -7,21 +7,21 @@ that do not pass through any projection or norm:
 
 E is drawn from U(-b, b), b = sqrt(6 / (KV d)). The order in which keys are joined has no effect.
 
-Pruning (`prune`) gives the visual prompts of all blocks one mask per prompt and one per segment of a prompt, 16 segments
-each:
+Pruning (`prune`) gives the visual prompts of all blocks one mask per prompt and one per segment of a prompt, of which
+each has 16:
 
     P_l <- P_l * token mask (P, 1) * segment mask (P, 16), each number for D / 16 contiguous channels
 
 in one training of three phases: (1) everything learns, the masks from 1; (2) an epoch at learning rate 0 in which the
-mean absolute gradient of each mask over the training batches is its importance; (3) prompts, E and head start again from
-their stored initial values, with masks fixed to 0 for the least important prompts, and in each prompt for its least
-important segments, else 1. Only epochs of (3) are kept. A pruned prompt is a vector of zeros: it is still a key, as in
-the published code.
+mean absolute gradient of each mask over the training batches is its importance; (3) prompts, E and head start again
+from their stored initial values, with masks fixed to 0 for the least important prompts, and in each prompt for its
+least important segments, else 1. Only an epoch of (3) is kept. A pruned prompt is a vector of zeros: it is still a key,
+as in the published code.
 
 Read from the published code and the abstract only. There, importance is the mean signed gradient, measured while the
 optimiser steps, segments are strided channels, (3) starts from new random values, and up to 81 pairs of shares are
-tried; the formula of the paper, and whether it prunes segments per prompt, are UNVERIFIED. Here the shares are settings.
-No prompt dropout (published: 0.1).
+tried; here the shares are settings. The formula of the paper, and whether it prunes segments per prompt, are
+UNVERIFIED. No prompt dropout (published: 0.1).
 """
 
 from __future__ import annotations

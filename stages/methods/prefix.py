@@ -4,8 +4,8 @@
 
     o = softmax(q [K_p; K]^T / sqrt(d)) [V_p; V]
 
-with K_p from N(0, 0.02) and V_p 0. This is not the LPM even so: the prefix takes part in the softmax, and at flat attention
-leaves N / (N + m) of it to the tokens (0.92 with 16 prompts and 197 tokens).
+with K_p from N(0, 0.02) and V_p 0. This is not the LPM even so: the prefix takes part in the softmax, and at flat
+attention leaves N / (N + m) of it to the tokens (0.92 with 16 prompts and 197 tokens).
 
 `pt-peft`: the first half of the epochs trains the prefix and the head; the second half trains these and LoRA of rank r
 on the projections to queries, keys and values,
@@ -13,11 +13,11 @@ on the projections to queries, keys and values,
     W x + B A x,   A from U(-1/sqrt(D), 1/sqrt(D)), B 0
 
 with a new optimiser state and a new cosine schedule at half the rate, so that there are as many epochs as in a training
-with LoRA only. Attentions with separate projections have LoRA on those of queries and values, which is the same number of
-parameters. At prediction, B A is added to W.
+with LoRA only. Attentions with separate projections have LoRA on those of queries and values, which is the same number
+of parameters. At prediction, B A is added to W.
 
-PT-PEFT is a translation of an abstract to ViT classifiers: it was published for language models that read images. Prefix
-length, ranks, rates and share of the epochs are ours (UNVERIFIED); its prefix encoder is left out.
+PT-PEFT is a translation of an abstract to ViT classifiers: it was published for language models that read images.
+Prefix length, ranks, rates and share of the epochs are ours (UNVERIFIED); its prefix encoder is left out.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ over both axes, without normalisation:
     P^_l = [Re(FFT_tokens(FFT_channels(P_l[:m]))); P_l[m:]]
 
 and then are keys and values as in VPT-deep (`stages.methods.vpt`). No parameters are added. The real part only depends
-on the even part (P[i, j] + P[-i, -j]) / 2 (METHODS I7): of m D numbers, (m D + c) / 2 have an effect, with c = (2 if m is
-even else 1) (2 if D is even else 1); the others never get a gradient. The transform multiplies the deviation of the
-initial values by sqrt(m D / 2).
+on the even part (P[i, j] + P[-i, -j]) / 2 (METHODS I7): of m D numbers, (m D + c) / 2 have an effect, with c = (2 if m
+is even else 1) (2 if D is even else 1); in the other directions there is no gradient. The transform multiplies the
+deviation of the initial values by sqrt(m D / 2).
 
 At prediction, keys and values of P^ are computed once, so that it costs what VPT-deep does. Where the transformed
-prompts stand has no effect on attention. Not offered: drawing which prompts are transformed in every forward pass, as an
-option of the published code does. Ours: no dropout before the transform; AdamW, whose weight decay acts on P, not on P^.
-The number of prompts per data set is UNVERIFIED.
+prompts stand has no effect on attention. Not offered: drawing which prompts are transformed in every forward pass, as
+an option of the published code does. Ours: no dropout before the transform; AdamW, whose weight decay acts on P, not on
+P^. The number of prompts per data set is UNVERIFIED.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ further keys and values of each block (METHODS I5):
 computed once per step, and at prediction once. Sequence length, queries and MLP remain those of the image.
 
 Prompts are drawn from U(-v, v), v = sqrt(6 / (3 p^2 + D)) with patches of side p, as published. They have no position.
-Ours: no prompt dropout (the published commands have 0.1, the default of the published code is 0), AdamW in place of SGD,
-and prompts are never part of a mean over tokens.
+Ours: no prompt dropout (the published commands have 0.1, the default of the published code is 0), AdamW in place of
+SGD, and prompts are never part of a mean over tokens.
 """
 
 from __future__ import annotations

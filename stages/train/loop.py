@@ -220,7 +220,8 @@ def keep_epoch(run: Run, log: EpochLog) -> None:
     # With few validation images, an early epoch can score well by chance; any epoch of the second half replaces it.
     middle = first - 1 + (settings.epochs - first + 1) // 2
     second_half = settings.keep == "late" and state.best <= middle < log.epoch
-    if settings.keep == "last" or state.best < first or second_half or _merit(log) > _merit(state.epochs[state.best - 1]):
+    replaced = settings.keep == "last" or state.best < first or second_half
+    if replaced or _merit(log) > _merit(state.epochs[state.best - 1]):
         state.best = log.epoch
         state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
     state.epochs.append(log)

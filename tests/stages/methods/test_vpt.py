@@ -56,7 +56,7 @@ def test_initial_prompts_are_the_published_ones() -> None:
     model = tiny_vit()
     spec = spec_of(model, "vpt-deep").model_copy(update={"width": 768})
     torch.manual_seed(0)
-    prompts = initial_prompts(spec, 12, 10)
+    prompts = initial_prompts(spec, 12, 10).detach()
     assert prompts.shape == (12, 10, 768)
     assert float(prompts.abs().max()) == pytest.approx(0.0625, abs=1e-4)
     assert float(prompts.std()) == pytest.approx(0.0625 / math.sqrt(3), rel=0.01)

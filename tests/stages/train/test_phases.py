@@ -32,7 +32,6 @@ def study_at(root: Path, method: str = "pt-peft", **train: Any) -> Study:
     return make_study(
         root,
         method=method,
-        features={"hidden": 4, "dtype": "float32"},
         methods={"pt_peft": {"prompts": 3, "rank": 2}},
         train={"epochs": EPOCHS, "lr": LR, "weight_decay": 0.1, "start_block": 4, **train},
     )
@@ -44,7 +43,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def trained(study: Study, output: str, watch: Watch | None = None) -> TrainResult:
-    files = study.files(study.extract())
+    files = study.files(None)
     return train(study.settings, files, study.root / output, study.root / "checkpoints", watch)
 
 
@@ -119,7 +118,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(study: Study, after: in
 def test_runs_that_share_batches_end_where_each_would_alone(study: Study) -> None:
     changes: list[dict[str, Any]] = [{}, {"lr": 2e-3, "seed": 3}]
     variants = [study.changed(train=keys) for keys in changes]
-    files, outputs = study.files(study.extract()), [study.root / f"t/{number}" for number in range(2)]
+    files, outputs = study.files(None), [study.root / f"t/{number}" for number in range(2)]
     # The second run has no checkpoint of the first epoch of the second phase.
     position = iter(range(100))
 
