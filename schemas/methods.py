@@ -72,6 +72,16 @@ class MethodSettings(Section):
     """Dynamic Visual Prompt Tuning as in the released code."""
     apt: cross_adaptations.AptSettings = cross_adaptations.AptSettings()
     """Approximated Prompt Tuning."""
+    vpt: prompt_adaptations.VptSettings = prompt_adaptations.VptSettings()
+    """Visual Prompt Tuning: vpt-shallow and vpt-deep."""
+    vfpt: prompt_adaptations.VfptSettings = prompt_adaptations.VfptSettings()
+    """Visual Fourier Prompt Tuning."""
+    e2vpt: prompt_adaptations.E2vptSettings = prompt_adaptations.E2vptSettings()
+    """Effective and efficient Visual Prompt Tuning."""
+    prefix: prompt_adaptations.PrefixSettings = prompt_adaptations.PrefixSettings()
+    """Prefix tuning."""
+    pt_peft: prompt_adaptations.PtPeftSettings = prompt_adaptations.PtPeftSettings()
+    """Prefix tuning, then LoRA as well."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Settings of a method that is not part of fpt (docs/methods.md), by name."""
 

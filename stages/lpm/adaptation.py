@@ -23,6 +23,7 @@ from torch import nn
 
 from schemas.errors import UnsupportedModelError
 from stages.lpm.attention import Projected, finish, project, scale_of
+from stages.phases import Phase
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, (1 or B, H, m, d) each."""
@@ -118,6 +119,19 @@ class Adaptation(nn.Module):
             normed: Input of the MLP.
         """
         return output
+
+    def phase(self, epoch: int, epochs: int) -> Phase:  # noqa: ARG002
+        """Return the phase of an epoch, from 1, in a training of so many epochs; one for all of them by default."""
+        return Phase(1, epochs)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set what learns in an epoch, from 1, of a training of so many epochs; does nothing by default."""
+
+    def begin_phase(self, epoch: int, epochs: int) -> None:
+        """Change weights before an epoch that begins a phase; does nothing by default."""
+
+    def read_gradients(self) -> None:
+        """Read the gradients of a batch before the weights are updated; does nothing by default."""
 
     def fold(self, lpm: Any) -> None:
         """Move what can be folded into new weights of the LPM, which may be shared; for prediction only."""

@@ -21,6 +21,7 @@ from schemas.specs import AdaptationSpec, AdaptedLpmSpec, MethodSpec
 from stages.lpm.adaptation import Adaptation, install
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.batch import Batch, required
+from stages.phases import Phase
 
 
 class AdaptedLpm(Network):
@@ -96,6 +97,22 @@ class AdaptedLpm(Network):
         super().train(mode)
         self.lpm.eval()
         return self
+
+    def phase(self, epoch: int, epochs: int) -> Phase:
+        """Return the phase of an epoch, which the adaptation determines."""
+        return self.adaptation.phase(epoch, epochs)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set what of the adaptation learns in an epoch."""
+        self.adaptation.begin_epoch(epoch, epochs)
+
+    def begin_phase(self, epoch: int, epochs: int) -> None:
+        """Change the adaptation before an epoch that begins a phase."""
+        self.adaptation.begin_phase(epoch, epochs)
+
+    def read_gradients(self) -> None:
+        """Let the adaptation read the gradients of a batch."""
+        self.adaptation.read_gradients()
 
     @property
     def needs_lpm(self) -> bool:

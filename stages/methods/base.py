@@ -19,6 +19,7 @@ from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.batch import Batch
 from stages.methods.fit_rows import FitRows, describe_rows
+from stages.phases import Phase
 from stages.threads import CALLING_THREAD, Threads
 
 if TYPE_CHECKING:
@@ -128,6 +129,22 @@ class Network(Model):
 
     def reseed(self, *entropy: int) -> None:
         """Seed the random draws of training with these numbers; does nothing by default."""
+
+    def phase(self, epoch: int, epochs: int) -> Phase:  # noqa: ARG002
+        """Return the phase of an epoch, from 1, in a training of so many epochs; one for all of them by default."""
+        return Phase(1, epochs)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set what learns in an epoch, from 1, of a training of so many epochs; does nothing by default.
+
+        Called for every epoch in order, also for those before a resume.
+        """
+
+    def begin_phase(self, epoch: int, epochs: int) -> None:
+        """Change weights before an epoch that begins a phase; does nothing by default."""
+
+    def read_gradients(self) -> None:
+        """Read the gradients of a batch before they are clipped and the weights updated; does nothing by default."""
 
     def compiled_blocks(self) -> Iterator[nn.Module]:
         """Yield the modules that `train.compile` compiles; none by default."""

@@ -141,6 +141,7 @@ def training_step(
 def _update(runs: Sequence[Run]) -> list[None]:
     """Clip the gradients of each member separately, and update the weights."""
     for run in runs:
+        run.network.read_gradients()
         for member in run.trained:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
@@ -195,6 +196,8 @@ def fit(
     members = sum(len(run.trained) for run in runs)
     with open_threads(1 if settings.compile else members, shared.device) as threads:
         for epoch in range(1, shared.settings.epochs + 1):
+            for run in runs:
+                run.network.begin_epoch(epoch, settings.epochs)
             # A kill between two checkpoints leaves some runs one epoch ahead; they skip it.
             behind = [run for run in runs if len(run.state.epochs) < epoch]
             if not behind:
@@ -203,6 +206,9 @@ def fit(
             sampler.epoch = epoch
             for run in behind:
                 run.network.reseed(run.recipe.settings.seed, epoch)
+                if run.network.phase(epoch, settings.epochs).first == epoch:
+                    run.state.optimizer.state.clear()
+                    run.network.begin_phase(epoch, settings.epochs)
             train_losses = _train_epoch(behind, train_batches, sampler, epoch, threads)
             for run in behind:
                 _load_first(run, epoch)
@@ -244,11 +250,14 @@ def _mean_loss(run: Run, epoch: int, loss: float) -> float:
 
 
 def keep_epoch(run: Run, log: EpochLog) -> None:
-    """Append an epoch to a run, and keep its weights if `train.keep` selects them."""
+    """Append an epoch to a run, and keep its weights if `train.keep` selects them from the last phase."""
     state, settings = run.state, run.recipe.settings
+    first = run.network.phase(log.epoch, settings.epochs).first
     # With few validation images, an early epoch can score well by chance; any epoch of the second half replaces it.
-    second_half = settings.keep == "late" and state.best <= settings.epochs // 2 < log.epoch
-    if settings.keep == "last" or state.best == 0 or second_half or _merit(log) > _merit(state.epochs[state.best - 1]):
+    middle = first - 1 + (settings.epochs - first + 1) // 2
+    second_half = settings.keep == "late" and state.best <= middle < log.epoch
+    replaced = settings.keep == "last" or state.best < first or second_half
+    if replaced or _merit(log) > _merit(state.epochs[state.best - 1]):
         state.best = log.epoch
         state.best_state = {name: t.detach().cpu().clone() for name, t in state.network.state_dict().items()}
     state.epochs.append(log)
@@ -265,9 +274,10 @@ def _train_epoch(
     for step, batch in enumerate(loader):
         for run in runs:
             settings = run.recipe.settings
-            progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
+            phase = run.network.phase(epoch, settings.epochs)
+            progress = phase.progress(epoch, step, steps)
             for group in run.state.optimizer.param_groups:
-                group["lr"] = settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+                group["lr"] = settings.lr * phase.rate * 0.5 * (1.0 + math.cos(math.pi * progress))
         batch_rows = sampler.batch_rows(step)
         for total, loss in zip(totals, training_step(runs, batch, batch_rows, threads), strict=True):
             total += loss * batch_rows

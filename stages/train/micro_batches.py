@@ -89,10 +89,13 @@ def join_gradients(runs: Sequence[Run], losses: Sequence[torch.Tensor], labels: 
 
 
 def _gradients(members: Sequence[nn.Module], ranks: Ranks) -> list[torch.Tensor]:
-    """Return the gradients; with several processes those of all parameters, since a process may have had no rows."""
+    """Return the gradients; with several processes those of all learnable parameters, since one may have had no rows.
+
+    What is not learnable in this phase of the training gets none, so that weight decay does not move it.
+    """
     parameters = [parameter for member in members for parameter in member.parameters()]
     if ranks.count > 1:
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     return [parameter.grad for parameter in parameters if parameter.grad is not None]

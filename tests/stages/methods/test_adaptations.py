@@ -42,6 +42,18 @@ COUNTS: list[tuple[str, dict[str, Any], int]] = [
     ("apt", {}, 534_540),
     ("apt", {"prompts": 200}, 1_916_940),
     ("apt", {"zero_gate": True}, 534_552),
+    ("vpt-shallow", {}, 7_680),
+    ("vpt-deep", {}, 92_160),
+    ("vpt-deep", {"prompts": 1}, 9_216),
+    ("vpt-deep", {"prompts": 100}, 921_600),
+    ("vfpt", {}, 92_160),
+    ("e2vpt", {}, 138_240),
+    ("e2vpt", {"shared": False}, 184_320),
+    ("e2vpt", {"prune": True}, 138_410),
+    ("prefix", {"prompts": 10}, 184_320),
+    ("prefix", {}, 294_912),
+    ("pt-peft", {"prompts": 10}, 479_232),
+    ("pt-peft", {}, 589_824),
 ]
 """Method, its settings, and the published parameter count without the head, of ViT-B/16 at 224 pixels (METHODS 2)."""
 ADAPTATIONS = [name for name, row in METHODS.items() if row.spec is AdaptationSpec]
@@ -51,6 +63,11 @@ TINY: dict[str, dict[str, Any]] = {
     "dvpt": {"prompts": 3, "latent": 4},
     "dvpt_release": {"prompts": 3, "latent": 4},
     "apt": {"prompts": 3},
+    "vpt": {"prompts": 3},
+    "vfpt": {"prompts": 4},
+    "e2vpt": {"prompts": 3, "kv_prompts": 2},
+    "prefix": {"prompts": 3},
+    "pt_peft": {"prompts": 3, "rank": 2},
 }
 """Settings of small models, by section of `methods`."""
 PLAIN = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
