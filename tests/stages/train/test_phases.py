@@ -98,11 +98,11 @@ def test_what_a_phase_does_not_train_gets_no_gradient_of_several_processes(study
     method = gradient_method("pt-peft")
     network: Any = method.build(method.spec(study.settings, study.lpm, 3))
     network.begin_epoch(1, EPOCHS)
-    found = micro_batches._gradients(network, Ranks(0, 2))
+    found = micro_batches._gradients([network], Ranks(0, 2))
     assert len(found) == 4  # keys, values, and the head
     assert all(value.grad is None for value in network.adaptation.updates.parameters())
     network.begin_epoch(EPOCHS, EPOCHS)
-    assert len(micro_batches._gradients(network, Ranks(0, 2))) == 4 + 2 * len(network.adaptation.updates)
+    assert len(micro_batches._gradients([network], Ranks(0, 2))) == 4 + 2 * len(network.adaptation.updates)
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
