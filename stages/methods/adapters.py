@@ -60,9 +60,8 @@ class Bottlenecks(Adaptation):
     ) -> torch.Tensor:
         """Add the output of the bottleneck to that of the MLP."""
         down, up = self.down[self.row(number)], self.up[self.row(number)]
-        if self._parallel:
-            return output + SCALE * up(F.relu(down(tokens)))
-        return output + up(F.gelu(down(output)))
+        added: torch.Tensor = SCALE * up(F.relu(down(tokens))) if self._parallel else up(F.gelu(down(output)))
+        return output + added
 
 
 def _make(spec: AdaptationSpec, options: AdapterSettings | AdaptFormerSettings) -> Adaptation:

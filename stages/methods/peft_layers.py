@@ -107,7 +107,7 @@ class PeftLayers(Adaptation):
         """
         if self._method == "vera":
             sums = _projection_sums(lpm)
-            if not torch.allclose(sums, self.projection_sums.to(sums.device), rtol=1e-5, atol=0):
+            if not torch.allclose(sums, self.projection_sums.to(sums), rtol=1e-5, atol=0):
                 raise BundleError(
                     "The random projections of vera are not those of training.",
                     "The installed versions of peft and torch draw other numbers from the same seed.",

@@ -55,7 +55,8 @@ class ScaleAndShift(Adaptation):
     def _hook(self, key: str) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
         def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
             scale, shift = (1 + self.scales[key]).to(output.dtype), self.shifts[key].to(output.dtype)
-            return output * scale + shift
+            changed: torch.Tensor = output * scale + shift
+            return changed
 
         return hook
 
