@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
-from schemas import cross_adaptations, prompt_adaptations
+from schemas import cross_adaptations, prompt_adaptations, weight_adaptations
 from schemas.base import Section
 from schemas.errors import SettingsError
 from schemas.method_row import MethodRow, Preset, Problems
@@ -82,6 +82,16 @@ class MethodSettings(Section):
     """Prefix tuning."""
     pt_peft: prompt_adaptations.PtPeftSettings = prompt_adaptations.PtPeftSettings()
     """Prefix tuning, then LoRA as well."""
+    ssf: weight_adaptations.SsfSettings = weight_adaptations.SsfSettings()
+    """Scaling and shifting of features."""
+    adapter: weight_adaptations.AdapterSettings = weight_adaptations.AdapterSettings()
+    """Adapters after the MLPs."""
+    adaptformer: weight_adaptations.AdaptFormerSettings = weight_adaptations.AdaptFormerSettings()
+    """Adapters parallel to the MLPs."""
+    lora: weight_adaptations.LoraSettings = weight_adaptations.LoraSettings()
+    """Low-rank updates: lora and dora."""
+    vera: weight_adaptations.VeraSettings = weight_adaptations.VeraSettings()
+    """Vector-based random matrix adaptation."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Settings of a method that is not part of fpt (docs/methods.md), by name."""
 
@@ -309,7 +319,8 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *prompt_adaptations.ROWS, *cross_adaptations.ROWS)}
+_ADAPTATIONS = (*prompt_adaptations.ROWS, *cross_adaptations.ROWS, *weight_adaptations.ROWS)
+METHODS: dict[str, MethodRow] = {row.name: row for row in (*_ROWS, *_ADAPTATIONS)}
 """Name -> row, in the order of help texts."""
 
 

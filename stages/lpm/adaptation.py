@@ -58,6 +58,9 @@ class Adaptation(nn.Module):
             lpm: timm's model, with `Identity` in place of blocks that never run.
         """
 
+    def start(self, lpm: Any) -> None:
+        """Set initial values that depend on the weights of the LPM, once it has them; does nothing by default."""
+
     def learns(self, name: str) -> bool:  # noqa: ARG002
         """Whether this parameter of the LPM is trained. Its head always is."""
         return False

@@ -83,6 +83,19 @@ def value_weight(attention: Any) -> torch.Tensor:
     return fused[2 * fused.shape[0] // 3 :]
 
 
+def projections(attention: Any) -> tuple[str, ...]:
+    """Return the names of the linear layers to queries, keys and values, which every forward pass calls from now on.
+
+    EVA and BEiT have layers whose weight is used without a call, with biases of their own, unless those are added
+    separately.
+    """
+    if getattr(attention, "qkv", None) is None:
+        return ("q_proj", "k_proj", "v_proj")
+    if getattr(attention, "q_bias", None) is not None:
+        attention.qkv_bias_separate = True
+    return ("qkv",)
+
+
 def scale_of(attention: Any) -> float:
     """Return the factor of the scores before the softmax."""
     return float(attention.scale)

@@ -126,6 +126,8 @@ class AdaptedLpm(Network):
     def start_from(self, lpm: nn.Module) -> None:
         """Take over the weights of the LPM; the head and the adaptation keep their initial ones."""
         self._take_over(lpm, lambda name: f"lpm.{name}" in self._saved, lambda _: True)
+        with torch.no_grad():
+            self.adaptation.start(self.lpm)
 
     def use_lpm(self, lpm: nn.Module) -> None:
         """Take over the frozen weights of the LPM, and fold the adaptation into new ones where it can be."""

@@ -54,6 +54,23 @@ COUNTS: list[tuple[str, dict[str, Any], int]] = [
     ("prefix", {}, 294_912),
     ("pt-peft", {"prompts": 10}, 479_232),
     ("pt-peft", {}, 589_824),
+    ("bitfit", {}, 102_912),
+    ("ln-tune", {}, 38_400),
+    ("attn-scale", {}, 144),
+    ("attn-scale-matrix", {}, 465_708),
+    ("ln-scale", {}, 38_544),
+    ("dra", {}, 18_432),
+    ("ssf", {}, 205_824),
+    ("adapter", {}, 156_768),
+    ("adapter", {"width": 96}, 1_779_840),
+    ("adaptformer", {}, 1_189_632),
+    ("mlp-3", {}, 1_181_184),
+    ("lora", {"rank": 4}, 147_456),
+    ("lora", {}, 294_912),
+    ("lora", {"rank": 16}, 589_824),
+    ("dora", {}, 294_912 + 27_648),
+    ("ia3", {}, 64_512),
+    ("vera", {}, 12 * (256 + 2_304)),
 ]
 """Method, its settings, and the published parameter count without the head, of ViT-B/16 at 224 pixels (METHODS 2)."""
 ADAPTATIONS = [name for name, row in METHODS.items() if row.spec is AdaptationSpec]
@@ -68,6 +85,10 @@ TINY: dict[str, dict[str, Any]] = {
     "e2vpt": {"prompts": 3, "kv_prompts": 2},
     "prefix": {"prompts": 3},
     "pt_peft": {"prompts": 3, "rank": 2},
+    "adapter": {"width": 4},
+    "adaptformer": {"width": 4},
+    "lora": {"rank": 4},
+    "vera": {"rank": 16},
 }
 """Settings of small models, by section of `methods`."""
 PLAIN = {"flip": 0.0, "brightness": 0.0, "contrast": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
@@ -79,7 +100,8 @@ def test_the_number_of_learnable_parameters_is_the_published_one(
     name: str, options: dict[str, Any], expected: int
 ) -> None:
     section = METHODS[name].settings_section
-    raw = {"method": name, "lpm": {"name": VIT_B.name}, "features": {"image_size": 224}, "methods": {section: options}}
+    methods = {section: options} if options else {}
+    raw = {"method": name, "lpm": {"name": VIT_B.name}, "features": {"image_size": 224}, "methods": methods}
     settings = resolve(parse_settings(raw), VIT_B)
     method = gradient_method(name)
     with torch.device("meta"):
@@ -210,7 +232,10 @@ def changed_at_start(name: str, tmp_path: Path) -> float:
     return float((features - expected).norm() / expected.norm())
 
 
-IDENTICAL = {"dvpt"}
+IDENTICAL: set[str] = {
+    "bitfit", "ln-tune", "attn-scale", "attn-scale-matrix", "ln-scale", "dra", "ssf", "adapter", "adaptformer", "lora",
+    "dora", "ia3", "vera", "dvpt",
+}  # fmt: skip
 """Adaptations that start as the LPM; the others are published with another start, which nobody should "fix"."""
 
 
