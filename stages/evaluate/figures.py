@@ -104,6 +104,37 @@ def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int |
         return _svg(figure, re.sub(r"\W", "", ylabel))
 
 
+def draw_memory(
+    points: Mapping[str, tuple[float | None, float, float | None]], full_mib: float, name: str, ylabel: str = "Test AUC"
+) -> str:
+    """Draw a score against the memory of a training step, on a logarithmic scale.
+
+    Args:
+        points: Method -> memory in MiB (None: no training step), mean score, standard deviation (None: a single run).
+        full_mib: Memory of full fine-tuning, MiB: a vertical line.
+        name: Prefix of the ids in the figure.
+        ylabel: Name of the score.
+    """
+    known = [memory for memory, _, _ in points.values() if memory is not None]
+    left = min([*known, full_mib]) / 3
+    with rc_context(_STYLE):
+        figure, axes = _figure(7.2, 4.4)
+        axes.axvline(full_mib, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.annotate("full fine-tuning", (full_mib, 1.0), (-4, -4), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="right", va="top", fontsize=8)  # fmt: skip
+        for number, (method, (memory, mean, deviation)) in enumerate(points.items()):
+            x, colour = left if memory is None else memory, _COLOURS[number % SERIES]
+            face = "none" if memory is None else colour
+            axes.errorbar(
+                x, mean, yerr=deviation, color=colour, fmt="o", markerfacecolor=face, capsize=2, linewidth=1.0
+            )
+            axes.annotate(_short(method), (x, mean), (5, 3), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.set(xlim=(left / 1.5, max([*known, full_mib]) * 2), ylabel=ylabel)
+        axes.set_xlabel("Tensor memory of a training step, MiB (hollow: no training step)")
+        return _svg(figure, name)
+
+
 def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Read the series that DVCLive wrote: name, such as "train/loss" -> (epochs, 2), epoch from 1 and value.
 

@@ -1,7 +1,7 @@
 """Draw few-shot samplings: K patients per class for training, and K others per class for validation.
 
-Patients are clusters (`stages.groups`): images of one patient, and copies of an image, stay together. They are drawn from
-the training and validation images of the study; its test images stay as they are, and all other images are left out.
+Patients are clusters (`stages.groups`): images of one patient, and copies of an image, stay together. They are drawn
+from the training and validation images of the study; its test images stay, and all other images are left out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _DRAWN: tuple[Split, Split] = ("train", "val")
 def draw_shots(manifest: Manifest, shots: int, seed: int) -> Manifest:
     """Return the manifest of a few-shot sampling: K patients per class to train on, K to validate on, the test images.
 
-    Classes are served from the rarest to the most frequent, in a random order of their patients, each of which goes to the
-    split with fewer patients of the class. A patient of several classes counts for each of them, so that a frequent class
-    may get more than K patients. The order depends on the seed and on the contents of the images, not on their names or
-    order.
+    Classes are served from the rarest to the most frequent, in a random order of their patients, each of which goes to
+    the split with fewer patients of the class. A patient of several classes counts for each of them, so that a frequent
+    class may get more than K patients. The order depends on the seed and on the contents of the images, not on their
+    names or order.
 
     Args:
         manifest: From `prepare`, with the splits of the study.
@@ -36,16 +36,16 @@ def draw_shots(manifest: Manifest, shots: int, seed: int) -> Manifest:
         seed: Seed of the draw.
 
     Raises:
-        DataError: A class has fewer than 2 K patients outside of the test images, or patients of several classes allow no
-            draw; names the classes.
+        DataError: A class has fewer than 2 K patients outside of the test images, or patients of several classes allow
+            no draw; names the classes.
     """
     clusters = _outside_test(manifest)
     patients = Counter(name for cluster in clusters for name in _classes(cluster))
     few = [f"{name!r}: {counted(patients[name], 'patient')}" for name in manifest.classes if patients[name] < 2 * shots]
     if few:
         raise DataError(
-            f"{counted(len(few), 'class')} with too few patients for {counted(shots, 'shot')}: {2 * shots} per class are "
-            "needed.",
+            f"{counted(len(few), 'class')} with too few patients for {counted(shots, 'shot')}: {2 * shots} per class "
+            "are needed.",
             listed(few) + "\nHalf of them train, half validate; test images stay those of the study.",
             FEWER_SHOTS,
         )
