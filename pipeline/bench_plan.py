@@ -113,7 +113,7 @@ def draw_samplings(study: Study, manifest: Manifest, asked: Asked) -> list[Sampl
 
     data, ready = study.settings.data, ready_split(study)
     if ready is not None and asked.samplings > 1 and None in asked.shots:
-        say(f"All images are one sampling: data.split_column ({ready}) says which of them validate.")
+        say(f"All images are one sampling: data.split_column ({ready}) gives their splits.")
     drawn = []
     for shots in asked.shots:
         name = ALL_SHOTS if shots is None else str(shots)

@@ -36,7 +36,7 @@ class BenchRun(Contract):
     test: dict[str, float]
     """Metric -> value on the test images, as in `metrics.json`, and log_loss; undefined ones are left out."""
     separation: Separation | None
-    """Of the adapted features of the test images; null where the LPM is not adapted."""
+    """Separation of the adapted features of the test images; null where the LPM is not adapted."""
 
 
 class BenchRow(Contract):
@@ -56,7 +56,7 @@ class BenchRow(Contract):
     learnable: int
     """Parameters that were trained; the largest number where runs differ."""
     learnable_share: float
-    """Of the parameters of the LPM with a linear head."""
+    """Share of the parameters of the LPM with a linear head."""
     tensor_mib: float | None
     """Peak tensor memory of a training step, MiB; null for closed forms, which have no step."""
     ppe: float | None
@@ -97,7 +97,7 @@ class BenchResult(Contract):
     lpm_parameters: int
     """Parameters of the LPM with a linear head."""
     before: Separation | None
-    """Of the cached pooled outputs of the test images; null without them."""
+    """Separation of the cached pooled outputs of the test images; null without them."""
     shots: dict[str, dict[str, BenchRow]]
     """Number of shots, or all -> method -> row."""
     left_out: dict[str, str]

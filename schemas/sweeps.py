@@ -48,7 +48,7 @@ class RunRecord(Contract):
     """Time of the training with reading and loading; runs of one pass share it equally. Null: trained by an earlier
     version."""
     separation: Separation | None = None
-    """Of the adapted features of the test images; null: not measured, or the LPM is not adapted."""
+    """Separation of the adapted features of the test images; null: not measured, or the LPM is not adapted."""
 
 
 class SweptRun(Contract):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -27,35 +27,49 @@ MAIN = 10
 """Columns of the terminal table: the first of `stages.evaluate.bench_report.COLUMNS`, and the learning rates."""
 
 
+Methods: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--methods", metavar="NAME,NAME", help=f"{METHOD_NAMES}; else all that can.", show_default=False),
+]
+Reference: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--reference", metavar="METHOD", help="Compare with this; else the first, or linear.", show_default=False
+    ),
+]
+Shots: TypeAlias = Annotated[
+    str, typer.Option("--shots", metavar="K,K", help="Patients per class; all: the splits of the study.")
+]
+Samplings: TypeAlias = Annotated[
+    int, typer.Option("--samplings", min=1, max=1000, help="Draws of each number of shots.")
+]
+Seeds: TypeAlias = Annotated[
+    int, typer.Option("--seeds", min=1, max=1000, help="Trainings per draw and learning rate.")
+]
+Rates: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--rates", metavar="LR,LR", help="Learning rates in place of each method's.", show_default=False),
+]
+Epochs: TypeAlias = Annotated[int | None, typer.Option("--epochs", min=1, help="As train.epochs.", show_default=False)]
+Memory: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--memory", metavar="GIB", min=0.001, help="Limit of a training step; else the device.", show_default=False
+    ),
+]
+
+
 def bench(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
-    methods: Annotated[
-        str | None,
-        typer.Option("--methods", metavar="NAME,NAME", help=f"{METHOD_NAMES}; else all that can.", show_default=False),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference", metavar="METHOD", help="Compare with this; else the first, or linear.", show_default=False
-        ),
-    ] = None,
-    shots: Annotated[
-        str, typer.Option("--shots", metavar="K,K", help="Patients per class; all: the splits of the study.")
-    ] = ALL_SHOTS,
-    samplings: Annotated[int, typer.Option("--samplings", min=1, max=1000, help="Draws of each number of shots.")] = 5,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="Trainings per draw and learning rate.")] = 1,
-    rates: Annotated[
-        str | None,
-        typer.Option("--rates", metavar="LR,LR", help="Learning rates in place of each method's.", show_default=False),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="As train.epochs.", show_default=False)] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            "--memory", metavar="GIB", min=0.001, help="Limit of a training step; else the device.", show_default=False
-        ),
-    ] = None,
+    methods: Methods = None,
+    reference: Reference = None,
+    shots: Shots = ALL_SHOTS,
+    samplings: Samplings = 5,
+    seeds: Seeds = 1,
+    rates: Rates = None,
+    epochs: Epochs = None,
+    memory: Memory = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the runs; else outputs/bench.", show_default=False)
     ] = None,

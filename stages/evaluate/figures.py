@@ -132,13 +132,13 @@ def draw_memory(
         offsets = _label_offsets(axes.transData.transform(places) * 72 / figure.dpi, [_short(one) for one in points])
         for number, (method, place, offset) in enumerate(zip(points, places, offsets, strict=True)):
             text = _legend(_short(method), None)
-            style = {"color": _COLOURS[number % SERIES], "fontsize": 8}
-            axes.annotate(text, place, (5, offset), textcoords="offset points", **style)
+            colour = _COLOURS[number % SERIES]
+            axes.annotate(text, place, (5, offset), textcoords="offset points", color=colour, fontsize=8)
         return _svg(figure, name)
 
 
 def _label_offsets(places: npt.NDArray[np.float64], labels: Sequence[str]) -> list[int]:
-    """Return a vertical offset of the label beside each place (n, 2), in points, so that few labels overlap."""
+    """Return a vertical offset of the label next to each place (n, 2), in points, so that few labels overlap."""
     taken: list[tuple[float, float, float]] = []
     offsets = []
     for (x, y), label in zip(places.tolist(), labels, strict=True):

@@ -19,7 +19,9 @@ from sklearn.metrics import log_loss
 from study import make_study
 
 from pipeline import bench_runs
+from pipeline.bench_plan import _together
 from pipeline.params import dump_settings
+from schemas.cost import CostReport
 from schemas.errors import TrainingError
 from stages.evaluate.predictions import read_predictions
 from stages.manifest import read_manifest
@@ -91,7 +93,7 @@ def test_one_table_of_three_methods_by_hand(root: Path, fpt: Fpt) -> None:
               for method, places in chosen.items()}  # fmt: skip
     assert all(table.rows == tested for every in tables.values() for table in every)
     aucs = {method: [macro_auc(t.labels, t.probabilities) for t in every] for method, every in tables.items()}
-    row, first = result["shots"]["2"]["ept-lse"], result["shots"]["2"]["linear"]
+    row = result["shots"]["2"]["ept-lse"]
     assert row["auc"]["values"] == aucs["ept-lse"]
     assert row["auc"]["mean"] == pytest.approx(np.mean(aucs["ept-lse"]))
     assert row["auc"]["std"] == pytest.approx(np.std(aucs["ept-lse"], ddof=1))
@@ -99,7 +101,7 @@ def test_one_table_of_three_methods_by_hand(root: Path, fpt: Fpt) -> None:
     assert row["difference"]["difference"]["values"] == pytest.approx(paired.tolist(), abs=1e-12)
     low, high = row["difference"]["interval"]
     assert low <= paired.mean() <= high
-    assert first["difference"] is None
+    assert result["shots"]["2"]["linear"]["difference"] is None
     expected = [log_loss(t.labels, t.probabilities / t.probabilities.sum(axis=1, keepdims=True), labels=range(3))
                 for t in tables["ept-lse"]]  # fmt: skip
     assert row["test"]["log_loss"]["values"] == pytest.approx(expected, rel=1e-5)
@@ -107,9 +109,18 @@ def test_one_table_of_three_methods_by_hand(root: Path, fpt: Fpt) -> None:
         written = [json.loads((one / "evaluation/metrics.json").read_text())[name] for one in chosen["ept-lse"]]
         assert row["test"][name]["values"] == written
 
+
+def test_costs_files_and_another_method(root: Path, fpt: Fpt) -> None:
+    # The bench of the test above, which is there: nothing is trained again.
+    result = bench(fpt, root, *METHODS, *SMALL)
+    folder = root / "outputs/bench"
+    runs = folder / "runs"
+    row, first = result["shots"]["2"]["ept-lse"], result["shots"]["2"]["linear"]
+    low, _ = row["difference"]["interval"]
+
     # Costs: those of `fpt cost` and of the bundles.
     cost = json.loads(fpt("cost", "--method", "ept-lse", "--json", cwd=root)[0])
-    assert row["learnable"] == read_spec(chosen["ept-lse"][0] / "model").learnable == cost["learnable"]
+    assert row["learnable"] == read_spec(folder / row["runs"][0]["folder"] / "model").learnable == cost["learnable"]
     assert row["tensor_mib"] == cost["train_tensor_mib"]
     assert row["ppe"] == pytest.approx(row["auc"]["mean"] * cost["ppe_factor"])
     assert row["pme"] == pytest.approx(row["auc"]["mean"] * cost["pme_factor"])
@@ -129,10 +140,6 @@ def test_one_table_of_three_methods_by_hand(root: Path, fpt: Fpt) -> None:
     assert page.count("<svg") == 2
     assert f"{row['auc']['mean']:.3f}" in page and "EPT-lse" in page
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
-
-    # Training and validation images of a sampling: two patients per class, and nobody on both sides.
-    drawn = draw_shots(manifest, 2, seed=1)
-    assert sum(1 for _ in drawn.of("train")) == sum(1 for _ in drawn.of("val")) == 6
 
     # Another method trains only itself.
     before = times(runs) | times(runs, "predictions.parquet")
@@ -203,6 +210,13 @@ def test_mistakes_are_named_before_anything_is_trained(root: Path, fpt: Fpt, wor
     _, err = fpt("bench", *words, "--output", "outputs/none", cwd=root, code=2)
     assert named in err
     assert not (root / "outputs/none/runs").exists()
+
+
+def test_runs_share_a_pass_as_far_as_they_fit() -> None:
+    cost = CostReport.model_construct(train_tensor_mib=10.0, train_batch_mib=2.0)
+    limits = {memory: _together(cost, memory * 2**20, 5) for memory in (10, 17, 26, 1000)}
+    assert limits == {10: 1, 17: 1, 26: 3, 1000: 5}, "8 MiB a run, and the batch once"
+    assert _together(cost, None, 5) == _together(None, 2**20, 5) == 5
 
 
 def test_a_method_that_fails_does_not_stop_the_others(root: Path, fpt: Fpt, monkeypatch: pytest.MonkeyPatch) -> None:
