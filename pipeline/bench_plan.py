@@ -17,6 +17,7 @@ from schemas.errors import FptError
 from schemas.manifest import Manifest
 from schemas.methods import METHODS
 from schemas.sweeps import METHOD_AXIS, SEED_AXIS
+from schemas.version import __version__
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -207,7 +208,7 @@ def _cost(study: Study, files: StudyFiles, settings: ResolvedSettings, folder: P
         return None
     classes = len(files.manifest.classes)
     sections = settings.model_dump(mode="json", include={"method", "lpm", "features", "train", "methods"})
-    key = digest([sections, study.lpm.model_dump(mode="json"), classes, str(torch.__version__)])
+    key = digest([sections, study.lpm.model_dump(mode="json"), classes, __version__, str(torch.__version__)])
     path = folder / "costs" / f"{key[:16]}.json"
     with suppress(OSError, ValueError):
         return CostReport.model_validate_json(read_regular(path))

@@ -205,9 +205,9 @@ def _show(result: BenchResult) -> None:
     shown = [*range(MAIN), COLUMNS.index("PME"), COLUMNS.index("rate")]
     for shots, rows in result.shots.items():
         table = [[method, *(cells(row)[at] for at in shown)] for method, row in rows.items()]
-        title = f"{title_of(shots)}; difference to {result.reference} with 95% interval"
+        compared = f"; difference to {result.reference} with 95% interval" if result.reference in rows else ""
         if table:
-            show_table(title, ["method", *(COLUMNS[at] for at in shown)], table)
+            show_table(f"{title_of(shots)}{compared}", ["method", *(COLUMNS[at] for at in shown)], table)
     _name_left_out(result.left_out)
 
 

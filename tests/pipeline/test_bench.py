@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
@@ -20,9 +21,10 @@ from study import make_study
 
 from pipeline import bench_runs
 from pipeline.bench_plan import _together
+from pipeline.cluster.bench_groups import check_worker
 from pipeline.params import dump_settings
 from schemas.cost import CostReport
-from schemas.errors import TrainingError
+from schemas.errors import ClusterError, TrainingError
 from stages.evaluate.predictions import read_predictions
 from stages.manifest import read_manifest
 from stages.prepare.shots import draw_shots
@@ -275,6 +277,7 @@ def test_workers_of_a_cluster_give_the_same_table(root: Path, fpt: Fpt) -> None:
         return {name: result[name] for name in ("shots", "before", "left_out", "reference")}
 
     assert comparable(found) == comparable(expected)
-    unseen = ["--set", "data.images=elsewhere", "--output", "outputs/unseen"]
-    _, err = fpt("bench", *words, *cluster, *unseen, cwd=root, code=2)
-    assert "does not see" in err
+    # What every worker is asked before anything is submitted.
+    assert asyncio.run(check_worker("cpu", [root])) is None
+    unseen = asyncio.run(check_worker("cpu", [root, root / "elsewhere"]))
+    assert isinstance(unseen, ClusterError) and "elsewhere" in unseen.state
