@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from pipeline.commands.bench import bench
 from pipeline.commands.cache import cache
 from pipeline.commands.compare import compare
 from pipeline.commands.cost import cost
@@ -62,7 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, sweep, lr_find, evaluate, compare, predict, cost, doctor):
+for verb in (init, prepare, extract, train, sweep, bench, lr_find, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(demo, name="demo")

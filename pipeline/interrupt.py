@@ -26,6 +26,7 @@ KEPT = {
     "extract": "Finished shards are kept.",
     "train": "Finished epochs are kept.",
     "sweep": "Finished trainings and epochs are kept.",
+    "bench": "Finished trainings and epochs are kept.",
     "evaluate": "No results were saved; evaluate starts from the beginning.",
     "predict": "No results were saved; predict starts from the beginning.",
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.console import say
 from pipeline.sweep_grid import Combination
@@ -76,9 +77,22 @@ class Job:
 
 
 def plan_jobs(
-    study: Study, combinations: Sequence[Combination], parts: Sequence[Part], files: StudyFiles, folder: Path
+    study: Study,
+    combinations: Sequence[Combination],
+    parts: Sequence[Part],
+    files: StudyFiles,
+    folder: Path,
+    keys: dict[bool, dict[str, Any]] | None = None,
 ) -> list[Job]:
     """Every combination on every part, refused as a whole where one of them cannot be trained.
+
+    Args:
+        study: The study.
+        combinations: Which values.
+        parts: On which splits.
+        files: What training reads.
+        folder: Folder of all runs.
+        keys: Keys of the inputs (whether images are read -> key), to share among calls; missing ones are added.
 
     Raises:
         SettingsError: Values that are not valid.
@@ -92,7 +106,8 @@ def plan_jobs(
     _check(study, files, [settings for _, settings in variants], parts)
     # Features are no axis of a sweep: variants differ only in the kind of inputs. The key of images hashes the weights.
     by_kind = {reads_images(settings): settings for _, settings in variants}
-    keys = {kind: inputs_key(settings, files) for kind, settings in by_kind.items()}
+    keys = {} if keys is None else keys
+    keys |= {kind: inputs_key(settings, files) for kind, settings in by_kind.items() if kind not in keys}
     jobs = []
     for part in parts:
         for combination, settings in variants:
@@ -156,6 +171,19 @@ def _check(study: Study, files: StudyFiles, variants: Sequence[ResolvedSettings]
         store.close()
 
 
+def ready_split(study: Study) -> str | None:
+    """Return the column that the splits of the study come from, or None."""
+    from schemas.manifest import PrepareSummary
+    from stages.files import read_regular
+
+    try:
+        summary = read_regular(study.manifest_folder / "summary.json")
+        return PrepareSummary.model_validate_json(summary).split_column
+    except (OSError, ValueError):
+        named = study.settings.data.split_column
+        return None if named == "auto" else named
+
+
 def note_use(study: Study, receipt: ExtractionReceipt | None) -> None:
     """Register the study as a user of its store."""
     from stages.store.manage.usage import register_use
@@ -170,17 +198,17 @@ def train_jobs(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> int:
     """Train what has no note, all that can share a pass together; return how many were trained."""
     note_use(study, files.receipt)
     waiting = [job for job in jobs if job.record is None]
-    passes = list(_passes(waiting))
+    passes = list(together(waiting))
     for number, members in enumerate(passes, start=1):
         if len(passes) > 1:
             where = f"{members[0].part.name}, " if members[0].part.name else ""
             count = counted(len(members), "run")
             say(f"Pass {number} of {len(passes)}: {where}{members[0].settings.method}, {count}")
-        _train(study, files, members)
+        train_pass(study, files, members)
     return len(waiting)
 
 
-def _passes(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+def together(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """Jobs that can share a stream of batches, part by part."""
     from schemas.base import digest
     from stages.train.checks import shared_fields
@@ -191,7 +219,12 @@ def _passes(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     yield from groups.values()
 
 
-def _train(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> None:
+def train_pass(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> None:
+    """Train jobs that share a stream of batches, and note each.
+
+    Raises:
+        FptError: As `stages.train.trainer.train_together`; epochs that are finished are kept.
+    """
     from pipeline.epoch_log import EpochLogger
     from pipeline.params import write_settings
     from schemas.methods import METHODS
@@ -207,6 +240,7 @@ def _train(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> None:
         def follow(position: int, log: EpochLog) -> None:
             loggers[position](log)
 
+        start = time.perf_counter()
         results = train_together(
             [job.settings for job in jobs],
             replace(files, manifest=jobs[0].part.manifest),
@@ -216,10 +250,15 @@ def _train(study: Study, files: StudyFiles, jobs: Sequence[Job]) -> None:
         )
         for logger, result in zip(loggers, results, strict=True):
             logger.finish(result.best)
+    # Epochs before a kill took time as well.
+    before = sum(log.seconds for log in results[0].epochs[: results[0].resumed_from])
+    seconds = round((time.perf_counter() - start + before) / len(jobs), 4)
     for job, result in zip(jobs, results, strict=True):
         write_settings(job.settings, job.folder / "model")
         best = result.best
-        job.note(RunRecord(run=job.key, best_epoch=best.epoch, val_auc=best.val_auc, val_loss=best.val_loss))
+        job.note(
+            RunRecord(run=job.key, best_epoch=best.epoch, val_auc=best.val_auc, val_loss=best.val_loss, seconds=seconds)
+        )
 
 
 def evaluate_job(files: StudyFiles, job: Job, record: RunRecord) -> Metrics:

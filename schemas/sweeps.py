@@ -19,6 +19,18 @@ class Spread(Contract):
     """All of them, in the order of the runs."""
 
 
+class Separation(Contract):
+    """How far apart the classes are in a space of features, on some images. Scale-free; higher is better."""
+
+    silhouette: float | None
+    """Mean silhouette coefficient, -1 to 1; null where no class has two images, or there is one class."""
+    margin: float | None
+    """Mean of (b - a) / (a + b), -1 to 1: a is the distance to the mean of the other images of the class, b that to the
+    nearest mean of another class; null as above."""
+    effective_rank: float | None
+    """exp(entropy of the normalised singular values) of the centred features; null where all are equal."""
+
+
 class RunRecord(Contract):
     """`run.json` of a run: it is trained; written last, so that everything next to it is complete."""
 
@@ -32,6 +44,11 @@ class RunRecord(Contract):
     """Validation loss of that epoch."""
     judged: bool = False
     """Whether its evaluation is complete."""
+    seconds: float | None = None
+    """Time of the training with reading and loading; runs of one pass share it equally. Null: trained by an earlier
+    version."""
+    separation: Separation | None = None
+    """Separation of the adapted features of the test images; null: not measured, or the LPM is not adapted."""
 
 
 class SweptRun(Contract):

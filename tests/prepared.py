@@ -1,8 +1,9 @@
-"""What the tests of `prepare` share: images, tables, a run that succeeds, and one that fails."""
+"""What the tests of `prepare` share: images, tables, manifests, a run that succeeds, and one that fails."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from schemas.errors import DataError
-from schemas.manifest import Manifest, PrepareResult
+from schemas.manifest import Manifest, ManifestRow, PrepareResult
 from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
@@ -56,3 +57,29 @@ def rows_of(study: Path) -> list[dict[str, str]]:
         }
         for path in sorted(images.rglob("*.png"))
     ]
+
+
+def manifest_of(rows: list[tuple[str, str | None, str]]) -> Manifest:
+    """(label, group, content) of each image; every image starts in train."""
+    made = (
+        ManifestRow(
+            id=hashlib.sha256(content.encode()).hexdigest(),
+            path=f"{number:04d}.png",
+            label=label,
+            group=group or f"{number:04d}.png",
+            split="train",
+        )
+        for number, (label, group, content) in enumerate(rows)
+    )
+    return Manifest(classes=tuple(sorted({label for label, _, _ in rows})), rows=tuple(made))
+
+
+def by_patient(counts: dict[str, int], images: int = 3) -> Manifest:
+    return manifest_of(
+        [
+            (label, f"{label}{patient}", f"{label}{patient}/{image}")
+            for label, count in counts.items()
+            for patient in range(count)
+            for image in range(images)
+        ]
+    )

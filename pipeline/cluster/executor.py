@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,7 @@ def _plugin(
     client: Client, settings: ResolvedSettings, root: Path, store: Store, workers: dict[str, Any]
 ) -> Iterator[str]:
     """Register the plugin on all workers, later ones included, and yield its name; unregister it after the block."""
-    kind = settings.cluster.kind
-    # A SLURM job sees only its own cores, so it shares them with no other worker.
-    share = 1 if kind == "slurm" else max(Counter(worker["host"] for worker in workers.values()).values())
+    kind, share = settings.cluster.kind, workers_per_machine(settings.cluster, workers)
     name = f"fpt-{uuid4().hex}"
     # A worker that sees this file shares the disk, and not only a folder of the same name.
     sign = store.path / "locks" / name
@@ -109,6 +107,12 @@ def _plugin(
         with suppress(OSError):
             sign.unlink(missing_ok=True)
             stop_file(store, name).unlink(missing_ok=True)
+
+
+def workers_per_machine(settings: ClusterSettings, workers: Mapping[str, Any]) -> int:
+    """Return the largest number of workers that share the cores of a machine."""
+    # A SLURM job sees only its own cores, so it shares them with no other worker.
+    return 1 if settings.kind == "slurm" else max(Counter(worker["host"] for worker in workers.values()).values())
 
 
 def _register(client: Client, plugin: ShardPlugin) -> None:

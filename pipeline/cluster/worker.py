@@ -126,13 +126,7 @@ class ShardPlugin(WorkerPlugin):
         with self._loading:
             if self._extractor is None:
                 self.check()
-                threads = self._settings.cluster.threads_per_worker or self._settings.compute.threads
-                # Dask starts its workers with OMP_NUM_THREADS=1, so torch's default would be a single thread.
-                compute = {"threads": threads or max(1, _cores() // self._share)}
-                settings = self._settings.model_copy(
-                    update={"compute": self._settings.compute.model_copy(update=compute)}
-                )
-                self._extractor = Extractor(settings, self._root, self._store)
+                self._extractor = Extractor(on_worker(self._settings, self._share), self._root, self._store)
             return self._extractor
 
     def compute(self, task: ShardTask) -> ShardDone:
@@ -157,6 +151,19 @@ class ShardPlugin(WorkerPlugin):
         with suppress(CacheIncompleteError, CacheCorruptError), storage_errors(self._store.receipts):
             return frozenset(read_receipt(self._store, number).origins)
         return frozenset()
+
+
+def on_worker(settings: ResolvedSettings, share: int) -> ResolvedSettings:
+    """Return settings with the torch threads of a worker.
+
+    Args:
+        settings: Resolved settings.
+        share: Number of workers that share the cores of this machine.
+    """
+    threads = settings.cluster.threads_per_worker or settings.compute.threads
+    # Dask starts its workers with OMP_NUM_THREADS=1, so torch's default would be a single thread.
+    compute = {"threads": threads or max(1, _cores() // share)}
+    return settings.model_copy(update={"compute": settings.compute.model_copy(update=compute)})
 
 
 def compute_shard(name: str, task: ShardTask) -> ShardDone | FptError:

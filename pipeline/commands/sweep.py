@@ -103,11 +103,11 @@ def _combinations(
 
 
 def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | None) -> list[Part]:
-    from pipeline.sweep_jobs import Part
+    from pipeline.sweep_jobs import Part, ready_split
     from stages.prepare.folds import draw_again, draw_folds
 
     data = study.settings.data
-    ready = _ready_split(study)
+    ready = ready_split(study)
     if (splits or folds) and ready is not None:
         say(f"The ready split of data.split_column ({ready}) is ignored: splits are drawn.")
     if folds is not None:
@@ -122,19 +122,6 @@ def _parts(study: Study, manifest: Manifest, splits: int | None, folds: int | No
             drawn_by[data.seed] = manifest
         return [Part(f"split-{seed}", one, seed) for seed, one in drawn_by.items()]
     return [Part("", manifest, data.seed)]
-
-
-def _ready_split(study: Study) -> str | None:
-    """The column that the splits of the study come from, or None."""
-    from schemas.manifest import PrepareSummary
-    from stages.files import read_regular
-
-    try:
-        summary = read_regular(study.manifest_folder / "summary.json")
-        return PrepareSummary.model_validate_json(summary).split_column
-    except (OSError, ValueError):
-        named = study.settings.data.split_column
-        return None if named == "auto" else named
 
 
 def _evaluated(files: StudyFiles, job: Job) -> tuple[SweptRun, Path]:

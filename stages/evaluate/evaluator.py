@@ -69,7 +69,7 @@ def evaluate(
     bundle, manifest = load_bundle(bundle_dir, device), files.manifest
     check_fit(bundle.spec, manifest)
     rows = _rows(manifest, split)
-    source = _open_source(bundle, files)
+    source = open_source(bundle, files)
     try:
         found = _probabilities(bundle, source, rows)
         predictions = Predictions(
@@ -93,7 +93,7 @@ def evaluate(
     return metrics
 
 
-def _open_source(bundle: Bundle, files: StudyFiles) -> RowSource:
+def open_source(bundle: Bundle, files: StudyFiles) -> RowSource:
     """Open what the model reads: the store of its features, or the images of the study with the LPM at hand."""
     spec = bundle.spec.features
     if bundle.network.needs_lpm:

@@ -104,6 +104,57 @@ def draw_curves(curves: Mapping[str, npt.NDArray[np.float64]], best_epoch: int |
         return _svg(figure, re.sub(r"\W", "", ylabel))
 
 
+def draw_memory(
+    points: Mapping[str, tuple[float | None, float, float | None]], full_mib: float, name: str, ylabel: str = "Test AUC"
+) -> str:
+    """Draw a score against the memory of a training step, on a logarithmic scale.
+
+    Args:
+        points: Method -> memory in MiB (None: no training step), mean score, standard deviation (None: a single run).
+        full_mib: Memory of full fine-tuning, MiB: a vertical line.
+        name: Prefix of the ids in the figure.
+        ylabel: Name of the score.
+    """
+    known = [memory for memory, _, _ in points.values() if memory is not None]
+    left = min([*known, full_mib]) / 3
+    with rc_context(_STYLE):
+        figure, axes = _figure(7.2, 4.4)
+        axes.axvline(full_mib, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.6, label="full fine-tuning")
+        axes.set_xscale("log")
+        axes.set(xlim=(left / 1.5, max([*known, full_mib]) * 3), ylabel=ylabel)
+        axes.set_xlabel("Tensor memory of a training step, MiB (hollow: no training step)")
+        for number, (memory, mean, deviation) in enumerate(points.values()):
+            colour = _COLOURS[number % SERIES]
+            style = {"color": colour, "markerfacecolor": "none" if memory is None else colour}
+            axes.errorbar(memory or left, mean, yerr=deviation, fmt="o", capsize=2, linewidth=1.0, **style)
+        axes.legend(loc="lower right")
+        places = [(memory or left, mean) for memory, mean, _ in points.values()]
+        offsets = _label_offsets(axes.transData.transform(places) * 72 / figure.dpi, [_short(one) for one in points])
+        for number, (method, place, offset) in enumerate(zip(points, places, offsets, strict=True)):
+            text = _legend(_short(method), None)
+            colour = _COLOURS[number % SERIES]
+            axes.annotate(text, place, (5, offset), textcoords="offset points", color=colour, fontsize=8)
+        return _svg(figure, name)
+
+
+def _label_offsets(places: npt.NDArray[np.float64], labels: Sequence[str]) -> list[int]:
+    """Return a vertical offset of the label next to each place (n, 2), in points, so that few labels overlap."""
+    taken: list[tuple[float, float, float]] = []
+    offsets = []
+    for (x, y), label in zip(places.tolist(), labels, strict=True):
+        width = 4.5 * len(label)
+        tries = [3, *(3 + sign * 9 * step for step in range(1, 9) for sign in (-1, 1))]
+        free = [
+            offset
+            for offset in tries
+            if all(x + width < left or right < x or abs(y + offset - at) >= 9 for left, right, at in taken)
+        ]
+        offset = (free or tries)[0]
+        taken.append((x, x + width, y + offset))
+        offsets.append(offset)
+    return offsets
+
+
 def read_training_curves(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Read the series that DVCLive wrote: name, such as "train/loss" -> (epochs, 2), epoch from 1 and value.
 

@@ -46,6 +46,10 @@ class Model(nn.Module):
         """
         return {}
 
+    def features(self, batch: Batch) -> torch.Tensor | None:  # noqa: ARG002
+        """Compute the pooled output (B, D) of the adapted LPM from a prepared batch; None if it is not adapted."""
+        return None
+
     @property
     def saved_spec(self) -> MethodSpec:
         """Spec of the bundle: that of the model, with what training found."""

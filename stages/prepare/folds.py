@@ -63,6 +63,26 @@ def draw_folds(manifest: Manifest, folds: int, val_share: float, seed: int) -> l
     return drawn
 
 
+def draw_validation(manifest: Manifest, val_share: float, seed: int) -> Manifest:
+    """Draw the validation images again; the test images stay.
+
+    Args:
+        manifest: From `prepare`.
+        val_share: Validation share of the images outside the test split.
+        seed: Seed of the draw.
+
+    Raises:
+        DataError: A class cannot be in both training and validation.
+    """
+    tested = {row.path for row in manifest.of("test")}
+    rest = [cluster for cluster in manifest_clusters(manifest) if tested.isdisjoint(cluster.paths)]
+    split_of: dict[str, Split] = {row.path: row.split for row in manifest.rows}
+    repair = "Use a single sampling (--samplings 1), or add images."
+    for path, split in deal(rest, {"train": 1.0 - val_share, "val": val_share}, f"{seed}/validation", repair).items():
+        split_of[path] = "val" if split == "val" else "train"
+    return _with_splits(manifest, split_of)
+
+
 def all_to_train(manifest: Manifest) -> Manifest:
     """Return the manifest with every image in train, to extract augmented views that serve any split."""
     return _with_splits(manifest, {row.path: "train" for row in manifest.rows})

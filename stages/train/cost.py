@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,11 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
     spec = method.spec(settings, lpm, classes)
     with torch.device("meta"):
         network = method.build(spec)
-    # Imported late: training on cached features does not need the code of the LPM.
-    from stages.lpm.catalogue import build_on_meta
-
-    model = build_on_meta(settings.lpm.name, classes, root, img_size=lpm.image_size)
-    learnable, lpm_parameters = learnable_parameters(network), learnable_parameters(model)
+    learnable = learnable_parameters(network)
     mib, batch_mib = _step_mib(network, features, row.trains_on(settings), settings.train)
-    full_mib = _full_step_mib(model, lpm, settings.train)
+    lpm_parameters, full_mib = full_finetune_cost(
+        settings.lpm.name, lpm.image_size, classes, settings.train.batch_size, root
+    )
     share = learnable / lpm_parameters
     return CostReport(
         lpm=lpm.name,
@@ -89,6 +88,29 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         cache_bytes_per_image=features.bytes_per_image,
         cache_bytes_by_dtype=features.bytes_by_dtype,
     )
+
+
+@cache
+def full_finetune_cost(
+    name: str, image_size: int, classes: int, batch_size: int, root: Path | None = None
+) -> tuple[int, float]:
+    """Compute the parameters of an LPM with a linear head, and the tensor memory of a step of fine-tuning it, MiB.
+
+    Args:
+        name: As in `lpm.name`.
+        image_size: Its input, in pixels.
+        classes: Outputs.
+        batch_size: Images per step.
+        root: Base folder of a relative `local-dir:`.
+
+    Raises:
+        PlatformError: If this build of torch cannot track tensor memory.
+    """
+    # Imported late: training on cached features does not need the code of the LPM.
+    from stages.lpm.catalogue import build_on_meta
+
+    model = build_on_meta(name, classes, root, img_size=image_size)
+    return learnable_parameters(model), _full_step_mib(model, image_size, TrainSettings(batch_size=batch_size))
 
 
 def efficiency_factor(share: float) -> float:
@@ -148,11 +170,11 @@ def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: 
     )
 
 
-def _full_step_mib(model: nn.Module, lpm: LpmInfo, train: TrainSettings) -> float:
+def _full_step_mib(model: nn.Module, image_size: int, train: TrainSettings) -> float:
     """Measure a step of full fine-tuning of the LPM with timm's drop rates, fused attention and the same optimiser."""
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
-        images = torch.empty(train.batch_size, 3, lpm.image_size, lpm.image_size)
+        images = torch.empty(train.batch_size, 3, image_size, image_size)
         labels = torch.zeros(train.batch_size, dtype=torch.int64)
         optimizer = make_optimizer(model, train)
 

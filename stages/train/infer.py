@@ -13,7 +13,7 @@ from stages.methods.batch import IMAGE, Batch, array_names
 from stages.pixels import to_size
 from stages.store.memory_rows import RowSource
 from stages.train.bundle import Bundle
-from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
+from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading, batches
 
 
 @torch.inference_mode()
@@ -34,11 +34,35 @@ def source_logits(bundle: Bundle, source: RowSource, ids: Sequence[str], batch_s
     Raises:
         CacheIncompleteError: If an image has no row.
     """
+    logits = [bundle_logits(bundle, batch) for batch in _read(bundle, source, ids, batch_size)]
+    return torch.cat(logits) if logits else torch.empty(0, bundle.spec.network.classes)
+
+
+@torch.inference_mode()
+def source_features(bundle: Bundle, source: RowSource, ids: Sequence[str], batch_size: int = 64) -> torch.Tensor | None:
+    """Compute the pooled outputs of the adapted LPM for images of a row source, un-augmented.
+
+    Returns:
+        (len(ids), D) float32 on the CPU; None if the model does not adapt the LPM.
+
+    Raises:
+        CacheIncompleteError: If an image has no row.
+    """
+    outputs = []
+    for batch in _read(bundle, source, ids, batch_size):
+        pooled = bundle.network.features(batch.to(bundle.device).prepared(bundle.spec.features))
+        if pooled is None:
+            return None
+        outputs.append(pooled.float().cpu())
+    return torch.cat(outputs) if outputs else None
+
+
+def _read(bundle: Bundle, source: RowSource, ids: Sequence[str], batch_size: int) -> BatchLoader:
+    """Return batches of what a model reads."""
     network = bundle.spec.network
     reading = Reading(model_inputs(network), network.side_size)
     dataset = FeatureDataset(source, ids, [0] * len(ids), reading)
-    logits = [bundle_logits(bundle, batch) for batch in batches(dataset, EpochSampler(len(ids), batch_size))]
-    return torch.cat(logits) if logits else torch.empty(0, network.classes)
+    return batches(dataset, EpochSampler(len(ids), batch_size))
 
 
 @torch.inference_mode()

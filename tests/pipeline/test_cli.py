@@ -23,7 +23,7 @@ def fpt(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]
 
 
 @pytest.mark.parametrize(
-    "verb", ["init", "prepare", "extract", "train", "evaluate", "predict", "cost", "cache", "demo", "doctor"]
+    "verb", ["init", "prepare", "extract", "train", "bench", "evaluate", "predict", "cost", "cache", "demo", "doctor"]
 )
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = fpt(verb, "--help", capsys=capsys)

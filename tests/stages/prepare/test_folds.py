@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import by_patient, manifest_of
 from study import make_study
 
 from schemas.errors import DataError
-from schemas.manifest import SPLITS, Manifest, ManifestRow
+from schemas.manifest import SPLITS, Manifest
 from stages.groups import cluster_of
 from stages.prepare.folds import all_to_train, draw_again, draw_folds
-
-
-def manifest_of(rows: list[tuple[str, str | None, str]]) -> Manifest:
-    """(label, group, content) of each image; every image starts in train."""
-    made = (
-        ManifestRow(
-            id=hashlib.sha256(content.encode()).hexdigest(),
-            path=f"{number:04d}.png",
-            label=label,
-            group=group or f"{number:04d}.png",
-            split="train",
-        )
-        for number, (label, group, content) in enumerate(rows)
-    )
-    return Manifest(classes=tuple(sorted({label for label, _, _ in rows})), rows=tuple(made))
-
-
-def by_patient(counts: dict[str, int], images: int = 3) -> Manifest:
-    return manifest_of(
-        [
-            (label, f"{label}{patient}", f"{label}{patient}/{image}")
-            for label, count in counts.items()
-            for patient in range(count)
-            for image in range(images)
-        ]
-    )
 
 
 @st.composite
