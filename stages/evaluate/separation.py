@@ -12,6 +12,7 @@ import torch
 
 from schemas.manifest import Manifest
 from schemas.sweeps import Separation
+from stages.evaluate.effective_rank import effective_rank
 from stages.evaluate.evaluator import open_source
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
@@ -40,7 +41,7 @@ def separate(features: npt.NDArray[np.floating], labels: Labels) -> Separation:
     return Separation(
         silhouette=_mean([silhouette(x, one) for one in partitions]),
         margin=_mean([centroid_margin(x, one) for one in partitions]),
-        effective_rank=effective_rank(x),
+        effective_rank=effective_rank(torch.from_numpy(x)) or None,
     )
 
 
@@ -75,16 +76,6 @@ def centroid_margin(x: Floats, labels: Labels) -> float | None:
     other = distances.min(axis=1)
     total = own + other
     return float(np.divide(other - own, total, out=np.zeros_like(total), where=total > 0).mean())
-
-
-def effective_rank(x: Floats) -> float | None:
-    """Return exp(-sum p log p), p = s / sum(s), s the singular values of the centred x (n, D) (Roy, Vetterli, 2007)."""
-    singular = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
-    if not singular.sum() > 0:
-        return None
-    p = singular / singular.sum()
-    p = p[p > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -7,13 +7,7 @@ import pytest
 from study import Study
 from task_studies import task_study
 
-from stages.evaluate.separation import (
-    centroid_margin,
-    effective_rank,
-    separate,
-    separation_of_lpm,
-    separation_of_model,
-)
+from stages.evaluate.separation import centroid_margin, separate, separation_of_lpm, separation_of_model
 from stages.store.reader import open_store
 from stages.tasks import label_array
 from stages.train.trainer import train
@@ -27,18 +21,6 @@ def test_the_margin_of_five_points_by_hand() -> None:
     assert centroid_margin(x, labels) == pytest.approx(np.mean(terms))
     assert centroid_margin(x, np.zeros(5, np.int64)) is None
     assert centroid_margin(x, np.arange(5)) is None
-
-
-def test_the_effective_rank_of_known_spectra() -> None:
-    rng = np.random.default_rng(0)
-    rows, _ = np.linalg.qr(rng.standard_normal((40, 6)) - rng.standard_normal((40, 6)).mean(axis=0))
-    centred = rows - rows.mean(axis=0)
-    u, _, v = np.linalg.svd(centred, full_matrices=False)
-    assert effective_rank(u @ np.diag([1.0] * 6) @ v + 5.0) == pytest.approx(6.0), "equal singular values"
-    p = np.array([0.7, 0.2, 0.1, 0.0, 0.0, 0.0])
-    expected = np.exp(-(p[:3] * np.log(p[:3])).sum())
-    assert effective_rank(u @ np.diag(3 * p) @ v) == pytest.approx(expected, rel=1e-6)
-    assert effective_rank(np.ones((4, 3))) is None
 
 
 def test_nothing_depends_on_scale_and_clear_classes_are_far_apart() -> None:
