@@ -154,6 +154,7 @@ def test_pruning_is_resumed_after_any_epoch(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "calm/model.safetensors")
     masks = saved["adaptation.token_mask"], saved["adaptation.segment_mask"]
     assert [sorted(mask.flatten().tolist()) for mask in masks] == [[0.0] * 2 + [1.0] * 2, [0.0] * 32 + [1.0] * 32]
+    assert all(bool((saved[f"adaptation.{kind}_importance"] > 0).all()) for kind in ("token", "segment"))
     # The epoch that measures moves nothing.
     assert (calm.epochs[0].val_loss, calm.epochs[1].lr) == (calm.epochs[1].val_loss, 0.0)
     assert calm.best.epoch > 2
