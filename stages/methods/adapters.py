@@ -42,14 +42,15 @@ class Bottlenecks(Adaptation):
         """
         super().__init__(spec.first_block)
         self._parallel = parallel
-        self.down = nn.ModuleList(nn.Linear(spec.width, width) for _ in range(spec.blocks))
-        self.up = nn.ModuleList(nn.Linear(width, spec.width) for _ in range(spec.blocks))
-        for layer in (*self.down, *self.up):
+        down = [nn.Linear(spec.width, width) for _ in range(spec.blocks)]
+        up = [nn.Linear(width, spec.width) for _ in range(spec.blocks)]
+        for layer in (*down, *up):
             nn.init.zeros_(layer.bias)
-        for layer in self.down:
+        for layer in down:
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-        for layer in self.up:
+        for layer in up:
             nn.init.zeros_(layer.weight)
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
 
     def mlp_out(
         self,

@@ -32,11 +32,12 @@ class PooledMlp(Network):
         super().__init__()
         self.spec = spec
         width = spec.features // 2
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        hidden = [nn.Linear(width, width) for _ in range(2)]
         self.head = nn.Linear(width, spec.classes)
-        for layer in self.hidden:
+        for layer in hidden:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
             nn.init.zeros_(layer.bias)
+        self.hidden = nn.ModuleList(hidden)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -37,7 +37,8 @@ class TunedWeights(Adaptation):
         place, _, rest = name.partition(".")
         if place == "blocks":
             return int(rest.partition(".")[0]) >= self.first and self._chosen(name)
-        return (self._embeds or place in ("norm", "fc_norm", "attn_pool")) and place != "head" and self._chosen(name)
+        runs = place in ("norm", "fc_norm", "attn_pool") or (self._embeds and not place.startswith("head"))
+        return runs and self._chosen(name)
 
 
 def embeds(spec: AdaptationSpec) -> bool:
