@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from schemas.adaptation_row import Count, adaptation
 from schemas.base import Section
 from schemas.method_row import MethodRow
@@ -13,9 +11,9 @@ from schemas.specs import PooledSpec
 class SsfSettings(Section):
     """Settings of ssf."""
 
-    init: Literal["lpm", "published"] = "lpm"
-    """Initial scales and shifts: lpm (1 and 0, which change nothing) or published (normal around those, deviation
-    0.02)."""
+    published_start: bool = False
+    """Draw initial scales and shifts around 1 and 0 with deviation 0.02, as published; false: exactly these, so that
+    training starts at the LPM."""
 
 
 class AdapterSettings(Section):

@@ -38,7 +38,7 @@ class ScaleAndShift(Adaptation):
 
     def __init__(self, spec: AdaptationSpec, options: SsfSettings) -> None:
         super().__init__(spec.first_block)
-        self._embeds, self._deviation = embeds(spec), INITIAL if options.init == "published" else 0.0
+        self._embeds, self._deviation = embeds(spec), INITIAL if options.published_start else 0.0
         self.scales, self.shifts = nn.ParameterDict(), nn.ParameterDict()
         self._hooks: dict[str, RemovableHandle] = {}
 

@@ -157,7 +157,7 @@ def test_the_published_start_of_scales_changes_the_lpm() -> None:
     raw = {"method": "ssf", "classes": 3, "lpm": "vit_base_patch16_224", "first_block": 0, "hidden": None, **shape}
     torch.manual_seed(0)
     network: Any = gradient_method("ssf").build(
-        AdaptationSpec.model_validate({**raw, "options": {"init": "published"}})
+        AdaptationSpec.model_validate({**raw, "options": {"published_start": True}})
     )
     batch = Batch(labels=torch.zeros(2), image=torch.randn(2, 3, 64, 64))
     with torch.no_grad():
