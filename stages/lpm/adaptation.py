@@ -263,7 +263,7 @@ def mix_with(
     """Compute fused attention with further keys and values, and with a sink.
 
     A sink is one more key with the value 0, whose logit is s_i for query i. It fits into any fused kernel as one more
-    channel of each head (METHODS I2): q~ = [q, s / scale], k~ = [k, 0], k~_sink = [0, 1], v~_sink = 0.
+    channel of each head (identity 2): q~ = [q, s / scale], k~ = [k, 0], k~_sink = [0, 1], v~_sink = 0.
 
     Args:
         tokens: Queries, keys and values of a block.
@@ -301,7 +301,7 @@ def _with_sink(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logi
 
 
 def keys_values(block: Any, prompts: torch.Tensor, normed: bool = True) -> KeysValues:
-    """Return the keys and values (1, H, m, d) of prompts (m, D) in a block (METHODS I5).
+    """Return the keys and values (1, H, m, d) of prompts (m, D) in a block (identity 5).
 
     Args:
         block: Block of the LPM; its norm and projections are used, without positions.

@@ -5,7 +5,7 @@ With z the input of an attention, y its output and M prompts T (M, D):
     a = relu(z (T + T W_1^T W_2^T)^T)            (B, N, M)
     y' = exp(s) (y + w a T)                      w = max_M a, without gradient
 
-An exact split of the softmax (METHODS I6) has a gate in place of w and a softmax in place of the ReLU. Learnable are T,
+An exact split of the softmax (identity 6) has a gate in place of w and a softmax in place of the ReLU. Learnable are T,
 W_1 (r, D), W_2 (D, r) and the scalar s of each block; T and W_1 start at random, W_2 and s at 0, so that a model does
 not start as the LPM. `zero_gate` multiplies w a T by a learnable scalar, 0 at first: then it does, but that is not
 published. Here y' precedes LayerScale, as the published code changes the output of the projection. The published head

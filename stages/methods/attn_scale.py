@@ -5,7 +5,7 @@
     ln-scale             attn-scale and the norms of LN-Tune: the paper's strong baseline for few shots
 
 The abstract has "a set of scaling parameters for each attention matrix"; their granularity is UNVERIFIED, so both
-readings are here (METHODS 4.12). That the two parts of the baseline are trained at once is a translation, too.
+readings are here. That the two parts of the baseline are trained at once is a translation, too.
 `attn-scale` has few parameters and fits any resolution. `attn-scale-matrix` needs the matrix of all attention weights
 and is bound to the number of tokens: another one is refused. What is stored is the difference from 1, so that weight
 decay pulls towards the LPM.

@@ -10,7 +10,7 @@ term. `normed` makes the queries of norm1(u), which the projection was trained o
 position. Left out: the dropout of the prompts (0.1, per image), so that keys and values are computed once per batch.
 
 Without q/k normalisation, gate, or norm behind the attention, the term is that of an adapter whose activation is a
-softmax per head (METHODS I8), as which it is served:
+softmax per head (identity 8), as which it is served:
 
     sum_h softmax(u A_h + a_h) C_h + b_o,  A_h = W_q,h^T K_h^T / sqrt(d),  a_h = b_q,h K_h^T / sqrt(d),  C_h = V_h W_o,h
 """

@@ -4,12 +4,12 @@ As published, d_p learnable logits P_i stand in front of the attention logits of
 
     attention_i = softmax([P_i, q_i k^T / sqrt(d)])[d_p:] v
 
-Only s_i = logsumexp_j P_ij enters the result, which is that of fused attention times sigmoid(lse_i - s_i) (METHODS I1).
+Only s_i = logsumexp_j P_ij enters the result, which is that of fused attention times sigmoid(lse_i - s_i) (identity 1).
 `ept-lse` learns s_i directly, as a sink of fused attention: one number per token and block.
 
 At flat attention the factor is N / (N + d_p), 0.66 for ViT-B at 224 pixels and the published 100 prompts: EPT does not
 start as the LPM. The published recipe uses SGD; here AdamW trains both forms, under which they take equal steps, while
-SGD would need a rate divided by d_p for `ept-lse` (METHODS I4).
+SGD would need a rate divided by d_p for `ept-lse` (identity 4).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class EmbeddedPrompts(_Embedded):
 
 
 class EmbeddedLogits(_Embedded):
-    """EPT with s = log d_p + u, and u learnable from 0 (METHODS I4)."""
+    """EPT with s = log d_p + u, and u learnable from 0 (identity 4)."""
 
     def __init__(self, spec: AdaptationSpec, options: EptSettings) -> None:
         super().__init__(spec)

@@ -5,7 +5,7 @@
 
 Embeddings are among them only where they run: with images, and from block 0 upward. Whether the paper of LN-Tune
 includes the final norm is UNVERIFIED. In a plain ViT the key third of every qkv bias is dead: it adds the same number
-to all logits of a query, which the softmax cancels (METHODS I9). It is counted, as in published tables; norms of keys
+to all logits of a query, which the softmax cancels (identity 9). It is counted, as in published tables; norms of keys
 or rotary positions bring it to life. Weight decay pulls towards 0, as in every fine-tuning.
 """
 

@@ -6,7 +6,7 @@ over both axes, without normalisation:
     P^_l = [Re(FFT_tokens(FFT_channels(P_l[:m]))); P_l[m:]]
 
 and then are keys and values as in VPT-deep (`stages.methods.vpt`). No parameters are added. The real part only depends
-on the even part (P[i, j] + P[-i, -j]) / 2 (METHODS I7): of m D numbers, (m D + c) / 2 have an effect, with c = (2 if m
+on the even part (P[i, j] + P[-i, -j]) / 2 (identity 7): of m D numbers, (m D + c) / 2 have an effect, with c = (2 if m
 is even else 1) (2 if D is even else 1); in the other directions there is no gradient. The transform multiplies the
 deviation of the initial values by sqrt(m D / 2).
 

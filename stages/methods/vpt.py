@@ -6,7 +6,7 @@ before the final norm:
     x = [prefix; P; patches]
 
 `vpt-deep` replaces the prompts at every block, so that no output of theirs is ever read. They are then nothing but m
-further keys and values of each block (METHODS I5):
+further keys and values of each block (identity 5):
 
     k_p, v_p = heads(W_qkv norm1(P_l) + b)
 

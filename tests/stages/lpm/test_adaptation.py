@@ -137,7 +137,7 @@ def test_extra_keys_and_a_sink_are_those_of_an_explicit_softmax(width: int, bias
 
 @pytest.mark.parametrize("family", ["vit_layer_scale", "vit_qk_norm", "dinov2"])
 def test_prompts_as_keys_and_values_are_prompts_as_tokens(family: str) -> None:
-    """METHODS I5: prompts that are replaced at every block are constant keys and values."""
+    """Identity 5: prompts that are replaced at every block are constant keys and values."""
 
     class Deep(Adaptation):
         def __init__(self, prompts: torch.Tensor) -> None:

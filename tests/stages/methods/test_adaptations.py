@@ -72,7 +72,7 @@ COUNTS: list[tuple[str, dict[str, Any], int]] = [
     ("ia3", {}, 64_512),
     ("vera", {}, 12 * (256 + 2_304)),
 ]
-"""Method, its settings, and the published parameter count without the head, of ViT-B/16 at 224 pixels (METHODS 2)."""
+"""Method, its settings, and the published parameter count without the head, of ViT-B/16 at 224 pixels."""
 ADAPTATIONS = [name for name, row in METHODS.items() if row.spec is AdaptationSpec]
 TINY: dict[str, dict[str, Any]] = {
     "ept": {"prompts": 3},

@@ -86,7 +86,7 @@ def test_at_flat_attention_it_starts_with_the_published_factor(form: Any, prompt
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_equal_steps_of_both_forms(name: str) -> None:
-    """METHODS I4: SGD takes the rate over d_p and the decay times d_p, AdamW the same; from equal initial logits."""
+    """Identity 4: SGD takes the rate over d_p and the decay times d_p, AdamW the same; from equal initial logits."""
     count, prompts, scale = 9, 5, 32**-0.5
     spec = SPEC.model_copy(update={"image_size": 32, "patch": 16, "prefix_tokens": 5})
     options = EptSettings(prompts=prompts)

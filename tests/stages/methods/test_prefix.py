@@ -36,7 +36,7 @@ def test_a_prefix_is_keys_and_values_in_front_of_those_of_each_head() -> None:
 
 
 def test_a_prefix_splits_the_softmax() -> None:
-    """METHODS I6."""
+    """Identity 6."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 3, 5, 8, dtype=torch.double)
     more_keys, more_values = torch.randn(2, 1, 3, 4, 8, dtype=torch.double)

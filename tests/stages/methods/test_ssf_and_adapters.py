@@ -170,7 +170,7 @@ def test_the_published_start_of_scales_changes_the_lpm() -> None:
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_an_adapter_of_zeros_learns_its_last_bias_only(zeros: bool) -> None:
-    """The published start of VPT's comparator, METHODS 4.0: why `adapter` does not begin with zeros everywhere."""
+    """The published start of VPT's comparator: why `adapter` does not begin with zeros everywhere."""
     network = built("adapter", moved=False, width=4)
     with torch.no_grad():
         network.lpm.head.weight.normal_()

@@ -106,7 +106,7 @@ def test_offsets_are_added_to_attention_and_mlp() -> None:
 
 
 def test_offsets_without_layer_scale_are_the_biases_of_proj_and_fc2() -> None:
-    """METHODS 4.12."""
+    """Why DRA and BitFit of two layers are the same."""
     dra, bitfit = built("dra"), built("bitfit")
     dra.load_state_dict({key: value for key, value in bitfit.state_dict().items() if "head." in key}, strict=False)
     bitfit.use_lpm(dra.lpm)
@@ -142,7 +142,7 @@ def test_folded_offsets_leave_the_shared_weights_alone() -> None:
 
 @pytest.mark.parametrize(("model", "dead"), [({}, True), ({"qk_norm": True}, False)])
 def test_the_key_third_of_the_biases_is_dead_in_a_plain_model(model: dict[str, Any], dead: bool) -> None:
-    """METHODS I9."""
+    """Identity 9."""
     network = built("bitfit", model=model)
     network.lpm(pixels()).square().sum().backward()
     query, key, value = network.lpm.blocks[0].attn.qkv.bias.grad.chunk(3)
