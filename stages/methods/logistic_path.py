@@ -29,7 +29,7 @@ EXACT = 1500
 STEPS = 400
 """Gradient steps at most."""
 TOLERANCE = 3e-5
-"""Length of the gradient relative to that of the weights at which all regressions have converged."""
+"""Length of the gradient relative to that of the weights at which a regression has converged."""
 CHECKED = 10
 """Steps between two checks of the gradients."""
 
