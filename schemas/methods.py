@@ -183,7 +183,7 @@ _ROWS = (
         spec=SideNetworkSpec,
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
-        preset=Preset(members=3, adaptive_members=True, probe_weight=0.7, keep="late", fits_shares=True),
+        preset=Preset(members=3, adaptive_members=True, probe_weight=0.5, keep="late", fits_shares=True),
         probe_inputs=_probe_inputs,
     ),
     MethodRow(

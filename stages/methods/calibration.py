@@ -15,30 +15,38 @@ import torch
 from schemas.tasks import Task
 from stages.losses import plain_loss
 
-PRIOR = 1.0
-"""Prior standard deviation of the log inverse temperature, which keeps it near 0 with few images."""
+PRIOR = 0.25
+"""Prior standard deviation of the log inverse temperature, which keeps it near 0 with few images: thirty validation
+images that an ensemble happens to separate would sharpen it by factors (docs/lab-notes.md)."""
+FIRST_PRIOR = 1.0
+"""The same as FPT-X had it first, with fixed ensemble weights."""
 LIMIT = 5.0
 """Largest absolute log inverse temperature of the grid."""
 STEP = 0.05
 """Step of the grid."""
-CONCENTRATION = 10.0
+CONCENTRATION = 5.0
 """Images that the prior of the ensemble weights counts as."""
 SHARE_STEP = 0.05
 """Step of the grid of ensemble weights."""
 
 
 def inverse_temperatures(
-    terms: torch.Tensor, labels: torch.Tensor, task: Task = "multiclass", class_weights: torch.Tensor | None = None
+    terms: torch.Tensor,
+    labels: torch.Tensor,
+    task: Task = "multiclass",
+    class_weights: torch.Tensor | None = None,
+    prior: float = PRIOR,
 ) -> torch.Tensor:
     """Fit the inverse temperature 1 / t of each expert to labels.
 
-    Minimises n * log-loss + log(1 / t)^2 / (2 PRIOR^2) by grid search.
+    Minimises n * log-loss + log(1 / t)^2 / (2 prior^2) by grid search.
 
     Args:
         terms: Logits of K experts, (n, K, C).
         labels: Class indices (n,), or for multi-label zeros and ones (n, C); on the CPU.
         task: Kind of the labels.
         class_weights: Loss weight of each class, (C,), or None.
+        prior: Standard deviation of log(1 / t) without images.
 
     Returns:
         Inverse temperatures (K,), positive; 1 without images.
@@ -51,7 +59,7 @@ def inverse_temperatures(
         torch.stack([plain_loss(expert * factor, labels, task, weights) for factor in logs.exp()])
         for expert in terms.double().unbind(dim=1)
     ]
-    total = len(labels) * torch.stack(costs) + logs**2 / (2 * PRIOR**2)
+    total = len(labels) * torch.stack(costs) + logs**2 / (2 * prior**2)
     return logs[total.argmin(dim=1)].exp().float()
 
 

@@ -23,7 +23,7 @@ from schemas.specs import AttentiveSpec, HeldOut, SideNetworkSpec
 from schemas.text import counted
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.batch import Batch
-from stages.methods.calibration import fit_shares, inverse_temperatures
+from stages.methods.calibration import FIRST_PRIOR, PRIOR, fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
 from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.held_out_gain import group_folds, paired_losses
@@ -129,7 +129,8 @@ class Ensemble(TokenNetwork):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inverse temperatures and ensemble weights, (kinds,) each."""
         task, prior = self.spec.task, list(self.spec.experts.values())
-        sharpness = inverse_temperatures(experts, labels, task, class_weights)
+        deviation = PRIOR if self.spec.fits_shares else FIRST_PRIOR
+        sharpness = inverse_temperatures(experts, labels, task, class_weights, deviation)
         if not self.spec.fits_shares:
             return sharpness, torch.tensor(prior)
         return sharpness, fit_shares(experts * sharpness[:, None], labels, prior, task, class_weights)

@@ -206,7 +206,10 @@ def test_validation_images_calibrate_each_expert() -> None:
     assert network.state_dict()["sharpness"].tolist() == network.sharpness.tolist()
     # Three images cannot make an expert ten times as sure, none leaves it as it is.
     assert 0.5 < float(inverse_temperatures(15.0 * honest[:0, None], labels[:0])) < 2.0
-    assert float(inverse_temperatures(torch.tensor([[[4.0, 0.0, 0.0]]]), torch.tensor([0]))) < 3.0
+    assert float(inverse_temperatures(torch.tensor([[[4.0, 0.0, 0.0]]]), torch.tensor([0]))) < 1.5
+    # Thirty images that are all predicted well: the prior keeps a sure expert from becoming certain.
+    terms, wins = torch.tensor([[[2.0, 0.0, 0.0]]]).expand(30, 1, 3), torch.zeros(30, dtype=torch.long)
+    assert 1.0 < float(inverse_temperatures(terms, wins)) < 2.0 < float(inverse_temperatures(terms, wins, prior=1.0))
 
 
 def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
@@ -224,7 +227,7 @@ def test_what_auto_means(study: Study) -> None:
     raw = parse_settings({"method": "fpt-x", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     train_settings = resolve(raw, study.lpm).train
     assert (train_settings.members, train_settings.adaptive_members) == (3, True)
-    assert (train_settings.probe_weight, train_settings.keep) == (0.7, "late")
+    assert (train_settings.probe_weight, train_settings.keep) == (0.5, "late")
     assert (train_settings.attentive, train_settings.attentive_weight) == (0, 0.0)
     raw = parse_settings({"method": "fpt-x-kept", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     kept = resolve(raw, study.lpm).train
