@@ -12,7 +12,7 @@ from study import make_study, train_study
 
 from stages.losses import plain_loss
 from stages.methods.base import gradient_method
-from stages.methods.calibration import fit_shares
+from stages.methods.calibration import CONCENTRATION, fit_shares
 from stages.methods.fpt_x import Ensemble
 from stages.scores import log_pool_terms
 from stages.train.bundle import load_bundle, read_spec
@@ -37,7 +37,7 @@ def test_ensemble_weights_follow_the_held_out_loss_and_the_prior() -> None:
     # Of all weights of the grid none has a lower cost.
     costs = [
         60 * float(plain_loss((terms * torch.tensor([1 - w, w])[:, None]).sum(1), labels))
-        - 10.0 * (0.5 * math.log(1 - w) + 0.5 * math.log(w))
+        - CONCENTRATION * (0.5 * math.log(1 - w) + 0.5 * math.log(w))
         for w in (0.05 * step for step in range(1, 20))
     ]
     assert float(shares[1]) == pytest.approx(0.05 * (1 + costs.index(min(costs))))

@@ -276,7 +276,6 @@ def test_it_is_trained_kept_and_judged_as_a_whole(study: Study) -> None:
     assert (name, described) == ("Averaged", f"2 side networks ({shares[0]:g}), linear probes ({shares[1]:g})")
     assert bundle.network.probe is not None
     assert float(bundle.network.probe.weight.abs().sum()) > 0
-    assert not torch.equal(bundle.network.sharpness, torch.ones_like(bundle.network.sharpness))
     receipt = study.extract()
     rows = list(study.manifest.of("val"))
     reader = open_store(study.cache, receipt)
