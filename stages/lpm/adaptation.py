@@ -51,6 +51,10 @@ class Adaptation(nn.Module):
         """Return the position of a block among the adapted ones."""
         return number - self.first
 
+    def adapted(self, lpm: Any) -> list[tuple[int, Any]]:
+        """Return number and module of each adapted block."""
+        return list(enumerate(lpm.blocks))[self.first :]
+
     def attach(self, lpm: Any) -> None:
         """Change modules of the LPM once, before its weights are loaded; does nothing by default.
 
@@ -171,7 +175,7 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
         UnsupportedModelError: If blocks of the model compute something else than attention and MLP in turn.
     """
     adaptation.attach(lpm)
-    adapted = list(enumerate(lpm.blocks))[adaptation.first :]
+    adapted = adaptation.adapted(lpm)
     if overrides(adaptation, *_BLOCK_HOOKS):
         kinds = _block_kinds()
         for number, block in adapted:
@@ -197,6 +201,12 @@ def install(lpm: Any, adaptation: Adaptation) -> None:
             # Rotary positions are those of the patches: all tokens before them have none.
             if hasattr(block.attn, "num_prefix_tokens"):
                 block.attn.num_prefix_tokens += adaptation.added_tokens
+
+
+def insert_behind(tokens: torch.Tensor, prompts: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Insert prompts (m, D) behind the prefix of tokens (B, N, D); return (B, N + m, D)."""
+    inserted = prompts.to(tokens.dtype).expand(len(tokens), -1, -1)
+    return torch.cat([tokens[:, :prefix], inserted, tokens[:, prefix:]], dim=1)
 
 
 def _names(lpm: Any) -> list[str]:

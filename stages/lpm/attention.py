@@ -226,8 +226,7 @@ def _fused(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = attention.qkv(tokens)
         return projected
     bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-    # As a module where hooks of an adaptation change its output; timm computes the same without calling it.
-    if getattr(attention, "qkv_bias_separate", False) or attention.qkv._forward_hooks:
+    if getattr(attention, "qkv_bias_separate", False):
         return attention.qkv(tokens) + bias  # type: ignore[no-any-return]
     return F.linear(tokens, attention.qkv.weight, bias)
 

@@ -42,7 +42,7 @@ class Offsets(Adaptation):
 
     def fold(self, lpm: Any) -> None:
         """Add the offsets to the biases of the last layers."""
-        for number, block in list(enumerate(lpm.blocks))[self.first :]:
+        for number, block in self.adapted(lpm):
             _add_to_bias(block.attn.proj, self.attention[self.row(number)])
             _add_to_bias(block.mlp.fc2, self.mlp[self.row(number)])
         self._folded = True

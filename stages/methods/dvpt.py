@@ -30,7 +30,7 @@ from torch import nn
 from schemas.cross_adaptations import DvptReleaseSettings, DvptSettings
 from schemas.errors import UnsupportedModelError
 from schemas.specs import AdaptationSpec
-from stages.lpm.adaptation import Adaptation
+from stages.lpm.adaptation import Adaptation, insert_behind
 from stages.methods.adapted_lpm import AdaptationMethod
 
 SHARED = 3
@@ -116,8 +116,7 @@ class PromptTokens(SharedAdapters):
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add the prompts behind the prefix tokens."""
-        prompts = (self.prompts + self.positions).to(tokens.dtype).expand(len(tokens), -1, -1)
-        return torch.cat([tokens[:, : self.prefix], prompts, tokens[:, self.prefix :]], dim=1)
+        return insert_behind(tokens, self.prompts + self.positions, self.prefix)
 
 
 def _make(spec: AdaptationSpec, options: DvptSettings | DvptReleaseSettings) -> Adaptation:

@@ -66,7 +66,7 @@ class PeftLayers(Adaptation):
 
     def attach(self, lpm: Any) -> None:
         """Wrap the layers."""
-        blocks = list(enumerate(lpm.blocks))[self.first :]
+        blocks = self.adapted(lpm)
         outputs = _any_of(f"blocks.{number}.attn.{name}" for number, one in blocks for name in projections(one.attn))
         inputs = _any_of(f"blocks.{number}.mlp.fc2" for number, _ in blocks)
         if self._method == "vera":

@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from schemas.prompt_adaptations import PrefixSettings, PtPeftSettings
 from schemas.specs import AdaptationSpec
 from stages.lpm.adaptation import Adaptation, KeysValues
+from stages.lpm.attention import projections
 from stages.methods.adapted_lpm import AdaptationMethod
 from stages.phases import Phase
 
@@ -91,8 +92,8 @@ class PrefixThenLowRank(Prefix):
 
     def attach(self, lpm: Any) -> None:
         """Add LoRA to the projections of the adapted blocks, without new names in the LPM."""
-        for block in lpm.blocks[self.first :]:
-            for linear in _projections(block.attn):
+        for _, block in self.adapted(lpm):
+            for linear in _changed(block.attn):
                 update = LowRank(linear, self.rank)
                 self.updates.append(update)
                 self._hooked.append((linear, update, linear.register_forward_hook(self._hook(update))))
@@ -121,11 +122,9 @@ class PrefixThenLowRank(Prefix):
         self._hooked.clear()
 
 
-def _projections(attention: Any) -> list[nn.Linear]:
+def _changed(attention: Any) -> list[nn.Linear]:
     """Return the linear maps of an attention that LoRA changes: the one to queries, keys and values, or two."""
-    if getattr(attention, "qkv", None) is not None:
-        return [attention.qkv]
-    return [attention.q_proj, attention.v_proj]
+    return [attention.get_submodule(name) for name in projections(attention) if name != "k_proj"]
 
 
 def _make(spec: AdaptationSpec, options: PrefixSettings | PtPeftSettings) -> Prefix:

@@ -64,7 +64,7 @@ class ScaleAndShift(Adaptation):
         """Yield the modules whose output is changed."""
         if self._embeds:
             yield "patch_embed", lpm.patch_embed
-        for number, block in list(enumerate(lpm.blocks))[self.first :]:
+        for number, block in self.adapted(lpm):
             attention = (f"attn.{name}" for name in (*projections(block.attn), "proj"))
             for name in ("norm1", *attention, "norm2", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"):
                 place, _, last = name.rpartition(".")

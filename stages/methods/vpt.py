@@ -27,7 +27,7 @@ from torch import nn
 
 from schemas.prompt_adaptations import VptSettings
 from schemas.specs import AdaptationSpec
-from stages.lpm.adaptation import Adaptation, KeysValues, keys_values
+from stages.lpm.adaptation import Adaptation, KeysValues, insert_behind, keys_values
 from stages.methods.adapted_lpm import AdaptationMethod
 
 
@@ -47,8 +47,7 @@ class ShallowPrompts(Adaptation):
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Insert the prompts behind the prefix, (B, N + m, D)."""
-        prompts = self.prompts.to(tokens.dtype).expand(len(tokens), -1, -1)
-        return torch.cat([tokens[:, : self.prefix], prompts, tokens[:, self.prefix :]], dim=1)
+        return insert_behind(tokens, self.prompts, self.prefix)
 
 
 class DeepPrompts(Adaptation):
@@ -85,8 +84,7 @@ class DeepPrompts(Adaptation):
 
     def fold(self, lpm: Any) -> None:
         """Compute the keys and values of all adapted blocks."""
-        adapted = list(enumerate(lpm.blocks))[self.first :]
-        self.folded = torch.stack([torch.stack(self.constants(number, block)) for number, block in adapted])
+        self.folded = torch.stack([torch.stack(self.constants(number, block)) for number, block in self.adapted(lpm)])
 
 
 def _make(spec: AdaptationSpec, options: VptSettings) -> Adaptation:
