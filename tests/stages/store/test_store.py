@@ -233,6 +233,14 @@ def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
     assert np.array_equal(found["keys"][0], rows["keys"][1])
 
 
+def test_metadata_of_a_killed_growth_is_replaced(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path, sizes=(4,))
+    fragment = store.group / "values" / "zarr.1234.partial"
+    fragment.write_bytes(b"half the metadata")
+    grow_store(store, 2)
+    assert not fragment.exists()
+
+
 def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = filled(tmp_path, sizes=(4,))
 
