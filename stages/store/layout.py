@@ -322,9 +322,6 @@ def grow_store(store: Store, shards: int) -> None:
     with store_lock(store.path):
         group = zarr.open_group(store.group, mode="r+")
         for name, layout in store.layouts.items():
-            # A writer killed while it grew this array left the new metadata under a temporary name.
-            for fragment in (store.group / name).glob("zarr.*.partial"):
-                fragment.unlink(missing_ok=True)
             array: Any = group[name]
             if array.shape[0] < rows:
                 array.resize((rows, *layout.shape))

@@ -20,7 +20,7 @@ from schemas.features import FileDigest, ShardReceipt
 from schemas.views import IDENTITY, ViewRow
 from stages.files import atomic_write, sha256_file, storage_errors
 from stages.store.array_sources import row_checksum
-from stages.store.layout import Store, grow_store
+from stages.store.layout import Store, grow_store, store_lock
 
 LOOKAHEAD = 256
 """Probe this many shard numbers before listing the folder of receipts, which takes a second for a million shards. A
@@ -175,6 +175,11 @@ def _remove_fragments(store: Store, shard: int) -> None:
     for name in store.layouts:
         for path in (store.group / name).glob(f"c.{shard}.*.partial"):
             path.unlink(missing_ok=True)
+    # The writer may have been killed while it grew an array. The lock keeps the file of a writer that grows one now.
+    with store_lock(store.path):
+        for name in store.layouts:
+            for path in (store.group / name).glob("zarr.*.partial"):
+                path.unlink(missing_ok=True)
 
 
 def remove_claimed_shards(store: Store, shards: Iterable[int]) -> None:
