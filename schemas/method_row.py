@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from schemas.base import Section
 from schemas.specs import Inputs, MethodSpec
-from schemas.statistics import ProbeRule
+from schemas.statistics import ProbeRule, ProbeSource
 
 if TYPE_CHECKING:
+    from schemas.features import FeatureSpec
     from schemas.resolved import ResolvedSettings
 
 
@@ -38,8 +39,18 @@ class Preset:
     """Epoch whose weights are kept."""
     probes: ProbeRule = "all"
     """What linear probes read."""
+    least_squares: bool = False
+    """Whether a ridge regression is fitted to each source as well."""
+    preference: float = 0.25
+    """Weight per held-out image of a difference in log-loss between two linear probes; 1 would be the ratio of their
+    likelihoods, which trusts the best one too much (docs/lab-notes.md)."""
     fits_shares: bool = False
     """Whether validation images fit the ensemble weights; their values here are then the prior."""
+
+    def probe_sources(self, features: FeatureSpec, with_pooled: bool = True) -> tuple[ProbeSource, ...]:
+        """Return the linear probes of an ensemble; arguments as in `FeatureSpec.probe_sources`."""
+        sources = features.probe_sources(self.probes, with_pooled)
+        return (*sources, *(one.by_least_squares for one in sources)) if self.least_squares else sources
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,15 @@ _ROWS = (
         spec=SideNetworkSpec,
         inputs=frozenset({"tokens", "side"}),
         trained_by="gradient",
-        preset=Preset(members=3, adaptive_members=True, probe_weight=0.5, keep="late", fits_shares=True),
+        preset=Preset(
+            members=3,
+            adaptive_members=True,
+            probe_weight=0.5,
+            keep="late",
+            fits_shares=True,
+            least_squares=True,
+            preference=0.5,
+        ),
         probe_inputs=_probe_inputs,
     ),
     MethodRow(
@@ -212,12 +220,13 @@ _ROWS = (
     MethodRow(
         name="statistics",
         title="statistics probe",
-        help="logistic regressions on statistics of all tokens, block by block, averaged",
+        help="linear regressions on statistics of all tokens, block by block, averaged",
         paper="",
         module="statistics",
         spec=StatisticsSpec,
         inputs=frozenset({"statistics", "pooled"}),
         trained_by="closed form",
+        preset=Preset(least_squares=True, preference=0.5),
     ),
     MethodRow(
         name="covariance",

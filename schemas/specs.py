@@ -208,7 +208,7 @@ class StatisticsSpec(MethodSpec):
     @property
     def ranked(self) -> tuple[tuple[str, float], ...]:
         """Sources by name with their ensemble weights, the largest first."""
-        named = zip((source.name for source in self.sources), self.shares, strict=True)
+        named = zip((source.title for source in self.sources), self.shares, strict=True)
         return tuple(sorted(named, key=lambda pair: -pair[1]))
 
     @property
@@ -224,7 +224,8 @@ class StatisticsSpec(MethodSpec):
 def _covered(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
     """Whether rows of these features have the sources, in the same places."""
     choices = product(get_args(ProbeRule), (True, False))
-    return not sources or any(set(sources) <= set(features.probe_sources(*choice)) for choice in choices)
+    read = {(source.name, source.spans) for source in sources}
+    return any(read <= {(one.name, one.spans) for one in features.probe_sources(*choice)} for choice in choices)
 
 
 class AttentiveSpec(MethodSpec):

@@ -124,17 +124,29 @@ def output_vectors(found: Sequence[Segment], width: int) -> tuple[int, ...]:
 
 
 class ProbeSource(Contract):
-    """Numbers of a row that one linear probe is fitted to."""
+    """Numbers of a row that one linear probe is fitted to, and how."""
 
     name: str
-    """Name in reports."""
+    """What they are."""
     spans: tuple[tuple[int, int], ...]
     """First number and the one after the last, of each span of the row (`stages.methods.fit_rows.describe_rows`)."""
+    loss: Literal["logistic", "squared"] = "logistic"
+    """Loss of the fit: logistic regression, or ridge regression on the labels."""
 
     @property
     def width(self) -> int:
         """Count of its numbers."""
         return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def by_least_squares(self) -> ProbeSource:
+        """The same numbers for a ridge regression."""
+        return self.model_copy(update={"loss": "squared"})
+
+    @property
+    def title(self) -> str:
+        """Name in reports, with the kind of fit."""
+        return self.name if self.loss == "logistic" else f"{self.name}, least squares"
 
 
 def grouped(found: Sequence[Segment], depth: int, width: int, rule: ProbeRule, first: int) -> tuple[ProbeSource, ...]:

@@ -193,7 +193,9 @@ class FitInputs:
     method: str = ""
     """Name of the method."""
     sources: tuple[ProbeSource, ...] = ()
-    """What linear probes of an ensemble read."""
+    """Linear probes of an ensemble."""
+    preference: float = 0.25
+    """Weight per held-out image of a difference in log-loss between two of them, as in `Preset`."""
     class_weights: Sequence[float] | None = None
     """Loss weight of each class, (C,); None: all 1."""
     threads: Threads = CALLING_THREAD

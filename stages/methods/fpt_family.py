@@ -20,8 +20,8 @@ class FptMethod(GradientMethod):
 
     def spec(self, settings: ResolvedSettings, lpm: LpmInfo, classes: int) -> SideNetworkSpec:
         """Return the spec of resolved settings."""
-        train = settings.train
-        sources = feature_spec(settings, lpm, "").probe_sources(METHODS[settings.method].preset.probes)
+        train, preset = settings.train, METHODS[settings.method].preset
+        sources = preset.probe_sources(feature_spec(settings, lpm, ""))
         return SideNetworkSpec.model_validate(
             {
                 "method": settings.method,
@@ -34,11 +34,11 @@ class FptMethod(GradientMethod):
                 "prompts": train.prompts,
                 "dropout": train.dropout,
                 "members": train.members,
-                "most_members": METHODS[settings.method].preset.members if train.adaptive_members else 0,
+                "most_members": preset.members if train.adaptive_members else 0,
                 "attentive": train.attentive,
                 "attentive_weight": train.attentive_weight,
                 "probe_weight": train.probe_weight,
-                "fits_shares": METHODS[settings.method].preset.fits_shares,
+                "fits_shares": preset.fits_shares,
                 "sources": sources if train.probe_weight else (),
                 "task": settings.data.task,
             }

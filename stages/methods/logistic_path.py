@@ -1,6 +1,6 @@
 """Logistic regressions of every penalty and every fold at once, in the principal axes of the rows.
 
-One singular value decomposition of the standardised rows serves all of them. In its axes the curvature of the
+In the axes of `stages.methods.principal_axes`, the curvature of the
 penalised loss of penalty C is at most 1 + C b lambda_r along axis r, with lambda the squared singular values and
 b = 1/2 (softmax) or 1/4 (sigmoid), so that scaling each axis by the root of its inverse makes a step of length 1 safe:
 all regressions take Nesterov's accelerated gradient steps together (restarted when they overshoot, O'Donoghue and
@@ -17,15 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.methods.regression import LinearFit, label_log_loss, log_loss, spread
+from stages.methods.principal_axes import PrincipalAxes, Rows
+from stages.methods.regression import LinearFit, label_log_loss, log_loss
 from stages.tasks import LEAST
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-8, 5))
 """Candidates of C, the inverse of the L2 penalty, on rows of unit mean square length."""
-RANK = 256
-"""Principal axes at most; on real images all 512 of them were no better (docs/lab-notes.md)."""
-EXACT = 1500
-"""Up to this smaller side of the rows the decomposition is exact, beyond it randomised (Halko et al. 2011)."""
 STEPS = 400
 """Gradient steps at most."""
 TOLERANCE = 3e-5
@@ -33,73 +30,33 @@ TOLERANCE = 3e-5
 CHECKED = 10
 """Steps between two checks of the gradients."""
 
-Rows = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
 def fit_path(
-    x: Rows, y: Labels, class_weights: npt.NDArray[np.float64], folds: Sequence[npt.NDArray[np.bool_]]
+    rows: PrincipalAxes, y: Labels, class_weights: npt.NDArray[np.float64], folds: Sequence[npt.NDArray[np.bool_]]
 ) -> LinearFit:
-    """Fit a logistic regression to standardised rows, with the penalty of the lowest held-out loss.
-
-    Mean, deviation and principal axes are those of all rows: they use no label.
+    """Fit a logistic regression to rows, with the penalty of the lowest held-out loss.
 
     Args:
-        x: (n, F).
+        rows: n rows.
         y: (n,) class indices; for multi-label (n, C) zeros and ones.
         class_weights: (C,) loss weights.
         folds: (n,) each, true for the held-out rows; at least one.
     """
-    mean, scale = spread(x.astype(np.float64))
-    unit = np.sqrt(x.shape[1])
-    axes, z = _principal_axes(((x - mean) / scale / unit).astype(np.float32))
     seen = np.stack([np.ones(len(y), bool), *(~fold for fold in folds)])
-    weight, bias = _solve(z, y, class_weights, seen)
+    weight, bias = _solve(rows.z, y, class_weights, seen)
     losses: list[float] = []
     held_out = []
     for one in range(len(STRENGTHS)):
         logits = np.full((len(y), len(class_weights)), np.nan)
         for position, fold in enumerate(folds, start=1):
-            logits[fold] = z[fold] @ weight[position, one] + bias[position, one]
+            logits[fold] = rows.z[fold] @ weight[position, one] + bias[position, one]
         some = np.any(folds, axis=0)
-        losses.append(_held_out_loss(logits[some], y[some], class_weights))
+        losses.append(logit_loss(logits[some], y[some], class_weights))
         held_out.append(logits)
     best = min(range(len(losses)), key=losses.__getitem__)
-    in_features = axes @ weight[0, best] / unit
-    tensors = [
-        torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
-        for part in (in_features.T, bias[0, best], mean, scale, held_out[best])
-    ]
-    return LinearFit(tensors[0], tensors[1], tensors[2], tensors[3], STRENGTHS[best], losses[best], tensors[4])
-
-
-def _principal_axes(x: Rows) -> tuple[Rows, Rows]:
-    """Return the axes (F, r) and the coordinates (n, r) of rows, the largest first."""
-    count, features = x.shape
-    smaller = min(count, features)
-    if smaller > EXACT:
-        from sklearn.utils.extmath import randomized_svd
-
-        left, sizes, right = randomized_svd(x, RANK, n_iter=3, random_state=0)
-        rank = _rank(sizes)
-        return right[:rank].T, left[:, :rank] * sizes[:rank]
-    from scipy.linalg import eigh
-
-    # The smaller product: its eigenvalues are the squares of the singular values.
-    product = (x @ x.T if count <= features else x.T @ x).astype(np.float64)
-    squares, vectors = eigh(product, subset_by_index=[max(0, smaller - RANK), smaller - 1])
-    sizes = np.sqrt(np.maximum(squares[::-1], 0.0))
-    rank = _rank(sizes)
-    vectors = vectors[:, ::-1][:, :rank].astype(np.float32)
-    if count > features:
-        return vectors, x @ vectors
-    lengths = sizes[:rank].astype(np.float32)
-    return x.T @ (vectors / lengths), vectors * lengths
-
-
-def _rank(sizes: npt.NDArray[Any]) -> int:
-    """Return the number of axes that are more than rounding."""
-    return max(1, int((sizes > 1e-3 * sizes[0]).sum()))
+    return rows.linear_fit(weight[0, best], bias[0, best], held_out[best], STRENGTHS[best], losses[best])
 
 
 def _solve(
@@ -159,7 +116,8 @@ def _solve(
     )
 
 
-def _held_out_loss(logits: npt.NDArray[np.float64], y: Labels, class_weights: npt.NDArray[np.float64]) -> float:
+def logit_loss(logits: npt.NDArray[np.float64], y: Labels, class_weights: npt.NDArray[np.float64]) -> float:
+    """Return the weighted log-loss of logits (n, C); for multi-label the mean over labels."""
     values = torch.from_numpy(logits)
     if y.ndim == 1:
         return log_loss(values.log_softmax(dim=1).numpy(), y, class_weights)

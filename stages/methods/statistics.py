@@ -1,12 +1,12 @@
 """The statistics probe: linear probes of the pooled outputs and of the token statistics of the LPM.
 
-Which statistic of which block is most informative depends on the images: a logistic regression is fitted to each source
-separately, and their log-probabilities are averaged,
+Which statistic of which block is most informative depends on the images: a logistic regression and a ridge regression
+are fitted to each source separately, and the log-probabilities of all of them are averaged,
 
-    log p = sum_s share_s log softmax(W_s z_s + b_s)   up to a constant,   share_s ~ exp(-n loss_s / 4)
+    log p = sum_s share_s log softmax(W_s z_s + b_s)   up to a constant,   share_s ~ exp(-n loss_s / 2)
 
-with z the standardised source and loss its mean log-loss on the n held-out images: the more images there are, the more
-the best sources count.
+with z the standardised source and loss the mean log-loss on the n held-out images: the more images there are, the more
+the best ones count. `covariance` and `all-block-linear` have logistic regressions only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -23,21 +24,22 @@ from schemas.specs import MethodSpec, StatisticsSpec
 from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
-from stages.methods.fit_rows import check_rows_to_fit
+from stages.methods.fit_rows import FitRows, check_rows_to_fit
+from stages.methods.least_squares import fit_least_squares
 from stages.methods.logistic_path import fit_path
+from stages.methods.principal_axes import principal_axes
 from stages.methods.regression import LinearFit
 from stages.scores import log_pool_terms
 
 LISTED = 0.05
 """Ensemble weight below which a source is not listed in the report."""
 
-PREFERENCE = 0.25
-"""Weight per held-out image of a difference in log-loss between two sources; 1 would be the ratio of their likelihoods,
-which trusts the best source too much (docs/lab-notes.md)."""
+FITS = {"logistic": fit_path, "squared": fit_least_squares}
+"""Loss of a probe -> its fit."""
 
 
 class StatisticsProbe(nn.Module):
-    """Averaged logistic regressions, one per source. Fitted in closed form: no gradient reaches them."""
+    """Averaged linear regressions, one per source. Fitted in closed form: no gradient reaches them."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -107,7 +109,7 @@ class StatisticsFit(NamedTuple):
 
 
 def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
-    """Fit a logistic regression to each standardised source, of training and validation images together.
+    """Fit the regression of each standardised source to training and validation images together.
 
     Penalty and ensemble weight follow from the log-loss on held-out images: every image is held out once, in up to
     five folds of complete groups. A few dozen validation images would make both a matter of luck, and would be lost to
@@ -123,7 +125,7 @@ def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
     Raises:
         TrainingError: If a class has no training rows, there are no validation rows, or a feature is not finite.
     """
-    train, val, sources = inputs.train, inputs.val, inputs.sources
+    train, val = inputs.train, inputs.val
     classes, count = train.classes, len(val.y)
     check_rows_to_fit(train, val)
     weights = np.ones(classes) if inputs.class_weights is None else np.asarray(inputs.class_weights, np.float64)
@@ -132,25 +134,42 @@ def fit_statistics(inputs: FitInputs) -> tuple[StatisticsFit, torch.Tensor]:
     if not folds or not np.any(folds, axis=0)[len(train.y) :].all():
         # The only fold is the validation split.
         folds = [np.arange(len(rows.y)) >= len(train.y)]
-    x = torch.from_numpy(rows.x)
-
-    def fit(positions: Sequence[int]) -> list[LinearFit]:
-        return [fit_path(select(x, sources[one]).numpy(), rows.y, weights, folds) for one in positions]
-
-    # Products of a few hundred rows are too small to be split among cores; complete fits are not.
-    with threadpool_limits(1):
-        fits = inputs.threads.map(fit, range(len(sources)))
+    fits = _fit_sources(inputs, rows, weights, folds)
     losses = np.array([one.loss for one in fits])
     # With several labels per image the loss is a mean over them: an image's is their sum.
     losses *= 1 if rows.y.ndim == 1 else classes
     held_rows = np.any(folds, axis=0).sum()
-    preferred = np.exp(-PREFERENCE * held_rows * (losses - losses.min()))
+    preferred = np.exp(-inputs.preference * held_rows * (losses - losses.min()))
     share = torch.from_numpy((preferred / preferred.sum()).astype(np.float32))
     joined = {name: torch.cat([getattr(one, name) for one in fits], dim=-1) for name in ("weight", "mean", "scale")}
     held_out = torch.stack([one.held_out[-count:] for one in fits], dim=1)
     terms = log_pool_terms(held_out, "multiclass" if rows.y.ndim == 1 else "multilabel")
     bias = torch.stack([one.bias for one in fits])
     return StatisticsFit(**joined, bias=bias, share=share), (terms * share[:, None]).sum(dim=1)
+
+
+def _fit_sources(
+    inputs: FitInputs, rows: FitRows, weights: npt.NDArray[np.float64], folds: Sequence[npt.NDArray[np.bool_]]
+) -> list[LinearFit]:
+    """Fit every source; those of the same numbers share their principal axes."""
+    x = torch.from_numpy(rows.x)
+    places: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for place, source in enumerate(inputs.sources):
+        places.setdefault(source.spans, []).append(place)
+
+    def fit(alike: Sequence[list[int]]) -> list[list[LinearFit]]:
+        fits = []
+        for group in alike:
+            axes = principal_axes(select(x, inputs.sources[group[0]]).numpy())
+            fits.append([FITS[inputs.sources[one].loss](axes, rows.y, weights, folds) for one in group])
+        return fits
+
+    # Products of a few hundred rows are too small to be split among cores; complete fits are not.
+    with threadpool_limits(1):
+        groups = list(places.values())
+        found = zip(groups, inputs.threads.map(fit, groups), strict=True)
+        fit_of = {place: one for group, fits in found for place, one in zip(group, fits, strict=True)}
+    return [fit_of[place] for place in range(len(inputs.sources))]
 
 
 class StatisticsMethod(ClosedFormMethod):

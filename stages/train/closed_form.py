@@ -28,7 +28,7 @@ def fit_job(job: Job) -> list[TrainResult]:
     }
     results = []
     with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
-        inputs = METHODS[job.first.method].inputs
+        inputs, preset = METHODS[job.first.method].inputs, METHODS[job.first.method].preset
         train, val = rows_to_fit(job, job.opened.source, ids, inputs)
         for position, settings in enumerate(job.variants):
             weights = job.class_weights(settings, torch.device("cpu"))
@@ -37,7 +37,8 @@ def fit_job(job: Job) -> list[TrainResult]:
                 val=val,
                 task=job.manifest.task,
                 method=settings.method,
-                sources=job.opened.features.probe_sources(METHODS[settings.method].preset.probes, "pooled" in inputs),
+                sources=preset.probe_sources(job.opened.features, "pooled" in inputs),
+                preference=preset.preference,
                 class_weights=None if weights is None else weights.tolist(),
                 threads=threads,
             )

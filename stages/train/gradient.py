@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from schemas.manifest import Split
+from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
 from schemas.statistics import ProbeSource
@@ -206,7 +207,10 @@ def _fit_statistics(
         # From the store: what only the fit reads, once, is not worth the memory.
         train, val = rows_to_fit(job, job.opened.source, originals, job.inputs & {"pooled", "statistics"})
         class_weights = None if weights is None else weights.tolist()
-        return fit_statistics(FitInputs(train, val, sources=sources, class_weights=class_weights, threads=threads))
+        preference = METHODS[settings.method].preset.preference
+        return fit_statistics(
+            FitInputs(train, val, sources=sources, preference=preference, class_weights=class_weights, threads=threads)
+        )
 
 
 def _train_batches(job: Job, source: RowSource) -> BatchLoader:

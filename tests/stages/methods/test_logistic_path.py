@@ -7,45 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from linear_cases import CASES, centred, folds_of, labelled, logits_of, loss_of, standardised
 from sklearn.linear_model import LogisticRegression
 
-from stages.methods import logistic_path
-from stages.methods.logistic_path import STRENGTHS, fit_path
-from stages.methods.regression import LinearFit, label_log_loss, log_loss
+from stages.methods import logistic_path, principal_axes
+from stages.methods.logistic_path import STRENGTHS
+from stages.methods.regression import LinearFit
 
 CLOSE = 1e-2
 """Difference of two logits that changes no probability by more than a quarter of a percent."""
-
-
-def blobs(n: int, classes: int, features: int = 20, distance: float = 2.0, seed: int = 0) -> tuple[Any, Any]:
-    """Gaussian clouds around corners, on scales that differ by orders of magnitude."""
-    rng = np.random.default_rng(seed)
-    y = np.arange(n) % classes
-    x = rng.normal(size=(n, features)) + distance * np.eye(classes, features)[y]
-    return (x * np.logspace(-2, 2, features) + 5.0).astype(np.float32), y
-
-
-def labelled(n: int, labels: int, features: int = 20, seed: int = 0) -> tuple[Any, Any]:
-    """Rows with several labels, each with a direction of its own."""
-    rng = np.random.default_rng(seed)
-    y = (rng.random((n, labels)) < 0.4).astype(np.int64)
-    x = rng.normal(size=(n, features))
-    x[:, :labels] += 1.5 * y
-    return x.astype(np.float32), y
-
-
-def folds_of(n: int, count: int = 4) -> list[Any]:
-    order = np.random.default_rng(5).permutation(n)
-    return [np.isin(np.arange(n), order[start::count]) for start in range(count)]
-
-
-def standardised(x: Any) -> Any:
-    """(n, F): each column of mean 0 and deviation 1, divided by sqrt(F)."""
-    wide = x.astype(np.float64)
-    scale = wide.std(axis=0)
-    # Rounding leaves constant columns a tiny deviation.
-    scale[scale <= 1e-6 * np.abs(wide).max(axis=0)] = 1.0
-    return (wide - wide.mean(axis=0)) / scale / np.sqrt(x.shape[1])
 
 
 def reference(z: Any, y: Any, seen: Any, c: float, weights: Any) -> Any:
@@ -65,33 +35,8 @@ def reference(z: Any, y: Any, seen: Any, c: float, weights: Any) -> Any:
     return np.stack([-found / 2, found / 2], axis=1) if two else found
 
 
-def centred(logits: Any, y: Any) -> Any:
-    """Logits without the constant that all classes of a softmax may share."""
-    return logits - logits.mean(axis=1, keepdims=True) if y.ndim == 1 else logits
-
-
-def logits_of(fit: LinearFit, x: Any) -> Any:
-    return (((torch.from_numpy(x) - fit.mean) / fit.scale) @ fit.weight.T + fit.bias).numpy()
-
-
-def loss_of(logits: Any, y: Any, weights: Any) -> float:
-    values = torch.from_numpy(np.asarray(logits, np.float64))
-    if y.ndim == 1:
-        return log_loss(values.log_softmax(dim=1).numpy(), y, weights)
-    yes, no = (torch.nn.functional.logsigmoid(sign * values).numpy() for sign in (1, -1))
-    return label_log_loss(yes, no, y, weights)
-
-
-CASES = {
-    "two classes": (*blobs(120, 2), np.ones(2)),
-    "three classes": (*blobs(120, 3), np.ones(3)),
-    "two weighted classes": (*blobs(120, 2), np.array([0.4, 3.0])),
-    "three weighted classes": (*blobs(120, 3), np.array([0.5, 1.0, 4.0])),
-    "more features than rows": (*blobs(60, 3, features=150), np.ones(3)),
-    "labels": (*labelled(120, 3), np.ones(3)),
-    "weighted labels": (*labelled(120, 3), np.array([0.5, 1.0, 4.0])),
-}
-"""Rows, labels, class weights."""
+def fit_path(x: Any, y: Any, weights: Any, folds: Any) -> LinearFit:
+    return logistic_path.fit_path(principal_axes.principal_axes(x), y, weights, folds)
 
 
 LOSSES = {STRENGTHS[0]: CLOSE, 0.1: CLOSE, 1.0: CLOSE, 10.0: 2 * CLOSE, STRENGTHS[-1]: 15 * CLOSE}
@@ -194,24 +139,24 @@ def test_fewer_axes_are_close_to_all_of_them(monkeypatch: pytest.MonkeyPatch) ->
     (x, y), weights = low_rank(150, 300, 20), np.ones(3)
     folds = folds_of(150)
     full = fit_path(x, y, weights, folds)
-    monkeypatch.setattr(logistic_path, "RANK", 20)
-    axes, coordinates = logistic_path._principal_axes(standardised(x).astype(np.float32))
-    assert (axes.shape, coordinates.shape) == ((300, 20), (150, 20))
+    monkeypatch.setattr(principal_axes, "RANK", 20)
+    turned = principal_axes.principal_axes(x)
+    assert (turned.axes.shape, turned.z.shape) == ((300, 20), (150, 20))
     short = fit_path(x, y, weights, folds)
     assert short.loss == pytest.approx(full.loss, abs=0.02)
     difference = np.abs(centred(logits_of(short, x), y) - centred(logits_of(full, x), y))
     assert difference.mean() < 0.1 * np.abs(centred(logits_of(full, x), y)).mean()
     # With a single axis the classes can no longer be told apart: the limit has an effect.
-    monkeypatch.setattr(logistic_path, "RANK", 1)
+    monkeypatch.setattr(principal_axes, "RANK", 1)
     assert fit_path(x, y, weights, folds).loss > full.loss + 0.1
 
 
 def test_the_randomised_decomposition_is_close_to_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     (x, y), weights = low_rank(150, 300, 20), np.ones(3)
     folds = folds_of(150)
-    monkeypatch.setattr(logistic_path, "RANK", 20)
+    monkeypatch.setattr(principal_axes, "RANK", 20)
     exact = fit_path(x, y, weights, folds)
-    monkeypatch.setattr(logistic_path, "EXACT", 50)
+    monkeypatch.setattr(principal_axes, "EXACT", 50)
     monkeypatch.setattr(np.linalg, "svd", _small_only(np.linalg.svd, 100))
     randomised = fit_path(x, y, weights, folds)
     again = fit_path(x, y, weights, folds)

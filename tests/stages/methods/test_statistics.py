@@ -15,6 +15,7 @@ from stages.methods import logistic_path
 from stages.methods.base import FitInputs
 from stages.methods.batch import Batch
 from stages.methods.fit_rows import FitRows, describe_rows
+from stages.methods.principal_axes import principal_axes
 from stages.methods.statistics import StatisticsFit, StatisticsProbe, fit_statistics, select
 from stages.threads import open_threads
 
@@ -193,7 +194,7 @@ def test_where_a_class_has_one_patient_validation_images_are_the_only_fold() -> 
     expected = torch.zeros(len(held_out), 3)
     for source, share in zip(sources_of(3), fit.share, strict=True):
         part = select(torch.from_numpy(rows), source).numpy()
-        path = logistic_path.fit_path(part, labels, np.ones(3), folds)
+        path = logistic_path.fit_path(principal_axes(part), labels, np.ones(3), folds)
         expected += share * path.held_out[90:].log_softmax(dim=1)
     torch.testing.assert_close(held_out, expected, rtol=1e-4, atol=1e-4)
 
@@ -249,9 +250,28 @@ def test_ensemble_weights_sharpen_with_the_number_of_images(count: int) -> None:
     rows, labels = np.concatenate([x, x_val]), np.concatenate([y, y_val])
     folds = FitRows(rows, labels, [*one_each(count), *(f"val {number}" for number in range(30))], 3).folds()
     losses = [
-        logistic_path.fit_path(select(torch.from_numpy(rows), source).numpy(), labels, np.ones(3), folds).loss
+        logistic_path.fit_path(
+            principal_axes(select(torch.from_numpy(rows), source).numpy()), labels, np.ones(3), folds
+        ).loss
         for source in sources_of(3)
     ]
     expected = torch.tensor(losses).mul(-(count + 30) / 4).softmax(dim=0)
     assert 0.01 < float(expected.max()) < 0.99, "one source with all of the weight would prove nothing"
     torch.testing.assert_close(fit.share, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_squared_and_logistic_losses_share_the_weight_of_a_source() -> None:
+    """A source of both losses has both regressions, which compete for weight with all others."""
+    train, (x_val, y_val) = made(90, 0), made(30, 1)
+    plain = sources_of(3)
+    both = (*plain, *(source.by_least_squares for source in plain))
+    logistic, _ = fit_to(train, (x_val, y_val))
+    fit, held_out = fit_to(train, (x_val, y_val), sources=both)
+    total = logistic.weight.shape[1]
+    torch.testing.assert_close(fit.weight[:, :total], logistic.weight)
+    assert not torch.allclose(fit.weight[:, total:], logistic.weight, atol=0.05)
+    assert fit.share[1] > 0.05 and fit.share[4] > 0.05, "both fits to the source with a signal count"
+    assert float(fit.share[[0, 2, 3, 5]].sum()) < 0.1
+    assert (held_out.argmax(1).numpy() == y_val).mean() > 0.5
+    x_test, y_test = made(300, 2)
+    assert (probe_of(fit, both)(torch.from_numpy(x_test)).argmax(1).numpy() == y_test).mean() > 0.6

@@ -1,0 +1,75 @@
+"""Ridge regressions on the labels, with every penalty at once, in the principal axes of the rows.
+
+With targets t of zeros and ones, and row weights u,
+
+    minimise  sum_i u_i |t_i - b - z_i W|^2 + lambda |W|^2,      logits = s (b + z W - 1/2)
+
+The penalty and the inverse temperature s, the same for all classes, have the lowest held-out log-loss. The squared loss
+weighs all images alike where the logistic one follows those near the boundary: their errors differ, and an average of
+both is better than either (docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stages.methods.logistic_path import Labels, logit_loss
+from stages.methods.principal_axes import Floats, PrincipalAxes
+from stages.methods.regression import LinearFit
+from stages.tasks import positives
+
+PENALTIES: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-6, 5))
+"""Candidates of lambda, on rows of unit mean square length."""
+SHARPNESS: tuple[float, ...] = tuple(np.exp(np.arange(-0.7, 2.35, 0.1)).tolist())
+"""Candidates of the inverse temperature s, 0.5 to 10: a few images that a regression happens to separate would raise it
+without limit."""
+
+
+def fit_least_squares(
+    rows: PrincipalAxes, y: Labels, class_weights: Floats, folds: Sequence[npt.NDArray[np.bool_]]
+) -> LinearFit:
+    """Fit a ridge regression to rows, with the penalty and the temperature of the lowest held-out log-loss.
+
+    Args:
+        rows: n rows.
+        y: (n,) class indices; for multi-label (n, C) zeros and ones.
+        class_weights: (C,) weights of the rows of each class; for multi-label, of the images that have the label.
+        folds: (n,) each, true for the held-out rows; at least one.
+    """
+    z, targets = rows.z.astype(np.float64), positives(y, len(class_weights)).astype(np.float64)
+    weights = targets @ class_weights[:, None] if y.ndim == 1 else np.where(targets > 0, class_weights, 1.0)
+    held_out = np.full((len(PENALTIES), *targets.shape), np.nan)
+    for fold in folds:
+        for one, (weight, bias) in enumerate(_path(z[~fold], targets[~fold], weights[~fold])):
+            held_out[one, fold] = z[fold] @ weight + bias - 0.5
+    some = np.any(folds, axis=0)
+    losses = np.array([[logit_loss(s * one[some], y[some], class_weights) for s in SHARPNESS] for one in held_out])
+    best, sharpest = np.unravel_index(losses.argmin(), losses.shape)
+    s, penalty = SHARPNESS[sharpest], PENALTIES[best]
+    weight, bias = list(_path(z, targets, weights))[best]
+    loss = float(losses[best, sharpest])
+    return rows.linear_fit(s * weight, s * (bias - 0.5), s * held_out[best], 1.0 / penalty, loss)
+
+
+def _path(z: Floats, targets: Floats, weights: Floats) -> Iterator[tuple[Floats, Floats]]:
+    """Yield weight (r, C) and bias (C,) of every penalty; `weights` are (n, 1), or (n, C) by column."""
+    columns = np.unique(weights, axis=1, return_inverse=True)[1].reshape(-1)
+    columns = np.broadcast_to(columns, targets.shape[1])
+    solved = np.empty((len(PENALTIES), z.shape[1] + 1, targets.shape[1]))
+    for number in np.unique(columns):
+        # Columns of equal row weights share a decomposition.
+        chosen = columns == number
+        u = weights[:, np.flatnonzero(chosen)[0] if weights.shape[1] > 1 else 0][:, None]
+        total = u.sum()
+        z_mean, t_mean = (u * z).sum(axis=0) / total, (u * targets[:, chosen]).sum(axis=0) / total
+        centred = z - z_mean
+        squares, vectors = np.linalg.eigh(centred.T @ (u * centred))
+        projected = vectors.T @ (centred.T @ (u * (targets[:, chosen] - t_mean)))
+        for one, penalty in enumerate(PENALTIES):
+            weight = vectors @ (projected / (squares + penalty)[:, None])
+            solved[one, :-1, chosen], solved[one, -1, chosen] = weight.T, t_mean - z_mean @ weight
+    for one in solved:
+        yield one[:-1], one[-1]

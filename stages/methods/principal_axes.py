@@ -1,0 +1,85 @@
+"""Principal axes of standardised rows: one decomposition that serves every linear fit to them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stages.methods.regression import LinearFit, spread
+
+RANK = 256
+"""Principal axes at most; on real images all 512 of them were no better (docs/lab-notes.md)."""
+EXACT = 1500
+"""Up to this smaller side of the rows the decomposition is exact, beyond it randomised (Halko et al. 2011)."""
+
+Rows = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+
+
+class PrincipalAxes(NamedTuple):
+    """Rows in their principal axes. No label is used, so that rows of every fold may take part."""
+
+    z: Rows
+    """(n, r) coordinates of the rows, which have a mean square length of 1 at most."""
+    axes: Rows
+    """(F, r): z = (x - mean) / scale / sqrt(F) @ axes."""
+    mean: Floats
+    """(F,) of the rows."""
+    scale: Floats
+    """(F,) standard deviation of the rows; 1 where they do not vary."""
+
+    def linear_fit(
+        self, weight: npt.NDArray[Any], bias: npt.NDArray[Any], held_out: npt.NDArray[Any], c: float, loss: float
+    ) -> LinearFit:
+        """Return a fit to `z` as a fit to the rows themselves.
+
+        Args:
+            weight: (r, C).
+            bias: (C,).
+            held_out: (n, C) logits by fits that did not see the row.
+            c: Inverse of the penalty.
+            loss: Log-loss of `held_out`.
+        """
+        in_features = self.axes @ weight / np.sqrt(len(self.mean))
+        parts = (in_features.T, bias, self.mean, self.scale, held_out)
+        tensors = [torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32)) for part in parts]
+        return LinearFit(tensors[0], tensors[1], tensors[2], tensors[3], c, loss, tensors[4])
+
+
+def principal_axes(x: Rows) -> PrincipalAxes:
+    """Standardise rows (n, F), and turn them to their principal axes, the longest first."""
+    mean, scale = spread(x.astype(np.float64))
+    axes, z = _decompose(((x - mean) / scale / np.sqrt(x.shape[1])).astype(np.float32))
+    return PrincipalAxes(z, axes, mean, scale)
+
+
+def _decompose(x: Rows) -> tuple[Rows, Rows]:
+    """Return the axes (F, r) and the coordinates (n, r) of rows, the largest first."""
+    count, features = x.shape
+    smaller = min(count, features)
+    if smaller > EXACT:
+        from sklearn.utils.extmath import randomized_svd
+
+        left, sizes, right = randomized_svd(x, RANK, n_iter=3, random_state=0)
+        rank = _rank(sizes)
+        return right[:rank].T, left[:, :rank] * sizes[:rank]
+    from scipy.linalg import eigh
+
+    # The smaller product: its eigenvalues are the squares of the singular values.
+    product = (x @ x.T if count <= features else x.T @ x).astype(np.float64)
+    squares, vectors = eigh(product, subset_by_index=[max(0, smaller - RANK), smaller - 1])
+    sizes = np.sqrt(np.maximum(squares[::-1], 0.0))
+    rank = _rank(sizes)
+    vectors = vectors[:, ::-1][:, :rank].astype(np.float32)
+    if count > features:
+        return vectors, x @ vectors
+    lengths = sizes[:rank].astype(np.float32)
+    return x.T @ (vectors / lengths), vectors * lengths
+
+
+def _rank(sizes: npt.NDArray[Any]) -> int:
+    """Return the number of axes that are more than rounding."""
+    return max(1, int((sizes > 1e-3 * sizes[0]).sum()))
