@@ -71,48 +71,52 @@ def _solve(
     row_weights = (truth @ weights)[:, None] if softmax else torch.where(truth > 0, weights, torch.ones(()))
     c = torch.tensor(STRENGTHS).repeat(len(seen))
     problems = len(c)
-    # (n, K P, 1 or C): factor of each row in the gradient of each problem.
+    # Problems come last: a softmax over the few classes is several times as fast if these are not.
+    # (n, 1 or C, K P): factor of each row in the gradient of each problem.
     used = torch.from_numpy(seen).float().repeat_interleave(len(STRENGTHS), dim=0)
-    factors = (used * c[:, None]).T[:, :, None] * row_weights[:, None]
+    factors = (used * c[:, None]).T[:, None] * row_weights[:, :, None]
     bound = (0.5 if softmax else 0.25) * max(float(row_weights.max()), 1e-6)
     energy = rows.square().sum(dim=0)
-    step = (1.0 + bound * energy[:, None] * c).rsqrt()[:, :, None]
-    bias_step = (bound * count * c).rsqrt()[:, None]
+    step = (1.0 + bound * energy[:, None] * c).rsqrt()[:, None]
+    bias_step = (bound * count * c).rsqrt()
 
-    solved = torch.zeros(rank, problems, classes), torch.zeros(problems, classes)
+    solved = torch.zeros(rank, classes, problems), torch.zeros(classes, problems)
     active = torch.arange(problems)
     v, bias = solved[0].clone(), solved[1].clone()
     ahead, bias_ahead, t = v, bias, torch.ones(problems)
     for number in range(1, STEPS + 1):
         w = ahead * step
-        logits = (rows @ w.reshape(rank, -1)).reshape(count, len(active), classes) + bias_ahead * bias_step
-        p = logits.softmax(dim=-1) if softmax else logits.sigmoid()
-        errors = (p - truth[:, None]) * factors
+        logits = (rows @ w.reshape(rank, -1)).reshape(count, classes, len(active)) + bias_ahead * bias_step
+        p = logits.softmax(dim=1) if softmax else logits.sigmoid()
+        errors = (p - truth[:, :, None]) * factors
         slope = (rows.T @ errors.reshape(count, -1)).reshape_as(v) * step + w * step
         bias_slope = errors.sum(dim=0) * bias_step
         v_next, bias_next = ahead - slope, bias_ahead - bias_slope
-        overshot = (slope * (v_next - v)).sum(dim=(0, 2)) + (bias_slope * (bias_next - bias)).sum(dim=1) > 0
+        overshot = (slope * (v_next - v)).sum(dim=(0, 1)) + (bias_slope * (bias_next - bias)).sum(dim=0) > 0
         t = torch.where(overshot, 1.0, t)
         t_next = (1.0 + (1.0 + 4.0 * t.square()).sqrt()) / 2.0
-        momentum = torch.where(overshot, 0.0, (t - 1.0) / t_next)[:, None]
+        momentum = torch.where(overshot, 0.0, (t - 1.0) / t_next)
         ahead, bias_ahead = v_next + momentum * (v_next - v), bias_next + momentum * (bias_next - bias)
         v, bias, t = v_next, bias_next, t_next
         if number % CHECKED == 0 or number == STEPS:
-            length = slope.square().sum(dim=(0, 2)) + bias_slope.square().sum(dim=1)
-            done = length <= TOLERANCE**2 * v.square().sum(dim=(0, 2)).clamp_min(1e-12)
+            length = slope.square().sum(dim=(0, 1)) + bias_slope.square().sum(dim=0)
+            done = length <= TOLERANCE**2 * v.square().sum(dim=(0, 1)).clamp_min(1e-12)
             if number == STEPS:
                 done[:] = True
             # Strong penalties converge in a few dozen steps; those of the weakest are not spent on all.
-            solved[0][:, active[done]], solved[1][active[done]] = (v * step)[:, done], (bias * bias_step)[done]
+            solved[0][..., active[done]] = (v * step)[..., done]
+            solved[1][:, active[done]] = (bias * bias_step)[:, done]
             if not (left := ~done).any():
                 break
             if done.any():
-                active, t, bias, bias_ahead, bias_step = (one[left] for one in (active, t, bias, bias_ahead, bias_step))
-                v, ahead, step, factors = (one[:, left] for one in (v, ahead, step, factors))
+                active, t, bias_step = active[left], t[left], bias_step[left]
+                v, ahead, bias, bias_ahead, step, factors = (
+                    one[..., left] for one in (v, ahead, bias, bias_ahead, step, factors)
+                )
     shape = (len(seen), len(STRENGTHS))
     return (
-        solved[0].reshape(rank, *shape, classes).permute(1, 2, 0, 3).numpy(),
-        solved[1].reshape(*shape, classes).numpy(),
+        solved[0].reshape(rank, classes, *shape).permute(2, 3, 0, 1).numpy(),
+        solved[1].reshape(classes, *shape).permute(1, 2, 0).numpy(),
     )
 
 

@@ -66,12 +66,10 @@ def _decompose(x: Rows) -> tuple[Rows, Rows]:
         left, sizes, right = randomized_svd(x, RANK, n_iter=3, random_state=0)
         rank = _rank(sizes)
         return right[:rank].T, left[:, :rank] * sizes[:rank]
-    from scipy.linalg import eigh
-
     # The smaller product: its eigenvalues are the squares of the singular values.
     product = (x @ x.T if count <= features else x.T @ x).astype(np.float64)
-    squares, vectors = eigh(product, subset_by_index=[max(0, smaller - RANK), smaller - 1])
-    sizes = np.sqrt(np.maximum(squares[::-1], 0.0))
+    squares, vectors = np.linalg.eigh(product)
+    sizes = np.sqrt(np.maximum(squares[::-1][:RANK], 0.0))
     rank = _rank(sizes)
     vectors = vectors[:, ::-1][:, :rank].astype(np.float32)
     if count > features:
