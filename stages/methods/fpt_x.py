@@ -4,9 +4,9 @@
           + a s_2 mean_n log softmax(attentive probe n) + w s_3 log p(linear probes)   up to a constant
 
 a logarithmic opinion pool of experts with ensemble weights a and w and inverse temperatures s from
-`stages.methods.calibration` (s_3 is 1 but in fpt-x-kept), the linear probes from `stages.methods.statistics`. Untrained side networks predict
-uniformly, so that the average starts as the linear probes; all members see the same batches, each with its own
-initialisation and dropout.
+`stages.methods.calibration` (s_3 is 1 but in fpt-x-kept), the linear probes from `stages.methods.statistics`. Untrained
+side networks predict uniformly, so that the average starts as the linear probes; all members see the same batches, each
+with its own initialisation and dropout.
 """
 
 from __future__ import annotations
