@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
+from schemas.manifest import Leak
 from schemas.methods import METHODS_HELP, Method, MethodSettings
 from schemas.tasks import SEPARATOR, Task
 
@@ -68,6 +69,9 @@ class DataSettings(Section):
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
+    allow_leaks: tuple[Leak, ...] = ()
+    """What predefined splits may share without an error: content (identical files), patient (images of one patient or
+    other group), near (nearly the same picture; it is then ignored in drawn splits, too)."""
     classes: Names | None = None
     """Labels (or their `class_names`) in the order of the model's outputs; null: sorted by name. Ordinal grades should
     be listed."""
@@ -93,6 +97,8 @@ class DataSettings(Section):
     def _check(self) -> DataSettings:
         if self.val_share + self.test_share >= 1.0:
             raise ValueError("val_share + test_share leave no images to train on")
+        if len(set(self.allow_leaks)) != len(self.allow_leaks):
+            raise ValueError("allow_leaks lists an entry twice")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes lists a label twice")
         if self.labels is None and (

@@ -76,6 +76,8 @@ def _show(result: PrepareResult) -> None:
 
 def _title(result: PrepareResult) -> str:
     copies = counted(result.duplicates, "duplicate")
+    if result.near:
+        copies += f", {counted(result.near, 'near-duplicate')}"
     if result.unit is None:
         return f"{counted(result.images, 'image')}, {copies}"
     unit = result.unit.removesuffix("s") if result.groups == 1 else result.unit

@@ -32,7 +32,7 @@ from stages.prepare import QUARANTINE_FILE
 from stages.prepare.dataset_listing import Listing, check_listing, read_listing
 from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, digest_images
+from stages.prepare.image_digests import Digests, ReadLimits, digest_images
 from stages.prepare.image_files import skipped_lines
 from stages.prepare.label_checks import check_conflicts
 from stages.prepare.label_table import check_files
@@ -181,14 +181,7 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
 def _digests(listing: Listing, data: DataSettings, progress: Progress | None) -> Digests:
     if data.labels is not None and data.on_error == "fail":
         check_files(listing.items, listing.images, data.labels)
-    digests = digest_images(
-        listing.items,
-        listing.images,
-        max_pixels=data.max_pixels,
-        min_side=data.min_side,
-        accept_warnings=data.on_warning == "accept",
-        progress=progress,
-    )
+    digests = digest_images(listing.items, listing.images, ReadLimits.of(data), progress)
     if digests.failures and data.on_error == "fail":
         raise UnreadableImagesError(
             sorted(digests.failures.items()),

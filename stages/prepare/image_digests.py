@@ -1,18 +1,21 @@
-"""Decode every image once to check that it is complete, and compute the sha256 of its file."""
+"""Decode every image once to check that it is complete; compute the sha256 of its file and a thumbnail."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 from schemas.errors import ImageError
+from schemas.settings import DataSettings
 from stages.files import sha256_file
-from stages.images import check_image
+from stages.images import decoded_image
 from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.near_duplicates import NearDuplicates, find_near_duplicates, thumbnail
 from stages.progress import Progress
 
 _AHEAD = 512
@@ -20,63 +23,103 @@ _AHEAD = 512
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """What is read of a usable image."""
+
+    id: str
+    """Sha256 of the file."""
+    thumbnail: bytes
+    """From `near_duplicates.thumbnail`."""
+    width: int
+    """In pixels, upright."""
+    height: int
+    """In pixels, upright."""
+    warning: str = ""
+    """Warning about corrupt data, if the image is used nevertheless."""
+
+
+@dataclass(frozen=True)
 class Digests:
     """Results of reading all images."""
 
-    ids: dict[str, str]
-    """Path -> sha256 of the file, for usable images."""
+    records: dict[str, ImageRecord]
+    """Path -> record, for usable images."""
     failures: dict[str, str]
     """Path -> reason, for all other images."""
-    warnings: dict[str, str] = field(default_factory=dict)
-    """Path -> warning about corrupt data, for images that are used nevertheless."""
+
+    @cached_property
+    def ids(self) -> dict[str, str]:
+        """Path -> sha256 of the file, for usable images."""
+        return {path: record.id for path, record in self.records.items()}
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Path -> warning about corrupt data, for images that are used nevertheless."""
+        return {path: record.warning for path, record in self.records.items() if record.warning}
+
+    @cached_property
+    def near(self) -> NearDuplicates:
+        """All near-duplicates among the usable images."""
+        return find_near_duplicates(self.ids, {path: record.thumbnail for path, record in self.records.items()})
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """Which images are usable."""
+
+    max_pixels: int
+    """Images with more pixels are failures."""
+    min_side: int
+    """Images with a side shorter than this, in pixels, are failures."""
+    accept_warnings: bool = False
+    """Whether to use images that the decoder reports as corrupt, for example by a wrong checksum."""
+
+    @classmethod
+    def of(cls, data: DataSettings) -> ReadLimits:
+        """Take the limits from the settings."""
+        return cls(data.max_pixels, data.min_side, data.on_warning == "accept")
 
 
 def digest_images(
-    items: Sequence[LabelledImage],
-    images: Path,
-    *,
-    max_pixels: int,
-    min_side: int,
-    accept_warnings: bool = False,
-    progress: Progress | None = None,
+    items: Sequence[LabelledImage], images: Path, limits: ReadLimits, progress: Progress | None = None
 ) -> Digests:
     """Decode images and compute their digests in threads.
 
     Args:
         items: Images to read.
         images: Image folder, to which paths are relative.
-        max_pixels: Images with more pixels are failures.
-        min_side: Images with a side shorter than this, in pixels, are failures.
-        accept_warnings: Whether to use images that the decoder reports as corrupt, for example by a wrong checksum.
+        limits: Which images are usable.
         progress: Called in this thread with (images read, images).
     """
 
-    def read(item: LabelledImage) -> tuple[str | None, str]:
-        path, warnings_seen = images / item.path, [""]
-        accept = warnings_seen.append if accept_warnings else None
-        try:
-            check_image(path, max_pixels=max_pixels, min_side=min_side, accept=accept)
-            return sha256_file(path), warnings_seen[-1]
-        except ImageError as error:
-            return None, error.reason
-        except OSError as error:
-            return None, (error.strerror or "cannot be read").lower()
+    def read(item: LabelledImage) -> ImageRecord | str:
+        return read_record(images / item.path, limits)
 
-    ids: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    warnings: dict[str, str] = {}
+    digests = Digests({}, {})
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
         for batch in _batches(items):
-            for item, (content, reason) in zip(batch, pool.map(read, batch), strict=True):
-                if content is None:
-                    failures[item.path] = reason
+            for item, record in zip(batch, pool.map(read, batch), strict=True):
+                if isinstance(record, ImageRecord):
+                    digests.records[item.path] = record
                 else:
-                    ids[item.path] = content
-                    if reason:
-                        warnings[item.path] = reason
+                    digests.failures[item.path] = record
                 if progress is not None:
-                    progress(len(ids) + len(failures), len(items))
-    return Digests(ids, failures, warnings)
+                    progress(len(digests.records) + len(digests.failures), len(items))
+    return digests
+
+
+def read_record(path: Path, limits: ReadLimits) -> ImageRecord | str:
+    """Decode one image; return its record, or the reason why it cannot be used."""
+    warnings = [""]
+    accept = warnings.append if limits.accept_warnings else None
+    try:
+        with decoded_image(path, max_pixels=limits.max_pixels, min_side=limits.min_side, accept=accept) as image:
+            small, (width, height) = thumbnail(image), image.size
+        return ImageRecord(sha256_file(path), small, width, height, warnings[-1])
+    except ImageError as error:
+        return error.reason
+    except OSError as error:
+        return (error.strerror or "cannot be read").lower()
 
 
 def _threads() -> int:

@@ -5,26 +5,25 @@ Every image is decoded once here, so that a broken file is reported before hours
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
-from schemas.manifest import SPLITS, GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
+from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, Split
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
 from stages.manifest import read_manifest, write_manifest
-from stages.prepare.class_names import check_named, class_order, numbers_hint
+from stages.prepare.class_names import check_named, class_order
 from stages.prepare.dataset_listing import Listing, layout_error, read_listing
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, digest_images
-from stages.prepare.image_files import skipped_lines
+from stages.prepare.image_digests import Digests, ReadLimits, digest_images
 from stages.prepare.label_checks import check_classes, check_conflicts, check_left
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.split_assignment import assign_splits
 from stages.prepare.split_history import KnownSplits, latest_copy, locked, read_known, write_known
+from stages.prepare.summary import describe, summarise
 from stages.prepare.table_columns import AUTO
 from stages.progress import Progress
 
@@ -65,14 +64,7 @@ def prepare(
     check_named(data, items)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, listing.images, data.labels)
-    digests = digest_images(
-        items,
-        listing.images,
-        max_pixels=data.max_pixels,
-        min_side=data.min_side,
-        accept_warnings=data.on_warning == "accept",
-        progress=progress,
-    )
+    digests = digest_images(items, listing.images, ReadLimits.of(data), progress)
     if data.on_error == "fail":
         _check_all(listing, digests)
     usable = [item for item in items if item.path in digests.ids]
@@ -83,8 +75,9 @@ def prepare(
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
         manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
-        summary = _summary(manifest, listing, digests)
-        result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output, history))
+        summary = summarise(manifest, listing, digests)
+        earlier = before if before.contents else _replaced(output, history)
+        result = describe(summary, data, listing, manifest, earlier)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
@@ -136,7 +129,7 @@ def _splits(
     known: KnownSplits,
 ) -> dict[str, Split]:
     try:
-        return assign_splits(items, digests.ids, classes, data, known, listing.unit)
+        return assign_splits(items, digests.ids, classes, data, known, listing.unit, digests.near)
     except DataError as error:
         # The error may be due to columns that were chosen automatically.
         if AUTO not in (data.group_column, data.split_column) or not listing.notes:
@@ -156,6 +149,7 @@ def _manifest(
     split_of: dict[str, Split],
     unit: GroupUnit | None,
 ) -> Manifest:
+    near = {} if "near" in data.allow_leaks else digests.near.key_of
     # `items` are sorted by path, as a manifest has to be.
     rows = (
         ManifestRow(
@@ -164,62 +158,13 @@ def _manifest(
             label=_in_order(item.label, classes, data.task),
             group=item.path if item.group is None else item.group,
             split=split_of[item.path],
+            near=near.get(item.path),
         )
         for item in items
     )
-    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit)
+    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit, allow_leaks=data.allow_leaks)
 
 
 def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
     """Sort the labels of a multi-label image in the order of the classes."""
     return written(sorted(names_in(label, task), key=classes.index))
-
-
-def _summary(manifest: Manifest, listing: Listing, digests: Digests) -> PrepareSummary:
-    copies = Counter(row.id for row in manifest.rows)
-    counts = Counter((row.split, name) for row in manifest.rows for name in manifest.names(row))
-    grouped = [row.group for row in manifest.rows if row.group != row.path]
-    return PrepareSummary(
-        images=len(manifest.rows),
-        duplicates=sum(copies[row.id] > 1 for row in manifest.rows),
-        groups=len(set(grouped)),
-        singles=len(manifest.rows) - len(grouped),
-        unit=listing.unit,
-        group_column=listing.group_column,
-        split_column=listing.split_column,
-        quarantined=len(digests.failures) + len(listing.stray),
-        passed_over=dict(sorted(Counter(file.reason for file in listing.skipped).items())),
-        warned=len(digests.warnings),
-        counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},
-        split_images={split: sum(row.split == split for row in manifest.rows) for split in SPLITS},
-    )
-
-
-def _result(
-    summary: PrepareSummary, data: DataSettings, listing: Listing, manifest: Manifest, before: KnownSplits
-) -> PrepareResult:
-    known = [(before.contents[row.id], row.split) for row in manifest.rows if row.id in before.contents]
-    moved = Counter(f"{old} -> {new}" for old, new in known if old != new)
-    notes = [
-        *listing.notes,
-        *numbers_hint(data, manifest.classes),
-        *_small_splits(summary, data, len(known)),
-        *skipped_lines(listing.skipped, listing.images),
-    ]
-    return PrepareResult(
-        **summary.model_dump(), known=len(known), moved=dict(sorted(moved.items())), notes=tuple(notes)
-    )
-
-
-def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> list[str]:
-    """Warn of each split that has become less than half as large as the settings request."""
-    if not known or summary.split_column is not None:
-        return []
-    shares = {"val": data.val_share, "test": data.test_share}
-    return [
-        f"Only {summary.split_images[split] / summary.images:.0%} of the images are in {split} "
-        f"(data.{split}_share: {share:.0%}), because known images keep their split. To draw all splits again: "
-        "`fpt prepare --redraw`"
-        for split, share in shares.items()
-        if summary.split_images[split] < share * summary.images / 2
-    ]
