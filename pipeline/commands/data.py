@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import say_next, show_table
-from pipeline.options import PARAMS_FILE, Assignments, Params
-from schemas.tasks import names_in
-from schemas.text import counted
+from pipeline.console import say, say_next, show, show_json, show_table
+from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.settings import OUTPUTS
+
+if TYPE_CHECKING:
+    from schemas.data_check import DataCheck
+    from schemas.manifest import Manifest
 
 data = typer.Typer(help="The data set: what it contains, and what is wrong with it.", no_args_is_help=True)
+
+SHOWN = 10
+"""Cases of a finding that are printed; the page and --json have all."""
 
 
 @data.callback()
@@ -20,14 +27,60 @@ def _group() -> None:
 
 
 @data.command()
-def check(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
-    """Count images and patients by class. Nothing is written."""
-    from pipeline.params import load_settings
-    from stages.prepare.dataset_listing import read_listing
+def check(
+    params: Params = PARAMS_FILE,
+    assignments: Assignments = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="HTML page; outputs/data_check.html.", show_default=False),
+    ] = None,
+    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="Leave the images out of the page.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at the data before anything is computed: counts, defects, copies, leaks, suspected shortcuts.
 
-    settings = load_settings(params, assignments or []).data
-    listing = read_listing(settings, params.absolute().parent)
-    counts = Counter(name for item in listing.items for name in names_in(item.label, settings.task))
-    rows = [[name, f"{number:,}"] for name, number in sorted(counts.items())]
-    show_table(counted(len(listing.items), "image"), ["class", "images"], rows)
+    Writes a page with the images of each class. Nothing is refused, and no file of the data set changes.
+    """
+    from pipeline.params import load_settings
+    from pipeline.progress import ImageBar
+    from pipeline.project import manifest_file
+    from stages.data_check.check import check_data, read_data
+    from stages.data_check.page import render_check
+    from stages.files import atomic_write
+
+    # Without the LPM, whose weights may not be there yet.
+    settings, root = load_settings(params, assignments or []), params.absolute().parent
+    page = output or root / OUTPUTS / "data_check.html"
+    with ImageBar("Reading images") as bar:
+        read = read_data(settings.data, root, _manifest(manifest_file(root, settings.data)), bar)
+    result = check_data(read, settings.features.image_size)
+    atomic_write(page, render_check(result, read, pixels=not no_pixels).encode())
+    if as_json:
+        show_json(result.model_dump(mode="json"))
+        return
+    _show(result)
+    say(f"Page: {page}")
     say_next("fpt prepare")
+
+
+def _manifest(file: Path) -> Manifest | None:
+    """Return the manifest of the study, or None before `fpt prepare`."""
+    from stages.manifest import read_manifest
+
+    return read_manifest(file) if file.exists() else None
+
+
+def _show(result: DataCheck) -> None:
+    from stages.data_check.wording import count_tables, findings, headline
+
+    show(headline(result))
+    for table in count_tables(result):
+        # A column with a single value tells nothing.
+        if len(table.rows) > 1 or table.title == "Classes":
+            show_table(table.title, table.columns, table.rows)
+    for finding in findings(result):
+        show(f"{finding.title}. {finding.meaning}")
+        for line in finding.lines[:SHOWN]:
+            show(f"  {line}")
+        if len(finding.lines) > SHOWN:
+            show(f"  ... and {len(finding.lines) - SHOWN:,} more")

@@ -34,6 +34,8 @@ class ImageRecord:
     """In pixels, upright."""
     height: int
     """In pixels, upright."""
+    file_size: int
+    """In bytes."""
     warning: str = ""
     """Warning about corrupt data, if the image is used nevertheless."""
 
@@ -115,7 +117,7 @@ def read_record(path: Path, limits: ReadLimits) -> ImageRecord | str:
     try:
         with decoded_image(path, max_pixels=limits.max_pixels, min_side=limits.min_side, accept=accept) as image:
             small, (width, height) = thumbnail(image), image.size
-        return ImageRecord(sha256_file(path), small, width, height, warnings[-1])
+        return ImageRecord(sha256_file(path), small, width, height, path.stat().st_size, warnings[-1])
     except ImageError as error:
         return error.reason
     except OSError as error:

@@ -75,9 +75,11 @@ def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
     paths = _paths(table, lines, [row[path_position] for _, row in rows], images, data.path_column)
     labels = join_labels(data, str(table), lines, [column(name) for name in label_keys(data).values()])
     splits = _splits(table, lines, column(split_column), split_column)
+    roles = {*taken, group_column, split_column}
+    others = {name: column(name) for name in header if name not in roles and header.count(name) == 1}
     items = [
-        LabelledImage(path, label, None if is_missing(group) else group, split)
-        for path, label, group, split in zip(paths, labels, column(group_column), splits, strict=True)
+        LabelledImage(path, label, None if is_missing(group) else group, split, {k: v[at] for k, v in others.items()})
+        for at, (path, label, group, split) in enumerate(zip(paths, labels, column(group_column), splits, strict=True))
     ]
     return TableRows(sorted(items, key=lambda item: item.path), group_column, split_column, notes)
 

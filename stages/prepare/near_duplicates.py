@@ -72,6 +72,11 @@ def thumbnail(image: Image.Image) -> bytes:
     return image.resize((SIDE, SIDE), Image.Resampling.BOX).convert("L").tobytes()
 
 
+def is_blank(small: bytes) -> bool:
+    """Whether an image with this thumbnail has nearly one grey value."""
+    return float(np.frombuffer(small, np.uint8).std()) < _MIN_DEVIATION
+
+
 def find_near_duplicates(ids: Mapping[str, str], thumbnails: Mapping[str, bytes]) -> NearDuplicates:
     """Compare all images of different content, pair by pair.
 
