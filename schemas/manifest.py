@@ -32,6 +32,10 @@ class ManifestRow(Contract):
     """Patient or other group, or the path of the image if no group is known."""
     split: Split
     """One of `SPLITS`, or external for predictions of images outside of a study."""
+    site: str | None = None
+    """Hospital or other site, or None if unknown."""
+    kept: dict[str, str] = Field(default_factory=dict)
+    """Column of `data.keep_columns` -> value."""
     near: ImageId | None = None
     """Smallest id in its set of near-duplicates, or None if no other image is nearly the same."""
 

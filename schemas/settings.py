@@ -53,7 +53,7 @@ class DataSettings(Section):
     images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: Name | None = None
-    """CSV with one row per image; null: the label of an image is the name of its top-level folder in `images`."""
+    """Table with one row per image (CSV, TSV, Parquet or Excel); null: the label of an image is the name of its top-level folder in `images`."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: Name = "label"
@@ -69,6 +69,16 @@ class DataSettings(Section):
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
+    site_column: Name | None = None
+    """Column of `labels` with the hospital or other site; null: none."""
+    test_sites: Names | None = None
+    """Sites whose images are the test images, all others being drawn into train and val; null: test images are drawn
+    from all sites."""
+    keep_columns: tuple[Name, ...] = ()
+    """Further columns of `labels` that the manifest keeps, such as [age, sex, scanner]."""
+    shots: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Few-shot study: number of patients per class to train on, and as many to validate on; test images stay, all
+    others are left out; null: all images."""
     allow_leaks: tuple[Leak, ...] = ()
     """What predefined splits may share without an error: content (identical files), patient (images of one patient or
     other group), near (nearly the same picture; it is then ignored in drawn splits, too)."""
@@ -104,10 +114,14 @@ class DataSettings(Section):
         if self.labels is None and (
             self.group_column not in (None, "auto", "folder") or self.split_column not in (None, "auto")
         ):
-            raise ValueError("group_column and split_column need a labels CSV")
+            raise ValueError("group_column and split_column need a labels table")
+        if self.labels is None and (self.site_column is not None or self.keep_columns):
+            raise ValueError("site_column and keep_columns need a labels table")
+        if self.test_sites is not None and self.site_column is None:
+            raise ValueError("test_sites needs site_column")
         return self
 
-    @field_validator("group_column", "split_column", mode="before")
+    @field_validator("group_column", "split_column", "site_column", mode="before")
     @classmethod
     def _none_is_null(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
@@ -141,7 +155,7 @@ class DataSettings(Section):
         if self.task == "ordinal" and self.classes is None:
             raise ValueError("task ordinal needs classes: the grades from the lowest to the highest")
         if self.task == "multilabel" and self.labels is None:
-            raise ValueError("task multilabel needs a labels CSV: an image in a class folder has one label")
+            raise ValueError("task multilabel needs a labels table: an image in a class folder has one label")
         if self.label_columns is not None:
             if self.task != "multilabel":
                 raise ValueError("label_columns is for task multilabel")

@@ -13,8 +13,10 @@ from schemas.manifest import SPLITS, Manifest, ManifestRow
 from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
-_NEAR = "near"
-"""Column that is absent if no image has near-duplicates."""
+_OPTIONAL = ("site", "near")
+"""Columns that are absent if they are empty for all images."""
+_KEPT = "kept."
+"""Prefix of the columns of `data.keep_columns`."""
 _CLASSES = b"fpt.classes"
 _UNIT = b"fpt.unit"
 _TASK = b"fpt.task"
@@ -48,9 +50,13 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     if manifest.allow_leaks:
         optional[_LEAKS] = json.dumps(manifest.allow_leaks).encode()
     fields = [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS]
-    if any(row.near is not None for row in manifest.rows):
-        columns[_NEAR] = [row.near for row in manifest.rows]
-        fields.append(pa.field(_NEAR, pa.string()))
+    for name in _OPTIONAL:
+        if any(getattr(row, name) is not None for row in manifest.rows):
+            columns[name] = [getattr(row, name) for row in manifest.rows]
+            fields.append(pa.field(name, pa.string()))
+    for name in manifest.rows[0].kept if manifest.rows else ():
+        columns[_KEPT + name] = [row.kept[name] for row in manifest.rows]
+        fields.append(pa.field(_KEPT + name, pa.string(), nullable=False))
     schema = pa.schema(fields, metadata={_CLASSES: json.dumps(manifest.classes).encode(), **optional})
     write_table(pa.table(columns, schema=schema), path)
 
@@ -74,7 +80,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         metadata = table.schema.metadata or {}
         classes, task = json.loads(metadata[_CLASSES]), metadata.get(_TASK, b"multiclass").decode()
-        rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())
+        rows = tuple(_row(row) for row in table.to_pylist())
         unit = metadata[_UNIT].decode() if _UNIT in metadata else None
         leaks = tuple(json.loads(metadata.get(_LEAKS, b"[]")))
         fields = {"classes": tuple(classes), "rows": rows, "task": task, "unit": unit, "allow_leaks": leaks}
@@ -85,6 +91,12 @@ def read_manifest(path: Path) -> Manifest:
     if problem:
         raise ManifestError(f"The manifest {path} is damaged.", problem, _REPAIR)
     return manifest
+
+
+def _row(cells: dict[str, str | None]) -> ManifestRow:
+    kept = {name.removeprefix(_KEPT): value for name, value in cells.items() if name.startswith(_KEPT)}
+    others = {name: value for name, value in cells.items() if not name.startswith(_KEPT)}
+    return ManifestRow.model_validate({**others, "kept": kept} if kept else others)
 
 
 def _contradiction(manifest: Manifest) -> str | None:

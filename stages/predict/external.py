@@ -117,7 +117,9 @@ def evaluate_external(
     bundle = load_bundle(bundle_dir, context.device)
     spec = bundle.spec
     check_task(spec, data)
-    data = data.model_copy(update={"task": spec.task, "split_column": None})
+    # What belongs to the splits of the study means nothing here.
+    study_only = {"split_column": None, "site_column": None, "test_sites": None, "keep_columns": ()}
+    data = data.model_copy(update={"task": spec.task, **study_only})
     listing = _list_labelled(data, context.root, spec)
     digests = _digests(listing, data, progress.reading)
     rows = _rows(listing.items, digests, spec)

@@ -12,6 +12,7 @@ from schemas.text import counted
 from stages.prepare.class_folders import check_names, images_folder, scan_folders
 from stages.prepare.class_names import name_classes
 from stages.prepare.error_text import listed
+from stages.prepare.held_out_sites import hold_out_sites
 from stages.prepare.image_files import SUFFIXES, SkippedFile
 from stages.prepare.label_table import read_table
 from stages.prepare.labelled_image import LabelledImage
@@ -81,7 +82,7 @@ def read_listing(data: DataSettings, root: Path) -> Listing:
         table = read_table(data, root, images)
         listing = Listing(images, table.items, table.group_column, table.split_column, table.notes)
     check_names([*listing.items, *(item for item, _ in listing.set_aside())])
-    listing.items[:] = name_classes(listing.items, data)
+    listing.items[:] = hold_out_sites(name_classes(listing.items, data), data)
     listing.notes.extend(groups_spelled_alike(item.group for item in listing.items if item.group is not None))
     return listing
 

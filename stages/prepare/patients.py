@@ -90,16 +90,17 @@ def _doubts(paths: Mapping[str, Sequence[str]], folder_of: Mapping[str, str]) ->
 
 
 def groups_spelled_alike(groups: Iterable[str]) -> list[str]:
-    """Warn of groups whose names differ only in case or blanks, so that one patient could be in two splits."""
+    """Warn of groups whose names differ only in case, blanks or leading zeros: one patient could be in two splits."""
     spellings: dict[str, set[str]] = defaultdict(set)
     for name in groups:
-        spellings["".join(name.split()).casefold()].add(name)
+        # Spreadsheets take 007 for the number 7.
+        spellings["".join(name.split()).casefold().lstrip("0")].add(name)
     alike = [sorted(names) for names in spellings.values() if len(names) > 1]
     if not alike:
         return []
     shown = "; ".join(" and ".join(map(repr, names)) for names in alike[:_SHOWN])
     more = f"; and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
     return [
-        f"Warning: these patients or groups differ only in case or blanks and count as different: {shown}{more}. "
-        "Correct the table if they are the same."
+        "Warning: these patients or groups differ only in case, blanks or leading zeros and count as different: "
+        f"{shown}{more}. Correct the table if they are the same."
     ]

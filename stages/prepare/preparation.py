@@ -21,6 +21,7 @@ from stages.prepare.image_digests import Digests, ReadLimits, digest_images
 from stages.prepare.label_checks import check_classes, check_conflicts, check_left
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.shots import draw_shots
 from stages.prepare.split_assignment import assign_splits
 from stages.prepare.split_history import KnownSplits, latest_copy, locked, read_known, write_known
 from stages.prepare.summary import describe, summarise
@@ -74,7 +75,8 @@ def prepare(
         before = KnownSplits() if history is None else _earlier_splits(history, data, redraw)
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
-        manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
+        complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
+        manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
         summary = summarise(manifest, listing, digests)
         earlier = before if before.contents else _replaced(output, history)
         result = describe(summary, data, listing, manifest, earlier)
@@ -82,7 +84,7 @@ def prepare(
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
         if history is not None:
-            write_known(history, data, known.with_manifest(manifest), manifest)
+            write_known(history, data, known.with_manifest(complete), manifest)
     return result
 
 
@@ -158,6 +160,8 @@ def _manifest(
             label=_in_order(item.label, classes, data.task),
             group=item.path if item.group is None else item.group,
             split=split_of[item.path],
+            site=item.site,
+            kept={name: item.others[name] for name in data.keep_columns},
             near=near.get(item.path),
         )
         for item in items

@@ -2,7 +2,8 @@
 
 All images of a cluster (images of one patient, copies of one image, near-duplicates) share a split. In this order:
 
-1. A split given in the table stays. If no image has val, the images in train are divided into train and val.
+1. A split given in the table stays, and so do test images by their site. If no image has val, the images in train are
+   divided into train and val.
 2. A known image keeps its split. If images of several splits turn out to belong together (because a patient column or
    a copy was added), all move to train if one of them was in train, else to val: an image that a model may have been
    trained or selected on must not become a test image, while moving a test image to train only shrinks the test split.
@@ -68,9 +69,9 @@ def assign_splits(
         groups = (group_of[path] for path in cluster.paths)
         before = _leak_free([*known.of_contents(ids[path] for path in cluster.paths)] or known.of_groups(groups))
         from_table = _leak_free(given[path] for path in cluster.paths if path in given)
-        if from_table is None:
+        if from_table is None and data.test_sites is None:
             placements[cluster.key] = Placement(before)
-        elif from_table == "train" and not has_val:
+        elif from_table is None or (from_table == "train" and not has_val):
             placements[cluster.key] = Placement(None if before == "test" else before, ("train", "val"))
         else:
             placements[cluster.key] = Placement(from_table, (from_table,))
