@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from schemas.base import Contract
-from schemas.manifest import GroupUnit
+from schemas.manifest import GroupUnit, Split
 from schemas.tasks import Task
 
 
@@ -86,3 +86,33 @@ class DataCheck(Contract):
     def conflicts(self) -> tuple[Copies, ...]:
         """Copies and near-duplicates with different labels."""
         return tuple(copies for copies in (*self.duplicates, *self.near) if copies.conflict)
+
+
+class DroppedImage(Contract):
+    """An image that a repair leaves out."""
+
+    path: str
+    """As in the manifest."""
+    label: str
+    """As in the manifest."""
+    group: str
+    """Patient or other group, empty if unknown."""
+    split: Split
+    """Train or val."""
+    kept: Split
+    """Split that keeps the images it belongs to."""
+    reason: str
+    """What it shares with images of that split."""
+
+
+class Repair(Contract):
+    """Result of `fpt data repair`."""
+
+    rows: int
+    """Rows of the repaired table."""
+    dropped: tuple[DroppedImage, ...]
+    """Images that it leaves out, sorted by path."""
+    conflicts: tuple[Copies, ...]
+    """Copies and near-duplicates with different labels that are left: they have to be corrected by a person."""
+    missing: tuple[str, ...]
+    """Classes that are missing in a split of the repaired table, in words."""

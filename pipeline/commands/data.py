@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.commands.data_repair import repair
 from pipeline.console import say, say_next, show, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.settings import OUTPUTS
@@ -16,14 +17,10 @@ if TYPE_CHECKING:
     from schemas.manifest import Manifest
 
 data = typer.Typer(help="The data set: what it contains, and what is wrong with it.", no_args_is_help=True)
+data.command()(repair)
 
 SHOWN = 10
 """Cases of a finding that are printed; the page and --json have all."""
-
-
-@data.callback()
-def _group() -> None:
-    """Keep the group a group while it has a single command."""
 
 
 @data.command()

@@ -167,6 +167,11 @@ def _categories(read: ReadData) -> dict[str, list[str]]:
     return found
 
 
+def find_copies(read: ReadData) -> tuple[Copies, ...]:
+    """Return all byte-identical images, and all pairs of near-duplicates."""
+    return _duplicates(read) + _near(read)
+
+
 def _duplicates(read: ReadData) -> tuple[Copies, ...]:
     same: dict[str, list[LabelledImage]] = defaultdict(list)
     for item in read.usable:
@@ -183,6 +188,7 @@ def _near(read: ReadData) -> tuple[Copies, ...]:
     return tuple(
         Copies(paths=(one, other), labels=(label_of[one], label_of[other]), similarity=round(similarity, 4))
         for one, other, similarity in read.digests.near.pairs
+        if one in label_of and other in label_of
     )
 
 

@@ -15,6 +15,7 @@ from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.excel_cells import UNKNOWN, Row, excel_cells
 from stages.prepare.table_text import EXCEL, PARQUET, decoded, file_kind, read_bytes
+from stages.tables import plain_cell, safe_cell
 
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -64,6 +65,19 @@ def check_known(table: Path, name: str, lines: Sequence[int], cells: Sequence[st
 def known(cells: Sequence[str]) -> list[str]:
     """Return the cells of a column that has no role; those without a usable value are empty."""
     return ["" if cell.startswith(UNKNOWN) else cell for cell in cells]
+
+
+def written_cells(table: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return header and rows so that `read_cells` reads them from a CSV; those of a CSV stay as they are.
+
+    Raises:
+        DataError: A cell has no usable value.
+    """
+    for name, column in zip(header, zip(*rows, strict=True), strict=True):
+        check_known(table, name, range(1, len(rows) + 1), column)
+    if file_kind(read_bytes(table)) is None:
+        return [list(header), *map(list, rows)]
+    return [list(header), *([safe_cell(plain_cell(cell)) for cell in row] for row in rows)]
 
 
 def _csv_cells(table: Path, text: str, needed: Sequence[str]) -> tuple[list[str], list[Row]]:
