@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.console import quiet, say
 from pipeline.loaded_model import ImageLike, Model, Predictions, load, load_study_model
 from pipeline.params import PARAMS, as_assignments, override, read_params, write_settings
-from pipeline.project import Study
+from pipeline.project import Study, index_folder
 from pipeline.project import open_study as open_params
 from schemas.errors import FptError, SettingsError
 from schemas.features import ExtractionReceipt
@@ -114,13 +114,19 @@ def open_study(study: AnyPath, **overrides: Any) -> Study:
 
 @quiet
 def prepare(
-    study: Study, *, redraw: bool = False, write_split: AnyPath | None = None, progress: Progress | None = None
+    study: Study,
+    *,
+    redraw: bool = False,
+    full: bool = False,
+    write_split: AnyPath | None = None,
+    progress: Progress | None = None,
 ) -> PrepareResult:
     """Read images and labels, name every image by its content, give each a split.
 
     Args:
         study: From `open_study`.
         redraw: Draw all splits again; else known images keep theirs.
+        full: Read every image again; else only new and changed files.
         write_split: CSV to write path, label, patient and split to.
         progress: Called with (images read, images).
 
@@ -139,7 +145,7 @@ def prepare(
     if table is not None:
         check_free(table)
     _adopt(study)
-    result = run(data, study.root, output, progress, study.splits, redraw)
+    result = run(data, study.root, output, progress, study.splits, redraw, index_folder(study.root), full)
     write_settings(_with_columns(study.settings, result), output)
     if table is not None:
         write_splits(read_manifest(output / MANIFEST_FILE), result, data, table)

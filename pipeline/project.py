@@ -101,6 +101,12 @@ def splits_folder(root: Path) -> Path:
     return original_study(root) / ".fpt" / "splits"
 
 
+def index_folder(root: Path) -> Path | None:
+    """Return the folder that remembers what was read of each image file; None for a temporary copy of a study."""
+    original = original_study(root)
+    return original / ".fpt" / "images" if original == root.resolve() else None
+
+
 def manifest_file(root: Path, data: DataSettings) -> Path:
     """Return the manifest of the study in `root`, or its last copy if the file is missing."""
     from stages.prepare.split_history import manifest_copy

@@ -53,8 +53,8 @@ class DataSettings(Section):
     images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: Name | None = None
-    """Table with one row per image (CSV, TSV, Parquet or Excel); null: the label of an image is the name of its top-level
-    folder in `images`."""
+    """Table with one row per image (CSV, TSV, Parquet or Excel); null: the label of an image is the name of its
+    top-level folder in `images`."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: Name = "label"

@@ -40,7 +40,7 @@ def check(
     """
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
-    from pipeline.project import manifest_file
+    from pipeline.project import index_folder, manifest_file
     from stages.data_check.check import check_data, read_data
     from stages.data_check.page import render_check
     from stages.files import atomic_write
@@ -49,7 +49,7 @@ def check(
     settings, root = load_settings(params, assignments or []), params.absolute().parent
     page = output or root / OUTPUTS / "data_check.html"
     with ImageBar("Reading images") as bar:
-        read = read_data(settings.data, root, _manifest(manifest_file(root, settings.data)), bar)
+        read = read_data(settings.data, root, _manifest(manifest_file(root, settings.data)), bar, index_folder(root))
     result = check_data(read, settings.features.image_size)
     atomic_write(page, render_check(result, read, pixels=not no_pixels).encode())
     if as_json:

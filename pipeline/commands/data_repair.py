@@ -36,6 +36,7 @@ def repair(
     """
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
+    from pipeline.project import index_folder
     from stages.data_check.check import read_data
     from stages.data_check.repair import default_output, plan_repair, write_repair
     from stages.prepare.exports import check_free
@@ -46,7 +47,7 @@ def repair(
     for path in (table, report):
         check_free(path)
     with ImageBar("Reading images") as bar:
-        read = read_data(data, root, progress=bar)
+        read = read_data(data, root, progress=bar, index=index_folder(root))
     result = plan_repair(read)
     if result.dropped:
         write_repair(result, read, root, table, report)

@@ -19,8 +19,10 @@ from stages.data_check.probes import probe_column, probe_vectors, sample
 from stages.groups import find_clusters
 from stages.prepare.class_names import class_order
 from stages.prepare.dataset_listing import Listing, read_listing
-from stages.prepare.image_digests import Digests, ReadLimits, digest_images
+from stages.prepare.image_digests import Digests, digest_images
 from stages.prepare.image_files import skipped_lines
+from stages.prepare.image_index import ImageIndex
+from stages.prepare.image_record import ReadLimits
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.leaks import find_leaks
 from stages.prepare.near_duplicates import SIDE, is_blank
@@ -63,7 +65,11 @@ class ReadData:
 
 
 def read_data(
-    data: DataSettings, root: Path, manifest: Manifest | None = None, progress: Progress | None = None
+    data: DataSettings,
+    root: Path,
+    manifest: Manifest | None = None,
+    progress: Progress | None = None,
+    index: Path | None = None,
 ) -> ReadData:
     """List and decode all images.
 
@@ -72,6 +78,7 @@ def read_data(
         root: Folder of `params.yaml`.
         manifest: Gives the splits if the table has none; None if nothing was prepared.
         progress: Called with (images read, images).
+        index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
 
     Raises:
         DataError: The folder or table is missing, unreadable or malformed.
@@ -80,7 +87,9 @@ def read_data(
     if manifest is not None and all(item.split is None for item in listing.items):
         split_of = {row.path: row.split for row in manifest.rows}
         listing.items[:] = [replace(item, split=split_of.get(item.path)) for item in listing.items]
-    return ReadData(data, listing, digest_images(listing.items, listing.images, ReadLimits.of(data), progress))
+    limits = ReadLimits.of(data)
+    seen = None if index is None else ImageIndex.open(index, listing.images, limits)
+    return ReadData(data, listing, digest_images(listing.items, listing.images, limits, progress, seen))
 
 
 def check_data(read: ReadData, lpm_size: int) -> DataCheck:

@@ -32,8 +32,9 @@ from stages.prepare import QUARANTINE_FILE
 from stages.prepare.dataset_listing import Listing, check_listing, read_listing
 from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, ReadLimits, digest_images
+from stages.prepare.image_digests import Digests, digest_images
 from stages.prepare.image_files import skipped_lines
+from stages.prepare.image_record import ReadLimits
 from stages.prepare.label_checks import check_conflicts
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage

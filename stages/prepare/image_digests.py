@@ -1,4 +1,4 @@
-"""Decode every image once to check that it is complete; compute the sha256 of its file and a thumbnail."""
+"""Read every image, or what is known of it, in threads."""
 
 from __future__ import annotations
 
@@ -10,34 +10,14 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from schemas.errors import ImageError
-from schemas.settings import DataSettings
-from stages.files import sha256_file
-from stages.images import decoded_image
+from stages.prepare.image_index import FileState, ImageIndex
+from stages.prepare.image_record import ImageRecord, ReadLimits, read_record
 from stages.prepare.labelled_image import LabelledImage
-from stages.prepare.near_duplicates import NearDuplicates, find_near_duplicates, thumbnail
+from stages.prepare.near_duplicates import NearDuplicates, find_near_duplicates
 from stages.progress import Progress
 
 _AHEAD = 512
 """Images submitted to the threads at a time: bounds memory for long lists and the delay after Ctrl-C."""
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """What is read of a usable image."""
-
-    id: str
-    """Sha256 of the file."""
-    thumbnail: bytes
-    """From `near_duplicates.thumbnail`."""
-    width: int
-    """In pixels, upright."""
-    height: int
-    """In pixels, upright."""
-    file_size: int
-    """In bytes."""
-    warning: str = ""
-    """Warning about corrupt data, if the image is used nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +45,12 @@ class Digests:
         return find_near_duplicates(self.ids, {path: record.thumbnail for path, record in self.records.items()})
 
 
-@dataclass(frozen=True)
-class ReadLimits:
-    """Which images are usable."""
-
-    max_pixels: int
-    """Images with more pixels are failures."""
-    min_side: int
-    """Images with a side shorter than this, in pixels, are failures."""
-    accept_warnings: bool = False
-    """Whether to use images that the decoder reports as corrupt, for example by a wrong checksum."""
-
-    @classmethod
-    def of(cls, data: DataSettings) -> ReadLimits:
-        """Take the limits from the settings."""
-        return cls(data.max_pixels, data.min_side, data.on_warning == "accept")
-
-
 def digest_images(
-    items: Sequence[LabelledImage], images: Path, limits: ReadLimits, progress: Progress | None = None
+    items: Sequence[LabelledImage],
+    images: Path,
+    limits: ReadLimits,
+    progress: Progress | None = None,
+    index: ImageIndex | None = None,
 ) -> Digests:
     """Decode images and compute their digests in threads.
 
@@ -92,36 +59,37 @@ def digest_images(
         images: Image folder, to which paths are relative.
         limits: Which images are usable.
         progress: Called in this thread with (images read, images).
+        index: What was read of these files before; updated and written. None: every image is read.
     """
+    records: dict[str, ImageRecord] = {}
+    if index is not None:
+        for item in items:
+            if (known := index.find(item.path, FileState.of(images / item.path))) is not None:
+                records[item.path] = known
+        if records and progress is not None:
+            progress(len(records), len(items))
+    failures: dict[str, str] = {}
 
     def read(item: LabelledImage) -> ImageRecord | str:
-        return read_record(images / item.path, limits)
+        path = images / item.path
+        before = None if index is None else FileState.of(path)
+        record = read_record(path, limits)
+        if index is not None and isinstance(record, ImageRecord):
+            index.add(item.path, before, FileState.of(path), record)
+        return record
 
-    digests = Digests({}, {})
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        for batch in _batches(items):
+        for batch in _batches([item for item in items if item.path not in records]):
             for item, record in zip(batch, pool.map(read, batch), strict=True):
                 if isinstance(record, ImageRecord):
-                    digests.records[item.path] = record
+                    records[item.path] = record
                 else:
-                    digests.failures[item.path] = record
+                    failures[item.path] = record
                 if progress is not None:
-                    progress(len(digests.records) + len(digests.failures), len(items))
-    return digests
-
-
-def read_record(path: Path, limits: ReadLimits) -> ImageRecord | str:
-    """Decode one image; return its record, or the reason why it cannot be used."""
-    warnings = [""]
-    accept = warnings.append if limits.accept_warnings else None
-    try:
-        with decoded_image(path, max_pixels=limits.max_pixels, min_side=limits.min_side, accept=accept) as image:
-            small, (width, height) = thumbnail(image), image.size
-        return ImageRecord(sha256_file(path), small, width, height, path.stat().st_size, warnings[-1])
-    except ImageError as error:
-        return error.reason
-    except OSError as error:
-        return (error.strerror or "cannot be read").lower()
+                    progress(len(records) + len(failures), len(items))
+    if index is not None:
+        index.write(records)
+    return Digests({item.path: records[item.path] for item in items if item.path in records}, failures)
 
 
 def _threads() -> int:

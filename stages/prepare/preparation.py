@@ -17,7 +17,9 @@ from stages.manifest import read_manifest, write_manifest
 from stages.prepare.class_names import check_named, class_order
 from stages.prepare.dataset_listing import Listing, layout_error, read_listing
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, ReadLimits, digest_images
+from stages.prepare.image_digests import Digests, digest_images
+from stages.prepare.image_index import ImageIndex
+from stages.prepare.image_record import ReadLimits
 from stages.prepare.label_checks import check_classes, check_conflicts, check_left
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
@@ -40,6 +42,8 @@ def prepare(
     progress: Progress | None = None,
     history: Path | None = None,
     redraw: bool = False,
+    index: Path | None = None,
+    full: bool = False,
 ) -> PrepareResult:
     """Read all images, assign a split to each, and write the manifest.
 
@@ -53,6 +57,8 @@ def prepare(
         progress: Called with (images read, images).
         history: Folder with the splits of earlier draws (`stages.prepare.split_history`), or None to ignore them.
         redraw: Draw all splits again, regardless of earlier draws.
+        index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
+        full: Read every file again, and remember it.
 
     Raises:
         UnreadableImagesError: Images cannot be used; all are listed.
@@ -65,7 +71,9 @@ def prepare(
     check_named(data, items)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, listing.images, data.labels)
-    digests = digest_images(items, listing.images, ReadLimits.of(data), progress)
+    limits = ReadLimits.of(data)
+    seen = None if index is None else ImageIndex.open(index, listing.images, limits, fresh=full)
+    digests = digest_images(items, listing.images, limits, progress, seen)
     if data.on_error == "fail":
         _check_all(listing, digests)
     usable = [item for item in items if item.path in digests.ids]
