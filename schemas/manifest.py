@@ -112,5 +112,7 @@ class PrepareResult(PrepareSummary):
     """Images that an earlier run assigned to a split."""
     moved: dict[str, int] = Field(default_factory=dict)
     """Change, such as "train -> val" -> number of known images that changed split."""
+    changes: tuple[str, ...] = ()
+    """What changed since the last run and what has to be computed again, as lines for the user."""
     notes: tuple[str, ...] = ()
     """Automatic choices and skipped files, as lines for the user."""

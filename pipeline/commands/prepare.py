@@ -75,6 +75,8 @@ def _show(result: PrepareResult) -> None:
         changed = f"{moved:,} changed it ({ways})" if moved else "none changed it"
         kept = counted(result.known - moved, "image")
         say(f"{kept} kept their split, {changed}, {result.images - result.known:,} new.")
+    for line in result.changes:
+        say(line)
 
 
 def _title(result: PrepareResult) -> str:

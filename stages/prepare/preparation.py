@@ -14,6 +14,7 @@ from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
 from stages.manifest import read_manifest, write_manifest
+from stages.prepare.changes import describe_changes
 from stages.prepare.class_names import check_named, class_order
 from stages.prepare.dataset_listing import Listing, layout_error, read_listing
 from stages.prepare.exports import write_quarantine
@@ -25,7 +26,7 @@ from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.shots import draw_shots
 from stages.prepare.split_assignment import assign_splits
-from stages.prepare.split_history import KnownSplits, latest_copy, locked, read_known, write_known
+from stages.prepare.split_history import KnownSplits, latest_copy, locked, manifest_copy, read_known, write_known
 from stages.prepare.summary import describe, summarise
 from stages.prepare.table_columns import AUTO
 from stages.progress import Progress
@@ -86,8 +87,10 @@ def prepare(
         complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
         manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
         summary = summarise(manifest, listing, digests)
-        earlier = before if before.contents else _replaced(output, history)
-        result = describe(summary, data, listing, manifest, earlier)
+        last = _last_manifest(data, output, history)
+        earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)
+        changes = () if last is None else describe_changes(last, manifest)
+        result = describe(summary, data, listing, manifest, earlier, changes)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
@@ -96,18 +99,20 @@ def prepare(
     return result
 
 
-def _replaced(output: Path, history: Path | None) -> KnownSplits:
-    """Return the splits of the manifest that is about to be replaced, to report which images another draw moves.
+def _last_manifest(data: DataSettings, output: Path, history: Path | None) -> Manifest | None:
+    """Return the manifest that is about to be replaced, or None before the first run.
 
-    DVC deletes the manifest before it runs the stage again; the latest copy in the history then takes its place.
+    DVC deletes the manifest before it runs the stage again; the latest copy in the history then takes its place, first
+    that of the same draw.
     """
     file = output / MANIFEST_FILE
     if not file.exists() and history is not None:
-        file = latest_copy(history) or file
+        copy = manifest_copy(history, data)
+        file = copy if copy.exists() else latest_copy(history) or file
     try:
-        return KnownSplits().with_manifest(read_manifest(file))
+        return read_manifest(file)
     except ManifestError:
-        return KnownSplits()
+        return None
 
 
 def _earlier_splits(history: Path, data: DataSettings, redraw: bool) -> KnownSplits:

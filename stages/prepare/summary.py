@@ -48,7 +48,12 @@ def _allowed_leaks(manifest: Manifest, listing: Listing, digests: Digests) -> di
 
 
 def describe(
-    summary: PrepareSummary, data: DataSettings, listing: Listing, manifest: Manifest, before: KnownSplits
+    summary: PrepareSummary,
+    data: DataSettings,
+    listing: Listing,
+    manifest: Manifest,
+    before: KnownSplits,
+    changes: tuple[str, ...] = (),
 ) -> PrepareResult:
     """Return the result of a run: its summary, changed splits, and notes for the user.
 
@@ -58,6 +63,7 @@ def describe(
         listing: The images as listed by the user.
         manifest: The manifest that is about to be written.
         before: Splits of earlier draws, or of the manifest that is about to be replaced.
+        changes: From `describe_changes`.
     """
     splits = {(row.id, row.split) for row in manifest.rows}
     several = {one for one, number in Counter(content for content, _ in splits).items() if number > 1}
@@ -75,7 +81,7 @@ def describe(
         *skipped_lines(listing.skipped, listing.images),
     ]
     return PrepareResult(
-        **summary.model_dump(), known=len(known), moved=dict(sorted(moved.items())), notes=tuple(notes)
+        **summary.model_dump(), known=len(known), moved=dict(sorted(moved.items())), changes=changes, notes=tuple(notes)
     )
 
 

@@ -44,7 +44,7 @@ def test_class_folders(study: Path) -> None:
     }
     written = json.loads((study / "outputs/manifest/summary.json").read_text())
     assert PrepareSummary.model_validate(written) == expected
-    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "notes": ()}
+    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "changes": (), "notes": ()}
     assert sorted(file.name for file in (study / "outputs/manifest").iterdir()) == ["manifest.parquet", "summary.json"]
 
 
