@@ -10,11 +10,13 @@ import typer
 from pipeline.commands.data_repair import repair
 from pipeline.console import say, say_next, show, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.errors import FptError
 from schemas.settings import OUTPUTS
 
 if TYPE_CHECKING:
-    from schemas.data_check import DataCheck
+    from schemas.data_check import Copies, DataCheck
     from schemas.manifest import Manifest
+    from stages.data_check.check import ReadData
 
 data = typer.Typer(help="The data set: what it contains, and what is wrong with it.", no_args_is_help=True)
 data.command()(repair)
@@ -51,6 +53,7 @@ def check(
     with ImageBar("Reading images") as bar:
         read = read_data(settings.data, root, _manifest(manifest_file(root, settings.data)), bar, index_folder(root))
     result = check_data(read, settings.features.image_size)
+    result = result.model_copy(update={"similar_features": _similar_features(read, root)})
     atomic_write(page, render_check(result, read, pixels=not no_pixels).encode())
     if as_json:
         show_json(result.model_dump(mode="json"))
@@ -65,6 +68,22 @@ def _manifest(file: Path) -> Manifest | None:
     from stages.manifest import read_manifest
 
     return read_manifest(file) if file.exists() else None
+
+
+def _similar_features(read: ReadData, root: Path) -> tuple[Copies, ...] | None:
+    """Compare the cached features of the images, after an extraction."""
+    from pipeline.project import cache_root
+    from stages.data_check.similar_features import find_similar_features
+    from stages.store.extraction_receipt import read_extraction_receipt
+
+    receipt = root / OUTPUTS / "features" / "receipt.json"
+    if not receipt.exists():
+        return None
+    try:
+        return find_similar_features(read, cache_root(root), read_extraction_receipt(receipt))
+    except FptError as error:
+        say(f"The cached features are not compared: {error.state}")
+        return None
 
 
 def _show(result: DataCheck) -> None:

@@ -38,7 +38,8 @@ _NO_REMAINDER = 0.103
 _MIN_DEVIATION = 3.0
 """Standard deviation of a thumbnail, in grey levels, below which it is blank and like no other."""
 
-_BLOCK = 2048
+_BLOCK = 1024
+"""Rows of a product, which stays in the cache of a CPU."""
 _SCREENED = 64
 """Dimensions of the first, cheap product."""
 
@@ -130,10 +131,7 @@ def near_rows(pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], Flo
     if len(rows) < _FEW:
         pairs, similarity = similar_rows(seen, _EQUAL_OF_FEW)
         return rows[pairs], similarity
-    shared = _directions(seen, min(_MAX_DIRECTIONS, len(rows) // _PER_DIRECTION))
-    remainder = seen - (seen @ shared) @ shared.T
-    lengths = np.linalg.norm(remainder, axis=1)
-    remainder /= np.maximum(lengths, 1e-6)[:, None]
+    remainder, lengths = remainders(seen)
     pairs, similarity = similar_rows(remainder, _SIMILAR)
     alike = np.einsum("ij,ij->i", seen[pairs[:, 0]], seen[pairs[:, 1]]) >= _SIMILAR_AS_SEEN
     alike &= lengths[pairs].min(axis=1) >= _NO_REMAINDER / np.sqrt(2)
@@ -142,6 +140,19 @@ def near_rows(pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], Flo
     both = np.concatenate([rows[pairs[alike]], rows[short[equal]]])
     unique, first = np.unique(both, axis=0, return_index=True)
     return unique, np.concatenate([similarity[alike], equality])[first]
+
+
+def remainders(vectors: Floats) -> tuple[Floats, Floats]:
+    """Remove the directions that all vectors share; return the rest of each, with norm 1, and its norm before that.
+
+    Args:
+        vectors: (N, D), each with norm 1.
+    """
+    shared = _directions(vectors, min(_MAX_DIRECTIONS, len(vectors) // _PER_DIRECTION))
+    rest = vectors - (vectors @ shared) @ shared.T
+    lengths = np.linalg.norm(rest, axis=1)
+    rest /= np.maximum(lengths, 1e-6)[:, None]
+    return rest, lengths
 
 
 def similar_rows(vectors: Floats, threshold: float) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -161,6 +172,8 @@ def similar_rows(vectors: Floats, threshold: float) -> tuple[npt.NDArray[np.int6
         for other in range(start, len(vectors), _BLOCK):
             # A little lower, because the bound is rounded.
             close = screen[start : start + _BLOCK] @ screen[other : other + _BLOCK].T >= threshold - 1e-4
+            if not close.any():
+                continue
             pairs = np.argwhere(close) + np.array((start, other))
             pairs = pairs[pairs[:, 0] < pairs[:, 1]]
             exact = _products(vectors, pairs)
