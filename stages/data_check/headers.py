@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL.ImageFile import ImageFile
 
 from stages.image_kinds import kind_of
 
-_READERS = {
+_READERS: dict[str, type[ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
@@ -42,8 +43,10 @@ def read_header(path: Path) -> Header:
     # Not by file name: Pillow would map the file into memory. Nothing is decoded.
     with path.open("rb") as file:
         try:
+            head = file.read(_PNG_DEPTH + 1)
+            file.seek(0)
             with reader(file) as image:
-                return Header(kind, image.mode, _bits(image, file.seek(0) or file.read(_PNG_DEPTH + 1)))
+                return Header(kind, image.mode, _bits(image, head))
         except Exception:
             # The file changed after it was decoded.
             return Header(kind, UNKNOWN, UNKNOWN)

@@ -48,14 +48,12 @@ def find_similar_features(read: ReadData, cache_root: Path, receipt: ExtractionR
     if len(ids) < _FEW:
         return None
     pairs, cosines = similar_rows(remainders(_vectors(reader, ids))[0], _SIMILAR)
-    found = [
-        (float(cosine), *sorted((first[ids[one]], first[ids[other]]), key=lambda item: item.path))
-        for (one, other), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True)
-    ]
-    return tuple(
-        Copies(paths=(one.path, other.path), labels=(one.label, other.label), similarity=round(min(cosine, 1.0), 4))
-        for cosine, one, other in sorted(found, key=lambda pair: (-pair[0], pair[1].path, pair[2].path))
-    )
+    found = []
+    for (one, other), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True):
+        a, b = sorted((first[ids[one]], first[ids[other]]), key=lambda item: item.path)
+        likeness = round(min(float(cosine), 1.0), 4)
+        found.append(Copies(paths=(a.path, b.path), labels=(a.label, b.label), similarity=likeness))
+    return tuple(sorted(found, key=lambda copies: (-copies.similarity, copies.paths)))
 
 
 def _vectors(reader: StoreReader, ids: list[str]) -> npt.NDArray[np.float32]:

@@ -126,7 +126,7 @@ def near_rows(pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], Flo
     values -= values.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(values, axis=1)
     rows = np.flatnonzero(norms >= _MIN_DEVIATION * np.sqrt(pixels.shape[1]))
-    seen = values[rows] / norms[rows, None]
+    seen: Floats = (values[rows] / norms[rows, None]).astype(np.float32)
     del values
     if len(rows) < _FEW:
         pairs, similarity = similar_rows(seen, _EQUAL_OF_FEW)
@@ -149,7 +149,7 @@ def remainders(vectors: Floats) -> tuple[Floats, Floats]:
         vectors: (N, D), each with norm 1.
     """
     shared = _directions(vectors, min(_MAX_DIRECTIONS, len(vectors) // _PER_DIRECTION))
-    rest = vectors - (vectors @ shared) @ shared.T
+    rest: Floats = np.asarray(vectors - (vectors @ shared) @ shared.T, np.float32)
     lengths = np.linalg.norm(rest, axis=1)
     rest /= np.maximum(lengths, 1e-6)[:, None]
     return rest, lengths
