@@ -19,10 +19,8 @@ from stages.data_check.probes import probe_column, probe_vectors, sample
 from stages.groups import find_clusters
 from stages.prepare.class_names import class_order
 from stages.prepare.dataset_listing import Listing, read_listing
-from stages.prepare.image_digests import Digests, digest_images
+from stages.prepare.image_digests import Digests, read_images
 from stages.prepare.image_files import skipped_lines
-from stages.prepare.image_index import ImageIndex
-from stages.prepare.image_record import ReadLimits
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.leaks import find_leaks
 from stages.prepare.near_duplicates import SIDE, is_blank
@@ -87,9 +85,7 @@ def read_data(
     if manifest is not None and all(item.split is None for item in listing.items):
         split_of = {row.path: row.split for row in manifest.rows}
         listing.items[:] = [replace(item, split=split_of.get(item.path)) for item in listing.items]
-    limits = ReadLimits.of(data)
-    seen = None if index is None else ImageIndex.open(index, listing.images, limits)
-    return ReadData(data, listing, digest_images(listing.items, listing.images, limits, progress, seen))
+    return ReadData(data, listing, read_images(listing.items, listing.images, data, progress, index))
 
 
 def check_data(read: ReadData, lpm_size: int) -> DataCheck:

@@ -43,15 +43,18 @@ def headline(check: DataCheck) -> str:
 
 def findings(check: DataCheck) -> list[Finding]:
     """Return what was found, the most serious first; nothing for what is in order."""
+    return [finding for finding in (*_serious(check), *_notable(check)) if finding is not None]
+
+
+def _serious(check: DataCheck) -> list[Finding | None]:
     unusable = [f"{path}: {reason}" for path, reason in check.unreadable.items()] + list(check.problems)
-    conflicts = [_copies(copies) for copies in check.conflicts]
     suspected = [
         f"{probe.name}: balanced accuracy {probe.accuracy:.2f}, by chance {probe.chance[1]:.2f} to "
         f"{probe.chance[2]:.2f}"
         for probe in check.probes
         if probe.suspected
     ]
-    candidates = [
+    return [
         _finding(
             check.leaks,
             "leak",
@@ -61,7 +64,10 @@ def findings(check: DataCheck) -> list[Finding]:
         ),
         _finding(unusable, "image", " that cannot be used", "Repair, move or remove them; prepare stops at them."),
         _finding(
-            conflicts, "copy", " with different labels", "At least one label of each is wrong: look at the images."
+            map(_copies, check.conflicts),
+            "copy",
+            " with different labels",
+            "At least one label of each is wrong: look at the images.",
         ),
         _finding(
             suspected,
@@ -77,23 +83,24 @@ def findings(check: DataCheck) -> list[Finding]:
             "The decoder accepts them with a warning (data.on_warning).",
         ),
         _finding(check.blank, "blank image", "", "All pixels have nearly the same value."),
+    ]
+
+
+def _notable(check: DataCheck) -> list[Finding | None]:
+    return [
         _finding(check.tiny, "tiny image", "", "The LPM sees them enlarged by more than four.", serious=False),
         _finding(
-            [_copies(copies) for copies in check.duplicates],
+            map(_copies, check.duplicates),
             "duplicate",
             " (identical files)",
             "Drawn splits keep them together; each counts as an image.",
             serious=False,
         ),
         _finding(
-            [_copies(copies) for copies in check.near],
-            "near-duplicate pair",
-            "",
-            "Drawn splits keep them together.",
-            serious=False,
+            map(_copies, check.near), "near-duplicate pair", "", "Drawn splits keep them together.", serious=False
         ),
         _finding(
-            [_copies(copies) for copies in check.similar_features or ()],
+            map(_copies, check.similar_features or ()),
             "pair",
             " with similar features",
             "The LPM gives them nearly the same features: look whether they show the same patient.",
@@ -101,7 +108,6 @@ def findings(check: DataCheck) -> list[Finding]:
         ),
         _finding(check.skipped, "kind", " of skipped files", "They are not read as images.", serious=False),
     ]
-    return [finding for finding in candidates if finding is not None]
 
 
 def count_tables(check: DataCheck) -> list[CountTable]:

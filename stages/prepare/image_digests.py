@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from schemas.settings import DataSettings
 from stages.prepare.image_index import FileState, ImageIndex
 from stages.prepare.image_record import ImageRecord, ReadLimits, read_record
 from stages.prepare.labelled_image import LabelledImage
@@ -43,6 +44,29 @@ class Digests:
     def near(self) -> NearDuplicates:
         """All near-duplicates among the usable images."""
         return find_near_duplicates(self.ids, {path: record.thumbnail for path, record in self.records.items()})
+
+
+def read_images(
+    items: Sequence[LabelledImage],
+    images: Path,
+    data: DataSettings,
+    progress: Progress | None = None,
+    index: Path | None = None,
+    full: bool = False,
+) -> Digests:
+    """Read images with the limits of the settings.
+
+    Args:
+        items: Images to read.
+        images: Image folder, to which paths are relative.
+        data: Settings.
+        progress: Called in this thread with (images read, images).
+        index: Folder that remembers what was read of each file, or None to read all.
+        full: Read every file again, and remember it.
+    """
+    limits = ReadLimits.of(data)
+    seen = None if index is None else ImageIndex.open(index, images, limits, fresh=full)
+    return digest_images(items, images, limits, progress, seen)
 
 
 def digest_images(

@@ -18,15 +18,13 @@ from stages.prepare.changes import describe_changes
 from stages.prepare.class_names import check_named, class_order
 from stages.prepare.dataset_listing import Listing, layout_error, read_listing
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, digest_images
-from stages.prepare.image_index import ImageIndex
-from stages.prepare.image_record import ReadLimits
+from stages.prepare.image_digests import Digests, read_images
 from stages.prepare.label_checks import check_classes, check_conflicts, check_left
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.shots import draw_shots
 from stages.prepare.split_assignment import assign_splits
-from stages.prepare.split_history import KnownSplits, latest_copy, locked, manifest_copy, read_known, write_known
+from stages.prepare.split_history import KnownSplits, latest_copy, locked, read_known, write_known
 from stages.prepare.summary import describe, summarise
 from stages.prepare.table_columns import AUTO
 from stages.progress import Progress
@@ -72,9 +70,7 @@ def prepare(
     check_named(data, items)
     if data.labels is not None and data.on_error == "fail":
         check_files(items, listing.images, data.labels)
-    limits = ReadLimits.of(data)
-    seen = None if index is None else ImageIndex.open(index, listing.images, limits, fresh=full)
-    digests = digest_images(items, listing.images, limits, progress, seen)
+    digests = read_images(items, listing.images, data, progress, index, full)
     if data.on_error == "fail":
         _check_all(listing, digests)
     usable = [item for item in items if item.path in digests.ids]
@@ -87,7 +83,7 @@ def prepare(
         complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
         manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
         summary = summarise(manifest, listing, digests)
-        last = _last_manifest(data, output, history)
+        last = _last_manifest(output, history)
         earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)
         changes = () if last is None else describe_changes(last, manifest)
         result = describe(summary, data, listing, manifest, earlier, changes)
@@ -99,16 +95,14 @@ def prepare(
     return result
 
 
-def _last_manifest(data: DataSettings, output: Path, history: Path | None) -> Manifest | None:
+def _last_manifest(output: Path, history: Path | None) -> Manifest | None:
     """Return the manifest that is about to be replaced, or None before the first run.
 
-    DVC deletes the manifest before it runs the stage again; the latest copy in the history then takes its place, first
-    that of the same draw.
+    DVC deletes the manifest before it runs the stage again; the latest copy in the history then takes its place.
     """
     file = output / MANIFEST_FILE
     if not file.exists() and history is not None:
-        copy = manifest_copy(history, data)
-        file = copy if copy.exists() else latest_copy(history) or file
+        file = latest_copy(history) or file
     try:
         return read_manifest(file)
     except ManifestError:
