@@ -15,6 +15,9 @@ from stages.prepare.image_files import skipped_lines
 from stages.prepare.leaks import check_leaks
 from stages.prepare.split_history import KnownSplits
 
+_LARGE_SET, _LARGE_SHARE = 10, 0.05
+"""Number of near-duplicates of one another, and their share of all images, above which the user is warned."""
+
 
 def summarise(manifest: Manifest, listing: Listing, digests: Digests) -> PrepareSummary:
     """Return the summary that is written next to the manifest."""
@@ -77,6 +80,7 @@ def describe(
         *listing.notes,
         *numbers_hint(data, manifest.classes),
         *_leak_notes(summary),
+        *_large_sets(manifest),
         *_small_splits(summary, data, len(known)),
         *skipped_lines(listing.skipped, listing.images),
     ]
@@ -96,6 +100,18 @@ def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> li
         "`fpt prepare --redraw`"
         for split, share in shares.items()
         if summary.split_images[split] < share * summary.images / 2
+    ]
+
+
+def _large_sets(manifest: Manifest) -> list[str]:
+    """Warn of a set of near-duplicates that is large enough to be a mistake of the comparison."""
+    sets = Counter(row.near for row in manifest.rows if row.near is not None)
+    largest = max(sets.values(), default=0)
+    if largest <= max(_LARGE_SET, len(manifest.rows) * _LARGE_SHARE):
+        return []
+    return [
+        f"Warning: {largest:,} images are nearly the same, directly or through others, and stay in one split. If they "
+        "are different pictures that look alike, set data.allow_leaks: [near] to compare contents and patients only."
     ]
 
 

@@ -122,3 +122,17 @@ def test_near_duplicates_stay_together_in_drawn_splits_and_folds(study: Path) ->
         assert all(split_of[one] == split_of[other] for one, other in copies.items())
     clusters = cluster_of(read_manifest(study / "outputs/manifest/manifest.parquet"))
     assert all(clusters[one] == clusters[other] for one, other in copies.items())
+
+
+def test_many_images_that_look_alike_are_a_warning(study: Path) -> None:
+    _, result = run(study)
+    assert not any("nearly the same" in note for note in result.notes)
+    for number in range(1, 13):
+        save(
+            picture(0).point(lambda value, add=number: min(255, value + add)),
+            study / f"data/images/a/frame{number}.png",
+        )
+    _, result = run(study)
+    assert any("13 images are nearly the same" in note for note in result.notes)
+    _, result = run(study, allow_leaks=["near"])
+    assert not any("are nearly the same" in note for note in result.notes)
