@@ -139,7 +139,7 @@ def prepare(
     if table is not None:
         check_free(table)
     _adopt(study)
-    result = run(data, study.root, output, progress, study.splits, redraw)
+    result = run(data, study.root, output, progress, study.splits, redraw, study.settings.features.rendering)
     write_settings(_with_columns(study.settings, result), output)
     if table is not None:
         write_splits(read_manifest(output / MANIFEST_FILE), result, data, table)

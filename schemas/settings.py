@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.methods import METHODS_HELP, Method, MethodSettings
+from schemas.rendering import Frame, Rendering, Window
 from schemas.tasks import SEPARATOR, Task
 
 Importance = Literal["global", "class_token"]
@@ -170,6 +171,12 @@ class FeatureSettings(Section):
     """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those of its pretraining) or
     dataset (those of the training images, computed at the start of an extraction). With dataset, features change
     whenever the training images do."""
+    window: Window = "stored"
+    """Grey values of DICOM, NIfTI and 16-bit PNG and TIFF files that become black and white: stored (the window in a
+    DICOM or NIfTI file, else percentile; the full range for PNG and TIFF), percentile (the 0.5th and 99.5th of each
+    image), full (the range of the type), or [center, width] in the units of the file, such as Hounsfield units."""
+    frame: Frame = "middle"
+    """Frame of a DICOM file or axial slice of a NIfTI volume that is the image: middle, first, or a number from 0."""
     tokens: bool = True
     """Cache the keys and values of the important tokens, which side networks read; false: a small store for methods
     that are fitted in closed form; the LPM may then be any model of timm that gives feature maps (ConvNeXt, Swin)."""
@@ -207,6 +214,11 @@ class FeatureSettings(Section):
     """Random crops of each training image, as additional views."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Fraction of the area that each of `crops` keeps, (lowest, highest)."""
+
+    @property
+    def rendering(self) -> Rendering:
+        """Window and frame."""
+        return Rendering(window=self.window, frame=self.frame)
 
     @property
     def with_tokens(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,7 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from schemas.errors import ImageError
+from schemas.rendering import DEFAULT_RENDERING, Rendering
+from schemas.text import counted
 from stages.files import sha256_file
+from stages.image_remarks import EXPLAINED
 from stages.images import check_image
 from stages.prepare.labelled_image import LabelledImage
 from stages.progress import Progress
@@ -29,6 +33,14 @@ class Digests:
     """Path -> reason, for all other images."""
     warnings: dict[str, str] = field(default_factory=dict)
     """Path -> warning about corrupt data, for images that are used nevertheless."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """Remark about usable images (`stages.image_remarks`) -> their number."""
+
+    def remark_lines(self) -> list[str]:
+        """Describe the remarks, as lines for the user."""
+        return [
+            f"{counted(self.remarks[name], 'image')} {text}" for name, text in EXPLAINED.items() if self.remarks[name]
+        ]
 
 
 def digest_images(
@@ -38,6 +50,7 @@ def digest_images(
     max_pixels: int,
     min_side: int,
     accept_warnings: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
     progress: Progress | None = None,
 ) -> Digests:
     """Decode images and compute their digests in threads.
@@ -48,35 +61,45 @@ def digest_images(
         max_pixels: Images with more pixels are failures.
         min_side: Images with a side shorter than this, in pixels, are failures.
         accept_warnings: Whether to use images that the decoder reports as corrupt, for example by a wrong checksum.
+        rendering: Window and frame of images that leave a choice.
         progress: Called in this thread with (images read, images).
     """
 
-    def read(item: LabelledImage) -> tuple[str | None, str]:
-        path, warnings_seen = images / item.path, [""]
+    def read(item: LabelledImage) -> tuple[str | None, str, list[str]]:
+        path, warnings_seen, seen = images / item.path, [""], list[str]()
         accept = warnings_seen.append if accept_warnings else None
         try:
-            check_image(path, max_pixels=max_pixels, min_side=min_side, accept=accept)
-            return sha256_file(path), warnings_seen[-1]
+            check_image(
+                path,
+                max_pixels=max_pixels,
+                min_side=min_side,
+                accept=accept,
+                rendering=rendering,
+                remark=seen.append,
+            )
+            return sha256_file(path), warnings_seen[-1], seen
         except ImageError as error:
-            return None, error.reason
+            return None, error.reason, []
         except OSError as error:
-            return None, (error.strerror or "cannot be read").lower()
+            return None, (error.strerror or "cannot be read").lower(), []
 
     ids: dict[str, str] = {}
     failures: dict[str, str] = {}
     warnings: dict[str, str] = {}
+    remarks = Counter[str]()
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
         for batch in _batches(items):
-            for item, (content, reason) in zip(batch, pool.map(read, batch), strict=True):
+            for item, (content, reason, seen) in zip(batch, pool.map(read, batch), strict=True):
                 if content is None:
                     failures[item.path] = reason
                 else:
                     ids[item.path] = content
+                    remarks.update(seen)
                     if reason:
                         warnings[item.path] = reason
                 if progress is not None:
                     progress(len(ids) + len(failures), len(items))
-    return Digests(ids, failures, warnings)
+    return Digests(ids, failures, warnings, remarks)
 
 
 def _threads() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
 from schemas.manifest import SPLITS, GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
+from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
@@ -40,6 +41,7 @@ def prepare(
     progress: Progress | None = None,
     history: Path | None = None,
     redraw: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> PrepareResult:
     """Read all images, assign a split to each, and write the manifest.
 
@@ -53,6 +55,7 @@ def prepare(
         progress: Called with (images read, images).
         history: Folder with the splits of earlier draws (`stages.prepare.split_history`), or None to ignore them.
         redraw: Draw all splits again, regardless of earlier draws.
+        rendering: Window and frame of images that leave a choice.
 
     Raises:
         UnreadableImagesError: Images cannot be used; all are listed.
@@ -71,6 +74,7 @@ def prepare(
         max_pixels=data.max_pixels,
         min_side=data.min_side,
         accept_warnings=data.on_warning == "accept",
+        rendering=rendering,
         progress=progress,
     )
     if data.on_error == "fail":
@@ -84,6 +88,7 @@ def prepare(
         split_of = _splits(data, listing, usable, digests, classes, known)
         manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
         summary = _summary(manifest, listing, digests)
+        listing.notes.extend(digests.remark_lines())
         result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output, history))
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
