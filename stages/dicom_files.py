@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import PlatformError
 from stages.dicom_streams import check_frame
-from stages.image_limits import DAMAGED, TRUNCATED, RefusalError
+from stages.image_limits import DAMAGED, NEVER_FOLLOWED, TRUNCATED, RefusalError
 
 _PALETTE = ("Red", "Green", "Blue")
 _DISPLAY = (
@@ -80,8 +80,6 @@ class DicomFrame:
     """`pydicom.Dataset` of the elements that pixels depend on; for this frame, if it has several."""
     colour: str
     """Photometric interpretation of `pixels`."""
-    warning: str | None
-    """Warning about corrupt data."""
 
 
 @cache
@@ -110,6 +108,7 @@ def read_frame(
     size: int,
     frame_of: Callable[[int], int | None],
     reserve: Callable[[tuple[int, int], int], None],
+    warn: Callable[[str | None], None],
 ) -> DicomFrame:
     """Read the pixels of one frame.
 
@@ -118,6 +117,7 @@ def read_frame(
         size: Length of the file in bytes.
         frame_of: Number of frames -> the one to read, from 0, or None if there is no such frame.
         reserve: Called with (width, height) and the bytes per pixel that decoding takes, before anything is decoded.
+        warn: Called with the warning about corrupt data, or None, before anything is decoded.
 
     Raises:
         RefusalError: The file has no pixels that are read.
@@ -132,19 +132,22 @@ def read_frame(
         raise RefusalError(f"has {frames} frames, numbered from 0, so not the one that features.frame names")
     options = _pixel_options(file, header, syntax)
     reserve(shape.size, _decoded_bytes(shape, header))
-    warning = None
     if syntax in _NATIVE:
         _check_length(shape, header, index, _left(file))
         plugin = ""
     else:
         plugin = _plugin(syntax)
-        warning = _check_compressed(file, header, syntax, shape, index, frames)
+        warn(_check_compressed(file, header, syntax, shape, index, frames))
     decoder = pydicom().pixels.get_decoder(syntax)
-    pixels, properties = decoder.as_array(file, index=index, validate=True, decoding_plugin=plugin, **options)
+    try:
+        pixels, properties = decoder.as_array(file, index=index, validate=True, decoding_plugin=plugin, **options)
+    except BaseException as error:
+        # A panic of pylibjpeg-rle on damaged data is no Exception.
+        raise (RefusalError(DAMAGED) if type(error).__name__ == "PanicException" else error) from None
     expected = (shape.height, shape.width) if shape.samples == 1 else (shape.height, shape.width, shape.samples)
     if pixels.shape != expected:
         raise RefusalError(DAMAGED)
-    return DicomFrame(pixels, _of_frame(header, index), str(properties["photometric_interpretation"]), warning)
+    return DicomFrame(pixels, _of_frame(header, index), str(properties["photometric_interpretation"]))
 
 
 def open_header(file: BinaryIO, size: int, keywords: tuple[str, ...]) -> tuple[BinaryIO, Any, str]:
@@ -163,7 +166,7 @@ def open_header(file: BinaryIO, size: int, keywords: tuple[str, ...]) -> tuple[B
     tags = [package.datadict.tag_for_keyword(keyword) for keyword in keywords]
     head = file.read(1024)
     if _DIRECTORY.encode() in head:
-        raise RefusalError("is a DICOMDIR, which is never followed")
+        raise RefusalError(NEVER_FOLLOWED)
     file.seek(0)
     deflated = _DEFLATED.encode() in head
     if deflated:

@@ -51,7 +51,10 @@ def check_frame(data: bytes, syntax: str, size: tuple[int, int], samples: int) -
         return jpeg_warning(data, samples)
     if syntax in _JPEG_LS:
         _compare(jpeg_size(data), size, samples)
-        return None if data.rstrip(b"\0").endswith(b"\xff\xd9") else TRUNCATED
+        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            # Even if warnings are accepted: CharLS may never return from a stream without an end.
+            raise RefusalError(TRUNCATED)
+        return None
     if syntax in _JPEG_2000:
         stream = _codestream(data)
         _compare(_check_codestream(stream), size, samples)

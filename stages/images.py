@@ -20,6 +20,7 @@ from stages.image_conversion import check_colours, is_dark, take_upright, uprigh
 from stages.image_kinds import HEAD_BYTES, MEDICAL, kind_of_image
 from stages.image_limits import (
     DAMAGED,
+    NEVER_FOLLOWED,
     TRUNCATED,
     RefusalError,
     check_bmp,
@@ -195,7 +196,7 @@ class _OpenImage:
             if kind is None:
                 raise RefusalError("is not a PNG, JPEG, TIFF, BMP, WebP or DICOM image")
             if kind.startswith("DICOM"):
-                raise RefusalError(f"is a {kind}" if kind == "DICOMDIR" else "is a DICOM file without an image")
+                raise RefusalError(NEVER_FOLLOWED if kind == "DICOMDIR" else "is a DICOM file without an image")
             raise RefusalError(f"is {'an' if kind in _AN else 'a'} {kind} file, which is not read yet")
         reader, bytes_per_pixel = _READERS[kind]
         bytes_per_pixel += self._check_structure(kind, bytes_per_pixel)
@@ -222,9 +223,7 @@ class _OpenImage:
         from stages.dicom_pixels import dicom_image, dicom_remarks
 
         rendering = self._limits.rendering
-        frame = read_frame(self._file, self._size, rendering.frame_of, self._reserve)
-        if not self._limits.checked:
-            self._handle(frame.warning)
+        frame = read_frame(self._file, self._size, rendering.frame_of, self._reserve, self._handle)
         if self._limits.remark is not None:
             for remark in dicom_remarks(frame.header):
                 self._limits.remark(remark)
@@ -277,7 +276,7 @@ class _OpenImage:
 
     def _handle(self, warning: str | None) -> None:
         """Refuse corrupt data, or pass the warning on."""
-        if warning is None:
+        if warning is None or self._limits.checked:
             return
         if self._limits.accept is None:
             raise RefusalError(warning)
