@@ -33,6 +33,8 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(max_length=1000)]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...], Field(min_length=1, max_length=10_000)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
+TAGS = "tags"
+"""Value of `data.labels` for labels from the headers of DICOM files."""
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 
 
@@ -53,11 +55,12 @@ class DataSettings(Section):
     images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: Name | None = None
-    """CSV with one row per image; null: the label of an image is the name of its top-level folder in `images`."""
+    """CSV with one row per image; null: the label of an image is the name of its top-level folder in `images`; tags:
+    from the headers of DICOM files, with keywords such as BodyPartExamined in place of columns."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: Name = "label"
-    """Column of `labels` with the label."""
+    """Column of `labels` with the label; with tags, label means BodyPartExamined."""
     label_separator: Word = SEPARATOR
     """Separator of the labels of one image in `label_column`; only for multilabel."""
     label_columns: Names | None = None
@@ -65,7 +68,8 @@ class DataSettings(Section):
     group_column: Name | None = "auto"
     """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
     subject, case or group (with or without _id), or, without `labels`, the sub-folders of class folders if they hold
-    several images each; folder: always those sub-folders; null: each image is its own group."""
+    several images each, or with tags PatientID, stored as a keyed hash; folder: always those sub-folders; null: each
+    image is its own group."""
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
@@ -100,7 +104,14 @@ class DataSettings(Section):
             self.group_column not in (None, "auto", "folder") or self.split_column not in (None, "auto")
         ):
             raise ValueError("group_column and split_column need a labels CSV")
+        if self.labels == TAGS and (self.split_column not in (None, "auto") or self.label_columns is not None):
+            raise ValueError("split_column and label_columns need a labels CSV")
         return self
+
+    @property
+    def labels_file(self) -> str | None:
+        """Path of the table with the labels, or None without one."""
+        return None if self.labels == TAGS else self.labels
 
     @field_validator("group_column", "split_column", mode="before")
     @classmethod

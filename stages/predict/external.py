@@ -180,8 +180,8 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
 
 
 def _digests(listing: Listing, data: DataSettings, rendering: Rendering, progress: Progress | None) -> Digests:
-    if data.labels is not None and data.on_error == "fail":
-        check_files(listing.items, listing.images, data.labels)
+    if data.labels_file is not None and data.on_error == "fail":
+        check_files(listing.items, listing.images, data.labels_file)
     digests = digest_images(
         listing.items,
         listing.images,

@@ -62,12 +62,12 @@ def prepare(
         DataError: Images and labels do not form a valid data set.
         StorageError: The output cannot be written.
     """
-    listing = read_listing(data, root)
+    listing = read_listing(data, root, None if history is None else history.parent)
     items = listing.items
     classes = check_classes(items, class_order(data), data.task)
     check_named(data, items)
-    if data.labels is not None and data.on_error == "fail":
-        check_files(items, listing.images, data.labels)
+    if data.labels_file is not None and data.on_error == "fail":
+        check_files(items, listing.images, data.labels_file)
     digests = digest_images(
         items,
         listing.images,
@@ -192,7 +192,7 @@ def _summary(manifest: Manifest, listing: Listing, digests: Digests) -> PrepareS
         unit=listing.unit,
         group_column=listing.group_column,
         split_column=listing.split_column,
-        quarantined=len(digests.failures) + len(listing.stray),
+        quarantined=len(digests.failures) + len(listing.stray) + len(listing.unlabelled),
         passed_over=dict(sorted(Counter(file.reason for file in listing.skipped).items())),
         warned=len(digests.warnings),
         counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},

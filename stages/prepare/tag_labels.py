@@ -1,0 +1,155 @@
+"""Labels and patients from the headers of DICOM files, for `data.labels: tags`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import DataError
+from schemas.settings import DataSettings
+from schemas.tasks import SEPARATOR, written
+from schemas.text import counted
+from stages.dicom_files import open_header, pydicom
+from stages.image_kinds import kind_of
+from stages.image_limits import RefusalError
+from stages.prepare.error_text import did_you_mean
+from stages.prepare.image_files import SkippedFile, find_image_files
+from stages.prepare.label_cells import is_missing
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.pseudonyms import pseudonym
+from stages.prepare.table_columns import AUTO
+
+LABEL, PATIENT = "BodyPartExamined", "PatientID"
+"""Keywords of the label and of the patient by default."""
+_DEFAULT_COLUMN = DataSettings.model_fields["label_column"].default
+_THREADS = 4
+
+_IDENTIFYING = ("Patient", "OtherPatient", "Accession", "Physician", "Operator", "Name", "BirthDate", "SOPInstanceUID")
+"""Parts of keywords whose values may identify a patient or a person; these values are never labels."""
+_HARMLESS = ("PatientSex", "PatientAge", "PatientPosition", "PatientOrientation", "PatientSize", "PatientWeight")
+_TEXT = frozenset(
+    ("AS", "CS", "DA", "DS", "IS", "LO", "LT", "PN", "SH", "ST", "UC", "UI", "US", "SS", "FL", "FD", "TM")
+)
+"""Value representations of single short values."""
+
+
+@dataclass(frozen=True)
+class TagScan:
+    """Images below a folder, with what their headers say."""
+
+    items: list[LabelledImage]
+    """Sorted by path; groups are pseudonyms."""
+    unlabelled: dict[str, str]
+    """Path of an image without a label -> reason."""
+    skipped: list[SkippedFile]
+    """Files that are not images."""
+    group_column: str | None
+    """Keyword of the groups, or None if no group is known."""
+    notes: list[str]
+    """Choices, as lines for the user."""
+
+
+def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
+    """Read label and patient of every image below a folder from its DICOM header; pixels are not read.
+
+    The label is the element that `data.label_column` names, BodyPartExamined by default; the group is the pseudonym of
+    `data.group_column`, PatientID by default.
+
+    Args:
+        data: Settings.
+        images: Folder.
+        key: From `stages.prepare.pseudonyms.study_key`.
+
+    Raises:
+        DataError: A keyword is unknown, or would put identifiers into the manifest; or there are no images.
+        PlatformError: pydicom is not installed.
+    """
+    label = LABEL if data.label_column == _DEFAULT_COLUMN else data.label_column
+    group = PATIENT if data.group_column == AUTO else data.group_column
+    _check_keyword("data.label_column", label)
+    if any(part in label for part in _IDENTIFYING) and label not in _HARMLESS:
+        raise DataError(
+            f"data.label_column: {label} may identify a person.",
+            "Labels are written to the manifest, the model and the report as they are.",
+            "Name another element. data.group_column may name identifiers: only their keyed hashes are stored.",
+        )
+    keywords = (label,)
+    if group is not None:
+        _check_keyword("data.group_column", group)
+        keywords = (label, group)
+    contents = find_image_files(images)
+    if not contents.images:
+        raise DataError(f"{images} has no images.", "", "Correct data.images in params.yaml.")
+    items: list[LabelledImage] = []
+    unlabelled: dict[str, str] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = pool.map(lambda path: _values(path, keywords), contents.images)
+        for path, values in zip(contents.images, read, strict=True):
+            name = path.relative_to(images).as_posix()
+            if isinstance(values, str):
+                unlabelled[name] = values
+            elif (text := _label(values[label], data)) is None:
+                unlabelled[name] = f"its header has no {label}"
+            else:
+                identifier = "\\".join(values[group]) if group is not None else ""
+                known = None if is_missing(identifier) else pseudonym(identifier, key)
+                items.append(LabelledImage(name, text, known))
+    grouped = group is not None and any(item.group is not None for item in items)
+    notes = [f"The label of each image is {label} of its header.", *_group_notes(group, items)]
+    return TagScan(items, unlabelled, contents.skipped, group if grouped else None, notes)
+
+
+def _check_keyword(setting: str, keyword: str) -> None:
+    names = pydicom().datadict
+    tag = names.tag_for_keyword(keyword)
+    if tag is None or names.dictionary_VR(tag) not in _TEXT:
+        words = [entry[4] for entry in names.DicomDictionary.values()]
+        problem = "is not an element of DICOM" if tag is None else "is not a short text or number"
+        raise DataError(
+            f"{setting}: {keyword!r} {problem}{did_you_mean(keyword, words) if tag is None else ''}.",
+            "With data.labels: tags, columns are keywords of DICOM such as BodyPartExamined, Laterality, ViewPosition.",
+            f"Correct {setting} in params.yaml.",
+        )
+
+
+def _values(path: Path, keywords: tuple[str, ...]) -> dict[str, list[str]] | str:
+    """Return the values of elements as text, or the reason why the file has no header."""
+    try:
+        if kind_of(path) != "DICOM":
+            return "is not a DICOM file, so it has no header with a label"
+        with path.open("rb") as file:
+            _, header, _ = open_header(file, path.stat().st_size, keywords)
+            return {keyword: _texts(header.get(keyword)) for keyword in keywords}
+    except RefusalError as refusal:
+        return str(refusal)
+    except OSError as error:
+        return (error.strerror or "cannot be read").lower()
+    # pydicom raises nearly anything on damaged bytes.
+    except Exception:
+        return "its header is damaged"
+
+
+def _texts(value: Any) -> list[str]:
+    several = value if isinstance(value, list | tuple) or type(value).__name__ == "MultiValue" else [value]
+    texts = [" ".join(str(item).split()) for item in several if item is not None]
+    return [text for text in texts if text]
+
+
+def _label(values: list[str], data: DataSettings) -> str | None:
+    if not values or is_missing(values[0]):
+        return None
+    if data.task == "multilabel":
+        return written(sorted({value.replace(SEPARATOR, "/") for value in values}))
+    return " ".join(values)
+
+
+def _group_notes(group: str | None, items: list[LabelledImage]) -> list[str]:
+    if group is None:
+        return ["PatientID is not used (data.group_column: null): images of one patient may be in different splits."]
+    missing = sum(item.group is None for item in items)
+    notes = [f"All images with the same {group} stay in one split; only its keyed hash is stored."]
+    if missing:
+        notes.append(f"{counted(missing, 'image')} without {group}: each counts as a group of its own.")
+    return notes
