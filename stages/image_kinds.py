@@ -12,7 +12,7 @@ from typing import Literal
 READABLE = ("PNG", "JPEG", "TIFF", "BMP", "WebP")
 """Formats that `stages.images` decodes with Pillow."""
 
-MEDICAL = ("DICOM",)
+MEDICAL = ("DICOM", "NIfTI")
 """Formats that `stages.images` decodes with packages that are not installed with fpt."""
 
 _CLASS = rb"(?s)(\x02\x00\x02\x00|\x08\x00\x16\x00|\x00\x08\x00\x16)(UI..|....)1\.2\.840\.10008\."
@@ -45,9 +45,9 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
     (0, b"\xff\x0a", "JPEG XL"),
     (344, b"n+1\x00", "NIfTI"),
-    (344, b"ni1\x00", "NIfTI"),
+    (344, b"ni1\x00", "NIfTI pair"),
     (4, b"n+2\x00\r\n\x1a\n", "NIfTI"),
-    (4, b"ni2\x00\r\n\x1a\n", "NIfTI"),
+    (4, b"ni2\x00\r\n\x1a\n", "NIfTI pair"),
     (0, b"NRRD000", "NRRD"),
     (0, b"ObjectType = Image", "MetaImage"),
     (0, b"%PDF-", "PDF"),

@@ -77,11 +77,11 @@ def read_image(
     accept: Accept = None,
     rendering: Rendering = DEFAULT_RENDERING,
 ) -> Image.Image:
-    """Read a PNG, JPEG, TIFF, BMP, WebP or DICOM file as an upright image, completely decoded.
+    """Read a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI file as an upright image, completely decoded.
 
     - Without a window, 16-bit grey of PNG and TIFF files is scaled from the range of its type (0..65535, or 0..4095 for
       a 12-bit TIFF) to 0..255 and rounded, never clipped; 16-bit colour keeps the upper byte.
-    - Grey of DICOM files, and 16-bit grey with a window, stays a float, so that it is rounded after it is resized.
+    - Grey of DICOM and NIfTI files, and 16-bit grey with a window, stays a float: it is rounded after it is resized.
     - Transparent pixels are composited over black, the background of radiographs and fluorescence microscopy.
     - Animations yield their first frame. A TIFF with several pages is refused because it is unclear which page is the
       image; reduced copies and masks of the first page do not count.
@@ -191,10 +191,10 @@ class _OpenImage:
             raise RefusalError("the file is empty")
         kind = kind_of_image(head, str(self._file.name))
         if kind in MEDICAL:
-            return use(self._medical(), None)
+            return use(self._nifti() if kind == "NIfTI" else self._dicom(), None)
         if kind not in _READERS:
             if kind is None:
-                raise RefusalError("is not a PNG, JPEG, TIFF, BMP, WebP or DICOM image")
+                raise RefusalError("is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image")
             if kind.startswith("DICOM"):
                 raise RefusalError(NEVER_FOLLOWED if kind == "DICOMDIR" else "is a DICOM file without an image")
             raise RefusalError(f"is {'an' if kind in _AN else 'a'} {kind} file, which is not read yet")
@@ -216,9 +216,13 @@ class _OpenImage:
                 self._limits.remark(DARK)
             return use(image, window)
 
-    def _medical(self) -> Image.Image:
-        """Decode a format of `MEDICAL`: mode F (0..255) or RGB."""
-        # Imported late, with the package that reads the format.
+    def _nifti(self) -> Image.Image:
+        # Imported late: most data sets need it as little as the package that reads it.
+        from stages.nifti_files import nifti_image
+
+        return nifti_image(self._file, self._limits.rendering, self._reserve)
+
+    def _dicom(self) -> Image.Image:
         from stages.dicom_files import read_frame
         from stages.dicom_pixels import dicom_image, dicom_remarks
 

@@ -40,7 +40,7 @@ def test_kinds_that_are_read(kind: str) -> None:
     [
         (encoded("GIF"), "GIF"),
         (DICOM_REPORT, "DICOM without an image"),
-        (b"\0" * 344 + b"n+1\0", "NIfTI"),
+        (b"\0" * 344 + b"ni1\0", "NIfTI pair"),
         (b"\0\0\0\x18ftypheic", "HEIC"),
         (b"BMI,age\n31,40\n and so on", None),
         (b"RIFF\0\0\0\0AVI LIST", None),

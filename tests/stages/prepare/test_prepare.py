@@ -189,7 +189,7 @@ REASONS = {
     "benign/truncated.jpg": "the file is truncated",
     "malignant/empty.png": "the file is empty",
     "malignant/large.png": "max_pixels",
-    "malignant/text.png": "is not a PNG, JPEG, TIFF, BMP, WebP or DICOM image",
+    "malignant/text.png": "is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image",
 }
 
 
