@@ -1,4 +1,4 @@
-"""Mutants of DICOM, PNG and TIFF files: each is refused by an ImageError or reads to an image of its declared size.
+"""Mutants of DICOM, NIfTI, PNG and TIFF files: each is refused by an ImageError, or its image has the declared size.
 
 A process of its own reads them, so that a decoder that crashes, hangs or takes too much memory is noticed.
 FPT_FUZZ_CASES sets the number of mutants, FPT_FUZZ_SEED selects others.
@@ -6,6 +6,7 @@ FPT_FUZZ_CASES sets the number of mutants, FPT_FUZZ_SEED selects others.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -32,13 +34,26 @@ SECONDS = 20
 GIBIBYTES = 2
 
 READER = """
-import json, resource, sys, warnings
+import json, sys, warnings
 from pathlib import Path
 from PIL import Image
 from schemas.errors import ImageError
 from schemas.rendering import Rendering
+from stages.image_kinds import kind_of_bytes
 from stages.images import read_image
 warnings.simplefilter("ignore")
+
+def fits(path, size):
+    data = path.read_bytes()
+    if kind_of_bytes(data[:1024]) == "NIfTI":
+        import gzip, nibabel, zlib
+        if data[:2] == b"\\x1f\\x8b":
+            data = zlib.decompressobj(wbits=31).decompress(data, 1000)
+        kind = nibabel.Nifti1Header if data[344:345] == b"n" else nibabel.Nifti2Header
+        shape = list(kind(data[:kind.template_dtype.itemsize], check=False).get_data_shape()) + [1]
+        return all(side in shape for side in size)
+    # Turned by its EXIF orientation, an image has its sides exchanged.
+    return sorted(size) == sorted(declared(path))
 
 def declared(path):
     head = path.read_bytes()[:132]
@@ -53,13 +68,14 @@ for line in sys.stdin:
     path, window = Path(json.loads(line)[0]), json.loads(line)[1]
     try:
         image = read_image(path, max_pixels=4_000_000, rendering=Rendering(window=window))
-        # Turned by its EXIF orientation, an image has its sides exchanged.
-        answer = image.mode if sorted(image.size) == sorted(declared(path)) else f"{image.size} {declared(path)}"
+        answer = image.mode if fits(path, image.size) else f"{image.size} is not its declared size"
     except ImageError as error:
         answer = "refused: " + error.reason
     except Exception as error:
         answer = f"raised {error!r}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    # Not ru_maxrss, which a process inherits from its parent.
+    peak = int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else 0
     print(json.dumps([answer, peak]), flush=True)
 """
 
@@ -136,7 +152,8 @@ def originals() -> list[bytes]:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, kind)
         files.append(buffer.getvalue())
-    return files
+    volume = nibabel.Nifti1Image(np.stack([grey] * 3, axis=-1).astype(np.int16), np.eye(4)).to_bytes()
+    return [*files, volume, gzip.compress(volume)]
 
 
 FILES = originals()
