@@ -68,8 +68,8 @@ class DataSettings(Section):
     group_column: Name | None = "auto"
     """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
     subject, case or group (with or without _id), or, without `labels`, the sub-folders of class folders if they hold
-    several images each, or with tags PatientID, stored as a keyed hash; folder: always those sub-folders; null: each
-    image is its own group."""
+    several images each, else PatientID of DICOM files, stored as a keyed hash; folder: always those sub-folders;
+    tags: always PatientID; null: each image is its own group."""
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
@@ -101,7 +101,7 @@ class DataSettings(Section):
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes lists a label twice")
         if self.labels is None and (
-            self.group_column not in (None, "auto", "folder") or self.split_column not in (None, "auto")
+            self.group_column not in (None, "auto", "folder", TAGS) or self.split_column not in (None, "auto")
         ):
             raise ValueError("group_column and split_column need a labels CSV")
         if self.labels == TAGS and (self.split_column not in (None, "auto") or self.label_columns is not None):

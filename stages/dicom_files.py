@@ -60,7 +60,8 @@ DECODERS = {
 
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = _NATIVE
-_DEFLATED = "1.2.840.10008.1.2.1.99"
+_DEFLATED = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
+"""Element of the transfer syntax of deflated files."""
 _MAX_INFLATED = 512 * 2**20
 """Most bytes of a deflated data set, which has to be in memory."""
 _DIRECTORY = "1.2.840.10008.1.3.10"
@@ -168,7 +169,7 @@ def open_header(file: BinaryIO, size: int, keywords: tuple[str, ...]) -> tuple[B
     if _DIRECTORY.encode() in head:
         raise RefusalError(NEVER_FOLLOWED)
     file.seek(0)
-    deflated = _DEFLATED.encode() in head
+    deflated = _DEFLATED in head
     if deflated:
         file = _inflated(file, head, size)
     header = package.dcmread(file, force=True, stop_before_pixels=True, specific_tags=tags)

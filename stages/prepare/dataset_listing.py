@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from schemas.errors import DataError
@@ -17,7 +17,7 @@ from stages.prepare.label_table import read_table
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.patients import groups_spelled_alike
 from stages.prepare.pseudonyms import study_key
-from stages.prepare.table_columns import FOLDER, unit_of_column
+from stages.prepare.table_columns import AUTO, FOLDER, unit_of_column
 
 STRAY = "outside of the class folders, so it has no label"
 EMPTY = "class folder without images"
@@ -32,7 +32,7 @@ class Listing:
     items: list[LabelledImage]
     """Sorted by path; labels are already renamed by `data.class_names`."""
     group_column: str | None = None
-    """Column with the groups, "folder" for sub-folders of class folders, or None."""
+    """Column with the groups, "folder" for sub-folders of class folders, "tags" for PatientID of headers, or None."""
     split_column: str | None = None
     """Column with predefined splits, or None."""
     notes: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Listing:
         """Kind of the groups, or None if no image has one."""
         if self.group_column is None or all(item.group is None for item in self.items):
             return None
-        return "patients" if self.group_column == FOLDER else unit_of_column(self.group_column)
+        return "patients" if self.group_column in (FOLDER, TAGS) else unit_of_column(self.group_column)
 
     def set_aside(self) -> list[tuple[LabelledImage, str]]:
         """Entries that quarantine excludes before any image is opened, with the reasons."""
@@ -93,10 +93,24 @@ def read_listing(data: DataSettings, root: Path, private: Path | None = None) ->
     else:
         table = read_table(data, root, images)
         listing = Listing(images, table.items, table.group_column, table.split_column, table.notes)
+    if listing.group_column is None and data.labels != TAGS and data.group_column in (AUTO, TAGS):
+        listing = _with_patients(listing, private)
     check_names([*listing.items, *(item for item, _ in listing.set_aside())])
     listing.items[:] = name_classes(listing.items, data)
     listing.notes.extend(groups_spelled_alike(item.group for item in listing.items if item.group is not None))
     return listing
+
+
+def _with_patients(listing: Listing, private: Path | None) -> Listing:
+    """Group DICOM files by the PatientID of their headers; files with the suffix of another format are not opened."""
+    others = [item.path for item in listing.items if Path(item.path).suffix.lower() not in SUFFIXES]
+    if not others:
+        return listing
+    from stages.prepare.tag_labels import patients_of_headers
+
+    patients, notes = patients_of_headers(others, listing.images, private)
+    listing.items[:] = [replace(item, group=patients.get(item.path)) for item in listing.items]
+    return replace(listing, group_column=TAGS if patients else None, notes=[*listing.notes, *notes])
 
 
 def check_listing(listing: Listing) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from stages.prepare.error_text import did_you_mean
 from stages.prepare.image_files import SkippedFile, find_image_files
 from stages.prepare.label_cells import is_missing
 from stages.prepare.labelled_image import LabelledImage
-from stages.prepare.pseudonyms import pseudonym
+from stages.prepare.pseudonyms import pseudonym, study_key
 from stages.prepare.table_columns import AUTO
 
 LABEL, PATIENT = "BodyPartExamined", "PatientID"
@@ -101,6 +102,35 @@ def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
     return TagScan(items, unlabelled, contents.skipped, group if grouped else None, notes)
 
 
+def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None) -> tuple[dict[str, str], list[str]]:
+    """Return the pseudonym of the patient of each DICOM file with a PatientID, and notes for the user.
+
+    Args:
+        paths: Relative to `images`; other formats and missing files have no patient.
+        images: Image folder.
+        private: As for `stages.prepare.pseudonyms.study_key`, which makes a key only if it is needed.
+    """
+    dicom = [path for path in paths if _kind(images / path) == "DICOM"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = pool.map(lambda path: _values(images / path, (PATIENT,)), dicom)
+        values = {path: found[PATIENT] for path, found in zip(dicom, read, strict=True) if not isinstance(found, str)}
+    known = {path: "\\".join(texts) for path, texts in values.items() if texts and not is_missing(texts[0])}
+    if not known:
+        return {}, []
+    key = study_key(private)
+    return {path: pseudonym(identifier, key) for path, identifier in known.items()}, [
+        f"{counted(len(known), 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
+        "hashes are stored."
+    ]
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        return kind_of(path)
+    except OSError:
+        return None
+
+
 def _check_keyword(setting: str, keyword: str) -> None:
     names = pydicom().datadict
     tag = names.tag_for_keyword(keyword)
@@ -117,7 +147,7 @@ def _check_keyword(setting: str, keyword: str) -> None:
 def _values(path: Path, keywords: tuple[str, ...]) -> dict[str, list[str]] | str:
     """Return the values of elements as text, or the reason why the file has no header."""
     try:
-        if kind_of(path) != "DICOM":
+        if _kind(path) != "DICOM":
             return "is not a DICOM file, so it has no header with a label"
         with path.open("rb") as file:
             _, header, _ = open_header(file, path.stat().st_size, keywords)

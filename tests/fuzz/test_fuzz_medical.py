@@ -39,6 +39,7 @@ from pathlib import Path
 from PIL import Image
 from schemas.errors import ImageError
 from schemas.rendering import Rendering
+from stages.dicom_files import open_header
 from stages.image_kinds import kind_of_bytes
 from stages.images import read_image
 warnings.simplefilter("ignore")
@@ -60,8 +61,8 @@ def declared(path):
     if head[128:] != b"DICM" and head[:4] in (b"\\x89PNG", b"II*\\0", b"MM\\0*"):
         with Image.open(path) as image:
             return list(image.size)
-    import pydicom
-    header = pydicom.dcmread(path, force=True, stop_before_pixels=True)
+    with path.open("rb") as file:
+        _, header, _ = open_header(file, path.stat().st_size, ("Columns", "Rows"))
     return [header.Columns, header.Rows]
 
 for line in sys.stdin:

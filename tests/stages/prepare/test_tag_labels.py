@@ -108,6 +108,28 @@ def test_elements_that_are_refused(study: Path, column: str, message: str) -> No
         run(study, label_column=column)
 
 
+@pytest.mark.parametrize("labels", [None, "labels.csv"])
+def test_patients_of_dicom_files_with_other_labels(study: Path, labels: str | None) -> None:
+    """Class folders and tables without a patient column: PatientID is used, unless the settings say otherwise."""
+    (study / "images/report.dcm").unlink()
+    rows = ["path,label"]
+    for number, folder in enumerate(sorted((study / "images").iterdir())):
+        for file in sorted(folder.iterdir()):
+            place = study / "images" / PARTS[number % 2] / f"{folder.name}-{file.name}"
+            place.parent.mkdir(exist_ok=True)
+            file.rename(place)
+            rows.append(f"{place.relative_to(study / 'images')},{PARTS[number % 2]}")
+        folder.rmdir()
+    (study / "labels.csv").write_text("\n".join(rows))
+    manifest, result = run(study, labels=labels)
+    assert (manifest.unit, result.groups, result.group_column) == ("patients", 8, "tags")
+    assert any("16 DICOM files with a PatientID" in note for note in result.notes)
+    assert len({(row.group, row.split) for row in manifest.rows}) == 8
+    assert run(study, labels=labels, group_column=None)[1].groups == 0
+    if labels is None:
+        assert run(study, labels=None, group_column="tags")[0] == manifest
+
+
 def test_images_without_a_label(study: Path) -> None:
     save(study / "images/unknown", np.ones((20, 20), np.uint8))
     Image.new("RGB", (20, 20)).save(study / "images/photo.png")
