@@ -77,14 +77,14 @@ def _grey(frame: DicomFrame, window: Window) -> Grey:
     elif window == "full":
         grey = linear(values, *_full_range(frame))
     else:
-        grey = _by_file(frame, values) if window == "stored" else None
-        if grey is None:
-            grey = linear(values, *percentile_range(values, hidden))
+        stored = _by_file(frame, values) if window == "stored" else None
+        grey = linear(values, *percentile_range(values, hidden)) if stored is None else stored
     if frame.colour == "MONOCHROME1":
         grey = 255 - grey
     if hidden is not None:
         grey[hidden] = 0
-    return grey
+    # An extreme slope overflows.
+    return np.nan_to_num(grey, copy=False)
 
 
 def _padding(frame: DicomFrame) -> NDArray[np.bool_] | None:
@@ -108,7 +108,10 @@ def _modality(pixels: NDArray[Any], header: Any) -> NDArray[Any]:
     slope, intercept = _rescale(header)
     if (slope, intercept) == (1, 0):
         return pixels
-    return pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32) * slope + intercept
+    rescaled: NDArray[Any] = pixels.astype(np.float64 if pixels.dtype.itemsize > 2 else np.float32)
+    rescaled *= slope
+    rescaled += intercept
+    return rescaled
 
 
 def _rescale(header: Any) -> tuple[float, float]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+Values = NDArray[Any]
+"""(height, width), any real type."""
 
 PERCENTILES = (0.5, 99.5)
 """Percentiles of an image that become black and white: a few extreme pixels, such as markers, do not set the window."""
@@ -12,7 +17,7 @@ Grey = NDArray[np.float32]
 """(height, width), 0..255."""
 
 
-def percentile_range(values: NDArray[np.generic], hidden: NDArray[np.bool_] | None = None) -> tuple[float, float]:
+def percentile_range(values: Values, hidden: NDArray[np.bool_] | None = None) -> tuple[float, float]:
     """Return the grey values at `PERCENTILES` of an image, or its lowest and highest where the two are equal.
 
     Args:
@@ -26,10 +31,10 @@ def percentile_range(values: NDArray[np.generic], hidden: NDArray[np.bool_] | No
     return (low, high) if low < high else (float(shown.min()), float(shown.max()))
 
 
-def linear(values: NDArray[np.generic], low: float, high: float) -> Grey:
+def linear(values: Values, low: float, high: float) -> Grey:
     """Map low..high to 0..255 and clip; with low == high, everything above is white."""
     exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
-    grey = values.astype(np.float32 if exact else np.float64)
+    grey: Values = values.astype(np.float32 if exact else np.float64)
     if low >= high:
         return np.where(grey > high, np.float32(255), np.float32(0))
     grey -= low
@@ -37,7 +42,8 @@ def linear(values: NDArray[np.generic], low: float, high: float) -> Grey:
     return grey.clip(0, 255, out=grey).astype(np.float32, copy=False)
 
 
-def sigmoid(values: NDArray[np.generic], center: float, width: float) -> Grey:
+def sigmoid(values: Values, center: float, width: float) -> Grey:
     """Map by the sigmoid function of DICOM (PS3.3 C.11.2.1.3.1)."""
     slope = (values.astype(np.float64) - center) * (-4 / width)
-    return (255 / (1 + np.exp(slope.clip(-500, 500)))).astype(np.float32)
+    grey: Grey = (255 / (1 + np.exp(slope.clip(-500, 500)))).astype(np.float32)
+    return grey

@@ -76,7 +76,7 @@ def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
             "Labels are written to the manifest, the model and the report as they are.",
             "Name another element. data.group_column may name identifiers: only their keyed hashes are stored.",
         )
-    keywords = (label,)
+    keywords: tuple[str, ...] = (label,)
     if group is not None:
         _check_keyword("data.group_column", group)
         keywords = (label, group)
