@@ -25,9 +25,9 @@ from stages.image_limits import DAMAGED, NEVER_FOLLOWED, TRUNCATED, RefusalError
 
 _PALETTE = ("Red", "Green", "Blue")
 _DISPLAY = (
-    *("SOPClassUID", "Modality", "NumberOfFrames", "BurnedInAnnotation", "ConversionType", "ICCProfile"),
+    *("SOPClassUID", "Modality", "NumberOfFrames", "BurnedInAnnotation", "ICCProfile"),
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "Rows", "Columns"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("BitsAllocated", "BitsStored", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("TotalPixelMatrixColumns", "TotalPixelMatrixRows", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
@@ -68,7 +68,6 @@ _DIRECTORY = "1.2.840.10008.1.3.10"
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _PIXEL_ELEMENTS = {0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData", 0x0010: "PixelData"}
 _PIXEL_TYPES = (b"OB", b"OW", b"OF", b"OD", b"UN")
-_MAX_FRAMES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def read_frame(
     """
     file, header, syntax = open_header(file, size, _DISPLAY)
     shape = _shape(header)
-    frames = min(_MAX_FRAMES, max(1, int(header.get("NumberOfFrames") or 1)))
+    frames = max(1, int(header.get("NumberOfFrames") or 1))
     index = frame_of(frames)
     if index is None:
         raise RefusalError(f"has {frames} frames, numbered from 0, so not the one that features.frame names")

@@ -93,6 +93,20 @@ def test_padding_is_black_and_does_not_count(tmp_path: Path) -> None:
     assert (grey(path)[pixels <= 2500] == 0).all()
 
 
+def test_float_pixels(tmp_path: Path) -> None:
+    values = np.linspace(-1, 1, 1024, dtype=np.float32).reshape(32, 32)
+    values[0, 0] = np.nan
+    data = dataset(np.zeros((32, 32), np.uint32))
+    del data.PixelData, data.BitsStored, data.HighBit, data.PixelRepresentation
+    data.FloatPixelData = values.tobytes()
+    data.save_as(tmp_path / "a.dcm")
+    shown = grey(tmp_path / "a.dcm", window=(0.0, 1.0))
+    assert shown[0, 0] == 0
+    assert np.allclose(shown.ravel()[1:], ((values.ravel()[1:] + 0.5) / 1).clip(0, 1) * 255, atol=1e-3)
+    with pytest.raises(ImageError, match="no known range"):
+        grey(tmp_path / "a.dcm", window="full")
+
+
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
     plain, inverted = (
         grey(save(tmp_path / "a.dcm", RAMP, 12, PhotometricInterpretation=colour), window="full")
