@@ -119,6 +119,7 @@ def decoded_image(
     accept: Accept = None,
     checked: bool = False,
     rendering: Rendering = DEFAULT_RENDERING,
+    remark: Accept = None,
 ) -> Iterator[Image.Image]:
     """Yield the image of `read_image`; it counts against the memory budget until the block ends.
 
@@ -131,9 +132,10 @@ def decoded_image(
         accept: As for `read_image`.
         checked: Whether `check_image` has accepted the same content before, so that data is not checked again.
         rendering: As for `read_image`.
+        remark: Called with each remark about the file (`stages.image_remarks.EXPLAINED`).
     """
     with ExitStack() as memory:
-        yield _decode(path, _Limits(max_pixels, min_side, accept, checked, rendering), memory, take_upright)
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked, rendering, remark), memory, take_upright)
 
 
 def check_image(
@@ -153,7 +155,7 @@ def check_image(
         min_side: As for `read_image`.
         accept: As for `read_image`.
         rendering: As for `read_image`.
-        remark: Called with each remark about the file (`stages.image_remarks.EXPLAINED`).
+        remark: As for `decoded_image`.
     """
     with ExitStack() as memory:
         limits = _Limits(max_pixels, min_side, accept, rendering=rendering, remark=remark)

@@ -27,8 +27,8 @@ LABEL, PATIENT = "BodyPartExamined", "PatientID"
 _DEFAULT_COLUMN = DataSettings.model_fields["label_column"].default
 _THREADS = 4
 
-_IDENTIFYING = ("Patient", "OtherPatient", "Accession", "Physician", "Operator", "Name", "BirthDate", "SOPInstanceUID")
-"""Parts of keywords whose values may identify a patient or a person; these values are never labels."""
+_IDENTIFYING = ("Patient", "Accession", "Physician", "Operator", "BirthDate", "Address", "Telephone", "InstanceUID")
+"""Parts of keywords whose values may identify a patient or a person, as names of persons do; they are never labels."""
 _HARMLESS = ("PatientSex", "PatientAge", "PatientPosition", "PatientOrientation", "PatientSize", "PatientWeight")
 _TEXT = frozenset(
     ("AS", "CS", "DA", "DS", "IS", "LO", "LT", "PN", "SH", "ST", "UC", "UI", "US", "SS", "FL", "FD", "TM")
@@ -70,12 +70,7 @@ def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
     label = LABEL if data.label_column == _DEFAULT_COLUMN else data.label_column
     group = PATIENT if data.group_column == AUTO else data.group_column
     _check_keyword("data.label_column", label)
-    if any(part in label for part in _IDENTIFYING) and label not in _HARMLESS:
-        raise DataError(
-            f"data.label_column: {label} may identify a person.",
-            "Labels are written to the manifest, the model and the report as they are.",
-            "Name another element. data.group_column may name identifiers: only their keyed hashes are stored.",
-        )
+    _check_harmless("data.label_column", label)
     keywords: tuple[str, ...] = (label,)
     if group is not None:
         _check_keyword("data.group_column", group)
@@ -141,6 +136,17 @@ def _check_keyword(setting: str, keyword: str) -> None:
             f"{setting}: {keyword!r} {problem}{did_you_mean(keyword, words) if tag is None else ''}.",
             "With data.labels: tags, columns are keywords of DICOM such as BodyPartExamined, Laterality, ViewPosition.",
             f"Correct {setting} in params.yaml.",
+        )
+
+
+def _check_harmless(setting: str, keyword: str) -> None:
+    names = pydicom().datadict
+    person = names.dictionary_VR(names.tag_for_keyword(keyword)) == "PN"
+    if person or (any(part in keyword for part in _IDENTIFYING) and keyword not in _HARMLESS):
+        raise DataError(
+            f"{setting}: {keyword} may identify a person.",
+            "Its values would be written to the manifest and the report as they are.",
+            "Name another element. data.group_column may name identifiers: only their keyed hashes are stored.",
         )
 
 
