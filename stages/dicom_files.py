@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from schemas.errors import PlatformError
+from stages import dicom_jpeg
 from stages.dicom_streams import check_frame
 from stages.image_limits import DAMAGED, NEVER_FOLLOWED, TRUNCATED, RefusalError
 
@@ -44,9 +45,7 @@ _DISPLAY = (
 _JPEG, _JPEG_LS, _JPEG_2000 = "pillow", "pyjpegls", "pylibjpeg"
 DECODERS = {
     "1.2.840.10008.1.2.4.50": _JPEG,
-    "1.2.840.10008.1.2.4.51": _JPEG,
-    "1.2.840.10008.1.2.4.57": "gdcm",
-    "1.2.840.10008.1.2.4.70": "gdcm",
+    **dict.fromkeys(dicom_jpeg.SYNTAXES, dicom_jpeg.NAME),
     "1.2.840.10008.1.2.4.80": _JPEG_LS,
     "1.2.840.10008.1.2.4.81": _JPEG_LS,
     "1.2.840.10008.1.2.4.90": _JPEG_2000,
@@ -91,7 +90,7 @@ def pydicom() -> Any:
     """
     try:
         package = import_module("pydicom")
-        import_module("pydicom.pixels")
+        dicom_jpeg.register(import_module("pydicom.pixels"))
     except ImportError as error:
         raise PlatformError(
             f"The package pydicom, which reads DICOM files, cannot be imported: {error}.",
@@ -270,7 +269,7 @@ def _plugin(syntax: str) -> str:
     if plugin is None:
         raise RefusalError(f"has the transfer syntax {name}, which is not read")
     if plugin not in pydicom().pixels.get_decoder(syntax).available_plugins:
-        extra = "gdcm" if plugin == "gdcm" else "dicom"
+        extra = "jpeg" if plugin == dicom_jpeg.NAME else "dicom"
         raise RefusalError(f'has the transfer syntax {name}, which needs: pip install "fpt-vit[{extra}]"')
     return plugin
 

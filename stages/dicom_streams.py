@@ -44,14 +44,12 @@ def check_frame(data: bytes, syntax: str, size: tuple[int, int], samples: int) -
     if syntax in (*_JPEG, *_LOSSLESS_JPEG):
         inspect_jpeg(data)
         _compare(jpeg_size(data), size, samples)
-        if syntax in _LOSSLESS_JPEG:
-            return None if data.rstrip(b"\0").endswith(b"\xff\xd9") else TRUNCATED
-        if (bits := jpeg_bits(data)) != 8:
-            raise RefusalError(f"is a JPEG of {bits} bits per channel, which is not read; save it with JPEG 2000")
+        if syntax in _LOSSLESS_JPEG or jpeg_bits(data) != 8:
+            return None if _has_end(data) else TRUNCATED
         return jpeg_warning(data, samples)
     if syntax in _JPEG_LS:
         _compare(jpeg_size(data), size, samples)
-        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        if not _has_end(data):
             # Even if warnings are accepted: CharLS may never return from a stream without an end.
             raise RefusalError(TRUNCATED)
         return None
@@ -62,6 +60,11 @@ def check_frame(data: bytes, syntax: str, size: tuple[int, int], samples: int) -
     if syntax == _RLE and (len(data) < 64 or not 1 <= int.from_bytes(data[:4], "little") <= 15):
         raise RefusalError(DAMAGED)
     return None
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a stream has its end marker; padding may follow it."""
+    return data.rstrip(b"\0\xff").endswith(b"\xff\xd9")
 
 
 def _compare(found: tuple[int, int, int] | None, size: tuple[int, int], samples: int) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -15,7 +16,8 @@ from dicom_files import dataset, save, save_compressed
 from image_files import reason
 from PIL import Image, ImageCms
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
 from schemas.errors import ImageError, PlatformError
 from schemas.rendering import Rendering
@@ -149,6 +151,25 @@ def test_compression_changes_no_pixel(tmp_path: Path, syntax: str) -> None:
     pixels = np.random.default_rng(0).integers(-2000, 2000, (40, 36)).astype(np.int16)
     plain = grey(save(tmp_path / "a.dcm", pixels))
     assert np.array_equal(grey(save_compressed(tmp_path / "b.dcm", pixels, syntax)), plain)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(12, False), (12, True), (16, False), (16, True)])
+def test_lossless_jpeg_changes_no_pixel(tmp_path: Path, bits: int, signed: bool) -> None:
+    half = 2 ** (bits - 1)
+    pixels = (
+        np.random.default_rng(0)
+        .integers(-half if signed else 0, half, (40, 36))
+        .astype(np.int16 if signed else np.uint16)
+    )
+    plain = grey(save(tmp_path / "a.dcm", pixels, bits), window="full")
+    codes = pixels.astype(np.uint16) & (2**bits - 1)
+    stream = imagecodecs.jpeg8_encode(codes, lossless=True, bitspersample=bits)
+    data = dataset(pixels, bits)
+    data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].VR = "OB"
+    data.save_as(tmp_path / "b.dcm")
+    assert np.array_equal(grey(tmp_path / "b.dcm", window="full"), plain)
 
 
 def test_colours_and_their_profile(tmp_path: Path) -> None:
