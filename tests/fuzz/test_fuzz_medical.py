@@ -147,14 +147,8 @@ def originals() -> list[bytes]:
         data.save_as(buffer)
         files.append(buffer.getvalue())
     folder = Path(pydicom.__file__).parent / "data/test_files"
-    names = (
-        "SC_rgb_jpeg_gdcm",
-        "JPGExtended",
-        "SC_rgb_small_odd_jpeg",
-        "image_dfl",
-        "JPEGLSNearLossless_16",
-        "MR_small_expb",
-    )
+    names = ["SC_rgb_jpeg_gdcm", "JPGExtended", "SC_rgb_small_odd_jpeg", "image_dfl", "JPEGLSNearLossless_16"]
+    names.append("MR_small_expb")
     files += [(folder / f"{name}.dcm").read_bytes() for name in names]
     for kind, pixels in (("PNG", grey), ("TIFF", grey), ("TIFF", grey.astype(np.float32))):
         buffer = io.BytesIO()
