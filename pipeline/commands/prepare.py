@@ -45,8 +45,8 @@ def prepare(
 
     study = open_study(params, assignments or [])
     data = study.settings.data
-    if data.labels is not None:
-        remind_to_watch(study, "data.labels", data.labels)
+    if data.labels_file is not None:
+        remind_to_watch(study, "data.labels", data.labels_file)
     with ImageBar("Reading images") as bar:
         result = run(study, redraw=redraw, full=full, write_split=write_split, progress=bar)
     if as_json:

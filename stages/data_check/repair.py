@@ -70,7 +70,7 @@ def write_repair(repair: Repair, read: ReadData, root: Path, output: Path, repor
     for path in (output, report):
         check_free(path)
     data = read.data
-    table = root / Path(data.labels or "").expanduser()
+    table = root / Path(data.labels_file or "").expanduser()
     gone = {image.path for image in repair.dropped}
     lines = {item.line for item in read.listing.items if item.path in gone}
     header, rows = read_cells(table, (data.path_column,))
@@ -148,11 +148,11 @@ def default_output(data: DataSettings, root: Path) -> Path:
     Raises:
         DataError: The labels are class folders.
     """
-    if data.labels is None:
+    if data.labels_file is None:
         raise DataError(
             "There is nothing to repair: the labels are class folders, without given splits.",
             "Drawn splits keep copies, near-duplicates and images of one patient together.",
             "Run `fpt prepare`.",
         )
-    table = root / Path(data.labels).expanduser()
+    table = root / Path(data.labels_file).expanduser()
     return table.with_name(f"{posixpath.splitext(table.name)[0]}.repaired.csv")

@@ -4,7 +4,7 @@
           + a s_2 mean_n log softmax(attentive probe n) + w s_3 log p(linear probes)   up to a constant
 
 a logarithmic opinion pool of experts with ensemble weights a and w and inverse temperatures s from
-`stages.methods.calibration`, the linear probes from `stages.methods.statistics`. Untrained side networks predict
+`stages.methods.calibration` (s_3 is 1 but in fpt-x-kept), the linear probes from `stages.methods.statistics`. Untrained side networks predict
 uniformly, so that the average starts as the linear probes; all members see the same batches, each with its own
 initialisation and dropout.
 """
@@ -133,6 +133,9 @@ class Ensemble(TokenNetwork):
         sharpness = inverse_temperatures(experts, labels, task, class_weights, deviation)
         if not self.spec.fits_shares:
             return sharpness, torch.tensor(prior)
+        if self.probe is not None:
+            # Their penalties and weights were chosen by log-loss on all held-out images: a few dozen of them add noise.
+            sharpness[-1] = 1.0
         return sharpness, fit_shares(experts * sharpness[:, None], labels, prior, task, class_weights)
 
     def _compared(

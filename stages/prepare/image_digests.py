@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.settings import DataSettings
+from schemas.text import counted
+from stages.image_remarks import EXPLAINED
 from stages.prepare.image_index import FileState, ImageIndex
-from stages.prepare.image_record import ImageRecord, ReadLimits, read_record
+from stages.prepare.image_record import REMARKS_JOINED_BY, ImageRecord, ReadLimits, read_record
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.near_duplicates import NearDuplicates, find_near_duplicates
 from stages.progress import Progress
@@ -40,6 +44,12 @@ class Digests:
         """Path -> warning about corrupt data, for images that are used nevertheless."""
         return {path: record.warning for path, record in self.records.items() if record.warning}
 
+    def remark_lines(self) -> list[str]:
+        """Describe the remarks about usable images (`stages.image_remarks`), as lines for the user."""
+        joined = (record.remarks for record in self.records.values())
+        counts = Counter(remark for remarks in joined for remark in remarks.split(REMARKS_JOINED_BY))
+        return [f"{counted(counts[name], 'image')} {text}" for name, text in EXPLAINED.items() if counts[name]]
+
     @cached_property
     def near(self) -> NearDuplicates:
         """All near-duplicates among the usable images."""
@@ -53,6 +63,7 @@ def read_images(
     progress: Progress | None = None,
     index: Path | None = None,
     full: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> Digests:
     """Read images with the limits of the settings.
 
@@ -63,8 +74,9 @@ def read_images(
         progress: Called in this thread with (images read, images).
         index: Folder that remembers what was read of each file, or None to read all.
         full: Read every file again, and remember it.
+        rendering: Window and frame of images that leave a choice.
     """
-    limits = ReadLimits.of(data)
+    limits = ReadLimits.of(data, rendering)
     seen = None if index is None else ImageIndex.open(index, images, limits, fresh=full)
     return digest_images(items, images, limits, progress, seen)
 

@@ -6,11 +6,13 @@ damaged or was made with other limits or another version, every image is read ag
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from schemas.base import digest
 from schemas.version import __version__
@@ -18,9 +20,13 @@ from stages.parquet import read_table, write_table
 from stages.prepare.image_record import ImageRecord, ReadLimits
 from stages.prepare.near_duplicates import SIDE
 
-_FORMAT = 1
+_FORMAT = 2
 """Bump it when another record would be read of the same file."""
 _KEY = b"fpt.key"
+_DECODERS = (
+    *("pillow", "simplejpeg", "pydicom", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "imagecodecs", "nibabel"),
+)
+"""Packages that decode images; some are not installed."""
 _SETTLED = 2.0
 """Seconds for which a file has to be unchanged before it is read: on some file systems a later change within this time
 leaves the times as they are."""
@@ -71,7 +77,7 @@ class ImageIndex:
             fresh: Whether to read every image again.
         """
         place = str(images.resolve())
-        key = digest({"format": _FORMAT, "versions": _versions(), "images": place, "limits": asdict(limits)})
+        key = digest({"format": _FORMAT, "versions": _versions(), "images": place, "limits": _described(limits)})
         file = folder / f"{digest(place)[:16]}.parquet"
         return cls(file, key, {} if fresh else _read(file, key), changed=fresh)
 
@@ -101,11 +107,17 @@ class ImageIndex:
         self.entries, self.changed = entries, False
 
 
-def _versions() -> dict[str, str]:
-    import simplejpeg
-    from PIL import __version__ as pillow
+def _described(limits: ReadLimits) -> dict[str, Any]:
+    fields = {name: getattr(limits, name) for name in ("max_pixels", "min_side", "accept_warnings")}
+    return {**fields, "rendering": limits.rendering.model_dump(mode="json")}
 
-    return {"fpt": __version__, "pillow": pillow, "simplejpeg": simplejpeg.__version__}
+
+def _versions() -> dict[str, str]:
+    versions = {"fpt": __version__}
+    for package in _DECODERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _read(file: Path, key: str) -> dict[str, tuple[FileState, ImageRecord]]:
@@ -138,11 +150,11 @@ def _write(file: Path, key: str, entries: Mapping[str, tuple[FileState, ImageRec
     write_table(pa.Table.from_arrays(arrays, schema=schema), file)
 
 
-_RECORD = ("id", "thumbnail", "width", "height", "file_size", "warning")
+_RECORD = ("id", "thumbnail", "width", "height", "file_size", "warning", "remarks")
 
 
 def _record_types() -> list[tuple[str, object]]:
     import pyarrow as pa
 
-    kinds = (pa.string(), pa.binary(SIDE * SIDE), pa.int64(), pa.int64(), pa.int64(), pa.string())
+    kinds = (pa.string(), pa.binary(SIDE * SIDE), pa.int64(), pa.int64(), pa.int64(), pa.string(), pa.string())
     return list(zip(_RECORD, kinds, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schemas.errors import DataError
+from schemas.settings import TAGS
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.table_columns import AUTO, split_of_word
@@ -42,6 +43,8 @@ def patient_folders(
     }
     sizes = Counter(folder_of.values())
     crowded = {name: number for name, number in sizes.items() if number > 1}
+    if group_column == TAGS:
+        return {}, []
     if group_column is not None and group_column != AUTO:
         return folder_of, [_chosen(images, len(sizes))] if sizes else []
     if not crowded:
@@ -60,8 +63,8 @@ def patient_folders(
             f"Sub-folders of the class folders in {images} contain several images each ({examples}); it is "
             "unclear whether they are patients.",
             listed(doubts) + "\nImages of one patient have to stay in the same split.",
-            "Set data.group_column in params.yaml: folder (each sub-folder is a patient), or null (images are "
-            "independent); or set data.labels to a CSV with a patient column.",
+            "Set data.group_column in params.yaml: folder (each sub-folder is a patient), tags (PatientID of DICOM "
+            "files), or null (images are independent); or set data.labels to a CSV with a patient column.",
         )
     return folder_of, [_chosen(images, len(sizes))]
 

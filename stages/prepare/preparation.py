@@ -10,6 +10,7 @@ from pathlib import Path
 
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
 from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, Split
+from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
@@ -43,6 +44,7 @@ def prepare(
     redraw: bool = False,
     index: Path | None = None,
     full: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> PrepareResult:
     """Read all images, assign a split to each, and write the manifest.
 
@@ -58,19 +60,20 @@ def prepare(
         redraw: Draw all splits again, regardless of earlier draws.
         index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
         full: Read every file again, and remember it.
+        rendering: Window and frame of images that leave a choice.
 
     Raises:
         UnreadableImagesError: Images cannot be used; all are listed.
         DataError: Images and labels do not form a valid data set.
         StorageError: The output cannot be written.
     """
-    listing = read_listing(data, root)
+    listing = read_listing(data, root, None if history is None else history.parent)
     items = listing.items
     classes = check_classes(items, class_order(data), data.task)
     check_named(data, items)
-    if data.labels is not None and data.on_error == "fail":
-        check_files(items, listing.images, data.labels)
-    digests = read_images(items, listing.images, data, progress, index, full)
+    if data.labels_file is not None and data.on_error == "fail":
+        check_files(items, listing.images, data.labels_file)
+    digests = read_images(items, listing.images, data, progress, index, full, rendering)
     if data.on_error == "fail":
         _check_all(listing, digests)
     usable = [item for item in items if item.path in digests.ids]
@@ -82,6 +85,7 @@ def prepare(
         split_of = _splits(data, listing, usable, digests, classes, known)
         complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
         manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
+        listing.notes.extend(digests.remark_lines())
         summary = summarise(manifest, listing, digests)
         last = _last_manifest(output, history)
         earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)

@@ -33,7 +33,7 @@ def summarise(manifest: Manifest, listing: Listing, digests: Digests) -> Prepare
         unit=listing.unit,
         group_column=listing.group_column,
         split_column=listing.split_column,
-        quarantined=len(digests.failures) + len(listing.stray),
+        quarantined=len(digests.failures) + len(listing.stray) + len(listing.unlabelled),
         passed_over=dict(sorted(Counter(file.reason for file in listing.skipped).items())),
         leaks=_allowed_leaks(manifest, listing, digests),
         warned=len(digests.warnings),
