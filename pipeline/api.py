@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.console import quiet, say
 from pipeline.loaded_model import ImageLike, Model, Predictions, load, load_study_model
 from pipeline.params import PARAMS, as_assignments, override, read_params, write_settings
-from pipeline.project import Study
+from pipeline.project import Study, index_folder
 from pipeline.project import open_study as open_params
 from schemas.errors import FptError, SettingsError
 from schemas.features import ExtractionReceipt
@@ -70,7 +70,8 @@ def init(
     Args:
         folder: Of the new study.
         images: Folder of the images: a folder per class, or any folder with `labels`.
-        labels: Table with a row per image; its columns are set with `data={"label_column": ...}`.
+        labels: Table with a row per image, or "tags" for the headers of DICOM files; columns are set with
+            `data={"label_column": ...}`.
         version_control: Whether to set up Git and DVC where they are not yet.
         **overrides: Settings, such as `method="linear"` or `train={"lr": 1e-3}`.
 
@@ -79,10 +80,10 @@ def init(
         SettingsError: With every problem at once.
         DataError: There are no images, or the labels do not fit them.
     """
-    from pipeline.scaffold import check_inputs, initialise, undone_on_failure, write_study
+    from pipeline.scaffold import check_inputs, initialise, labels_setting, undone_on_failure, write_study
 
     place = Path(folder).expanduser()
-    data = {"images": _resolved(images), "labels": None if labels is None else _resolved(labels)}
+    data = {"images": _resolved(images), "labels": labels_setting(None if labels is None else Path(labels))}
     settings = parse_settings(override({"data": data}, as_assignments(overrides)), source="fpt.init")
     for note in check_inputs(settings.data, place):
         say(note)
@@ -114,13 +115,19 @@ def open_study(study: AnyPath, **overrides: Any) -> Study:
 
 @quiet
 def prepare(
-    study: Study, *, redraw: bool = False, write_split: AnyPath | None = None, progress: Progress | None = None
+    study: Study,
+    *,
+    redraw: bool = False,
+    full: bool = False,
+    write_split: AnyPath | None = None,
+    progress: Progress | None = None,
 ) -> PrepareResult:
     """Read images and labels, name every image by its content, give each a split.
 
     Args:
         study: From `open_study`.
         redraw: Draw all splits again; else known images keep theirs.
+        full: Read every image again; else only new and changed files.
         write_split: CSV to write path, label, patient and split to.
         progress: Called with (images read, images).
 
@@ -139,7 +146,8 @@ def prepare(
     if table is not None:
         check_free(table)
     _adopt(study)
-    result = run(data, study.root, output, progress, study.splits, redraw)
+    rendering = study.settings.features.rendering
+    result = run(data, study.root, output, progress, study.splits, redraw, index_folder(study.root), full, rendering)
     write_settings(_with_columns(study.settings, result), output)
     if table is not None:
         write_splits(read_manifest(output / MANIFEST_FILE), result, data, table)

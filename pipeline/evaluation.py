@@ -114,6 +114,7 @@ def evaluate_images(
 def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpec, images: LabelledImages) -> Settings:
     """Return the settings of the study, if any, for other images: task and classes are those of the model."""
     from pipeline.params import override, read_optional_params
+    from pipeline.scaffold import labels_setting
     from schemas.parse import parse_settings
 
     base = read_optional_params(params)
@@ -126,7 +127,7 @@ def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpe
     data = tree.setdefault("data", {})
     if isinstance(data, dict):
         data["images"] = str(images.folder.absolute())
-        data["labels"] = None if images.labels is None else str(images.labels.absolute())
+        data["labels"] = labels_setting(images.labels)
         data.setdefault("task", spec.task)
         data["classes"] = list(spec.classes)
     return parse_settings(tree, source=params.name)

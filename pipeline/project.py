@@ -13,7 +13,7 @@ from pipeline.console import say
 from pipeline.params import PARAMS, load_settings
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
-from schemas.settings import OUTPUTS, Precision, Settings
+from schemas.settings import OUTPUTS, DataSettings, Precision, Settings
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest
@@ -54,7 +54,7 @@ class Study:
     @property
     def splits(self) -> Path:
         """Folder of the split of every image that was drawn before; shared with temporary copies."""
-        return original_study(self.root) / ".fpt" / "splits"
+        return splits_folder(self.root)
 
     @cached_property
     def manifest(self) -> Path:
@@ -62,14 +62,7 @@ class Study:
 
         DVC deletes the outputs of a stage before it runs the stage again: a run that failed leaves no manifest.
         """
-        from stages.prepare.split_history import manifest_copy
-
-        written = self.manifest_folder / "manifest.parquet"
-        copy = manifest_copy(self.splits, self.settings.data)
-        if written.exists() or not copy.exists():
-            return written
-        say(f"The manifest {written} is missing: taking the copy of the last `fpt prepare` with these split settings.")
-        return copy
+        return manifest_file(self.root, self.settings.data)
 
     @property
     def receipt(self) -> Path:
@@ -101,6 +94,29 @@ class Study:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints of unfinished trainings, named by what they train; shared with temporary copies."""
         return original_study(self.root) / ".fpt" / "checkpoints"
+
+
+def splits_folder(root: Path) -> Path:
+    """Return the folder of the earlier splits of the study in `root`."""
+    return original_study(root) / ".fpt" / "splits"
+
+
+def index_folder(root: Path) -> Path | None:
+    """Return the folder that remembers what was read of each image file; None for a temporary copy of a study."""
+    original = original_study(root)
+    return original / ".fpt" / "images" if original == root.resolve() else None
+
+
+def manifest_file(root: Path, data: DataSettings) -> Path:
+    """Return the manifest of the study in `root`, or its last copy if the file is missing."""
+    from stages.prepare.split_history import manifest_copy
+
+    written = root / OUTPUTS / "manifest" / "manifest.parquet"
+    copy = manifest_copy(splits_folder(root), data)
+    if written.exists() or not copy.exists():
+        return written
+    say(f"The manifest {written} is missing: taking the copy of the last `fpt prepare` with these split settings.")
+    return copy
 
 
 def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml
 from schemas.errors import ProjectError, StorageError
-from schemas.settings import OUTPUTS, DataSettings, Settings
+from schemas.settings import OUTPUTS, TAGS, DataSettings, Settings
 from stages.files import atomic_write
 
 PARAMS_HEAD = """\
@@ -76,9 +76,16 @@ def check_inputs(data: DataSettings, study: Path) -> list[str]:
     listing = read_listing(data, study)
     if data.on_error == "fail":
         check_listing(listing)
-        if data.labels is not None:
-            check_files(listing.items, listing.images, data.labels)
+        if data.labels_file is not None:
+            check_files(listing.items, listing.images, data.labels_file)
     return listing.notes
+
+
+def labels_setting(labels: Path | None) -> str | None:
+    """Return the value of `data.labels` for an option or argument: an absolute path, tags, or None."""
+    if labels is None:
+        return None
+    return TAGS if str(labels) == TAGS else str(labels.expanduser().resolve())
 
 
 def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list[Path]:
@@ -98,7 +105,7 @@ def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list
     """
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
-    pipeline = dvc_yaml(labels=settings.data.labels is not None, weights=settings.lpm.weights != "hub")
+    pipeline = dvc_yaml(labels=settings.data.labels_file is not None, weights=settings.lpm.weights != "hub")
     files = {
         folder / "params.yaml": params_yaml(settings, DEMO_HEAD if demo else PARAMS_HEAD),
         folder / "dvc.yaml": demo_dvc_yaml() if demo else pipeline,

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from schemas.base import Contract, digest
 from schemas.manifest import ImageId
+from schemas.rendering import Frame, Rendering, Window
 from schemas.settings import (
     FeatureCodec,
     FeatureDtype,
@@ -38,6 +39,8 @@ LATER_FIELDS: dict[str, Any] = {
     "resize": "squash",
     "filter": None,
     "normalisation": "lpm",
+    "window": "stored",
+    "frame": "middle",
     "hidden": None,
     "statistics": False,
 }
@@ -131,6 +134,10 @@ class FeatureSpec(Contract):
     """Filter of the resize, where it is not `lpm.interpolation`."""
     normalisation: Normalisation = "lpm"
     """Source of `lpm.mean` and `lpm.std`: the LPM's training, or the training images of a study."""
+    window: Window = "stored"
+    """Grey values of files of more than 8 bits that become black and white."""
+    frame: Frame = "middle"
+    """Frame or slice of a file that has several."""
     hidden: int | None = None
     """Block whose input tokens, all N, are cached too; None: no block's."""
     statistics: bool = False
@@ -145,6 +152,11 @@ class FeatureSpec(Contract):
         if not self.lpm.map_widths:
             del fields["lpm"]["map_widths"]  # Earlier stores have none.
         return digest({name: value for name, value in fields.items() if LATER_FIELDS.get(name, ...) != value})
+
+    @property
+    def rendering(self) -> Rendering:
+        """Window and frame."""
+        return Rendering(window=self.window, frame=self.frame)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -223,6 +235,8 @@ class ChannelStatistics(Contract):
     """Rule that makes an image square."""
     filter: ResizeFilter
     """Filter of the resize."""
+    rendering: Rendering | None = None
+    """Window and frame; None: the defaults."""
     mean: tuple[float, float, float]
     """Per channel (RGB), of pixels in [0, 1], rounded to 4 decimals."""
     std: tuple[float, float, float]

@@ -14,6 +14,8 @@ Split = Literal["train", "val", "test", "external"]
 """Split of an image: train, val or test in a study, or external for images that are only evaluated."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 """Splits of a study."""
+Leak = Literal["content", "patient", "near"]
+"""What images of two splits may share: their content, their patient or other group, or nearly the same picture."""
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -30,6 +32,12 @@ class ManifestRow(Contract):
     """Patient or other group, or the path of the image if no group is known."""
     split: Split
     """One of `SPLITS`, or external for predictions of images outside of a study."""
+    site: str | None = None
+    """Hospital or other site, or None if unknown."""
+    kept: dict[str, str] = Field(default_factory=dict)
+    """Column of `data.keep_columns` -> value."""
+    near: ImageId | None = None
+    """Smallest id in its set of near-duplicates, or None if no other image is nearly the same."""
 
 
 GroupUnit = Literal["patients", "groups"]
@@ -42,11 +50,14 @@ class Manifest(Contract):
     classes: tuple[str, ...]
     """Label names, in the order of the logits."""
     rows: tuple[ManifestRow, ...]
-    """Sorted by path. Rows with the same id (copies of a file) have the same split."""
+    """Sorted by path. Rows with the same id (copies of a file) have the same split, unless `allow_leaks` lists
+    content."""
     task: Task = "multiclass"
     """Task of the study."""
     unit: GroupUnit | None = None
     """Kind of the groups, or None if unknown or if no image has a group."""
+    allow_leaks: tuple[Leak, ...] = ()
+    """`data.allow_leaks` of the settings."""
 
     def names(self, row: ManifestRow) -> tuple[str, ...]:
         """Return the class names of a row: exactly one, or any number in a multi-label study."""
@@ -68,6 +79,8 @@ class PrepareSummary(Contract):
     """Rows of the manifest."""
     duplicates: int
     """Rows that share their content with another row."""
+    near: int = 0
+    """Images of which another image is a near-duplicate."""
     groups: int
     """Number of patients or other groups, without images that have no group."""
     singles: int = 0
@@ -82,6 +95,8 @@ class PrepareSummary(Contract):
     """Images that were set aside."""
     passed_over: dict[str, int] = Field(default_factory=dict)
     """Kind -> number of skipped files."""
+    leaks: dict[Leak, int] = Field(default_factory=dict)
+    """Allowed leak (`data.allow_leaks`) -> number of contents, groups or pairs of near-duplicates in several splits."""
     warned: int = 0
     """Images that are used despite corrupt data (`data.on_warning: accept`)."""
     counts: dict[str, dict[str, int]]
@@ -97,5 +112,7 @@ class PrepareResult(PrepareSummary):
     """Images that an earlier run assigned to a split."""
     moved: dict[str, int] = Field(default_factory=dict)
     """Change, such as "train -> val" -> number of known images that changed split."""
+    changes: tuple[str, ...] = ()
+    """What changed since the last run and what has to be computed again, as lines for the user."""
     notes: tuple[str, ...] = ()
     """Automatic choices and skipped files, as lines for the user."""

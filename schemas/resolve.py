@@ -177,6 +177,8 @@ def feature_spec(settings: ResolvedSettings, lpm: LpmInfo, weights_sha256: str) 
         resize=features.resize,
         filter=None if features.filter == lpm.interpolation else features.filter,
         normalisation=features.normalisation,
+        window=features.window,
+        frame=features.frame,
         hidden=features.hidden,
         statistics=features.statistics,
     )

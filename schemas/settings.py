@@ -13,7 +13,9 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Name, Section, Word
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
+from schemas.manifest import Leak
 from schemas.methods import METHODS_HELP, Method, MethodSettings
+from schemas.rendering import Frame, Rendering, Window
 from schemas.tasks import SEPARATOR, Task
 
 Importance = Literal["global", "class_token"]
@@ -32,6 +34,8 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(max_length=1000)]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...], Field(min_length=1, max_length=10_000)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
+TAGS = "tags"
+"""Value of `data.labels` for labels from the headers of DICOM files."""
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 
 
@@ -52,11 +56,13 @@ class DataSettings(Section):
     images: Name = "data/images"
     """Folder of the images; relative paths start at the folder of `params.yaml`."""
     labels: Name | None = None
-    """CSV with one row per image; null: the label of an image is the name of its top-level folder in `images`."""
+    """Table with one row per image (CSV, TSV, Parquet or Excel); null: the label of an image is the name of its
+    top-level folder in `images`; tags: from the headers of DICOM files, with keywords such as BodyPartExamined in place
+    of columns."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
     label_column: Name = "label"
-    """Column of `labels` with the label."""
+    """Column of `labels` with the label; with tags, label means BodyPartExamined."""
     label_separator: Word = SEPARATOR
     """Separator of the labels of one image in `label_column`; only for multilabel."""
     label_columns: Names | None = None
@@ -64,10 +70,24 @@ class DataSettings(Section):
     group_column: Name | None = "auto"
     """Column of `labels` with the patient (or any unit that must stay in one split); auto: a column named patient,
     subject, case or group (with or without _id), or, without `labels`, the sub-folders of class folders if they hold
-    several images each; folder: always those sub-folders; null: each image is its own group."""
+    several images each, else PatientID of DICOM files, stored as a keyed hash; folder: always those sub-folders;
+    tags: always PatientID; null: each image is its own group."""
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
+    site_column: Name | None = None
+    """Column of `labels` with the hospital or other site; null: none."""
+    test_sites: Names | None = None
+    """Sites whose images are the test images, all others being drawn into train and val; null: test images are drawn
+    from all sites."""
+    keep_columns: tuple[Name, ...] = ()
+    """Further columns of `labels` that the manifest keeps, such as [age, sex, scanner]."""
+    shots: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Few-shot study: number of patients per class to train on, and as many to validate on; test images stay, all
+    others are left out; null: all images."""
+    allow_leaks: tuple[Leak, ...] = ()
+    """What predefined splits may share without an error: content (identical files), patient (images of one patient or
+    other group), near (nearly the same picture; it is then ignored in drawn splits, too)."""
     classes: Names | None = None
     """Labels (or their `class_names`) in the order of the model's outputs; null: sorted by name. Ordinal grades should
     be listed."""
@@ -93,15 +113,28 @@ class DataSettings(Section):
     def _check(self) -> DataSettings:
         if self.val_share + self.test_share >= 1.0:
             raise ValueError("val_share + test_share leave no images to train on")
+        if len(set(self.allow_leaks)) != len(self.allow_leaks):
+            raise ValueError("allow_leaks lists an entry twice")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes lists a label twice")
         if self.labels is None and (
-            self.group_column not in (None, "auto", "folder") or self.split_column not in (None, "auto")
+            self.group_column not in (None, "auto", "folder", TAGS) or self.split_column not in (None, "auto")
         ):
-            raise ValueError("group_column and split_column need a labels CSV")
+            raise ValueError("group_column and split_column need a labels table")
+        if self.labels is None and (self.site_column is not None or self.keep_columns):
+            raise ValueError("site_column and keep_columns need a labels table")
+        if self.labels == TAGS and (self.split_column not in (None, "auto") or self.label_columns is not None):
+            raise ValueError("split_column and label_columns need a labels table")
+        if self.test_sites is not None and self.site_column is None:
+            raise ValueError("test_sites needs site_column")
         return self
 
-    @field_validator("group_column", "split_column", mode="before")
+    @property
+    def labels_file(self) -> str | None:
+        """Path of the table with the labels, or None without one."""
+        return None if self.labels == TAGS else self.labels
+
+    @field_validator("group_column", "split_column", "site_column", mode="before")
     @classmethod
     def _none_is_null(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
@@ -135,7 +168,7 @@ class DataSettings(Section):
         if self.task == "ordinal" and self.classes is None:
             raise ValueError("task ordinal needs classes: the grades from the lowest to the highest")
         if self.task == "multilabel" and self.labels is None:
-            raise ValueError("task multilabel needs a labels CSV: an image in a class folder has one label")
+            raise ValueError("task multilabel needs a labels table: an image in a class folder has one label")
         if self.label_columns is not None:
             if self.task != "multilabel":
                 raise ValueError("label_columns is for task multilabel")
@@ -170,6 +203,12 @@ class FeatureSettings(Section):
     """Mean and standard deviation per channel for the LPM's input and the side image: lpm (those of its pretraining) or
     dataset (those of the training images, computed at the start of an extraction). With dataset, features change
     whenever the training images do."""
+    window: Window = "stored"
+    """Grey values of DICOM, NIfTI and 16-bit PNG and TIFF files that become black and white: stored (the window in a
+    DICOM or NIfTI file, else percentile; the full range for PNG and TIFF), percentile (the 0.5th and 99.5th of each
+    image), full (the range of the type), or [center, width] in the units of the file, such as Hounsfield units."""
+    frame: Frame = "middle"
+    """Frame of a DICOM file or axial slice of a NIfTI volume that is the image: middle, first, or a number from 0."""
     tokens: bool = True
     """Cache the keys and values of the important tokens, which side networks read; false: a small store for methods
     that are fitted in closed form; the LPM may then be any model of timm that gives feature maps (ConvNeXt, Swin)."""
@@ -207,6 +246,11 @@ class FeatureSettings(Section):
     """Random crops of each training image, as additional views."""
     crop_scale: tuple[Area, Area] = (0.8, 1.0)
     """Fraction of the area that each of `crops` keeps, (lowest, highest)."""
+
+    @property
+    def rendering(self) -> Rendering:
+        """Window and frame."""
+        return Rendering(window=self.window, frame=self.frame)
 
     @property
     def with_tokens(self) -> bool:

@@ -1,4 +1,4 @@
-"""Find clusters of images that must share a split: images of one group (such as a patient) and copies of an image."""
+"""Find clusters of images that must share a split: images of one patient or other group, copies, near-duplicates."""
 
 from __future__ import annotations
 
@@ -48,19 +48,25 @@ class _Row(NamedTuple):
     group: str | None
 
 
-def find_clusters(items: Sequence[Grouped], ids: Mapping[str, str], task: Task = "multiclass") -> list[Cluster]:
-    """Join images that share a group or content, directly or through others (connected components).
+def find_clusters(
+    items: Sequence[Grouped],
+    ids: Mapping[str, str],
+    task: Task = "multiclass",
+    near: Mapping[str, str] | None = None,
+) -> list[Cluster]:
+    """Join images that share a group, a content or a set of near-duplicates, directly or through others.
 
     Args:
         items: Images.
         ids: Path -> content id.
         task: Task of the study; a multi-label image counts for each of its labels.
+        near: Path -> key of its set of near-duplicates, for images that have any.
 
     Returns:
-        The clusters, in the order of their first images.
+        The clusters (connected components), in the order of their first images.
     """
     members: dict[int, list[Grouped]] = defaultdict(list)
-    for item, component in zip(items, _components(items, ids), strict=True):
+    for item, component in zip(items, _components(items, ids, near or {}), strict=True):
         members[component].append(item)
     return [
         Cluster(
@@ -75,21 +81,25 @@ def find_clusters(items: Sequence[Grouped], ids: Mapping[str, str], task: Task =
     ]
 
 
-def _components(items: Sequence[Grouped], ids: Mapping[str, str]) -> Sequence[int]:
-    """Return the number of the connected component of each image; images are joined by contents and groups."""
+def _components(items: Sequence[Grouped], ids: Mapping[str, str], near: Mapping[str, str]) -> Sequence[int]:
+    """Return the number of the connected component of each image."""
     nodes: dict[tuple[str, str], int] = {}
     contents = [nodes.setdefault(("content", ids[item.path]), len(nodes)) for item in items]
     groups = [
         content if item.group is None else nodes.setdefault(("group", item.group), len(nodes))
         for item, content in zip(items, contents, strict=True)
     ]
-    if contents == groups:
+    sets = [
+        nodes.setdefault(("near", near[item.path]), len(nodes)) if item.path in near else content
+        for item, content in zip(items, contents, strict=True)
+    ]
+    if contents == groups == sets:
         return contents
     # Imported late: 0.2 s of processor time that a study without groups does not need.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    edges = coo_array(([1] * len(items), (contents, groups)), shape=(len(nodes), len(nodes)))
+    edges = coo_array(([1] * 2 * len(items), (contents * 2, groups + sets)), shape=(len(nodes), len(nodes)))
     component = connected_components(edges, directed=False)[1]
     return [int(component[content]) for content in contents]
 
@@ -97,7 +107,8 @@ def _components(items: Sequence[Grouped], ids: Mapping[str, str]) -> Sequence[in
 def manifest_clusters(manifest: Manifest) -> list[Cluster]:
     """Find the clusters of a manifest, where an image without a group has its path as group."""
     rows = [_Row(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]
-    return find_clusters(rows, {row.path: row.id for row in manifest.rows}, manifest.task)
+    near = {row.path: row.near for row in manifest.rows if row.near is not None}
+    return find_clusters(rows, {row.path: row.id for row in manifest.rows}, manifest.task, near)
 
 
 def cluster_of(manifest: Manifest) -> dict[str, str]:

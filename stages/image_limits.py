@@ -11,6 +11,7 @@ import zlib
 from typing import BinaryIO
 
 TRUNCATED, DAMAGED = "the file is truncated", "the file is damaged"
+NEVER_FOLLOWED = "is a DICOMDIR, which is never followed"
 
 MAX_PROFILE_BYTES = 16 * 2**20
 """Largest colour profile; profiles of printers have a few MiB."""

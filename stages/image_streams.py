@@ -25,6 +25,7 @@ _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _WITHOUT_SEGMENT = (0x01, 0xD8, 0xD9)
 """Markers without a segment."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_LS = 0xF7
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
 MAX_SEGMENTS = 5_000
@@ -92,6 +93,28 @@ def inspect_jpeg(data: bytes) -> JpegStructure:
                 raise RefusalError(f"has more than {limit} JPEG scans")
     check_exif(exif)
     return JpegStructure(scans, progressive or scans > 1)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int, int] | None:
+    """Return width, height and channels of a JPEG or JPEG-LS stream from its header; None where it is damaged."""
+    frame = _frame(data)
+    if frame is None:
+        return None
+    height, width = struct.unpack(">HH", frame[1:5])
+    return width, height, frame[5]
+
+
+def jpeg_bits(data: bytes) -> int:
+    """Return the bits per channel of a JPEG or JPEG-LS stream from its header; 0 where it is damaged."""
+    frame = _frame(data)
+    return 0 if frame is None else frame[0]
+
+
+def _frame(data: bytes) -> bytes | None:
+    for marker, body, _ in _header(data):
+        if (marker in _FRAMES or marker == _JPEG_LS) and len(body) >= 6:
+            return body
+    return None
 
 
 def _header(data: bytes) -> Iterator[tuple[int, bytes, int]]:

@@ -14,11 +14,13 @@ from typing import BinaryIO, TypeVar
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
-from schemas.errors import ImageError
-from stages.image_conversion import check_colours, take_upright, upright_copy
-from stages.image_kinds import HEAD_BYTES, kind_of_bytes
+from schemas.errors import ImageError, PlatformError
+from schemas.rendering import DEFAULT_RENDERING, Rendering, Window
+from stages.image_conversion import check_colours, is_dark, take_upright, upright_copy
+from stages.image_kinds import HEAD_BYTES, MEDICAL, kind_of_image
 from stages.image_limits import (
     DAMAGED,
+    NEVER_FOLLOWED,
     TRUNCATED,
     RefusalError,
     check_bmp,
@@ -29,6 +31,7 @@ from stages.image_limits import (
     webp_size,
 )
 from stages.image_memory import BUDGET
+from stages.image_remarks import DARK
 from stages.image_streams import inspect_jpeg, jpeg_warning, tiff_warning
 
 _READERS: dict[str, tuple[type[ImageFile], int]] = {
@@ -48,6 +51,7 @@ _HEADER_BYTES, _MAX_JPEG_BYTES = 8 * 2**20, 512 * 2**20
 _AN = ("AVIF", "HDF5", "NRRD", "SVG")
 """Formats that take the article "an"."""
 
+Accept = Callable[[str], None] | None
 _T = TypeVar("_T")
 
 _NEW_SUBFILE_TYPE = 0x00FE
@@ -59,17 +63,25 @@ _REDUCED, _MASK = 1, 4
 class _Limits:
     max_pixels: int
     min_side: int
-    accept: Callable[[str], None] | None
+    accept: Accept
     checked: bool = False
+    rendering: Rendering = DEFAULT_RENDERING
+    remark: Accept = None
 
 
 def read_image(
-    path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None
+    path: Path,
+    *,
+    max_pixels: int,
+    min_side: int = 1,
+    accept: Accept = None,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> Image.Image:
-    """Read a PNG, JPEG, TIFF, BMP or WebP file as an upright 8-bit RGB image, completely decoded.
+    """Read a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI file as an upright image, completely decoded.
 
-    - 16-bit grey is scaled from the range of its type (0..65535, or 0..4095 for a 12-bit TIFF) to 0..255 and rounded,
-      never clipped; 16-bit colour keeps the upper byte.
+    - Without a window, 16-bit grey of PNG and TIFF files is scaled from the range of its type (0..65535, or 0..4095 for
+      a 12-bit TIFF) to 0..255 and rounded, never clipped; 16-bit colour keeps the upper byte.
+    - Grey of DICOM and NIfTI files, and 16-bit grey with a window, stays a float: it is rounded after it is resized.
     - Transparent pixels are composited over black, the background of radiographs and fluorescence microscopy.
     - Animations yield their first frame. A TIFF with several pages is refused because it is unclear which page is the
       image; reduced copies and masks of the first page do not count.
@@ -85,15 +97,17 @@ def read_image(
         max_pixels: Files with more pixels according to their header are refused before anything is decoded.
         min_side: Shortest allowed side in pixels.
         accept: Called with a warning about corrupt data, after which the image is used; None refuses such images.
+        rendering: Window and frame of files that leave a choice.
 
     Returns:
-        Image of mode RGB without metadata, independent of the file.
+        Image of mode RGB, or F with grey values of 0..255; without metadata, independent of the file.
 
     Raises:
         ImageError: If the file cannot be used, with a short reason.
+        PlatformError: If the package that reads its format is not installed.
     """
     with ExitStack() as memory:
-        return _decode(path, _Limits(max_pixels, min_side, accept), memory, take_upright)
+        return _decode(path, _Limits(max_pixels, min_side, accept, rendering=rendering), memory, take_upright)
 
 
 @contextmanager
@@ -102,8 +116,10 @@ def decoded_image(
     *,
     max_pixels: int,
     min_side: int = 1,
-    accept: Callable[[str], None] | None = None,
+    accept: Accept = None,
     checked: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
+    remark: Accept = None,
 ) -> Iterator[Image.Image]:
     """Yield the image of `read_image`; it counts against the memory budget until the block ends.
 
@@ -115,18 +131,38 @@ def decoded_image(
         min_side: As for `read_image`.
         accept: As for `read_image`.
         checked: Whether `check_image` has accepted the same content before, so that data is not checked again.
+        rendering: As for `read_image`.
+        remark: Called with each remark about the file (`stages.image_remarks.EXPLAINED`).
     """
     with ExitStack() as memory:
-        yield _decode(path, _Limits(max_pixels, min_side, accept, checked), memory, take_upright)
+        yield _decode(path, _Limits(max_pixels, min_side, accept, checked, rendering, remark), memory, take_upright)
 
 
-def check_image(path: Path, *, max_pixels: int, min_side: int = 1, accept: Callable[[str], None] | None = None) -> None:
-    """Raise what `read_image` would raise; the pixels are decoded, but not converted."""
+def check_image(
+    path: Path,
+    *,
+    max_pixels: int,
+    min_side: int = 1,
+    accept: Accept = None,
+    rendering: Rendering = DEFAULT_RENDERING,
+    remark: Accept = None,
+) -> None:
+    """Raise what `read_image` would raise; the pixels are decoded, but not all of them are converted.
+
+    Args:
+        path: The file.
+        max_pixels: As for `read_image`.
+        min_side: As for `read_image`.
+        accept: As for `read_image`.
+        rendering: As for `read_image`.
+        remark: As for `decoded_image`.
+    """
     with ExitStack() as memory:
-        _decode(path, _Limits(max_pixels, min_side, accept), memory, check_colours)
+        limits = _Limits(max_pixels, min_side, accept, rendering=rendering, remark=remark)
+        _decode(path, limits, memory, check_colours)
 
 
-def _decode(path: Path, limits: _Limits, memory: ExitStack, use: Callable[[ImageFile], _T]) -> _T:
+def _decode(path: Path, limits: _Limits, memory: ExitStack, use: Callable[[Image.Image, Window | None], _T]) -> _T:
     """Decode a file and return `use(image)`; its memory counts against the budget until `memory` is closed."""
     try:
         # Checked first, because opening a pipe would wait for a writer.
@@ -136,7 +172,9 @@ def _decode(path: Path, limits: _Limits, memory: ExitStack, use: Callable[[Image
             return _OpenImage(file, limits, memory).decode(use)
     except RefusalError as refusal:
         raise ImageError(str(path), str(refusal)) from None
-    # Pillow's readers raise nearly anything on damaged bytes (SyntaxError, KeyError, struct.error, zlib.error, ...).
+    except PlatformError:
+        raise
+    # Readers raise nearly anything on damaged bytes (SyntaxError, KeyError, struct.error, zlib.error, ...).
     except Exception as error:
         raise ImageError(str(path), _reason(error)) from error
 
@@ -149,14 +187,18 @@ class _OpenImage:
         self._size = os.fstat(file.fileno()).st_size
         self._budgeted = False
 
-    def decode(self, use: Callable[[ImageFile], _T]) -> _T:
+    def decode(self, use: Callable[[Image.Image, Window | None], _T]) -> _T:
         head = self._file.read(HEAD_BYTES)
         if not head:
             raise RefusalError("the file is empty")
-        kind = kind_of_bytes(head)
+        kind = kind_of_image(head, str(self._file.name))
+        if kind in MEDICAL:
+            return use(self._nifti() if kind == "NIfTI" else self._dicom(), None)
         if kind not in _READERS:
             if kind is None:
-                raise RefusalError("is not a PNG, JPEG, TIFF, BMP or WebP image")
+                raise RefusalError("is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image")
+            if kind.startswith("DICOM"):
+                raise RefusalError(NEVER_FOLLOWED if kind == "DICOMDIR" else "is a DICOM file without an image")
             raise RefusalError(f"is {'an' if kind in _AN else 'a'} {kind} file, which is not read yet")
         reader, bytes_per_pixel = _READERS[kind]
         bytes_per_pixel += self._check_structure(kind, bytes_per_pixel)
@@ -171,7 +213,27 @@ class _OpenImage:
             if not self._limits.checked:
                 self._check_data(image)
             image.load()
-            return use(image)
+            window = self._limits.rendering.window
+            if self._limits.remark is not None and window == "stored" and is_dark(image):
+                self._limits.remark(DARK)
+            return use(image, window)
+
+    def _nifti(self) -> Image.Image:
+        # Imported late: most data sets need it as little as the package that reads it.
+        from stages.nifti_files import nifti_image
+
+        return nifti_image(self._file, self._limits.rendering, self._reserve)
+
+    def _dicom(self) -> Image.Image:
+        from stages.dicom_files import read_frame
+        from stages.dicom_pixels import dicom_image, dicom_remarks
+
+        rendering = self._limits.rendering
+        frame = read_frame(self._file, self._size, rendering.frame_of, self._reserve, self._handle)
+        if self._limits.remark is not None:
+            for remark in dicom_remarks(frame.header):
+                self._limits.remark(remark)
+        return dicom_image(frame, rendering.window)
 
     def _check_structure(self, kind: str, bytes_per_pixel: int) -> int:
         """Refuse files that take too long to decode; return the additional bytes per pixel that decoding needs."""
@@ -216,7 +278,11 @@ class _OpenImage:
                 inspect_jpeg(data)
             warning = jpeg_warning(data, len(image.getbands()))
         self._file.seek(position)
-        if warning is None:
+        self._handle(warning)
+
+    def _handle(self, warning: str | None) -> None:
+        """Refuse corrupt data, or pass the warning on."""
+        if warning is None or self._limits.checked:
             return
         if self._limits.accept is None:
             raise RefusalError(warning)
@@ -237,7 +303,14 @@ def _has_pages(image: TiffImagePlugin.TiffImageFile) -> bool:
     return False
 
 
-def rgb_image(image: Image.Image, name: str, *, max_pixels: int, min_side: int = 1) -> Image.Image:
+def rgb_image(
+    image: Image.Image,
+    name: str,
+    *,
+    max_pixels: int,
+    min_side: int = 1,
+    rendering: Rendering = DEFAULT_RENDERING,
+) -> Image.Image:
     """Convert an image in memory to the pixels that `read_image` gives for its file; the image stays as it is.
 
     Args:
@@ -245,6 +318,7 @@ def rgb_image(image: Image.Image, name: str, *, max_pixels: int, min_side: int =
         name: Named by errors in place of a path.
         max_pixels: As of `read_image`.
         min_side: As of `read_image`.
+        rendering: As of `read_image`.
 
     Raises:
         ImageError: Size or type of the pixels are refused, or the file behind the image cannot be decoded.
@@ -252,7 +326,7 @@ def rgb_image(image: Image.Image, name: str, *, max_pixels: int, min_side: int =
     try:
         check_size(image.size, max_pixels, min_side)
         image.load()
-        return upright_copy(image)
+        return upright_copy(image, rendering.window)
     except RefusalError as refusal:
         raise ImageError(name, str(refusal)) from None
     # Pillow's readers raise nearly anything on damaged bytes.

@@ -13,10 +13,15 @@ from schemas.manifest import SPLITS, Manifest, ManifestRow
 from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
+_OPTIONAL = ("site", "near")
+"""Columns that are absent if they are empty for all images."""
+_KEPT = "kept."
+"""Prefix of the columns of `data.keep_columns`."""
 _CLASSES = b"fpt.classes"
 _UNIT = b"fpt.unit"
 _TASK = b"fpt.task"
 """Absent for multiclass, the only task of earlier versions."""
+_LEAKS = b"fpt.allow_leaks"
 _REPAIR = "Run `fpt prepare` (or `dvc repro`) to create it again."
 
 
@@ -42,10 +47,17 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     optional = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
     if manifest.unit is not None:
         optional[_UNIT] = manifest.unit.encode()
-    schema = pa.schema(
-        [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS],
-        metadata={_CLASSES: json.dumps(manifest.classes).encode(), **optional},
-    )
+    if manifest.allow_leaks:
+        optional[_LEAKS] = json.dumps(manifest.allow_leaks).encode()
+    fields = [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS]
+    for name in _OPTIONAL:
+        if any(getattr(row, name) is not None for row in manifest.rows):
+            columns[name] = [getattr(row, name) for row in manifest.rows]
+            fields.append(pa.field(name, pa.string()))
+    for name in manifest.rows[0].kept if manifest.rows else ():
+        columns[_KEPT + name] = [row.kept[name] for row in manifest.rows]
+        fields.append(pa.field(_KEPT + name, pa.string(), nullable=False))
+    schema = pa.schema(fields, metadata={_CLASSES: json.dumps(manifest.classes).encode(), **optional})
     write_table(pa.table(columns, schema=schema), path)
 
 
@@ -68,15 +80,23 @@ def read_manifest(path: Path) -> Manifest:
     try:
         metadata = table.schema.metadata or {}
         classes, task = json.loads(metadata[_CLASSES]), metadata.get(_TASK, b"multiclass").decode()
-        rows = tuple(ManifestRow.model_validate(row) for row in table.to_pylist())
+        rows = tuple(_row(row) for row in table.to_pylist())
         unit = metadata[_UNIT].decode() if _UNIT in metadata else None
-        manifest = Manifest.model_validate({"classes": tuple(classes), "rows": rows, "task": task, "unit": unit})
+        leaks = tuple(json.loads(metadata.get(_LEAKS, b"[]")))
+        fields = {"classes": tuple(classes), "rows": rows, "task": task, "unit": unit, "allow_leaks": leaks}
+        manifest = Manifest.model_validate(fields)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, ValidationError) as error:
         raise ManifestError(f"The manifest {path} is damaged.", f"{type(error).__name__}: {error}", _REPAIR) from error
     problem = _contradiction(manifest)
     if problem:
         raise ManifestError(f"The manifest {path} is damaged.", problem, _REPAIR)
     return manifest
+
+
+def _row(cells: dict[str, str | None]) -> ManifestRow:
+    kept = {name.removeprefix(_KEPT): value for name, value in cells.items() if name.startswith(_KEPT)}
+    others = {name: value for name, value in cells.items() if not name.startswith(_KEPT)}
+    return ManifestRow.model_validate({**others, "kept": kept} if kept else others)
 
 
 def _contradiction(manifest: Manifest) -> str | None:
@@ -90,6 +110,6 @@ def _contradiction(manifest: Manifest) -> str | None:
     for row in manifest.rows:
         if row.split not in SPLITS:
             return f"{row.path} is in the split {row.split!r}; splits are {', '.join(SPLITS)}."
-        if splits.setdefault(row.id, row.split) != row.split:
+        if splits.setdefault(row.id, row.split) != row.split and "content" not in manifest.allow_leaks:
             return f"The content of {row.path} is in two splits."
     return None

@@ -20,7 +20,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     """Write a table with page checksums and the digest of its content; equal tables give equal bytes.
 
     Args:
-        table: Columns of text or numbers, and metadata of the schema.
+        table: Columns of text, numbers or bytes of fixed size without nulls, and metadata of the schema.
         path: Target file; missing parent folders are created.
 
     Raises:
@@ -69,6 +69,8 @@ def content_digest(table: pa.Table) -> str:
         content.update(canonical_json([name, str(column.type), column.null_count]).encode())
         if pa.types.is_floating(column.type):
             content.update(column.to_numpy().tobytes())
+        elif pa.types.is_fixed_size_binary(column.type):
+            content.update(b"".join(column.to_pylist()))
         else:
             content.update(canonical_json(column.to_pylist()).encode())
     return content.hexdigest()

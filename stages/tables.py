@@ -34,6 +34,7 @@ def csv_text(rows: Iterable[Sequence[str]], delimiter: str = ",") -> str:
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     )
     for row in rows:
-        # The writer quotes only its own line terminator, but readers end a row at a carriage return too.
-        (quote_all if any("\r" in cell for cell in row) else minimal).writerow(row)
+        # The writer quotes only its own line terminator, but readers end a row at a carriage return too, and outer
+        # blanks are part of a cell only within quotes.
+        (quote_all if any("\r" in cell or cell != cell.strip() for cell in row) else minimal).writerow(row)
     return text.getvalue()

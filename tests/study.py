@@ -80,7 +80,8 @@ class Study:
         return self.settings.model_copy(update=update)
 
     def prepare(self) -> Manifest:
-        prepare(self.settings.data, self.root, self.root / "outputs/manifest")
+        rendering = self.settings.features.rendering
+        prepare(self.settings.data, self.root, self.root / "outputs/manifest", rendering=rendering)
         self.manifest = read_manifest(self.root / "outputs/manifest/manifest.parquet")
         return self.manifest
 

@@ -24,7 +24,11 @@ def init(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.", show_default=False)],
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", help="CSV with a row per image; by default, class folders.", show_default=False),
+        typer.Option(
+            "--labels",
+            help="CSV with a row per image, or tags (DICOM headers); else class folders.",
+            show_default=False,
+        ),
     ] = None,
     path_column: Annotated[str, typer.Option("--path-column", help="Column with the image's path.")] = "path",
     label_column: Annotated[str, typer.Option("--label-column", help="Column with the label.")] = "label",
@@ -37,12 +41,12 @@ def init(
     assignments: Assignments = None,
 ) -> None:
     """Create a study directory with params.yaml, dvc.yaml, Git and DVC. Overwrites nothing."""
-    from pipeline.scaffold import initialise, undone_on_failure, write_study
+    from pipeline.scaffold import initialise, labels_setting, undone_on_failure, write_study
 
     # Absolute, because DVC runs experiments in a temporary copy of the repository that has only tracked files.
     data = {
         "images": str(images.expanduser().resolve()),
-        "labels": None if labels is None else str(labels.expanduser().resolve()),
+        "labels": labels_setting(labels),
         "path_column": path_column,
         "label_column": label_column,
         "group_column": group_column,

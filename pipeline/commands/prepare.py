@@ -20,6 +20,9 @@ def prepare(
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Draw all splits again; by default, known images keep theirs.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every image again; by default, only new and changed files.")
+    ] = False,
     write_split: Annotated[
         Path | None,
         typer.Option(
@@ -33,7 +36,7 @@ def prepare(
 ) -> None:
     """Check images and labels, and assign every image to train, val or test.
 
-    Images keep their split when others are added or removed.
+    Images keep their split when others are added or removed. What was read of a file is remembered in .fpt/images.
     """
     from pipeline.api import prepare as run
     from pipeline.progress import ImageBar
@@ -42,10 +45,10 @@ def prepare(
 
     study = open_study(params, assignments or [])
     data = study.settings.data
-    if data.labels is not None:
-        remind_to_watch(study, "data.labels", data.labels)
+    if data.labels_file is not None:
+        remind_to_watch(study, "data.labels", data.labels_file)
     with ImageBar("Reading images") as bar:
-        result = run(study, redraw=redraw, write_split=write_split, progress=bar)
+        result = run(study, redraw=redraw, full=full, write_split=write_split, progress=bar)
     if as_json:
         show_json(result.model_dump(mode="json"))
         return
@@ -72,10 +75,14 @@ def _show(result: PrepareResult) -> None:
         changed = f"{moved:,} changed it ({ways})" if moved else "none changed it"
         kept = counted(result.known - moved, "image")
         say(f"{kept} kept their split, {changed}, {result.images - result.known:,} new.")
+    for line in result.changes:
+        say(line)
 
 
 def _title(result: PrepareResult) -> str:
     copies = counted(result.duplicates, "duplicate")
+    if result.near:
+        copies += f", {counted(result.near, 'near-duplicate')}"
     if result.unit is None:
         return f"{counted(result.images, 'image')}, {copies}"
     unit = result.unit.removesuffix("s") if result.groups == 1 else result.unit

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
-
 from schemas.bench import ALL_SHOTS, BenchResult, BenchRow
 from schemas.methods import METHODS
 from schemas.sweeps import Separation, Spread
 from schemas.text import counted, images_of
 from stages.evaluate.figures import draw_memory
+from stages.evaluate.pages import page_template
 
 COLUMNS = (
     "AUC",
@@ -91,10 +90,7 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 def render_bench(result: BenchResult) -> str:
     """Return the page as one HTML text without a reference to another file."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("stages.evaluate").joinpath("bench.html.j2").read_text(encoding="utf-8"),
-    )
+    template = page_template(files("stages.evaluate").joinpath("bench.html.j2").read_text(encoding="utf-8"))
     before = result.before
     return template.render(
         title=f"Methods on {result.lpm}",

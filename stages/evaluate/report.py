@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, StrictUndefined
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.features import FeatureSpec
@@ -20,6 +19,7 @@ from schemas.specs import Inputs
 from schemas.text import images_of
 from stages.evaluate.curves import Reliability, reliability, roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
+from stages.evaluate.pages import page_template
 from stages.evaluate.pictures import map_figures, thumbnail_uri
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.wording import metric_rows, mistake, number, quoted, sureness
@@ -63,11 +63,7 @@ def render_report(
     labels, probabilities = predictions.labels, predictions.probabilities.astype(np.float64)
     classes = predictions.classes
     roc, calibration = roc_curves(labels, probabilities, classes), reliability(labels, probabilities)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["quoted"] = quoted
-    template = environment.from_string(
-        files("stages.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8"),
-    )
+    template = page_template(files("stages.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8"))
     mistakes = confident_mistakes(predictions)
     total = int((~hits(labels, predictions.predicted)).sum())
     several = predictions.task == "multilabel"

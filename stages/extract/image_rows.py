@@ -74,7 +74,8 @@ class ImageRows:
             return {}
         pixels = np.empty((len(rows), 3, size, size), np.uint8) if out is None else out["image"][: len(ids)]
         accept = None if self._data.on_warning == "error" else lambda _: None
+        most, rendering = self._data.max_pixels, self._spec.rendering
         for row, image_id in enumerate(ids):
-            image = read_image(self._paths[image_id], max_pixels=self._data.max_pixels, accept=accept)
+            image = read_image(self._paths[image_id], max_pixels=most, accept=accept, rendering=rendering)
             pixels[row] = to_lpm_square(image, self._spec).transpose(2, 0, 1)
         return {"image": pixels}

@@ -21,6 +21,7 @@ from schemas.base import digest
 from schemas.errors import DataError, FptError, ImageError, UnreadableImagesError
 from schemas.features import ChannelStatistics, FeatureSpec
 from schemas.manifest import Manifest
+from schemas.rendering import DEFAULT_RENDERING
 from schemas.settings import DataSettings
 from stages.extract.resize import without_padding
 from stages.files import atomic_write, read_small, sha256_file
@@ -56,7 +57,8 @@ def known_statistics(spec: FeatureSpec, manifest: Manifest, cache_root: Path) ->
         statistics = ChannelStatistics.model_validate_json(content)
     except (OSError, FptError, ValidationError):
         return None
-    return statistics if statistics.model_dump(exclude={"mean", "std"}) == identity else None
+    measured = statistics.model_dump(exclude={"mean", "std"}, exclude_none=True)
+    return statistics if measured == identity else None
 
 
 def training_statistics(
@@ -129,7 +131,9 @@ def pixel_histogram(path: Path, image_id: str, spec: FeatureSpec, data: DataSett
         ImageError: If the file does not have this content, or cannot be decoded.
     """
     try:
-        with decoded_image(path, max_pixels=data.max_pixels, min_side=data.min_side, checked=True) as image:
+        with decoded_image(
+            path, max_pixels=data.max_pixels, min_side=data.min_side, checked=True, rendering=spec.rendering
+        ) as image:
             if sha256_file(path) != image_id:
                 raise ImageError(str(path), "its content changed since `fpt prepare`")
             pixels = without_padding(image, spec)
@@ -178,6 +182,7 @@ def _identity(spec: FeatureSpec, manifest: Manifest) -> dict[str, Any]:
         "image_size": spec.lpm.image_size,
         "resize": spec.resize,
         "filter": spec.resize_filter,
+        **({} if spec.rendering == DEFAULT_RENDERING else {"rendering": spec.rendering.model_dump()}),
     }
 
 

@@ -20,7 +20,9 @@ _SAMPLE = 32
 
 
 def to_squares(image: Image.Image, spec: FeatureSpec) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Resize an RGB image to the size of the LPM and to that of the side image, both by `spec.resize`.
+    """Resize an image to the size of the LPM and to that of the side image, both by `spec.resize`.
+
+    Modes are those of `stages.images.read_image`; grey of mode F is rounded to 8 bits only after it is resized.
 
     - squash: both sides are scaled to the square; the aspect ratio is lost, no pixel is.
     - letterbox: the aspect ratio stays, the image is centred, and the rest is filled with `spec.lpm.mean`.
@@ -58,7 +60,9 @@ def _box(image: Image.Image, side: int, spec: FeatureSpec) -> tuple[int, int, in
 
 
 def _resized(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint8]:
-    return np.asarray(image.resize(_box(image, side, spec)[2:], FILTERS[spec.resize_filter]))
+    resized = np.asarray(image.resize(_box(image, side, spec)[2:], FILTERS[spec.resize_filter]))
+    # Bicubic and Lanczos filters overshoot at edges.
+    return resized if resized.dtype == np.uint8 else np.rint(resized).clip(0, 255).astype(np.uint8)
 
 
 def _square(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint8]:
@@ -76,6 +80,8 @@ def _square(image: Image.Image, side: int, spec: FeatureSpec) -> NDArray[np.uint
 
 def _one_channel(image: Image.Image) -> Image.Image | None:
     """Return one channel if all three are identical (3x faster to resize, same result), else None."""
+    if image.mode == "F":
+        return image
     sample = np.asarray(image.resize((_SAMPLE, _SAMPLE), Image.Resampling.NEAREST))
     if (sample != sample[..., :1]).any():
         return None

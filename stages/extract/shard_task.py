@@ -168,8 +168,10 @@ class Extractor:
                 future.cancel()
 
     def _load(self, image_id: str, path: str, views: Sequence[str]) -> list[Pixels]:
-        data = self._data
-        with decoded_image(Path(path), max_pixels=data.max_pixels, min_side=data.min_side, checked=True) as image:
+        data, rendering = self._data, self._store.spec.rendering
+        with decoded_image(
+            Path(path), max_pixels=data.max_pixels, min_side=data.min_side, checked=True, rendering=rendering
+        ) as image:
             if sha256_file(Path(path)) != image_id:
                 raise ImageError(path, "its content changed since `fpt prepare`")
             return [to_pixels(apply_view(image, view), self._store.spec) for view in views]

@@ -88,10 +88,11 @@ class Classifier:
     def _decoded(self, image: Path | Image.Image) -> AbstractContextManager[Image.Image]:
         """RGB pixels within a block."""
         most, least = self.data.max_pixels, self.data.min_side
+        rendering = self.bundle.spec.features.rendering
         if isinstance(image, Image.Image):
-            return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least))
+            return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least, rendering=rendering))
         accept = None if self.data.on_warning == "error" else lambda _: None
-        return decoded_image(image, max_pixels=most, min_side=least, accept=accept)
+        return decoded_image(image, max_pixels=most, min_side=least, accept=accept, rendering=rendering)
 
 
 def as_row(path: str, p: npt.NDArray[np.float32] | ImageError, spec: BundleSpec) -> Prediction:

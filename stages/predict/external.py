@@ -16,6 +16,7 @@ from schemas.errors import DataError, ImageError, UnreadableImagesError
 from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, ManifestRow
 from schemas.methods import model_inputs
+from schemas.rendering import Rendering
 from schemas.results import BundleSpec, Metrics
 from schemas.settings import DataSettings, LpmSettings
 from schemas.tasks import names_in, written
@@ -34,6 +35,7 @@ from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.exports import write_quarantine
 from stages.prepare.image_digests import Digests, digest_images
 from stages.prepare.image_files import skipped_lines
+from stages.prepare.image_record import ReadLimits
 from stages.prepare.label_checks import check_conflicts
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
@@ -117,9 +119,11 @@ def evaluate_external(
     bundle = load_bundle(bundle_dir, context.device)
     spec = bundle.spec
     check_task(spec, data)
-    data = data.model_copy(update={"task": spec.task, "split_column": None})
+    # What belongs to the splits of the study means nothing here.
+    study_only = {"split_column": None, "site_column": None, "test_sites": None, "keep_columns": ()}
+    data = data.model_copy(update={"task": spec.task, **study_only})
     listing = _list_labelled(data, context.root, spec)
-    digests = _digests(listing, data, progress.reading)
+    digests = _digests(listing, data, spec.features.rendering, progress.reading)
     rows = _rows(listing.items, digests, spec)
     paths = {row.id: listing.images / row.path for row in reversed(rows)}
     probability_of, cached = _Source(bundle, data, context).probabilities(paths, progress.predicting)
@@ -178,17 +182,10 @@ def _check_columns(columns: Sequence[str], spec: BundleSpec) -> None:
         )
 
 
-def _digests(listing: Listing, data: DataSettings, progress: Progress | None) -> Digests:
-    if data.labels is not None and data.on_error == "fail":
-        check_files(listing.items, listing.images, data.labels)
-    digests = digest_images(
-        listing.items,
-        listing.images,
-        max_pixels=data.max_pixels,
-        min_side=data.min_side,
-        accept_warnings=data.on_warning == "accept",
-        progress=progress,
-    )
+def _digests(listing: Listing, data: DataSettings, rendering: Rendering, progress: Progress | None) -> Digests:
+    if data.labels_file is not None and data.on_error == "fail":
+        check_files(listing.items, listing.images, data.labels_file)
+    digests = digest_images(listing.items, listing.images, ReadLimits.of(data, rendering), progress)
     if digests.failures and data.on_error == "fail":
         raise UnreadableImagesError(
             sorted(digests.failures.items()),
@@ -298,7 +295,9 @@ def _thumbnails(
     """Return the side images of the misclassified rows in the report, by image id."""
     ids = {predictions.rows[row].id for row in confident_mistakes(predictions)}
     accept = None if data.on_warning == "error" else lambda _: None
-    return {
-        image_id: to_pixels(read_image(paths[image_id], max_pixels=data.max_pixels, accept=accept), spec).side
-        for image_id in sorted(ids)
-    }
+
+    def side(path: Path) -> npt.NDArray[np.uint8]:
+        image = read_image(path, max_pixels=data.max_pixels, accept=accept, rendering=spec.rendering)
+        return to_pixels(image, spec).side
+
+    return {image_id: side(paths[image_id]) for image_id in sorted(ids)}

@@ -13,7 +13,7 @@ from stages.files import read_regular
 from stages.prepare.image_files import SkippedFile, classify, find_image_files, skipped_lines
 from stages.prepare.label_table import read_paths
 
-TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 LISTS = (".txt",)
 
 
@@ -31,7 +31,7 @@ def find_images(words: Sequence[str], data: DataSettings, root: Path) -> Inputs:
     """List the images that command-line arguments name.
 
     An argument is an image, a folder (all images below it), a pattern such as `images/*.png` (`**`: folders at any
-    depth), `@list.txt` or a .txt file with a path per line, or a .csv or .tsv table with the column
+    depth), `@list.txt` or a .txt file with a path per line, or a table (.csv, .tsv, .parquet, .xlsx) with the column
     `data.path_column`. A relative path in a list or table is looked up in the folder of that file, then in the working
     directory, then in `data.images`.
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from schemas.errors import DataError
 from schemas.manifest import GroupUnit
-from schemas.settings import DataSettings
+from schemas.settings import TAGS, DataSettings
 from schemas.text import counted
 from stages.prepare.class_folders import check_names, images_folder, scan_folders
 from stages.prepare.class_names import name_classes
 from stages.prepare.error_text import listed
+from stages.prepare.held_out_sites import hold_out_sites
 from stages.prepare.image_files import SUFFIXES, SkippedFile
 from stages.prepare.label_table import read_table
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.patients import groups_spelled_alike
-from stages.prepare.table_columns import FOLDER, unit_of_column
+from stages.prepare.pseudonyms import study_key
+from stages.prepare.table_columns import AUTO, FOLDER, unit_of_column
 
 STRAY = "outside of the class folders, so it has no label"
 EMPTY = "class folder without images"
@@ -31,13 +33,15 @@ class Listing:
     items: list[LabelledImage]
     """Sorted by path; labels are already renamed by `data.class_names`."""
     group_column: str | None = None
-    """Column with the groups, "folder" for sub-folders of class folders, or None."""
+    """Column with the groups, "folder" for sub-folders of class folders, "tags" for PatientID of headers, or None."""
     split_column: str | None = None
     """Column with predefined splits, or None."""
     notes: list[str] = field(default_factory=list)
     """Choices made from the header or the layout, as lines for the user."""
     stray: list[str] = field(default_factory=list)
     """Names of images outside of the class folders."""
+    unlabelled: dict[str, str] = field(default_factory=dict)
+    """Path of an image whose header has no label -> reason."""
     empty: dict[str, str] = field(default_factory=dict)
     """Class folder without images -> description of what it contains instead."""
     skipped: list[SkippedFile] = field(default_factory=list)
@@ -48,11 +52,12 @@ class Listing:
         """Kind of the groups, or None if no image has one."""
         if self.group_column is None or all(item.group is None for item in self.items):
             return None
-        return "patients" if self.group_column == FOLDER else unit_of_column(self.group_column)
+        return "patients" if self.group_column in (FOLDER, TAGS) else unit_of_column(self.group_column)
 
     def set_aside(self) -> list[tuple[LabelledImage, str]]:
         """Entries that quarantine excludes before any image is opened, with the reasons."""
         stray = [(LabelledImage(name, ""), STRAY) for name in self.stray]
+        stray += [(LabelledImage(path, ""), reason) for path, reason in self.unlabelled.items()]
         return stray + [
             (LabelledImage(f"{name}/", name), f"{EMPTY}: {contents}") for name, contents in self.empty.items()
         ]
@@ -62,12 +67,13 @@ class Listing:
         return [f"{item.path}: {reason}" for item, reason in self.set_aside()]
 
 
-def read_listing(data: DataSettings, root: Path) -> Listing:
-    """List the images of a data set. Files with the suffix of an image are not opened.
+def read_listing(data: DataSettings, root: Path, private: Path | None = None) -> Listing:
+    """List the images of a data set. Files with the suffix of an image are not opened, except for their headers.
 
     Args:
         data: Settings; relative folders start at `root`.
         root: Folder of `params.yaml`.
+        private: The study's folder `.fpt`, for the key of pseudonyms; None: pseudonyms that differ at each call.
 
     Raises:
         DataError: The folder or table is missing, unreadable or malformed. Stray images and empty class folders do not
@@ -76,18 +82,40 @@ def read_listing(data: DataSettings, root: Path) -> Listing:
     images = images_folder(data, root)
     if data.labels is None:
         scan = scan_folders(images, data.group_column)
-        listing = Listing(images, scan.items, scan.group_column, None, scan.notes, scan.stray, scan.empty, scan.skipped)
+        listing = Listing(images, scan.items, scan.group_column, None, scan.notes, scan.stray, {}, scan.empty)
+        listing.skipped.extend(scan.skipped)
+    elif data.labels == TAGS:
+        # Imported late, with the package that reads DICOM files.
+        from stages.prepare.tag_labels import scan_tags
+
+        tags = scan_tags(data, images, study_key(private))
+        listing = Listing(images, tags.items, tags.group_column, None, tags.notes, [], tags.unlabelled)
+        listing.skipped.extend(tags.skipped)
     else:
         table = read_table(data, root, images)
         listing = Listing(images, table.items, table.group_column, table.split_column, table.notes)
+    if listing.group_column is None and data.labels != TAGS and data.group_column in (AUTO, TAGS):
+        listing = _with_patients(listing, private)
     check_names([*listing.items, *(item for item, _ in listing.set_aside())])
-    listing.items[:] = name_classes(listing.items, data)
+    listing.items[:] = hold_out_sites(name_classes(listing.items, data), data)
     listing.notes.extend(groups_spelled_alike(item.group for item in listing.items if item.group is not None))
     return listing
 
 
+def _with_patients(listing: Listing, private: Path | None) -> Listing:
+    """Group DICOM files by the PatientID of their headers; files with the suffix of another format are not opened."""
+    others = [item.path for item in listing.items if Path(item.path).suffix.lower() not in SUFFIXES]
+    if not others:
+        return listing
+    from stages.prepare.tag_labels import patients_of_headers
+
+    patients, notes = patients_of_headers(others, listing.images, private)
+    listing.items[:] = [replace(item, group=patients.get(item.path)) for item in listing.items]
+    return replace(listing, group_column=TAGS if patients else None, notes=[*listing.notes, *notes])
+
+
 def check_listing(listing: Listing) -> None:
-    """Refuse stray images and empty class folders.
+    """Refuse images without a label and empty class folders.
 
     Raises:
         DataError: Lists all of them.
@@ -97,12 +125,15 @@ def check_listing(listing: Listing) -> None:
 
 
 def layout_error(listing: Listing, unreadable: list[tuple[str, str]] | None = None) -> DataError:
-    """Return one error for all stray images, empty class folders and unusable images."""
+    """Return one error for all images without a label, empty class folders and unusable images."""
     stray, empty, unusable = len(listing.stray), len(listing.empty), unreadable or []
+    unlabelled = len(listing.unlabelled)
     counts = [counted(stray, "image") + " outside of the class folders, so without a label"] if stray else []
+    counts += [counted(unlabelled, "image") + " without a label in the header"] if unlabelled else []
     counts += [counted(empty, "class") + " without images"] if empty else []
     counts += [counted(len(unusable), "image") + " that cannot be used"] if unusable else []
     repairs = ["Move stray images into a class folder"] if stray else []
+    repairs += ["name another element with data.label_column"] if unlabelled else []
     repairs += [f"add images ({', '.join(sorted(SUFFIXES))}) to empty class folders or remove them"] if empty else []
     repairs += ["repair or remove images that cannot be used"] if unusable else []
     repair = "; ".join(repairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schemas.errors import DataError
 from schemas.manifest import Manifest, PrepareSummary
-from schemas.settings import DataSettings
+from schemas.settings import TAGS, DataSettings
 from stages.files import atomic_write, storage_errors
 from stages.prepare.class_names import given_labels
 from stages.prepare.labelled_image import LabelledImage
@@ -67,8 +67,8 @@ def write_splits(manifest: Manifest, summary: PrepareSummary, data: DataSettings
         StorageError: The file cannot be written.
     """
     check_free(path)
-    table_column = None if summary.group_column == FOLDER else summary.group_column
-    group_column = table_column or "patient" if data.group_column == AUTO else data.group_column
+    table_column = None if summary.group_column in (FOLDER, TAGS) else summary.group_column
+    group_column = table_column or "patient" if data.group_column in (AUTO, TAGS) else data.group_column
     split_column = summary.split_column or (data.split_column if data.split_column not in (None, AUTO) else "split")
     columns = list(data.label_columns or (data.label_column,))
     rows = []

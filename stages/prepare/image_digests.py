@@ -1,18 +1,24 @@
-"""Decode every image once to check that it is complete, and compute the sha256 of its file."""
+"""Read every image, or what is known of it, in threads."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from schemas.errors import ImageError
-from stages.files import sha256_file
-from stages.images import check_image
+from schemas.rendering import DEFAULT_RENDERING, Rendering
+from schemas.settings import DataSettings
+from schemas.text import counted
+from stages.image_remarks import EXPLAINED
+from stages.prepare.image_index import FileState, ImageIndex
+from stages.prepare.image_record import REMARKS_JOINED_BY, ImageRecord, ReadLimits, read_record
 from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.near_duplicates import NearDuplicates, find_near_duplicates
 from stages.progress import Progress
 
 _AHEAD = 512
@@ -23,60 +29,103 @@ _AHEAD = 512
 class Digests:
     """Results of reading all images."""
 
-    ids: dict[str, str]
-    """Path -> sha256 of the file, for usable images."""
+    records: dict[str, ImageRecord]
+    """Path -> record, for usable images."""
     failures: dict[str, str]
     """Path -> reason, for all other images."""
-    warnings: dict[str, str] = field(default_factory=dict)
-    """Path -> warning about corrupt data, for images that are used nevertheless."""
+
+    @cached_property
+    def ids(self) -> dict[str, str]:
+        """Path -> sha256 of the file, for usable images."""
+        return {path: record.id for path, record in self.records.items()}
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Path -> warning about corrupt data, for images that are used nevertheless."""
+        return {path: record.warning for path, record in self.records.items() if record.warning}
+
+    def remark_lines(self) -> list[str]:
+        """Describe the remarks about usable images (`stages.image_remarks`), as lines for the user."""
+        joined = (record.remarks for record in self.records.values())
+        counts = Counter(remark for remarks in joined for remark in remarks.split(REMARKS_JOINED_BY))
+        return [f"{counted(counts[name], 'image')} {text}" for name, text in EXPLAINED.items() if counts[name]]
+
+    @cached_property
+    def near(self) -> NearDuplicates:
+        """All near-duplicates among the usable images."""
+        return find_near_duplicates(self.ids, {path: record.thumbnail for path, record in self.records.items()})
+
+
+def read_images(
+    items: Sequence[LabelledImage],
+    images: Path,
+    data: DataSettings,
+    progress: Progress | None = None,
+    index: Path | None = None,
+    full: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
+) -> Digests:
+    """Read images with the limits of the settings.
+
+    Args:
+        items: Images to read.
+        images: Image folder, to which paths are relative.
+        data: Settings.
+        progress: Called in this thread with (images read, images).
+        index: Folder that remembers what was read of each file, or None to read all.
+        full: Read every file again, and remember it.
+        rendering: Window and frame of images that leave a choice.
+    """
+    limits = ReadLimits.of(data, rendering)
+    seen = None if index is None else ImageIndex.open(index, images, limits, fresh=full)
+    return digest_images(items, images, limits, progress, seen)
 
 
 def digest_images(
     items: Sequence[LabelledImage],
     images: Path,
-    *,
-    max_pixels: int,
-    min_side: int,
-    accept_warnings: bool = False,
+    limits: ReadLimits,
     progress: Progress | None = None,
+    index: ImageIndex | None = None,
 ) -> Digests:
     """Decode images and compute their digests in threads.
 
     Args:
         items: Images to read.
         images: Image folder, to which paths are relative.
-        max_pixels: Images with more pixels are failures.
-        min_side: Images with a side shorter than this, in pixels, are failures.
-        accept_warnings: Whether to use images that the decoder reports as corrupt, for example by a wrong checksum.
+        limits: Which images are usable.
         progress: Called in this thread with (images read, images).
+        index: What was read of these files before; updated and written. None: every image is read.
     """
-
-    def read(item: LabelledImage) -> tuple[str | None, str]:
-        path, warnings_seen = images / item.path, [""]
-        accept = warnings_seen.append if accept_warnings else None
-        try:
-            check_image(path, max_pixels=max_pixels, min_side=min_side, accept=accept)
-            return sha256_file(path), warnings_seen[-1]
-        except ImageError as error:
-            return None, error.reason
-        except OSError as error:
-            return None, (error.strerror or "cannot be read").lower()
-
-    ids: dict[str, str] = {}
+    records: dict[str, ImageRecord] = {}
+    if index is not None:
+        for item in items:
+            if (known := index.find(item.path, FileState.of(images / item.path))) is not None:
+                records[item.path] = known
+        if records and progress is not None:
+            progress(len(records), len(items))
     failures: dict[str, str] = {}
-    warnings: dict[str, str] = {}
+
+    def read(item: LabelledImage) -> ImageRecord | str:
+        path = images / item.path
+        before = None if index is None else FileState.of(path)
+        record = read_record(path, limits)
+        if index is not None and isinstance(record, ImageRecord):
+            index.add(item.path, before, FileState.of(path), record)
+        return record
+
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        for batch in _batches(items):
-            for item, (content, reason) in zip(batch, pool.map(read, batch), strict=True):
-                if content is None:
-                    failures[item.path] = reason
+        for batch in _batches([item for item in items if item.path not in records]):
+            for item, record in zip(batch, pool.map(read, batch), strict=True):
+                if isinstance(record, ImageRecord):
+                    records[item.path] = record
                 else:
-                    ids[item.path] = content
-                    if reason:
-                        warnings[item.path] = reason
+                    failures[item.path] = record
                 if progress is not None:
-                    progress(len(ids) + len(failures), len(items))
-    return Digests(ids, failures, warnings)
+                    progress(len(records) + len(failures), len(items))
+    if index is not None:
+        index.write(records)
+    return Digests({item.path: records[item.path] for item in items if item.path in records}, failures)
 
 
 def _threads() -> int:

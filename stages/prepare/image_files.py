@@ -28,7 +28,7 @@ class SkippedFile:
 
     path: Path
     reason: str
-    """Such as "DICOM, not read yet" or ".txt"."""
+    """Such as "GIF, not read yet" or ".txt"."""
     named: bool
     """Whether the user may take it for an image, so that messages give its name; other files are only counted."""
 
@@ -89,7 +89,9 @@ def classify(path: Path) -> tuple[str | None, bool]:
         raise unreadable(path, error) from error
     if kind is None:
         return suffix or "no suffix", False
-    return (None, False) if is_read(kind) else (f"{kind}, not read yet", True)
+    if is_read(kind):
+        return None, False
+    return (kind if kind.startswith("DICOM") else f"{kind}, not read yet"), True
 
 
 def is_hidden(name: str) -> bool:

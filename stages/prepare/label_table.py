@@ -1,12 +1,10 @@
-"""Read the images of a study from a CSV, as written by people and spreadsheets."""
+"""Read the images of a study from a table, as written by people and spreadsheets."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,13 +13,12 @@ from schemas.manifest import SPLITS, Split
 from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.prepare.error_text import did_you_mean, listed
+from stages.prepare.excel_cells import Row
 from stages.prepare.label_cells import is_missing, join_labels, label_keys
 from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.table_cells import check_known, known, read_cells
 from stages.prepare.table_columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
-from stages.prepare.table_text import read_text
 from stages.tables import plain_cell
-
-_DELIMITERS = (",", ";", "\t", "|")
 
 
 @dataclass(frozen=True)
@@ -38,48 +35,93 @@ class TableRows:
     """Choices made from the header, as notes for the user."""
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Cells of a table by column."""
+
+    table: Path
+    header: list[str]
+    rows: list[Row]
+
+    @property
+    def lines(self) -> list[int]:
+        return [line for line, _ in self.rows]
+
+    def raw(self, name: str) -> list[str]:
+        """Return the cells as they are in the file, all of which have a usable value."""
+        cells = self._cells(name)
+        check_known(self.table, name, self.lines, cells)
+        return cells
+
+    def plain(self, name: str | None) -> list[str]:
+        """Return the cells without outer blanks; empty ones for no column."""
+        if name is None:
+            return [""] * len(self.rows)
+        return [plain_cell(cell.strip()) for cell in self.raw(name)]
+
+    def others(self, roles: Collection[str | None]) -> dict[str, list[str]]:
+        """Return the plain cells of all columns without a role; those without a usable value are empty."""
+        names = [name for name in self.header if name and name not in roles and self.header.count(name) == 1]
+        return {name: [plain_cell(cell.strip()) for cell in known(self._cells(name))] for name in names}
+
+    def _cells(self, name: str) -> list[str]:
+        position = self.header.index(name)
+        return [row[position] for _, row in self.rows]
+
+
 def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
     """Read the rows of `data.labels`, sorted by path. Images are not opened.
 
-    The file is UTF-8 with or without a byte order mark, or UTF-16 with one. The delimiter (comma, semicolon, tab or
-    bar) is the one for which the header has the most columns that the settings name. Blanks around cells are removed.
-    An empty group cell means that no patient is known, an empty split cell that the split is drawn.
+    The formats are those of `read_cells`. Blanks around cells are removed. An empty group cell means that no patient is
+    known, an empty split cell that the split is drawn.
 
     Raises:
-        DataError: The file is missing or not a CSV, lacks a column, or has rows without a path or label, with a path
+        DataError: The file is missing or not a table, lacks a column, or has rows without a path or label, with a path
             outside of `images`, with a duplicate path, or with an unknown split. All rows with the same problem are
             listed.
     """
     if data.labels is None:
         raise DataError("data.labels is not set.")
     table = root / Path(data.labels).expanduser()
-    column_of = {"data.path_column": data.path_column, **label_keys(data)}
-    taken = tuple(column_of.values())
-    for key, name in (("data.group_column", data.group_column), ("data.split_column", data.split_column)):
-        if name is not None and name != AUTO:
-            column_of[key] = name
-    header, rows = _cells(table, read_text(table), tuple(column_of.values()))
-    _check_header(table, header, column_of)
+    needed = needed_columns(data)
+    header, rows = read_cells(table, tuple(needed.values()))
+    _check_header(table, header, needed)
+    taken = (data.path_column, *label_keys(data).values())
     group_column, split_column, notes = find_columns(data, table.name, header, taken)
     wrong_length = [line for line, row in rows if len(row) != len(header)]
     _check_rows(table, "does not have as many cells as the header", wrong_length)
-
-    def column(name: str | None) -> list[str]:
-        if name is None:
-            return [""] * len(rows)
-        position = header.index(name)
-        return [plain_cell(row[position].strip()) for _, row in rows]
-
-    lines = [line for line, _ in rows]
-    path_position = header.index(data.path_column)
-    paths = _paths(table, lines, [row[path_position] for _, row in rows], images, data.path_column)
-    labels = join_labels(data, str(table), lines, [column(name) for name in label_keys(data).values()])
-    splits = _splits(table, lines, column(split_column), split_column)
+    columns = _Columns(table, header, rows)
+    lines = columns.lines
+    paths = _paths(table, lines, columns.raw(data.path_column), images, data.path_column)
+    labels = join_labels(data, str(table), lines, [columns.plain(name) for name in label_keys(data).values()])
+    splits = _splits(table, lines, columns.plain(split_column), split_column)
+    groups, sites = columns.plain(group_column), columns.plain(data.site_column)
+    others = columns.others({*taken, group_column, split_column, data.site_column})
     items = [
-        LabelledImage(path, label, None if is_missing(group) else group, split)
-        for path, label, group, split in zip(paths, labels, column(group_column), splits, strict=True)
+        LabelledImage(
+            path=path,
+            label=labels[at],
+            group=None if is_missing(groups[at]) else groups[at],
+            split=splits[at],
+            site=None if is_missing(sites[at]) else sites[at],
+            others={name: cells[at] for name, cells in others.items()},
+            line=lines[at],
+        )
+        for at, path in enumerate(paths)
     ]
     return TableRows(sorted(items, key=lambda item: item.path), group_column, split_column, notes)
+
+
+def needed_columns(data: DataSettings) -> dict[str, str]:
+    """Return setting -> column, for all columns that the settings name."""
+    named = {
+        "data.group_column": None if data.group_column == AUTO else data.group_column,
+        "data.split_column": None if data.split_column == AUTO else data.split_column,
+        "data.site_column": data.site_column,
+        **{f"data.keep_columns.{number}": name for number, name in enumerate(data.keep_columns)},
+    }
+    chosen = {key: name for key, name in named.items() if name is not None}
+    return {"data.path_column": data.path_column, **label_keys(data), **chosen}
 
 
 def check_files(items: Sequence[LabelledImage], images: Path, table: str) -> None:
@@ -102,33 +144,6 @@ def check_files(items: Sequence[LabelledImage], images: Path, table: str) -> Non
         "Correct the paths or data.images (paths are relative to it), or set data.on_error: quarantine to continue "
         "without them.",
     )
-
-
-def _cells(table: Path, text: str, needed: tuple[str, ...]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header, and (line, raw cells) of each row that is not blank."""
-    reader = None
-    try:
-        headers = {delimiter: _header(text, delimiter) for delimiter in _DELIMITERS}
-        best = max(_DELIMITERS, key=lambda mark: (len(set(needed) & set(headers[mark])), len(headers[mark])))
-        # Strict, because an unclosed quote would otherwise merge all rows after it into one cell.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=best, skipinitialspace=True, strict=True)
-        header = _strip(next(reader, []))
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        line = "" if reader is None else f"Line {reader.line_num}: "
-        raise DataError(f"{table} is not a CSV.", f"{line}{error}.", "Correct it, or save it as CSV UTF-8.") from error
-    rows = [(line, row) for line, row in rows if any(cell.strip() for cell in row)]
-    if not rows:
-        raise DataError(f"{table} has no rows.", "It needs a header and one row per image.", "Correct data.labels.")
-    return header, rows
-
-
-def _header(text: str, delimiter: str) -> list[str]:
-    return _strip(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True), []))
-
-
-def _strip(cells: list[str]) -> list[str]:
-    return [cell.strip() for cell in cells]
 
 
 def _check_header(table: Path, header: list[str], column_of: dict[str, str]) -> None:
@@ -221,9 +236,9 @@ def read_paths(table: Path, path_column: str) -> list[str]:
     """Read one column of a table as paths, unchanged and in order; other columns are ignored.
 
     Raises:
-        DataError: The file is missing or not a CSV, lacks the column, or has rows without a path.
+        DataError: The file is missing or not a table, lacks the column, or has rows without a path.
     """
-    header, rows = _cells(table, read_text(table), (path_column,))
+    header, rows = read_cells(table, (path_column,))
     if header.count(path_column) != 1:
         number = header.count(path_column)
         raise DataError(
@@ -233,6 +248,8 @@ def read_paths(table: Path, path_column: str) -> list[str]:
             "Name the column with the paths: --set data.path_column=NAME",
         )
     position = header.index(path_column)
+    filled = [(line, row[position]) for line, row in rows if len(row) > position]
+    check_known(table, path_column, [line for line, _ in filled], [cell for _, cell in filled])
     _check_rows(
         table,
         f"has no {path_column}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from schemas.manifest import Split
 
@@ -19,3 +20,9 @@ class LabelledImage:
     """Patient or other group, or None if unknown."""
     split: Split | None = None
     """Split given by the user, or None if it is still to be drawn."""
+    site: str | None = None
+    """Hospital or other site, or None if unknown."""
+    others: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Column without another role -> value of this image."""
+    line: int | None = field(default=None, compare=False)
+    """Line of the table, or None without a table."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schemas.errors import DataError
+from schemas.settings import TAGS
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.table_columns import AUTO, split_of_word
@@ -42,6 +43,8 @@ def patient_folders(
     }
     sizes = Counter(folder_of.values())
     crowded = {name: number for name, number in sizes.items() if number > 1}
+    if group_column == TAGS:
+        return {}, []
     if group_column is not None and group_column != AUTO:
         return folder_of, [_chosen(images, len(sizes))] if sizes else []
     if not crowded:
@@ -60,8 +63,8 @@ def patient_folders(
             f"Sub-folders of the class folders in {images} contain several images each ({examples}); it is "
             "unclear whether they are patients.",
             listed(doubts) + "\nImages of one patient have to stay in the same split.",
-            "Set data.group_column in params.yaml: folder (each sub-folder is a patient), or null (images are "
-            "independent); or set data.labels to a CSV with a patient column.",
+            "Set data.group_column in params.yaml: folder (each sub-folder is a patient), tags (PatientID of DICOM "
+            "files), or null (images are independent); or set data.labels to a CSV with a patient column.",
         )
     return folder_of, [_chosen(images, len(sizes))]
 
@@ -90,16 +93,17 @@ def _doubts(paths: Mapping[str, Sequence[str]], folder_of: Mapping[str, str]) ->
 
 
 def groups_spelled_alike(groups: Iterable[str]) -> list[str]:
-    """Warn of groups whose names differ only in case or blanks, so that one patient could be in two splits."""
+    """Warn of groups whose names differ only in case, blanks or leading zeros: one patient could be in two splits."""
     spellings: dict[str, set[str]] = defaultdict(set)
     for name in groups:
-        spellings["".join(name.split()).casefold()].add(name)
+        # Spreadsheets take 007 for the number 7.
+        spellings["".join(name.split()).casefold().lstrip("0")].add(name)
     alike = [sorted(names) for names in spellings.values() if len(names) > 1]
     if not alike:
         return []
     shown = "; ".join(" and ".join(map(repr, names)) for names in alike[:_SHOWN])
     more = f"; and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
     return [
-        f"Warning: these patients or groups differ only in case or blanks and count as different: {shown}{more}. "
-        "Correct the table if they are the same."
+        "Warning: these patients or groups differ only in case, blanks or leading zeros and count as different: "
+        f"{shown}{more}. Correct the table if they are the same."
     ]

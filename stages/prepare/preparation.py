@@ -5,26 +5,28 @@ Every image is decoded once here, so that a broken file is reported before hours
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
-from schemas.manifest import SPLITS, GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
+from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, Split
+from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
 from stages.manifest import read_manifest, write_manifest
-from stages.prepare.class_names import check_named, class_order, numbers_hint
+from stages.prepare.changes import describe_changes
+from stages.prepare.class_names import check_named, class_order
 from stages.prepare.dataset_listing import Listing, layout_error, read_listing
 from stages.prepare.exports import write_quarantine
-from stages.prepare.image_digests import Digests, digest_images
-from stages.prepare.image_files import skipped_lines
+from stages.prepare.image_digests import Digests, read_images
 from stages.prepare.label_checks import check_classes, check_conflicts, check_left
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.shots import draw_shots
 from stages.prepare.split_assignment import assign_splits
 from stages.prepare.split_history import KnownSplits, latest_copy, locked, read_known, write_known
+from stages.prepare.summary import describe, summarise
 from stages.prepare.table_columns import AUTO
 from stages.progress import Progress
 
@@ -40,6 +42,9 @@ def prepare(
     progress: Progress | None = None,
     history: Path | None = None,
     redraw: bool = False,
+    index: Path | None = None,
+    full: bool = False,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> PrepareResult:
     """Read all images, assign a split to each, and write the manifest.
 
@@ -53,26 +58,22 @@ def prepare(
         progress: Called with (images read, images).
         history: Folder with the splits of earlier draws (`stages.prepare.split_history`), or None to ignore them.
         redraw: Draw all splits again, regardless of earlier draws.
+        index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
+        full: Read every file again, and remember it.
+        rendering: Window and frame of images that leave a choice.
 
     Raises:
         UnreadableImagesError: Images cannot be used; all are listed.
         DataError: Images and labels do not form a valid data set.
         StorageError: The output cannot be written.
     """
-    listing = read_listing(data, root)
+    listing = read_listing(data, root, None if history is None else history.parent)
     items = listing.items
     classes = check_classes(items, class_order(data), data.task)
     check_named(data, items)
-    if data.labels is not None and data.on_error == "fail":
-        check_files(items, listing.images, data.labels)
-    digests = digest_images(
-        items,
-        listing.images,
-        max_pixels=data.max_pixels,
-        min_side=data.min_side,
-        accept_warnings=data.on_warning == "accept",
-        progress=progress,
-    )
+    if data.labels_file is not None and data.on_error == "fail":
+        check_files(items, listing.images, data.labels_file)
+    digests = read_images(items, listing.images, data, progress, index, full, rendering)
     if data.on_error == "fail":
         _check_all(listing, digests)
     usable = [item for item in items if item.path in digests.ids]
@@ -82,19 +83,24 @@ def prepare(
         before = KnownSplits() if history is None else _earlier_splits(history, data, redraw)
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
-        manifest = _manifest(data, usable, classes, digests, split_of, listing.unit)
-        summary = _summary(manifest, listing, digests)
-        result = _result(summary, data, listing, manifest, before if before.contents else _replaced(output, history))
+        complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
+        manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
+        listing.notes.extend(digests.remark_lines())
+        summary = summarise(manifest, listing, digests)
+        last = _last_manifest(output, history)
+        earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)
+        changes = () if last is None else describe_changes(last, manifest)
+        result = describe(summary, data, listing, manifest, earlier, changes)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
         if history is not None:
-            write_known(history, data, known.with_manifest(manifest), manifest)
+            write_known(history, data, known.with_manifest(complete), manifest)
     return result
 
 
-def _replaced(output: Path, history: Path | None) -> KnownSplits:
-    """Return the splits of the manifest that is about to be replaced, to report which images another draw moves.
+def _last_manifest(output: Path, history: Path | None) -> Manifest | None:
+    """Return the manifest that is about to be replaced, or None before the first run.
 
     DVC deletes the manifest before it runs the stage again; the latest copy in the history then takes its place.
     """
@@ -102,9 +108,9 @@ def _replaced(output: Path, history: Path | None) -> KnownSplits:
     if not file.exists() and history is not None:
         file = latest_copy(history) or file
     try:
-        return KnownSplits().with_manifest(read_manifest(file))
+        return read_manifest(file)
     except ManifestError:
-        return KnownSplits()
+        return None
 
 
 def _earlier_splits(history: Path, data: DataSettings, redraw: bool) -> KnownSplits:
@@ -136,7 +142,7 @@ def _splits(
     known: KnownSplits,
 ) -> dict[str, Split]:
     try:
-        return assign_splits(items, digests.ids, classes, data, known, listing.unit)
+        return assign_splits(items, digests.ids, classes, data, known, listing.unit, digests.near)
     except DataError as error:
         # The error may be due to columns that were chosen automatically.
         if AUTO not in (data.group_column, data.split_column) or not listing.notes:
@@ -156,6 +162,7 @@ def _manifest(
     split_of: dict[str, Split],
     unit: GroupUnit | None,
 ) -> Manifest:
+    near = {} if "near" in data.allow_leaks else digests.near.key_of
     # `items` are sorted by path, as a manifest has to be.
     rows = (
         ManifestRow(
@@ -164,62 +171,15 @@ def _manifest(
             label=_in_order(item.label, classes, data.task),
             group=item.path if item.group is None else item.group,
             split=split_of[item.path],
+            site=item.site,
+            kept={name: item.others[name] for name in data.keep_columns},
+            near=near.get(item.path),
         )
         for item in items
     )
-    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit)
+    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit, allow_leaks=data.allow_leaks)
 
 
 def _in_order(label: str, classes: Sequence[str], task: Task) -> str:
     """Sort the labels of a multi-label image in the order of the classes."""
     return written(sorted(names_in(label, task), key=classes.index))
-
-
-def _summary(manifest: Manifest, listing: Listing, digests: Digests) -> PrepareSummary:
-    copies = Counter(row.id for row in manifest.rows)
-    counts = Counter((row.split, name) for row in manifest.rows for name in manifest.names(row))
-    grouped = [row.group for row in manifest.rows if row.group != row.path]
-    return PrepareSummary(
-        images=len(manifest.rows),
-        duplicates=sum(copies[row.id] > 1 for row in manifest.rows),
-        groups=len(set(grouped)),
-        singles=len(manifest.rows) - len(grouped),
-        unit=listing.unit,
-        group_column=listing.group_column,
-        split_column=listing.split_column,
-        quarantined=len(digests.failures) + len(listing.stray),
-        passed_over=dict(sorted(Counter(file.reason for file in listing.skipped).items())),
-        warned=len(digests.warnings),
-        counts={split: {label: counts[split, label] for label in manifest.classes} for split in SPLITS},
-        split_images={split: sum(row.split == split for row in manifest.rows) for split in SPLITS},
-    )
-
-
-def _result(
-    summary: PrepareSummary, data: DataSettings, listing: Listing, manifest: Manifest, before: KnownSplits
-) -> PrepareResult:
-    known = [(before.contents[row.id], row.split) for row in manifest.rows if row.id in before.contents]
-    moved = Counter(f"{old} -> {new}" for old, new in known if old != new)
-    notes = [
-        *listing.notes,
-        *numbers_hint(data, manifest.classes),
-        *_small_splits(summary, data, len(known)),
-        *skipped_lines(listing.skipped, listing.images),
-    ]
-    return PrepareResult(
-        **summary.model_dump(), known=len(known), moved=dict(sorted(moved.items())), notes=tuple(notes)
-    )
-
-
-def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> list[str]:
-    """Warn of each split that has become less than half as large as the settings request."""
-    if not known or summary.split_column is not None:
-        return []
-    shares = {"val": data.val_share, "test": data.test_share}
-    return [
-        f"Only {summary.split_images[split] / summary.images:.0%} of the images are in {split} "
-        f"(data.{split}_share: {share:.0%}), because known images keep their split. To draw all splits again: "
-        "`fpt prepare --redraw`"
-        for split, share in shares.items()
-        if summary.split_images[split] < share * summary.images / 2
-    ]

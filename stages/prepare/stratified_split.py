@@ -133,7 +133,8 @@ def _check_enough(clusters: Sequence[Cluster], unit: GroupUnit | None) -> None:
     if few:
         raise DataError(
             f"{counted(len(few), 'class')} with fewer than {len(SPLITS)} {noun}s: too few for train, val and test.",
-            listed(few) + "\nImages of one patient (or other group) and copies of an image stay in the same split.",
+            listed(few)
+            + "\nImages of one patient (or other group), copies and near-duplicates stay in the same split.",
             "Add images, remove the class, or provide a split with data.split_column.",
         )
 

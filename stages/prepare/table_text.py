@@ -1,4 +1,4 @@
-"""Read the text of a CSV file, and report what kind of file it is otherwise."""
+"""Read the bytes of a table, tell its format, and decode the text of a CSV."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ _MAX_BYTES = 4 * 2**30
 """A row per image takes about 100 bytes."""
 _PROBED_BYTES = 2**16
 """Bytes at the start that are checked for binary content."""
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""Byte order marks of UTF-16."""
+
+EXCEL = "an Excel workbook (XLSX)"
+PARQUET = "a Parquet file"
 
 _BINARY = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel workbook (XLS)"),
-    (b"PAR1", "a Parquet file"),
+    (b"PAR1", PARQUET),
     (b"\x1f\x8b", "a gzip archive"),
     (b"%PDF", "a PDF document"),
     (b"SQLite format 3\0", "an SQLite database"),
@@ -28,19 +33,23 @@ _BINARY = (
 )
 
 
-def read_text(table: Path) -> str:
-    """Read a CSV file encoded as UTF-8, with or without a byte order mark, or UTF-16 with one.
+def file_kind(raw: bytes) -> str | None:
+    """Return the format of a binary file in words, such as `EXCEL` or `PARQUET`; None for text."""
+    return None if raw.startswith(_WIDE) else _binary_kind(raw)
+
+
+def decoded(table: Path, raw: bytes) -> str:
+    """Decode the text of a CSV: UTF-8, with or without a byte order mark, or UTF-16 with one.
 
     Raises:
-        DataError: The file is missing, not a regular file, not text, or too large.
+        DataError: It is not text.
     """
-    raw = _bytes(table)
-    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    kind = None if wide else _binary_kind(raw)
+    wide = raw.startswith(_WIDE)
+    kind = file_kind(raw)
     if kind is not None:
         raise DataError(
-            f"{table} is {kind}, not a CSV.",
-            "Only CSV is supported, not spreadsheets.",
+            f"{table} is {kind}, not a table.",
+            "Tables are CSV, TSV, Parquet or Excel (.xlsx).",
             "Save it as CSV UTF-8 and name the new file instead.",
         )
     try:
@@ -58,7 +67,12 @@ def read_text(table: Path) -> str:
     return text
 
 
-def _bytes(table: Path) -> bytes:
+def read_bytes(table: Path) -> bytes:
+    """Read a table completely; of a binary file that is no table only the beginning.
+
+    Raises:
+        DataError: The file is missing, not a regular file, or too large.
+    """
     try:
         status = table.stat()
         # Checked first because opening a pipe would block until a writer appears, and a device may never end.
@@ -67,8 +81,8 @@ def _bytes(table: Path) -> bytes:
             raise DataError(f"{table} cannot be read.", f"{kind}, not a file.", "Name a regular file.")
         with table.open("rb") as file:
             start = file.read(_PROBED_BYTES)
-            if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
-                return start + (file.read(_MAX_BYTES) if start.startswith(b"PK\x03\x04") else b"")
+            if b"\0" in start and not start.startswith((*_WIDE, b"PK\x03\x04", b"PAR1")):
+                return start
             if status.st_size > _MAX_BYTES:
                 raise DataError(
                     f"{table} is too large for a table: {status.st_size / 2**30:,.1f} GiB.",
@@ -78,7 +92,7 @@ def _bytes(table: Path) -> bytes:
             return start + file.read(_MAX_BYTES)
     except FileNotFoundError:
         raise DataError(
-            f"There is no CSV at {table}.",
+            f"There is no table at {table}.",
             "It may have moved, or the path may be mistyped: a relative path starts at the folder of params.yaml.",
             "Correct data.labels in params.yaml.",
         ) from None
@@ -100,7 +114,7 @@ def _zip_kind(raw: bytes) -> str:
     except Exception:
         names = []
     if any(name.startswith("xl/") for name in names):
-        return "an Excel workbook (XLSX)"
+        return EXCEL
     if "mimetype" in names and "content.xml" in names:
         return "an OpenDocument spreadsheet (ODS)"
     return "a ZIP archive"

@@ -12,6 +12,7 @@ from schemas.errors import CacheIncompleteError, CacheMismatchError
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
 from schemas.methods import METHODS
+from schemas.rendering import DEFAULT_RENDERING
 from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
 from schemas.settings import DataSettings, LpmSettings
@@ -162,7 +163,8 @@ def _image_spec(settings: ResolvedSettings, files: StudyFiles, weights_sha256: s
 def _image_key(spec: FeatureSpec) -> dict[str, Any]:
     chosen_filter = {} if spec.filter is None else {"filter": spec.filter}
     lpm = spec.lpm.model_dump(mode="json")
-    return {"lpm": lpm, "weights": spec.weights_sha256, "resize": spec.resize, **chosen_filter}
+    rendering = {} if spec.rendering == DEFAULT_RENDERING else {"rendering": spec.rendering.model_dump(mode="json")}
+    return {"lpm": lpm, "weights": spec.weights_sha256, "resize": spec.resize, **chosen_filter, **rendering}
 
 
 def image_rows(files: StudyFiles, spec: FeatureSpec) -> RowSource:

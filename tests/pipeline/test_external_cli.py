@@ -90,13 +90,13 @@ def test_patterns_lists_and_tables_are_predicted(study: Path, others: Path, fpt:
 
 def test_what_is_passed_over_is_named(study: Path, others: Path, fpt: Fpt) -> None:
     Image.open(others / "dark/000.png").save(others / "scan.gif")
-    (others / "slice.dcm").write_bytes(bytes(128) + b"DICM")
+    (others / "slice.nrrd").write_bytes(b"NRRD0004")
     (others / "notes.txt").write_text("words")
     shutil.copy(others / "dark/000.png", others / "no-suffix")
     os.mkfifo(others / "pipe")
     out, err = fpt("predict", others, cwd=study)
     assert len(predicted(out)) == 7
-    for said in ("(DICOM, not read yet): slice.dcm", "(GIF, not read yet): scan.gif", "(named pipe): pipe", "1 .txt"):
+    for said in ("(NRRD, not read yet): slice.nrrd", "(GIF, not read yet): scan.gif", "(named pipe): pipe", "1 .txt"):
         assert said in err
 
 

@@ -144,9 +144,9 @@ def test_init_with_a_csv_watches_it(tmp_path: Path, images: Path, run: Run) -> N
     [
         (["--images", "nowhere"], "no image folder|Correct --images."),
         (["--images", "empty"], "no class folders|name a CSV with --labels."),
-        (["--images", "images", "--labels", "nothing.csv"], "no CSV|Correct --labels."),
+        (["--images", "images", "--labels", "nothing.csv"], "no table|Correct --labels."),
         (["--images", "images", "--labels", "labels.csv"], "did you mean 'lable'|--label-column"),
-        (["--images", "images", "--group-column", "patient"], "--group-column and --split-column need a labels CSV"),
+        (["--images", "images", "--group-column", "patient"], "--group-column and --split-column need a labels table"),
         (["--images", "images", "--set", "train.lrr=1"], "--set train.lrr: unknown key, did you mean 'train.lr'"),
         (["--images", "images", "--set", "data.seed=x"], "--set data.seed: "),
     ],

@@ -55,6 +55,8 @@ SPEC: dict[str, Any] = {
     "resize": "squash",
     "filter": None,
     "normalisation": "lpm",
+    "window": "stored",
+    "frame": "middle",
     "hidden": None,
     "statistics": False,
 }
@@ -74,6 +76,8 @@ OTHER_SPEC: dict[str, Any] = {
     "resize": "letterbox",
     "filter": "lanczos",
     "normalisation": "dataset",
+    "window": (40.0, 400.0),
+    "frame": 3,
     "hidden": 6,
     "statistics": True,
 }

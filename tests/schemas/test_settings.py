@@ -58,7 +58,7 @@ def test_yaml_round_trip(raw: dict[str, Any], tmp_path: Path) -> None:
     [
         (DataSettings, {"val_share": 0.6, "test_share": 0.4}, "no images to train"),
         (DataSettings, {"classes": ("a", "a")}, "twice"),
-        (DataSettings, {"group_column": "patient"}, "labels CSV"),
+        (DataSettings, {"group_column": "patient"}, "labels table"),
         (FeatureSettings, {"layers": ()}, "at least one"),
         (FeatureSettings, {"layers": (2, 1)}, "ascending"),
         (FeatureSettings, {"layers": (1, 1)}, "ascending"),

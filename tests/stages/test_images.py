@@ -212,7 +212,7 @@ def test_16_bit_colour_tiff_keeps_the_upper_byte(tmp_path: Path) -> None:
 def test_files_that_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image at all")
     (tmp_path / "empty.png").write_bytes(b"")
-    assert reason(tmp_path / "text.png") == "is not a PNG, JPEG, TIFF, BMP or WebP image"
+    assert reason(tmp_path / "text.png") == "is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image"
     assert reason(tmp_path / "empty.png") == "the file is empty"
     assert reason(tmp_path / "missing.png") == "no such file"
     assert reason(tmp_path) == "is a folder"
@@ -256,20 +256,18 @@ def test_the_image_outlives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("DICOM", "a DICOM"),
         ("GIF", "a GIF"),
         ("HEIC", "a HEIC"),
-        ("NIfTI", "a NIfTI"),
+        ("NIfTI pair", "a NIfTI pair"),
         ("PDF", "a PDF"),
         ("SVG", "an SVG"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: str, name: str) -> None:
     heads = {
-        "DICOM": bytes(128) + b"DICM",
         "GIF": b"GIF89a",
         "HEIC": b"\0\0\0\x18ftypheic",
-        "NIfTI": bytes(344) + b"n+1\0",
+        "NIfTI pair": bytes(344) + b"ni1\0",
         "PDF": b"%PDF-1.4",
         "SVG": b"<svg>",
     }

@@ -85,6 +85,20 @@ def test_grey_gives_the_pixels_of_three_channels(rule: str, name: str) -> None:
         assert np.array_equal(coloured[area], np.asarray(touched.resize((width, height), kind)))
 
 
+@pytest.mark.parametrize("rule", ["squash", "letterbox"])
+def test_float_grey_is_rounded_after_it_is_resized(rule: str) -> None:
+    """16-bit data keep steps that 8 bits do not have: rounded first, this ramp would average to whole numbers."""
+    ramp = np.broadcast_to(np.linspace(100, 100.9, 256, dtype=np.float32), (256, 256))
+    grey, _ = to_squares(Image.fromarray(ramp.copy()), spec_of(rule))
+    assert grey.dtype == np.uint8 and grey.shape == (64, 64, 3)
+    assert sorted(np.unique(grey).tolist()) == [100, 101]
+    eight = np.random.default_rng(0).integers(0, 256, (90, 120), dtype=np.uint8)
+    exact, _ = to_squares(Image.fromarray(eight.astype(np.float32)), spec_of(rule))
+    rounded, _ = to_squares(Image.fromarray(eight).convert("RGB"), spec_of(rule))
+    difference = np.abs(exact.astype(int) - rounded)
+    assert difference.mean() < 0.3 and difference.max() <= 4  # of noise, which 8 bits round and clip after each axis
+
+
 def test_the_rule_is_part_of_the_fingerprint_but_not_the_old_one() -> None:
     assert spec_of("letterbox").fingerprint != spec_of("squash").fingerprint
     old = spec_of("squash").model_dump()

@@ -105,13 +105,13 @@ def test_class_names(study: Path) -> None:
 def test_all_complaints_about_a_folder_at_once(broken: Path) -> None:
     make(broken / "data/images/=stray.png", 3)
     (broken / "data/images/unclear").mkdir()
-    (broken / "data/images/unclear/scan.dcm").write_bytes(b"x")
+    (broken / "data/images/unclear/scan.nrrd").write_bytes(b"x")
     text = fails(broken)
-    for part in ("=stray.png", "unclear/", "DICOM, not read yet", "benign/truncated.jpg: the file is truncated"):
+    for part in ("=stray.png", "unclear/", "NRRD, not read yet", "benign/truncated.jpg: the file is truncated"):
         assert part in text
     manifest, summary = run(broken, on_error="quarantine")
     assert manifest.classes == ("benign", "malignant") and summary.quarantined == 5
-    assert summary.passed_over == {"DICOM, not read yet": 1}
+    assert summary.passed_over == {"NRRD, not read yet": 1}
     with (broken / "outputs/manifest/quarantine.csv").open(newline="") as file:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert "outside of the class folders" in reasons["'=stray.png"]
@@ -122,12 +122,12 @@ def test_what_lies_beside_the_class_folders_is_named(study: Path) -> None:
     images = study / "data/images"
     os.mkfifo(images / "pipe")
     (images / "gone").symlink_to("nowhere")
-    (images / "scan.dcm").write_bytes(b"x")
+    (images / "scan.nrrd").write_bytes(b"x")
     (images / "Thumbs.db").write_bytes(b"x")
     _, summary = run(study)
-    assert summary.passed_over == {".db": 1, "DICOM, not read yet": 1, "broken link": 1, "named pipe": 1}
+    assert summary.passed_over == {".db": 1, "NRRD, not read yet": 1, "broken link": 1, "named pipe": 1}
     text = "\n".join(summary.notes)
-    assert all(name in text for name in ("pipe", "gone", "scan.dcm"))
+    assert all(name in text for name in ("pipe", "gone", "scan.nrrd"))
 
 
 def test_patients_spelled_alike_are_named(study: Path) -> None:

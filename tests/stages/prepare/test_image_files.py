@@ -20,6 +20,9 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+DICOM_REPORT = bytes(128) + b"DICM\x02\0\x02\0UI\x1e\x001.2.840.10008.5.1.4.1.1.88.11"
+
+
 def found(folder: Path) -> tuple[list[str], dict[str, str]]:
     result = find_image_files(folder)
     images = [path.relative_to(folder).as_posix() for path in result.images]
@@ -36,8 +39,8 @@ def test_kinds_that_are_read(kind: str) -> None:
     ("start", "kind"),
     [
         (encoded("GIF"), "GIF"),
-        (b"\0" * 128 + b"DICM", "DICOM"),
-        (b"\0" * 344 + b"n+1\0", "NIfTI"),
+        (DICOM_REPORT, "DICOM without an image"),
+        (b"\0" * 344 + b"ni1\0", "NIfTI pair"),
         (b"\0\0\0\x18ftypheic", "HEIC"),
         (b"BMI,age\n31,40\n and so on", None),
         (b"RIFF\0\0\0\0AVI LIST", None),
@@ -55,17 +58,17 @@ def test_images_by_content_and_what_is_skipped(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encoded("JPEG"))
     (tmp_path / "f.gif").write_bytes(encoded("GIF"))
-    (tmp_path / "g.dcm").write_bytes(b"no preamble")
+    (tmp_path / "g.dcm").write_bytes(b"damaged")
     (tmp_path / "h").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "report.dcm").write_bytes(DICOM_REPORT)
     (tmp_path / "i.nef").write_bytes(encoded("TIFF"))
     for name in ("Thumbs.db", "notes.txt", "more.txt", ".DS_Store", "desktop.ini"):
         (tmp_path / name).write_text("text")
     images, skipped = found(tmp_path)
-    assert images == ["a.png", "b.jfif", "c", "d.png ", "deep/e.JPG"]
+    assert images == ["a.png", "b.jfif", "c", "d.png ", "deep/e.JPG", "g.dcm", "h"]
     assert skipped == {
         "f.gif": "GIF, not read yet",
-        "g.dcm": "DICOM, not read yet",
-        "h": "DICOM, not read yet",
+        "report.dcm": "DICOM without an image",
         "i.nef": "camera raw, not read yet",
         "Thumbs.db": ".db",
         "desktop.ini": ".ini",
@@ -75,7 +78,7 @@ def test_images_by_content_and_what_is_skipped(tmp_path: Path) -> None:
     }
     lines = skipped_lines(find_image_files(tmp_path).skipped, tmp_path)
     assert lines == [
-        "Skipped 2 files (DICOM, not read yet): g.dcm, h",
+        "Skipped 1 file (DICOM without an image): report.dcm",
         "Skipped 1 file (GIF, not read yet): f.gif",
         "Skipped 1 file (camera raw, not read yet): i.nef",
         "Skipped 5 files that are not images (2 .txt, 1 hidden, 1 .db, 1 .ini).",

@@ -81,7 +81,7 @@ def test_the_sign_between_labels_is_not_part_of_one(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"task": "ordinal"}, "needs classes"),
-        ({"task": "multilabel"}, "needs a labels CSV"),
+        ({"task": "multilabel"}, "needs a labels table"),
         ({"labels": "l.csv", "label_columns": ["a"]}, "label_columns is for task multilabel"),
         ({"task": "multilabel", "labels": "l.csv", "label_columns": ["a", "a"]}, "lists a column twice"),
         ({"task": "multilabel", "labels": "l.csv", "label_separator": ""}, "at least 1 character"),

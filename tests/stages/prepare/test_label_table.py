@@ -103,7 +103,7 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
     assert "columns" in fails(tmp_path, "just some text\nand more\n")
     (tmp_path / "labels.csv").unlink()
     data = DataSettings(labels="labels.csv")
-    with pytest.raises(DataError, match="There is no CSV"):
+    with pytest.raises(DataError, match="There is no table"):
         read_table(data, tmp_path, tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         read_table(data.model_copy(update={"labels": "."}), tmp_path, tmp_path)
@@ -188,7 +188,7 @@ def workbook(names: dict[str, str]) -> bytes:
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (workbook({"[Content_Types].xml": "", "xl/workbook.xml": ""}), "Excel workbook (XLSX)"),
+        (workbook({"[Content_Types].xml": "", "xl/workbook.xml": ""}), "Excel workbook"),
         (workbook({"mimetype": "application/vnd.oasis.opendocument.spreadsheet", "content.xml": ""}), "(ODS)"),
         (workbook({"labels.csv": "path,label"}), "ZIP archive"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600, "Excel workbook (XLS)"),

@@ -44,7 +44,7 @@ def test_class_folders(study: Path) -> None:
     }
     written = json.loads((study / "outputs/manifest/summary.json").read_text())
     assert PrepareSummary.model_validate(written) == expected
-    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "notes": ()}
+    assert summary.model_dump() == {**expected.model_dump(), "known": 0, "moved": {}, "changes": (), "notes": ()}
     assert sorted(file.name for file in (study / "outputs/manifest").iterdir()) == ["manifest.parquet", "summary.json"]
 
 
@@ -117,9 +117,9 @@ def test_one_content_under_two_labels(study: Path) -> None:
 
 def test_an_empty_class(study: Path) -> None:
     (study / "data/images/unclear").mkdir()
-    (study / "data/images/unclear/scan.dcm").write_bytes(b"x")
+    (study / "data/images/unclear/scan.nrrd").write_bytes(b"x")
     text = fails(study)
-    assert "1 class without images" in text and "unclear" in text and ".dcm" in text
+    assert "1 class without images" in text and "unclear" in text and ".nrrd" in text
 
 
 def test_one_class_only(study: Path) -> None:
@@ -189,7 +189,7 @@ REASONS = {
     "benign/truncated.jpg": "the file is truncated",
     "malignant/empty.png": "the file is empty",
     "malignant/large.png": "max_pixels",
-    "malignant/text.png": "is not a PNG, JPEG, TIFF, BMP or WebP image",
+    "malignant/text.png": "is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image",
 }
 
 

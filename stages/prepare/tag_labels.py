@@ -1,0 +1,203 @@
+"""Labels and patients from the headers of DICOM files, for `data.labels: tags`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import DataError
+from schemas.settings import DataSettings
+from schemas.tasks import SEPARATOR, written
+from schemas.text import counted
+from stages.dicom_files import open_header, pydicom
+from stages.image_kinds import kind_of
+from stages.image_limits import RefusalError
+from stages.prepare.error_text import did_you_mean
+from stages.prepare.image_files import SkippedFile, find_image_files
+from stages.prepare.label_cells import is_missing
+from stages.prepare.labelled_image import LabelledImage
+from stages.prepare.pseudonyms import pseudonym, study_key
+from stages.prepare.table_columns import AUTO
+
+LABEL, PATIENT = "BodyPartExamined", "PatientID"
+"""Keywords of the label and of the patient by default."""
+_DEFAULT_COLUMN = DataSettings.model_fields["label_column"].default
+_KEEP = "data.keep_columns"
+_THREADS = 4
+
+_IDENTIFYING = ("Patient", "Accession", "Physician", "Operator", "BirthDate", "Address", "Telephone", "InstanceUID")
+"""Parts of keywords whose values may identify a patient or a person, as names of persons do; they are never labels."""
+_HARMLESS = ("PatientSex", "PatientAge", "PatientPosition", "PatientOrientation", "PatientSize", "PatientWeight")
+_TEXT = frozenset(
+    ("AS", "CS", "DA", "DS", "IS", "LO", "LT", "PN", "SH", "ST", "UC", "UI", "US", "SS", "FL", "FD", "TM")
+)
+"""Value representations of single short values."""
+
+
+@dataclass(frozen=True)
+class TagScan:
+    """Images below a folder, with what their headers say."""
+
+    items: list[LabelledImage]
+    """Sorted by path; groups are pseudonyms."""
+    unlabelled: dict[str, str]
+    """Path of an image without a label -> reason."""
+    skipped: list[SkippedFile]
+    """Files that are not images."""
+    group_column: str | None
+    """Keyword of the groups, or None if no group is known."""
+    notes: list[str]
+    """Choices, as lines for the user."""
+
+
+def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
+    """Read label and patient of every image below a folder from its DICOM header; pixels are not read.
+
+    The label is the element that `data.label_column` names, BodyPartExamined by default; the group is the pseudonym of
+    `data.group_column`, PatientID by default; `data.site_column` and `data.keep_columns` name further elements.
+
+    Args:
+        data: Settings.
+        images: Folder.
+        key: From `stages.prepare.pseudonyms.study_key`.
+
+    Raises:
+        DataError: A keyword is unknown, or would put identifiers into the manifest; or there are no images.
+        PlatformError: pydicom is not installed.
+    """
+    label = LABEL if data.label_column == _DEFAULT_COLUMN else data.label_column
+    group = PATIENT if data.group_column == AUTO else data.group_column
+    _check_keyword("data.label_column", label)
+    _check_harmless("data.label_column", label)
+    keywords: tuple[str, ...] = (label,)
+    for setting, named in (("data.site_column", data.site_column), *((_KEEP, name) for name in data.keep_columns)):
+        if named is not None:
+            _check_keyword(setting, named)
+            _check_harmless(setting, named)
+            keywords = (*keywords, named)
+    if group is not None:
+        _check_keyword("data.group_column", group)
+        keywords = (*keywords, group)
+    contents = find_image_files(images)
+    if not contents.images:
+        raise DataError(f"{images} has no images.", "", "Correct data.images in params.yaml.")
+    items: list[LabelledImage] = []
+    unlabelled: dict[str, str] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = pool.map(lambda path: _values(path, keywords), contents.images)
+        for path, values in zip(contents.images, read, strict=True):
+            name = path.relative_to(images).as_posix()
+            if isinstance(values, str):
+                unlabelled[name] = values
+            elif (text := _label(values[label], data)) is None:
+                unlabelled[name] = f"its header has no {label}"
+            else:
+                identifier = "\\".join(values[group]) if group is not None else ""
+                known = None if is_missing(identifier) else pseudonym(identifier, key)
+                kept = {keyword: _joined(values[keyword]) for keyword in data.keep_columns}
+                site = None if data.site_column is None else _joined(values[data.site_column]) or None
+                items.append(LabelledImage(name, text, known, site=site, others=kept))
+    grouped = group is not None and any(item.group is not None for item in items)
+    notes = [f"The label of each image is {label} of its header.", *_group_notes(group, items)]
+    return TagScan(items, unlabelled, contents.skipped, group if grouped else None, notes)
+
+
+def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None) -> tuple[dict[str, str], list[str]]:
+    """Return the pseudonym of the patient of each DICOM file with a PatientID, and notes for the user.
+
+    Args:
+        paths: Relative to `images`; other formats and missing files have no patient.
+        images: Image folder.
+        private: As for `stages.prepare.pseudonyms.study_key`, which makes a key only if it is needed.
+    """
+    dicom = [path for path in paths if _kind(images / path) == "DICOM"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        read = pool.map(lambda path: _values(images / path, (PATIENT,)), dicom)
+        values = {path: found[PATIENT] for path, found in zip(dicom, read, strict=True) if not isinstance(found, str)}
+    known = {path: "\\".join(texts) for path, texts in values.items() if texts and not is_missing(texts[0])}
+    if not known:
+        return {}, []
+    key = study_key(private)
+    return {path: pseudonym(identifier, key) for path, identifier in known.items()}, [
+        f"{counted(len(known), 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
+        "hashes are stored."
+    ]
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        return kind_of(path)
+    except OSError:
+        return None
+
+
+def _check_keyword(setting: str, keyword: str) -> None:
+    names = pydicom().datadict
+    tag = names.tag_for_keyword(keyword)
+    if tag is None or names.dictionary_VR(tag) not in _TEXT:
+        words = [entry[4] for entry in names.DicomDictionary.values()]
+        problem = "is not an element of DICOM" if tag is None else "is not a short text or number"
+        raise DataError(
+            f"{setting}: {keyword!r} {problem}{did_you_mean(keyword, words) if tag is None else ''}.",
+            "With data.labels: tags, columns are keywords of DICOM such as BodyPartExamined, Laterality, ViewPosition.",
+            f"Correct {setting} in params.yaml.",
+        )
+
+
+def _check_harmless(setting: str, keyword: str) -> None:
+    names = pydicom().datadict
+    person = names.dictionary_VR(names.tag_for_keyword(keyword)) == "PN"
+    if person or (any(part in keyword for part in _IDENTIFYING) and keyword not in _HARMLESS):
+        raise DataError(
+            f"{setting}: {keyword} may identify a person.",
+            "Its values would be written to the manifest and the report as they are.",
+            "Name another element. data.group_column may name identifiers: only their keyed hashes are stored.",
+        )
+
+
+def _values(path: Path, keywords: tuple[str, ...]) -> dict[str, list[str]] | str:
+    """Return the values of elements as text, or the reason why the file has no header."""
+    try:
+        if _kind(path) != "DICOM":
+            return "is not a DICOM file, so it has no header with a label"
+        with path.open("rb") as file:
+            _, header, _ = open_header(file, path.stat().st_size, keywords)
+            return {keyword: _texts(header.get(keyword)) for keyword in keywords}
+    except RefusalError as refusal:
+        return str(refusal)
+    except OSError as error:
+        return (error.strerror or "cannot be read").lower()
+    # pydicom raises nearly anything on damaged bytes.
+    except Exception:
+        return "its header is damaged"
+
+
+def _texts(value: Any) -> list[str]:
+    several = value if isinstance(value, list | tuple) or type(value).__name__ == "MultiValue" else [value]
+    texts = [" ".join(str(item).split()) for item in several if item is not None]
+    return [text for text in texts if text]
+
+
+def _joined(values: list[str]) -> str:
+    return " ".join(values)
+
+
+def _label(values: list[str], data: DataSettings) -> str | None:
+    if not values or is_missing(values[0]):
+        return None
+    if data.task == "multilabel":
+        return written(sorted({value.replace(SEPARATOR, "/") for value in values}))
+    return _joined(values)
+
+
+def _group_notes(group: str | None, items: list[LabelledImage]) -> list[str]:
+    if group is None:
+        return ["PatientID is not used (data.group_column: null): images of one patient may be in different splits."]
+    missing = sum(item.group is None for item in items)
+    notes = [f"All images with the same {group} stay in one split; only its keyed hash is stored."]
+    if missing:
+        notes.append(f"{counted(missing, 'image')} without {group}: each counts as a group of its own.")
+    return notes

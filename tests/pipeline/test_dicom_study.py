@@ -1,0 +1,97 @@
+"""A study of DICOM files from `fpt init` to the report and to predictions, on the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from command_line import Fpt
+from dicom_files import CR, CT, ULTRASOUND, save, save_compressed
+from study_tools import Run
+
+from stages.manifest import read_manifest
+
+PARTS = ("CHEST", "HAND")
+
+
+def draw(folder: Path, patients: int = 24) -> None:
+    """Two classes that differ in their pattern, in four kinds of files; one image per patient."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:64, 0:72]
+    for patient in range(patients):
+        part = PARTS[patient % 2]
+        pattern = (x // 8 % 2 if part == "CHEST" else y // 8 % 2) * 800 + rng.integers(0, 300, x.shape)
+        tags = {"PatientID": f"MRN{patient}", "PatientName": "Doe^Jane", "BodyPartExamined": part}
+        kind, name = patient // 2 % 4, f"S{patient:02d}"
+        if kind == 0:
+            inverted = (4095 - pattern).astype(np.uint16)
+            save(folder / f"{name}.dcm", inverted, 12, CR, PhotometricInterpretation="MONOCHROME1", Modality="CR",
+                 WindowCenter=3500, WindowWidth=1200, **tags)  # fmt: skip
+        elif kind == 1:
+            hounsfield = (pattern - 1000).astype(np.int16)
+            save(folder / name, hounsfield, 16, CT, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=-2000, **tags)
+        elif kind == 2:
+            grey = (pattern // 5).astype(np.uint8)
+            save(folder / f"{name}.dcm", np.stack([grey] * 3, axis=-1), 8, ULTRASOUND, Modality="US", **tags)
+        else:
+            save_compressed(folder / f"{name}.dicom", pattern.astype(np.uint16), **tags)
+
+
+@pytest.mark.dvc
+def test_from_headers_to_a_report(tmp_path: Path, weights: Path, run: Run, fpt: Fpt) -> None:
+    draw(tmp_path / "images")
+    words = ["method=statistics", "lpm.name=test_vit", f"lpm.weights={weights}", "features.image_size=64",
+             "features.tokens=false", "features.shard_size=8", "compute.device=cpu"]  # fmt: skip
+    options = [word for setting in words for word in ("--set", setting)]
+    made = run(["fpt", "init", "study", "--images", "images", "--labels", "tags", *options], cwd=tmp_path)
+    assert "The label of each image is BodyPartExamined" in made.stdout + made.stderr
+    study = tmp_path / "study"
+    assert not (study / ".fpt").exists()
+    assert "${data.labels}\n" not in (study / "dvc.yaml").read_text().replace("# - ${data.labels}", "")
+    assert yaml.safe_load((study / "params.yaml").read_text())["data"]["labels"] == "tags"
+
+    out, err = fpt("prepare", cwd=study)
+    assert out.startswith("24 images of 24 patients")
+    assert "6 images of ultrasound: they may show names or dates" in err
+    assert "DVC does not watch" not in err
+    for command in ("extract", "train", "evaluate"):
+        fpt(command, cwd=study)
+    assert json.loads((study / "outputs/evaluation/metrics.json").read_text())["auc"] > 0.9
+    assert (study / "outputs/evaluation/report.html").stat().st_size > 10_000
+
+    manifest = read_manifest(study / "outputs/manifest/manifest.parquet")
+    found = {row["path"]: row["predicted"] for row in csv.DictReader(io.StringIO(fpt("predict", tmp_path / "images",
+             cwd=study)[0]))}  # fmt: skip
+    right = sum(found[str(tmp_path / "images" / row.path)] == row.label for row in manifest.rows)
+    assert len(found) == 24 and right >= 20
+    tracked = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=study).stdout
+    assert ".fpt" not in tracked
+    for path in study.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"MRN1" not in content and b"Doe^" not in content, path
+
+
+def test_another_window_is_another_store(tmp_path: Path, weights: Path, fpt: Fpt) -> None:
+    draw(tmp_path / "images", 16)
+    raw = {
+        "method": "linear",
+        "data": {"images": "images", "labels": "tags"},
+        "lpm": {"name": "test_vit", "weights": str(weights)},
+        "features": {"image_size": 64, "tokens": False, "statistics": False},
+        "compute": {"device": "cpu"},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    fpt("prepare", cwd=tmp_path)
+    prints = set()
+    for window in ("stored", "percentile", "[500, 1000]"):
+        fpt("extract", "--set", f"features.window={window}", cwd=tmp_path)
+        receipt = json.loads((tmp_path / "outputs/features/receipt.json").read_text())
+        prints.add(receipt["fingerprint"])
+        assert receipt["images"] == 16
+    assert len(prints) == 3
