@@ -159,9 +159,10 @@ def plan_bench(
             continue
         if cost is not None:
             costs[method] = cost
-            if memory is not None and cost.train_tensor_mib * MIB > memory:
+            step = cost.train_tensor_mib or 0.0
+            if memory is not None and step * MIB > memory:
                 left_out[method] = (
-                    f"A training step takes {cost.train_tensor_mib / 1024:,.2f} GiB of {memory / 2**30:,.2f} GiB. "
+                    f"A training step takes {step / 1024:,.2f} GiB of {memory / 2**30:,.2f} GiB. "
                     "Lower train.batch_size, or raise train.accumulate."
                 )
                 continue
@@ -219,7 +220,7 @@ def _cost(study: Study, files: StudyFiles, settings: ResolvedSettings, folder: P
 
 def _together(cost: CostReport | None, memory: float | None, runs: int) -> int:
     """Return how many runs fit into the memory of one pass, which share the batch."""
-    if cost is None or memory is None:
+    if cost is None or memory is None or cost.train_tensor_mib is None or cost.train_batch_mib is None:
         return runs
     own = cost.train_tensor_mib - cost.train_batch_mib
     return max(1, min(runs, int((memory / MIB - cost.train_batch_mib) / max(own, 1e-6))))

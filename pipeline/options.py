@@ -19,7 +19,5 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the resul
 
 METHOD_NAMES = ", ".join(METHODS)
 """Every method, for help texts."""
-TRAINED_METHODS = ", ".join(row.name for row in METHODS.values() if not row.closed_form)
-"""Methods with a training step."""
 
 PARAMS_FILE = Path(PARAMS)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import show_json, show_pairs, show_sizes, size
-from pipeline.options import PARAMS_FILE, TRAINED_METHODS, AsJson, Assignments, Params
+from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
 
 if TYPE_CHECKING:
-    from schemas.cost import CostReport
-    from schemas.settings import Settings
+    from schemas.cost import CostReport, FitCost
+    from schemas.manifest import Manifest
+    from schemas.resolved import ResolvedSettings
 
 CLASSES = 2
 """Number of classes if no flag, setting or manifest gives it."""
@@ -25,7 +26,7 @@ def cost(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Input of the LPM, in pixels.", show_default=False)
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help=f"{TRAINED_METHODS}.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"{METHOD_NAMES}.", show_default=False)] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Dtype of the cached features: float32, float16, int8, int4.", show_default=False),
@@ -38,7 +39,7 @@ def cost(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learnable parameters, memory of a training step and cache size. Needs no images and no weights.
+    """Learnable parameters, memory of a training step or size of a fit, and cache size. Needs no images and no weights.
 
     Inside a study the options override params.yaml; outside of one they override the defaults.
     """
@@ -46,6 +47,7 @@ def cost(
     from pipeline.project import resolve_aloud
     from schemas.parse import parse_settings
     from stages.train.cost import estimate_cost
+    from stages.train.fit_cost import count_rows
 
     flags = {
         "lpm.name": lpm,
@@ -59,41 +61,74 @@ def cost(
     root = params.absolute().parent
     asked = parse_settings(override(raw, [*(assignments or []), *given]), source=params.name)
     settings, info = resolve_aloud(asked, root)
-    report = estimate_cost(settings, info, classes or _classes(settings, params), root)
+    manifest = _manifest(params)
+    counts = None if manifest is None else count_rows(manifest, settings.features)
+    report = estimate_cost(settings, info, classes or _classes(settings, manifest), root, counts)
     if as_json:
         show_json(report.model_dump(mode="json"))
     else:
         _show(report)
 
 
-def _classes(settings: Settings, params: Path) -> int:
+def _manifest(params: Path) -> Manifest | None:
+    """Return the manifest of the study, if it was prepared."""
     from schemas.settings import OUTPUTS
     from stages.manifest import read_manifest
 
+    path = params.absolute().parent / OUTPUTS / "manifest" / "manifest.parquet"
+    return read_manifest(path) if path.exists() else None
+
+
+def _classes(settings: ResolvedSettings, manifest: Manifest | None) -> int:
     if settings.data.classes is not None:
         return len(settings.data.classes)
-    manifest = params.absolute().parent / OUTPUTS / "manifest" / "manifest.parquet"
-    return len(read_manifest(manifest).classes) if manifest.exists() else CLASSES
+    return CLASSES if manifest is None else len(manifest.classes)
 
 
 def _show(report: CostReport) -> None:
-    memory = report.train_tensor_mib / report.full_finetune_tensor_mib
     parts = f" in {report.accumulate} parts" if report.accumulate > 1 else ""
     again = ", checkpointing" if report.checkpointing else ""
-    frozen = f", of which frozen weights {report.train_frozen_mib:,.1f}" if report.train_frozen_mib else ""
-    states = f"parameters and their states {report.train_states_mib:,.1f}{frozen}"
-    fixed = f"the batch {report.train_batch_mib:,.1f}, {states}"
+    steps = f"batch {report.batch_size}{parts}, " if report.train_tensor_mib is not None else ""
     show_pairs(
         f"{report.method} on {report.lpm}: {report.image_size} pixels, {report.classes} classes, "
-        f"batch {report.batch_size}{parts}, {report.dtype}{again}",
+        f"{steps}{report.dtype}{again}",
         [
             ("Learnable parameters", f"{report.learnable:,}"),
             ("Full fine-tuning", f"{report.lpm_parameters:,} ({report.learnable_share:.2%} are learnable)"),
-            ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB ({fixed})"),
-            ("Full fine-tuning", f"{report.full_finetune_tensor_mib:,.1f} MiB ({memory:.2%} are needed)"),
+            *_memory(report),
+            *(() if report.fit is None else _fitted(report, report.fit)),
             ("PPE is the score times", f"{report.ppe_factor:.4f}"),
-            ("PME is the score times", f"{report.pme_factor:.4f}"),
+            *(() if report.pme_factor is None else (("PME is the score times", f"{report.pme_factor:.4f}"),)),
             ("Cache", f"{size(report.cache_bytes_per_image)} an image"),
         ],
     )
     show_sizes(report.cache_bytes_by_dtype, report.dtype)
+
+
+def _memory(report: CostReport) -> list[tuple[str, str]]:
+    """Return the rows about the memory of a training step."""
+    full = f"{report.full_finetune_tensor_mib:,.1f} MiB"
+    if report.train_tensor_mib is None:
+        return [("Memory of a training step", "no gradient: one fit in closed form"), ("Full fine-tuning", full)]
+    frozen = f", of which frozen weights {report.train_frozen_mib:,.1f}" if report.train_frozen_mib else ""
+    states = f"parameters and their states {report.train_states_mib:,.1f}{frozen}"
+    fixed = f"the batch {report.train_batch_mib:,.1f}, {states}"
+    needed = report.train_tensor_mib / report.full_finetune_tensor_mib
+    return [
+        ("Memory of a training step", f"{report.train_tensor_mib:,.1f} MiB ({fixed})"),
+        ("Full fine-tuning", f"{full} ({needed:.2%} are needed)"),
+    ]
+
+
+def _fitted(report: CostReport, fit: FitCost) -> list[tuple[str, str]]:
+    """Return the rows about what is fitted in closed form."""
+    of_images = f"{fit.width:,} numbers per image"
+    if fit.rows is not None:
+        of_images += f", {fit.rows:,} of training and validation: {fit.read_mib:,.1f} MiB"
+    name = "Fit reads" if report.train_tensor_mib is None else "Linear probes read"
+    rows = [(name, of_images)]
+    if fit.coefficients != report.learnable:
+        rows.append(("Their coefficients", f"{fit.coefficients:,}"))
+    if fit.kept_mib is not None:
+        rows.append(("Bundle keeps of the fit", f"{fit.kept_mib:,.2f} MiB"))
+    return rows

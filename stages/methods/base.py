@@ -181,6 +181,24 @@ class RowModel(Model):
 
 
 @dataclass(frozen=True)
+class FitShape:
+    """What determines the shapes of a closed form: known before it is fitted."""
+
+    method: str
+    """Name of the method."""
+    task: Task
+    """Kind of the labels."""
+    classes: int
+    """C."""
+    width: int
+    """F, numbers of a row of `describe_rows`."""
+    rows: int
+    """Training rows."""
+    sources: tuple[ProbeSource, ...]
+    """What linear probes of an ensemble read."""
+
+
+@dataclass(frozen=True)
 class FitInputs:
     """Data and options of a closed-form fit."""
 
@@ -200,6 +218,12 @@ class FitInputs:
     """Loss weight of each class, (C,); None: all 1."""
     threads: Threads = CALLING_THREAD
     """Thread pool for independent fits."""
+
+    @property
+    def shape(self) -> FitShape:
+        """Shape of the fit."""
+        rows, width = self.train.x.shape
+        return FitShape(self.method, self.task, self.train.classes, width, rows, self.sources)
 
 
 class GradientMethod(ABC):
@@ -232,6 +256,10 @@ class ClosedFormMethod(ABC):
         Raises:
             TrainingError: If a class has no training rows, the validation split is empty, or a feature is not finite.
         """
+
+    @abstractmethod
+    def spec(self, shape: FitShape) -> MethodSpec:
+        """Return the spec of a fit, with 0 in place of the hyperparameters that it selects."""
 
     @abstractmethod
     def build(self, spec: MethodSpec) -> RowModel:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from schemas.specs import KnnSpec, MethodSpec
 from schemas.tasks import Task
-from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
+from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import FitRows, check_rows_to_fit, held_out
 from stages.methods.regression import label_log_loss, log_loss
 
@@ -115,6 +115,10 @@ class KnnMethod(ClosedFormMethod):
         Each training row finds itself, so that the training loss of a k-NN is no measure of anything.
         """
         return fit_knn(inputs.train, inputs.val, inputs.class_weights, inputs.task), None
+
+    def spec(self, shape: FitShape) -> KnnSpec:
+        """Return the spec without k."""
+        return KnnSpec(classes=shape.classes, features=shape.width, rows=shape.rows, neighbours=0, task=shape.task)
 
     def build(self, spec: MethodSpec) -> RowModel:
         """Build the model of a spec."""

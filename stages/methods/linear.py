@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from schemas.specs import LinearSpec, MethodSpec
-from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
+from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import FitRows, check_rows_to_fit
 from stages.methods.regression import LinearFit, fit_regression
 
@@ -82,10 +82,13 @@ class LinearMethod(ClosedFormMethod):
     def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
         """Fit to the training rows."""
         fit = fit_linear_probe(inputs.train, inputs.val, inputs.class_weights)
-        classes, features = fit.weight.shape
-        model = LinearModel(LinearSpec(classes=classes, features=features, c=fit.c, task=inputs.task))
+        model = LinearModel(self.spec(inputs.shape).model_copy(update={"c": fit.c}))
         model.probe.load_state_dict({name: getattr(fit, name) for name in ("weight", "bias", "mean", "scale")})
         return model.eval(), None
+
+    def spec(self, shape: FitShape) -> LinearSpec:
+        """Return the spec without its penalty."""
+        return LinearSpec(classes=shape.classes, features=shape.width, c=0.0, task=shape.task)
 
     def build(self, spec: MethodSpec) -> RowModel:
         """Build the model of a spec."""

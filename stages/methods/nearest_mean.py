@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from schemas.specs import MethodSpec, PooledSpec
-from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
+from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import check_rows_to_fit
 from stages.tasks import positives
 
@@ -47,12 +47,15 @@ class NearestMeanMethod(ClosedFormMethod):
         check_rows_to_fit(train, inputs.val)
         rows = F.normalize(torch.from_numpy(train.x), dim=1)
         members = torch.from_numpy(positives(train.y, train.classes).T.astype("float32"))
-        spec = PooledSpec(method="nearest-mean", classes=train.classes, features=rows.shape[1], task=inputs.task)
-        model = NearestMean(spec)
+        model = NearestMean(self.spec(inputs.shape))
         model.means.copy_(F.normalize(members @ rows, dim=1))
         if inputs.task == "multilabel":
             model.opposites.copy_(F.normalize((1 - members) @ rows, dim=1))
         return model.eval(), None
+
+    def spec(self, shape: FitShape) -> PooledSpec:
+        """Return the spec."""
+        return PooledSpec(method="nearest-mean", classes=shape.classes, features=shape.width, task=shape.task)
 
     def build(self, spec: MethodSpec) -> RowModel:
         """Build the model of a spec."""

@@ -23,7 +23,7 @@ from torch import nn
 from schemas.specs import MethodSpec, StatisticsSpec
 from schemas.statistics import ProbeSource
 from schemas.tasks import Task
-from stages.methods.base import ClosedFormMethod, Details, FitInputs, RowModel
+from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import FitRows, check_rows_to_fit
 from stages.methods.least_squares import fit_least_squares
 from stages.methods.logistic_path import fit_path
@@ -178,16 +178,19 @@ class StatisticsMethod(ClosedFormMethod):
     def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
         """Fit the probes; validation images are fitted to as well."""
         fit, held_out = fit_statistics(inputs)
-        spec = StatisticsSpec(
-            method=inputs.method,
-            classes=inputs.train.classes,
-            sources=inputs.sources,
-            shares=tuple(fit.share.tolist()),
-            task=inputs.task,
-        )
-        model = StatisticsModel(spec)
+        model = StatisticsModel(self.spec(inputs.shape).model_copy(update={"shares": tuple(fit.share.tolist())}))
         fit.copy_to(model.probe)
         return model.eval(), held_out
+
+    def spec(self, shape: FitShape) -> StatisticsSpec:
+        """Return the spec without ensemble weights."""
+        return StatisticsSpec(
+            method=shape.method,
+            classes=shape.classes,
+            sources=shape.sources,
+            shares=(0.0,) * len(shape.sources),
+            task=shape.task,
+        )
 
     def build(self, spec: MethodSpec) -> RowModel:
         """Build the model of a spec."""

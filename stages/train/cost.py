@@ -1,6 +1,7 @@
 """Cost estimate from shapes: needs no images, weights or accelerator.
 
-Tensor memory is measured: one step of the training loop runs on fake CPU tensors (shapes without data) while
+A closed form has no training step; what it reads and leaves is that of `stages.train.fit_cost`. The tensor memory of a
+step is measured: one step of the training loop runs on fake CPU tensors (shapes without data) while
 `MemTracker` adds up the storages that are alive at the same time. Temporary buffers inside kernels and the rounding of
 the allocator are not included.
 """
@@ -8,22 +9,22 @@ the allocator are not included.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from schemas.cost import CostReport
-from schemas.errors import PlatformError, SettingsError
+from schemas.cost import CostReport, FitCost
+from schemas.errors import PlatformError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.methods import METHODS
 from schemas.resolve import feature_spec
-from schemas.resolved import ResolvedSettings, ResolvedTrain
+from schemas.resolved import ResolvedSettings
 from schemas.settings import TrainSettings
 from schemas.specs import Inputs
 from stages.methods.base import Network, gradient_method, learnable_parameters
@@ -32,10 +33,30 @@ from stages.methods.cached_tokens import CachedTokens
 from stages.store.layout import array_layouts
 from stages.store.quantise import HIDDEN_ARRAYS
 from stages.train.checkpoints import Fit
+from stages.train.fit_cost import FitCounts, closed_form_cost, probe_cost, size_mib
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 
 
-def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: Path | None = None) -> CostReport:
+class StepCost(NamedTuple):
+    """Tensor memory of a training step, MiB."""
+
+    total: float
+    """Everything."""
+    batch: float
+    """The batch as it is stored."""
+    states: float
+    """Parameters, gradients, and states of AdamW."""
+    frozen: float
+    """Parameters that do not learn."""
+
+
+def estimate_cost(
+    settings: ResolvedSettings,
+    lpm: LpmInfo,
+    classes: int,
+    root: Path | None = None,
+    counts: FitCounts | None = None,
+) -> CostReport:
     """Compute parameters, tensor memory and stored bytes of resolved settings. Takes seconds.
 
     Args:
@@ -43,25 +64,23 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         lpm: Shape of their LPM at their image size.
         classes: Outputs of the classifier.
         root: Base folder of a relative `local-dir:`; None: the working directory.
+        counts: Rows that closed forms and linear probes are fitted to; None: not known.
 
     Raises:
         PlatformError: If this build of torch cannot track tensor memory.
-        SettingsError: If the method is fitted in closed form.
     """
-    row = METHODS[settings.method]
-    if row.closed_form:
-        raise SettingsError(
-            f"{settings.method} has no training step: there is nothing to estimate.",
-            [("method", "is fitted to all training images in closed form")],
-            "Choose a method that is trained by gradient, such as --method attentive.",
-        )
     features = feature_spec(settings, lpm, weights_sha256="0" * 64)
-    method = gradient_method(settings.method)
-    spec = method.spec(settings, lpm, classes)
-    with torch.device("meta"):
-        network = method.build(spec)
-    learnable = learnable_parameters(network)
-    mib, batch_mib = _step_mib(network, features, row.trains_on(settings), settings.train)
+    step: StepCost | None = None
+    fit: FitCost | None
+    if METHODS[settings.method].closed_form:
+        closed = fit = closed_form_cost(settings, features, classes, counts)
+        learnable = closed.coefficients
+    else:
+        method = gradient_method(settings.method)
+        with torch.device("meta"):
+            network = method.build(method.spec(settings, lpm, classes))
+        learnable, fit = learnable_parameters(network), probe_cost(network, settings, features, counts)
+        step = _step_cost(network, features, settings)
     lpm_parameters, full_mib = full_finetune_cost(
         settings.lpm.name, lpm.image_size, classes, settings.train.batch_size, root
     )
@@ -76,15 +95,16 @@ def estimate_cost(settings: ResolvedSettings, lpm: LpmInfo, classes: int, root: 
         learnable=learnable,
         lpm_parameters=lpm_parameters,
         learnable_share=share,
-        train_tensor_mib=mib,
-        train_batch_mib=batch_mib,
-        train_states_mib=_states_mib(network),
-        train_frozen_mib=_mib(parameter for parameter in network.parameters() if not parameter.requires_grad),
+        train_tensor_mib=None if step is None else step.total,
+        train_batch_mib=None if step is None else step.batch,
+        train_states_mib=None if step is None else step.states,
+        train_frozen_mib=None if step is None else step.frozen,
+        fit=fit,
         checkpointing=settings.train.checkpointing,
         accumulate=settings.train.accumulate,
         full_finetune_tensor_mib=full_mib,
         ppe_factor=efficiency_factor(share),
-        pme_factor=efficiency_factor(mib / full_mib),
+        pme_factor=None if step is None else efficiency_factor(step.total / full_mib),
         cache_bytes_per_image=features.bytes_per_image,
         cache_bytes_by_dtype=features.bytes_by_dtype,
     )
@@ -118,34 +138,25 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _states_mib(network: Network) -> float:
-    """Return the size of all parameters, and of gradients and AdamW moments of the learnable ones, MiB."""
-    learnable = (parameter for parameter in network.parameters() if parameter.requires_grad)
-    return _mib(network.parameters()) + 3 * _mib(learnable)
-
-
-def _mib(tensors: Iterable[torch.Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-
-
-def _step_mib(network: Network, features: FeatureSpec, inputs: Inputs, train: ResolvedTrain) -> tuple[float, float]:
-    """Measure the tensor memory of a training step: batch as read, network, gradients and optimiser states.
-
-    Returns:
-        The total, and the size of the batch, MiB.
-    """
+def _step_cost(network: Network, features: FeatureSpec, settings: ResolvedSettings) -> StepCost:
+    """Measure the tensor memory of a training step: batch as read, network, gradients and optimiser states."""
+    train, inputs = settings.train, METHODS[settings.method].trains_on(settings)
+    learnable = size_mib(parameter for parameter in network.parameters() if parameter.requires_grad)
+    parameters = size_mib(network.parameters())
     batch_mib = 0.0
     recipe = Recipe(train, features, class_weights=None, device=torch.device("cpu"), workers=0)
 
     def make_step() -> tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]:
         nonlocal batch_mib
         batch = _blank_batch(network, features, inputs, train.batch_size)
-        batch_mib = _mib(batch.tensors())
+        batch_mib = size_mib(batch.tensors())
         optimizer = make_optimizer(network, train)
         run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
         return optimizer, list(batch.tensors()), lambda: training_step([run], batch)
 
-    return _peak_mib(network, make_step), batch_mib
+    total = _peak_mib(network, make_step)
+    # A gradient and two moments of AdamW per learnable parameter.
+    return StepCost(total, batch_mib, parameters + 3 * learnable, parameters - learnable)
 
 
 def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:

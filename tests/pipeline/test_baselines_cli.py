@@ -7,6 +7,7 @@ import pytest
 from command_line import Fpt
 from study_tools import draw_images
 
+from stages.manifest import read_manifest
 from stages.train.bundle import load_bundle
 
 # The first test here waits for the whole pipeline, which a loaded machine runs in minutes.
@@ -93,8 +94,17 @@ def test_other_splits_are_not_compared(study: Path, fpt: Fpt) -> None:
     assert "cannot be compared" in err
 
 
-def test_the_cost_of_a_fit_is_refused_in_words(study: Path, fpt: Fpt) -> None:
-    _, err = fpt("cost", "--method", "knn", cwd=study, code=2)
-    assert "no training step" in err
+def test_the_cost_of_a_fit_and_of_a_training_are_in_one_table(study: Path, fpt: Fpt) -> None:
+    out, _ = fpt("cost", "--method", "knn", cwd=study)
+    assert "no gradient" in out
+    manifest = read_manifest(study / "outputs/manifest/manifest.parquet")
+    rows = sum(row.split != "test" for row in manifest.rows)
+    assert f"128 numbers per image, {rows} of training and validation" in out
+    assert "PME" not in out
+    cost = json.loads(fpt("cost", "--method", "linear", "--json", cwd=study)[0])
+    assert (cost["learnable"], cost["train_tensor_mib"]) == (2 * 129, None)
+    out, _ = fpt("cost", "--method", "fpt-x", cwd=study)
+    assert "Linear probes read" in out
+    assert "PME is the score times" in out
     out, _ = fpt("cost", "--method", "attentive", "--json", cwd=study)
     assert json.loads(out)["method"] == "attentive"

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from study import Study, make_study, predict, train_study
 
-from schemas.errors import BundleError, CacheMismatchError, SettingsError, TrainingError
+from schemas.errors import BundleError, CacheMismatchError, TrainingError
 from schemas.methods import METHODS, Method
 from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog
@@ -25,6 +26,7 @@ from stages.store.reader import open_store
 from stages.train.bundle import encode_spec, load_bundle, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
+from stages.train.fit_cost import count_rows
 from stages.train.infer import source_logits
 from stages.train.job import Watch
 from stages.train.trainer import train
@@ -196,16 +198,45 @@ def test_the_attentive_probe_is_softmax_attention_head_by_head(study: Study) -> 
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_attentive_probe_has_a_cost_and_a_fit_has_none(study: Study) -> None:
+def test_the_attentive_probe_costs_less_than_a_side_network(study: Study) -> None:
     attentive, plus = (
         estimate_cost(as_method(study, method), study.lpm, 3, study.root) for method in ("attentive", "fpt+")
     )
     train_study(study, study.extract(), settings=as_method(study, "attentive"))
     assert attentive.learnable == load_bundle(study.root / "model").spec.learnable
+    assert attentive.train_tensor_mib is not None
+    assert plus.train_tensor_mib is not None
     assert 0 < attentive.train_tensor_mib < plus.train_tensor_mib
-    for method in ("linear", "knn"):
-        with pytest.raises(SettingsError, match="no training step"):
-            estimate_cost(as_method(study, method), study.lpm, 3, study.root)
+    assert attentive.fit is None
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.closed_form])
+def test_the_cost_of_a_fit_is_what_the_bundle_holds(tmp_path: Path, method: Method) -> None:
+    study = make_study(tmp_path, method=method, features={"views": ("identity", "hflip")})
+    counts = count_rows(study.manifest, study.settings.features)
+    cost = estimate_cost(study.settings, study.lpm, 3, study.root, counts)
+    result = train_study(study, study.extract())
+    tensors = load_file(tmp_path / "model/model.safetensors").values()
+    assert cost.fit is not None
+    assert cost.learnable == cost.fit.coefficients == result.learnable
+    assert cost.fit.kept_mib == pytest.approx(sum(one.nbytes for one in tensors) / 2**20)
+    assert cost.fit.rows == 2 * len(list(study.manifest.of("train"))) + len(list(study.manifest.of("val")))
+    assert (cost.train_tensor_mib, cost.pme_factor) == (None, None)
+    unknown = estimate_cost(study.settings, study.lpm, 3, study.root).fit
+    assert unknown == cost.fit.model_copy(update={"rows": None, "read_mib": None, "kept_mib": None})
+
+
+def test_the_cost_of_an_ensemble_lists_its_linear_probes(study: Study) -> None:
+    settings = study.changed(train={**LOOP, "members": 1, "epochs": 1}).model_copy(update={"method": "fpt-x"})
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"probe_weight": 0.5})})
+    cost = estimate_cost(settings, study.lpm, 3, study.root, count_rows(study.manifest, settings.features))
+    result = train_study(study, study.extract(), settings=settings)
+    probe = {key: value for key, value in load_file(study.root / "model/model.safetensors").items() if "probe." in key}
+    assert cost.fit is not None
+    assert cost.learnable == result.learnable
+    assert cost.fit.coefficients == probe["probe.weight"].numel() + probe["probe.bias"].numel()
+    assert cost.fit.kept_mib == pytest.approx(sum(one.nbytes for one in probe.values()) / 2**20)
+    assert cost.train_tensor_mib is not None
 
 
 def test_every_method_is_in_every_table() -> None:
