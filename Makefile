@@ -38,6 +38,7 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m pipeline.method_tables docs/methods.md
+	$(BIN)/python -m pipeline.recipe_tables docs/recipes.md
 
 lock: $(STAMP)
 	@{ echo "# Versions with which all tests passed, for pip's --constraint; written by make lock."; \

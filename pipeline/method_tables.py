@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from schemas.errors import DataError
+from pipeline.doc_blocks import with_block
 from schemas.method_row import MethodRow
 from schemas.methods import METHODS
 
@@ -28,23 +28,11 @@ def _line(row: MethodRow) -> str:
     return f"| `{row.name}` | {row.title}: {row.help} | {row.trained_by} | {reads} | {row.paper or 'this project'} |\n"
 
 
-def with_table(text: str) -> str:
-    """Return a page with the generated block replaced.
-
-    Raises:
-        DataError: The page has no such block.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError("The page has no block for the table of methods.", repair=f"Add the lines {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{methods_table()}{END}{after}"
-
-
 def main(pages: Sequence[str]) -> None:
     """Rewrite the block in pages."""
     for page in map(Path, pages):
-        page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+        text = with_block(page.read_text(encoding="utf-8"), BEGIN, END, methods_table())
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

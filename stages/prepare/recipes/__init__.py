@@ -1,0 +1,1 @@
+"""Read the original downloads of published data sets by their recipes."""
