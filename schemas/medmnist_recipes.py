@@ -78,9 +78,7 @@ def _recipe(title: str, kind: str, labels: tuple[str, ...], counts: tuple[int, i
         task=_TASKS.get(title, "multiclass"),
         patients="not published",
         splits="those of the data set",
-        published=tuple(
-            Published(split=split, images=count) for split, count in zip(SPLITS, counts, strict=True)
-        ),
+        published=tuple(Published(split=split, images=count) for split, count in zip(SPLITS, counts, strict=True)),
     )
 
 

@@ -105,9 +105,7 @@ _FPT = (
         source="https://challenge.isic-archive.com/data/#2016",
         licence="CC-0",
         layout=tuple(
-            f"ISBI2016_ISIC_Part3_{part}_{end}"
-            for part in ("Training", "Test")
-            for end in ("GroundTruth.csv", "Data/")
+            f"ISBI2016_ISIC_Part3_{part}_{end}" for part in ("Training", "Test") for end in ("GroundTruth.csv", "Data/")
         ),
         reading=Tables(sheets=(_isic_2016("Training", "train"), _isic_2016("Test", "test"))),
         labels={"benign": "benign", "malignant": "malignant", "0": "benign", "1": "malignant"},
@@ -135,9 +133,7 @@ _FPT = (
         ),
         reading=Tables(
             sheets=(_isic_2018("Training", "train"), _isic_2018("Validation", "val"), _isic_2018("Test", "test")),
-            groups=Groups(
-                file="ISIC2018_Task3_Training_LesionGroupings.csv", images=("image",), group="lesion_id"
-            ),
+            groups=Groups(file="ISIC2018_Task3_Training_LesionGroupings.csv", images=("image",), group="lesion_id"),
         ),
         labels={name: name for name in _LESIONS},
         group="lesion",
@@ -177,9 +173,7 @@ _FPT = (
         source="https://doi.org/10.7937/tcia.eqde-4b16",
         licence="CC BY 4.0",
         layout=("CMMD_clinicaldata_revision.xlsx or .csv", "*.dcm"),
-        reading=DicomSides(
-            file="CMMD_clinicaldata_revision", patient="ID1", side="LeftRight", label="classification"
-        ),
+        reading=DicomSides(file="CMMD_clinicaldata_revision", patient="ID1", side="LeftRight", label="classification"),
         labels={"Benign": "benign", "Malignant": "malignant"},
         group="patient",
         patients="images of one patient stay together; images of a breast without a label are left out",
@@ -197,9 +191,7 @@ _FPT = (
         labels={"covid": "COVID-19", "normal": "normal", "virus": "viral pneumonia"},
         patients="not published",
         splits=DRAWN,
-        published=(
-            Published(images=1823, labels={"COVID-19": 536, "normal": 668, "viral pneumonia": 619}),
-        ),
+        published=(Published(images=1823, labels={"COVID-19": 536, "normal": 668, "viral pneumonia": 619}),),
         settings=_fpt(1e-4),
     ),
     Recipe(
@@ -305,8 +297,14 @@ _OTHERS = (
             Published(
                 images=6392,
                 labels={
-                    **{"normal": 2873, "diabetes": 1608, "glaucoma": 284, "cataract": 293},
-                    **{"AMD": 266, "hypertension": 128, "myopia": 232, "other": 708},
+                    "normal": 2873,
+                    "diabetes": 1608,
+                    "glaucoma": 284,
+                    "cataract": 293,
+                    "AMD": 266,
+                    "hypertension": 128,
+                    "myopia": 232,
+                    "other": 708,
                 },
             ),
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from schemas.base import Contract
 from schemas.manifest import Split
 from schemas.tasks import Task
@@ -91,7 +93,7 @@ class Published(Contract):
     """Of this split; None: of all images."""
     images: int
     """Images with a label that the recipe keeps."""
-    labels: dict[str, int] = {}
+    labels: dict[str, int] = Field(default_factory=dict)
     """Images of each label; empty: not published, or not verified."""
 
 
@@ -125,7 +127,7 @@ class Recipe(Contract):
     """Whose splits they are."""
     published: tuple[Published, ...] = ()
     """Verified counts; empty: none."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """Published settings, by dotted name."""
 
     @property

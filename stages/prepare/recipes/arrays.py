@@ -42,9 +42,7 @@ def write_arrays(download: Download, recipe: Recipe, reading: Arrays, folder: Pa
             for split in SPLITS:
                 labels = np.stack(list(_rows(archive, f"{split}_labels")))
                 (folder / split).mkdir(parents=True, exist_ok=True)
-                for number, (pixels, label) in enumerate(
-                    zip(_rows(archive, f"{split}_images"), labels, strict=True)
-                ):
+                for number, (pixels, label) in enumerate(zip(_rows(archive, f"{split}_images"), labels, strict=True)):
                     name = f"{split}/{number:06d}.png"
                     Image.fromarray(np.asarray(pixels, np.uint8)).save(folder / name)
                     found.images.append(LabelledImage(name, _label(recipe, label), None, split))

@@ -29,9 +29,7 @@ def differences(recipe: Recipe, counts: Counts) -> list[str]:
         place = f" in {published.split}" if published.split else ""
         for label, expected in {"": published.images, **published.labels}.items():
             found = sum(
-                number
-                for (split, name), number in counts.items()
-                if name == label and published.split in (None, split)
+                number for (split, name), number in counts.items() if name == label and published.split in (None, split)
             )
             if found != expected:
                 what = f"images of {label!r}" if label else "images"

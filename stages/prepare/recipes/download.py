@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -111,9 +110,9 @@ class Images:
 
     def named(self, cell: str) -> list[str]:
         """Return the paths of the images with this name: one, or none, or several."""
-        name = cell.strip().replace("\\", "/").rpartition("/")[2].casefold()
-        stem = name if os.path.splitext(name)[1] not in SUFFIXES else os.path.splitext(name)[0]
-        return self._by_name.get(name) or self._by_stem.get(stem, [])
+        name = PurePosixPath(cell.replace("\\", "/").casefold())
+        stem = name.stem if name.suffix in SUFFIXES else name.name
+        return self._by_name.get(name.name) or self._by_stem.get(stem, [])
 
 
 def read_rows(table: Path, columns: Sequence[str] = (), delimiter: str = ",", needed: Sequence[str] = ()) -> list[Row]:
@@ -181,7 +180,7 @@ def groups_of(rows: Sequence[Mapping[str, str]], images: Sequence[str], group: s
     """
     found: dict[str, str] = {}
     for row in rows:
-        stems = [os.path.splitext(row[name])[0].casefold() for name in images if row.get(name)]
+        stems = [PurePosixPath(row[name].casefold()).stem for name in images if row[name]]
         for stem in stems:
             found[stem] = row[group] if group else stems[0]
     return found
