@@ -39,6 +39,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pipeline.method_tables docs/methods.md
 	$(BIN)/python -m pipeline.recipe_tables docs/recipes.md
+	$(BIN)/python -m pipeline.modality_tables docs/models.md
 
 lock: $(STAMP)
 	@{ echo "# Versions with which all tests passed, for pip's --constraint; written by make lock."; \

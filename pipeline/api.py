@@ -62,6 +62,7 @@ def init(
     images: AnyPath,
     *,
     labels: AnyPath | None = None,
+    modality: str | None = None,
     version_control: bool = True,
     **overrides: Any,
 ) -> Study:
@@ -72,6 +73,8 @@ def init(
         images: Folder of the images: a folder per class, or any folder with `labels`.
         labels: Table with a row per image, or "tags" for the headers of DICOM files; columns are set with
             `data={"label_column": ...}`.
+        modality: Kind of the images, for which LPM, resize rule and window are proposed: cxr, fundus, derm, histology,
+            us, mri, ct or mammo; None: the published LPM.
         version_control: Whether to set up Git and DVC where they are not yet.
         **overrides: Settings, such as `method="linear"` or `train={"lr": 1e-3}`.
 
@@ -80,15 +83,17 @@ def init(
         SettingsError: With every problem at once.
         DataError: There are no images, or the labels do not fit them.
     """
+    from pipeline.proposals import find_modality, notes_on, propose
     from pipeline.scaffold import check_inputs, initialise, labels_setting, undone_on_failure, write_study
 
     place = Path(folder).expanduser()
     data = {"images": _resolved(images), "labels": labels_setting(None if labels is None else Path(labels))}
-    settings = parse_settings(override({"data": data}, as_assignments(overrides)), source="fpt.init")
+    proposed = find_modality(modality)
+    settings = parse_settings(override(propose({"data": data}, proposed), as_assignments(overrides)), source="fpt.init")
     for note in check_inputs(settings.data, place):
         say(note)
     with undone_on_failure(place):
-        written = write_study(place, settings)
+        written = write_study(place, settings, notes=notes_on(proposed))
         if version_control:
             initialise(place, written)
     return open_params(place / PARAMS)

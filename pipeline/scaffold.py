@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml
+from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml, wrapped
 from schemas.errors import ProjectError, StorageError
 from schemas.settings import OUTPUTS, TAGS, DataSettings, Settings
 from stages.files import atomic_write
@@ -88,13 +88,14 @@ def labels_setting(labels: Path | None) -> str | None:
     return TAGS if str(labels) == TAGS else str(labels.expanduser().resolve())
 
 
-def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list[Path]:
+def write_study(folder: Path, settings: Settings, *, demo: bool = False, notes: Sequence[str] = ()) -> list[Path]:
     """Write the files of a study.
 
     Args:
         folder: Folder of the study, created if missing.
         settings: Values of `params.yaml`.
         demo: Whether to write the demo study, whose pipeline also makes its data and a baseline.
+        notes: Paragraphs for the top of `params.yaml`.
 
     Returns:
         All files that were written.
@@ -107,7 +108,7 @@ def write_study(folder: Path, settings: Settings, *, demo: bool = False) -> list
         raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
     pipeline = dvc_yaml(labels=settings.data.labels_file is not None, weights=settings.lpm.weights != "hub")
     files = {
-        folder / "params.yaml": params_yaml(settings, DEMO_HEAD if demo else PARAMS_HEAD),
+        folder / "params.yaml": params_yaml(settings, "\n".join([DEMO_HEAD if demo else PARAMS_HEAD, *wrapped(notes)])),
         folder / "dvc.yaml": demo_dvc_yaml() if demo else pipeline,
     }
     existing = [path.name for path in (*files, folder / "dvc.lock", folder / OUTPUTS) if path.exists()]

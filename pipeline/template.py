@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -171,6 +172,11 @@ def params_yaml(settings: Settings, head: str = "") -> str:
     """
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
     return "\n".join([*lines, *([""] if lines else []), *_section(settings, "")]) + "\n"
+
+
+def wrapped(paragraphs: Sequence[str]) -> list[str]:
+    """Return the lines of paragraphs for the head of `params.yaml`, each with a blank line before it."""
+    return [line for text in paragraphs for line in ("", *textwrap.wrap(text, WIDTH - 2))]
 
 
 def _section(model: Contract, indent: str) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from pipeline.console import say
 from pipeline.options import Assignments
 from schemas.errors import DataError, SettingsError
+from schemas.modalities import MODALITIES
 from schemas.settings import DataSettings, Settings
 
 _KEY = re.compile(r"\bdata\.(images|labels|path_column|label_column|group_column|split_column)\b")
@@ -38,9 +39,19 @@ def init(
     split_column: Annotated[
         str, typer.Option("--split-column", help="Column with train, val or test; none: draw splits.")
     ] = "auto",
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            "--modality",
+            metavar="NAME",
+            help=f"Propose LPM, resize rule and window for such images: {', '.join(MODALITIES)}.",
+            show_default=False,
+        ),
+    ] = None,
     assignments: Assignments = None,
 ) -> None:
     """Create a study directory with params.yaml, dvc.yaml, Git and DVC. Overwrites nothing."""
+    from pipeline.proposals import find_modality, notes_on, propose
     from pipeline.scaffold import initialise, labels_setting, undone_on_failure, write_study
 
     # Absolute, because DVC runs experiments in a temporary copy of the repository that has only tracked files.
@@ -52,14 +63,18 @@ def init(
         "group_column": group_column,
         "split_column": split_column,
     }
-    settings = _settings({"data": data}, assignments or [])
+    proposed = find_modality(modality)
+    settings = _settings(propose({"data": data}, proposed), assignments or [])
     notes = _check(settings.data, study)
     with undone_on_failure(study):
-        added = initialise(study, write_study(study, settings))
+        added = initialise(study, write_study(study, settings, notes=notes_on(proposed)))
     created = " and ".join(added.created)
     say(f"Created the study {study}{f', with {created}' if created else ''}. Its settings: {study / 'params.yaml'}")
     for note in notes:
         say(note)
+    if proposed is not None:
+        values = ", ".join(f"{key}: {value}" for key, value in proposed.settings.items())
+        say(f"Proposed for {proposed.title}: {values}. What is known of them: the first lines of params.yaml")
     say("Next:")
     if study.resolve() != Path.cwd():
         say(f"  cd {shlex.quote(str(study))}")

@@ -104,7 +104,9 @@ def _headers(root: Path, files: list[str]) -> Iterator[tuple[str, str, str]]:
         pydicom: Any = import_module("pydicom")
     except ImportError:
         raise PlatformError(
-            "pydicom is not installed.", "It reads the headers of DICOM files.", "Install it: pip install pydicom"
+            "pydicom is not installed.",
+            "It reads the headers of DICOM files.",
+            'Install it: pip install "fpt-vit[dicom]"',
         ) from None
     tags = ["PatientID", "ImageLaterality", "Laterality"]
     for name in files:
