@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,6 @@ import pytest
 from pipeline import cli
 from pipeline.commands import cache as cache_module
 from schemas.errors import FptError, InterruptedRunError
-from schemas.methods import METHODS
 
 
 def fpt(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -122,10 +120,3 @@ def test_help_loads_no_stage() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("verb", ["train", "cost"])
-def test_help_lists_every_method(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = fpt(verb, "--help", capsys=capsys)
-    listed = re.split(r"[^\w+-]+", out)
-    assert set(METHODS) <= set(listed)
