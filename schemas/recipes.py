@@ -136,8 +136,13 @@ class Recipe(Contract):
         return tuple(dict.fromkeys(label for label in self.labels.values() if label is not None))
 
     @property
+    def writes_images(self) -> bool:
+        """Whether images are written into the study, because the download has none."""
+        return isinstance(self.reading, Arrays)
+
+    @property
     def has_splits(self) -> bool:
         """Whether images come with their split."""
-        return isinstance(self.reading, Arrays) or (
+        return self.writes_images or (
             isinstance(self.reading, Tables) and any(sheet.split is not None for sheet in self.reading.sheets)
         )

@@ -51,6 +51,9 @@ def recipe(
         )
     folder = study or Path(chosen.name)
     settings = _settings(chosen, source, assignments or [])
+    _check_apart(folder, source)
+    if chosen.writes_images:
+        say(f"Writing the images of {chosen.title} as PNG files into {folder}.")
     with _new_folder(folder):
         found = read_download(chosen, source, folder)
         write_labels(folder, chosen, found.images)
@@ -86,6 +89,21 @@ def _settings(chosen: Recipe, source: Path, assignments: list[str]) -> Settings:
     published = [f"{key}={value}" for key, value in chosen.settings.items()]
     raw: dict[str, Any] = {"data": data_settings(chosen, source)}
     return parse_settings(override(override(raw, published), assignments), source=f"fpt data recipe {chosen.name}")
+
+
+def _check_apart(folder: Path, source: Path) -> None:
+    """Refuse a study inside of the download, in which nothing is written.
+
+    Raises:
+        ProjectError: It would be inside.
+    """
+    inner, outer = folder.expanduser().resolve(), source.expanduser().resolve()
+    if inner == outer or outer in inner.parents:
+        raise ProjectError(
+            f"The study {folder} would be inside of the download {source}.",
+            "A recipe leaves downloads as they are.",
+            "Start it in another folder, or choose one with --study.",
+        )
 
 
 @contextmanager

@@ -54,6 +54,9 @@ def test_half_a_download_makes_nothing(tmp_path: Path, fpt: Fpt) -> None:
     assert not (tmp_path / "busi").exists()
     _, err = fpt("data", "recipe", "busi", cwd=tmp_path, code=2)
     assert "--source is missing" in err
+    _, err = fpt("data", "recipe", "busi", "--source", ".", cwd=tmp_path, code=2)
+    assert "inside of the download" in err
+    assert not (tmp_path / "busi").exists()
     _, err = fpt("data", "recipe", "bussi", "--source", "download", cwd=tmp_path, code=2)
     assert "did you mean 'busi'?" in err
 

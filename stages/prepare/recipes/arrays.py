@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,7 @@ from schemas.errors import DataError
 from schemas.manifest import SPLITS
 from schemas.recipes import Arrays, Recipe
 from schemas.tasks import written
+from stages.files import storage_errors
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.recipes.download import Download
 from stages.prepare.recipes.readers import Found
@@ -31,6 +33,7 @@ def write_arrays(download: Download, recipe: Recipe, reading: Arrays, folder: Pa
 
     Raises:
         DataError: The file cannot be read, or is not what the recipe expects.
+        StorageError: The images cannot be written.
     """
     found = Found()
     names = [end for end in reading.files if any(f"/{name}".endswith(f"/{end}") for name in download.files)]
@@ -38,20 +41,20 @@ def write_arrays(download: Download, recipe: Recipe, reading: Arrays, folder: Pa
     if path is None:
         return found
     try:
-        with zipfile.ZipFile(path) as archive:
+        with storage_errors(folder), zipfile.ZipFile(path) as archive:
             for split in SPLITS:
                 labels = np.stack(list(_rows(archive, f"{split}_labels")))
                 (folder / split).mkdir(parents=True, exist_ok=True)
                 for number, (pixels, label) in enumerate(zip(_rows(archive, f"{split}_images"), labels, strict=True)):
                     name = f"{split}/{number:06d}.png"
-                    Image.fromarray(np.asarray(pixels, np.uint8)).save(folder / name)
+                    Image.fromarray(pixels).save(folder / name)
                     found.images.append(LabelledImage(name, _label(recipe, label), None, split))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a file of {recipe.title}.", str(error), "Download it again.") from None
     return found
 
 
-def _label(recipe: Recipe, label: npt.NDArray[np.generic]) -> str:
+def _label(recipe: Recipe, label: npt.NDArray[np.uint8]) -> str:
     if recipe.task == "multilabel":
         return written(sorted(recipe.classes[number] for number in np.flatnonzero(label)))
     (number,) = np.ravel(label).tolist()
@@ -61,17 +64,17 @@ def _label(recipe: Recipe, label: npt.NDArray[np.generic]) -> str:
     return name
 
 
-def _rows(archive: zipfile.ZipFile, name: str) -> Iterator[npt.NDArray[np.generic]]:
+def _rows(archive: zipfile.ZipFile, name: str) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield the rows of an array without reading all of it.
 
     Raises:
-        ValueError: The array is not of whole numbers, or damaged.
+        ValueError: The array is not of bytes, or damaged.
     """
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](member)
-        if dtype.kind not in "ui" or by_columns or not shape:
+        if dtype != np.uint8 or by_columns or not shape:
             raise ValueError(f"{name} is an array of {dtype} with the shape {shape}")
         size = int(np.prod(shape[1:])) * dtype.itemsize
         for _ in range(shape[0]):

@@ -70,7 +70,7 @@ def data_settings(recipe: Recipe, source: Path) -> dict[str, Any]:
     """
     return {
         "task": recipe.task,
-        "images": IMAGES if isinstance(recipe.reading, Arrays) else str(source.expanduser().resolve()),
+        "images": IMAGES if recipe.writes_images else str(source.expanduser().resolve()),
         "labels": LABELS,
         "group_column": recipe.group or None,
         "split_column": "split" if recipe.has_splits else None,

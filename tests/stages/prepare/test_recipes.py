@@ -142,6 +142,15 @@ def test_a_pickle_in_an_archive_is_refused(tmp_path: Path) -> None:
         read_download(RECIPES["breastmnist"], source, tmp_path)
 
 
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    source = built(tmp_path, "breastmnist")
+    arrays = dict(np.load(source / "breastmnist.npz"))
+    arrays["test_images"] = arrays["test_images"].astype(np.uint16)
+    np.savez(source / "breastmnist.npz", **arrays)
+    with pytest.raises(DataError, match="test_images is an array of uint16"):
+        read_download(RECIPES["breastmnist"], source, tmp_path)
+
+
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
     source = built(tmp_path, "breastmnist")
     data = (source / "breastmnist.npz").read_bytes()
