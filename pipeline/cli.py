@@ -16,7 +16,6 @@ from pipeline.commands.cache import cache
 from pipeline.commands.compare import compare
 from pipeline.commands.cost import cost
 from pipeline.commands.data import data
-from pipeline.commands.data_recipe import recipe
 from pipeline.commands.demo import demo
 from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
@@ -68,7 +67,6 @@ app = typer.Typer(
 for verb in (init, prepare, extract, train, sweep, bench, lr_find, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
-data.command()(recipe)
 app.add_typer(data, name="data")
 app.add_typer(demo, name="demo")
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from schemas.base import Contract
-from schemas.rendering import Window
-from schemas.settings import FeatureResize
+from schemas.settings import FeatureResize, FeatureSettings
+
+Window = str | tuple[float, float]
+"""Value of `features.window`: a word, or center and width."""
+HAS_WINDOWS = "window" in FeatureSettings.model_fields
+"""Whether there is a setting for the window."""
 
 GENERAL = "vit_base_patch14_dinov2.lvd142m"
 """LPM that is proposed for every kind of images: its weights need no agreement."""
@@ -63,7 +67,9 @@ class Modality(Contract):
             "features.image_size": GENERAL_SIZE,
             "features.resize": self.resize,
         }
-        return proposed if self.window is None else {**proposed, "features.window": self.window}
+        if self.window is not None and HAS_WINDOWS:
+            proposed["features.window"] = self.window
+        return proposed
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -75,11 +81,12 @@ class Modality(Contract):
             else f"To try: {one.title}; {one.licence}; file from {one.source}: lpm.name: {one.name}, "
             f"lpm.weights: {one.file} (docs/models.md). Not measured here."
         )
+        window = f"features.window: {written(self.window)}: {self.window_reason}."
         return (
             f"Proposed for {self.title} (--modality {self.name}).",
             f"lpm: {GENERAL_KNOWN}. {domain}",
             f"features.resize: {self.resize}: {self.resize_reason}.",
-            f"features.window: {written(self.window)}: {self.window_reason}.",
+            *((window,) if HAS_WINDOWS else ()),
         )
 
 

@@ -66,7 +66,7 @@ _FPT = (
             sheets=(
                 Sheet(file="messidor_data.csv", folder="IMAGES", image="image_id", labels=("adjudicated_dr_grade",)),
             ),
-            groups=Groups(file="messidor-2.csv", images=("left", "right"), delimiter=";"),
+            groups=Groups(file="messidor-2.csv", images=("left", "right")),
         ),
         labels=_GRADES,
         group="patient",

@@ -31,7 +31,7 @@ class Sheet(Contract):
     columns: tuple[str, ...] = ()
     """Names of the columns of a table without a header; empty: its first row."""
     delimiter: str = ","
-    """Separator of the columns of a CSV."""
+    """Separator of the columns of a table without a header."""
     image: str = "image"
     """Column with the name of the image, with or without folder and suffix; case does not count."""
     labels: tuple[str, ...] = ("label",)
@@ -49,8 +49,6 @@ class Groups(Contract):
     """Columns with names of images."""
     group: str = ""
     """Column with the group of the image; empty: the images of a row are one group."""
-    delimiter: str = ","
-    """Separator of the columns."""
 
 
 class Tables(Contract):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.commands.data_recipe import recipe
 from pipeline.commands.data_repair import repair
 from pipeline.console import say, say_next, show, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stages.data_check.check import ReadData
 
 data = typer.Typer(help="The data set: what it contains, and what is wrong with it.", no_args_is_help=True)
+data.command()(recipe)
 data.command()(repair)
 
 SHOWN = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -14,10 +14,12 @@ from schemas.recipes import Recipe
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.image_files import SUFFIXES, find_image_files
-from stages.prepare.table_text import read_text
+from stages.prepare.table_cells import check_known, read_cells
+from stages.prepare.table_text import decoded, read_bytes
 
 Row = dict[str, str]
 """Column -> cell of a table."""
+AGAIN = "Download it again from the source of the recipe."
 
 
 class Download:
@@ -115,32 +117,47 @@ class Images:
         return self._by_name.get(name.name) or self._by_stem.get(stem, [])
 
 
-def read_rows(table: Path, columns: Sequence[str] = (), delimiter: str = ",", needed: Sequence[str] = ()) -> list[Row]:
-    """Read a table, CSV or XLSX.
-
-    Args:
-        table: File.
-        columns: Names of the columns of a file without a header.
-        delimiter: Separator of the columns of a CSV.
-        needed: Columns that the header must have.
+def read_rows(table: Path, needed: Sequence[str]) -> list[Row]:
+    """Read a table with a header.
 
     Raises:
-        DataError: The file cannot be read, or a column is missing.
+        DataError: The file cannot be read, a column is missing, or a row is cut.
     """
-    cells = _sheet(table) if table.suffix.lower() == ".xlsx" else _lines(table, delimiter)
-    header = list(columns) or [cell.strip() for cell in next(cells, [])]
+    header, numbered = read_cells(table, needed)
     if absent := [name for name in needed if name not in header]:
         raise DataError(
             f"{table} has no column {', '.join(map(repr, absent))}.",
             f"Its columns are {', '.join(header)}: it is another table, or another version of it.",
-            "Download it again from the source of the recipe.",
+            AGAIN,
         )
-    rows = [row for row in cells if any(cell.strip() for cell in row)]
+    rows = _rows(table, header, [cells for _, cells in numbered])
+    for name in needed:
+        check_known(table, name, [line for line, _ in numbered], [row[name] for row in rows])
+    return rows
+
+
+def read_lines(table: Path, columns: Sequence[str], delimiter: str) -> list[Row]:
+    """Read a text table without a header.
+
+    Args:
+        table: File.
+        columns: Names of its columns.
+        delimiter: Separator of the columns.
+
+    Raises:
+        DataError: The file cannot be read, or a row is cut.
+    """
+    text = decoded(table, read_bytes(table))
+    cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    return _rows(table, columns, [row for row in cells if any(cell.strip() for cell in row)])
+
+
+def _rows(table: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Row]:
     if short := [row for row in rows if len(row) < len(header)]:
         raise DataError(
-            f"{counted(len(short), 'row')} of {table} have fewer cells than the header.",
-            listed(delimiter.join(row) for row in short),
-            "Download it again from the source of the recipe.",
+            f"{counted(len(short), 'row')} of {table} with fewer cells than columns.",
+            listed(", ".join(row) for row in short),
+            AGAIN,
         )
     return [{name: _plain(cell) for name, cell in zip(header, row, strict=False)} for row in rows]
 
@@ -149,25 +166,6 @@ def _plain(cell: str) -> str:
     """Return a cell without blanks, and a whole number without decimals: 1.0 becomes 1."""
     text = cell.strip()
     return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text
-
-
-def _lines(table: Path, delimiter: str) -> Iterator[list[str]]:
-    yield from csv.reader(io.StringIO(read_text(table), newline=""), delimiter=delimiter, skipinitialspace=True)
-
-
-def _sheet(table: Path) -> Iterator[list[str]]:
-    """Yield the rows of the first sheet of a workbook; formulas are never evaluated."""
-    from openpyxl import load_workbook
-
-    try:
-        book = load_workbook(table, read_only=True, data_only=True)
-        for row in book.worksheets[0].iter_rows(values_only=True):
-            yield ["" if cell is None else str(cell) for cell in row]
-    # Damaged archives raise nearly anything.
-    except Exception as error:
-        raise DataError(
-            f"{table} cannot be read as an Excel workbook.", str(error), "Download it again, or save it as CSV."
-        ) from None
 
 
 def groups_of(rows: Sequence[Mapping[str, str]], images: Sequence[str], group: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from schemas.recipes import DicomSides, Paths, Recipe, Sheet, Tables
 from schemas.tasks import written
 from stages.prepare.error_text import listed
 from stages.prepare.labelled_image import LabelledImage
-from stages.prepare.recipes.download import Download, Images, Row, groups_of, read_rows
+from stages.prepare.recipes.download import Download, Images, Row, groups_of, read_lines, read_rows
 
 
 @dataclass
@@ -54,7 +54,11 @@ def read_tables(download: Download, recipe: Recipe, reading: Tables) -> Found:
         table, images = download.find(sheet.file), download.images_in(sheet.folder)
         if table is None:
             continue
-        rows = read_rows(table, sheet.columns, sheet.delimiter, (sheet.image, *sheet.labels))
+        rows = (
+            read_lines(table, sheet.columns, sheet.delimiter)
+            if sheet.columns
+            else read_rows(table, (sheet.image, *sheet.labels))
+        )
         _check_labels(table, recipe, sheet, rows)
         used = set()
         for row in rows:
@@ -87,7 +91,7 @@ def read_sides(download: Download, recipe: Recipe, reading: DicomSides) -> Found
         download.missing.append("*.dcm")
     if path is None or not files:
         return found
-    rows = read_rows(path, needed=(reading.patient, reading.side, reading.label))
+    rows = read_rows(path, (reading.patient, reading.side, reading.label))
     labels = {(row[reading.patient], row[reading.side]): row[reading.label] for row in rows}
     for name, patient, side in _headers(download.root, files):
         label = recipe.labels.get(labels.get((patient, side), ""))
@@ -122,7 +126,7 @@ def _groups(download: Download, reading: Tables) -> dict[str, str]:
     if (groups := reading.groups) is None or (table := download.find(groups.file)) is None:
         return {}
     needed = (*groups.images, groups.group) if groups.group else groups.images
-    return groups_of(read_rows(table, delimiter=groups.delimiter, needed=needed), groups.images, groups.group)
+    return groups_of(read_rows(table, needed), groups.images, groups.group)
 
 
 def _image(download: Download, sheet: Sheet, images: Images, cell: str) -> str | None:
