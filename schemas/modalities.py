@@ -8,12 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from schemas.base import Contract
-from schemas.settings import FeatureResize, FeatureSettings
+from schemas.settings import FeatureResize
 
 Window = str | tuple[float, float]
 """Value of `features.window`: a word, or center and width."""
-HAS_WINDOWS = "window" in FeatureSettings.model_fields
-"""Whether there is a setting for the window."""
 
 GENERAL = "vit_base_patch14_dinov2.lvd142m"
 """LPM that is proposed for every kind of images: its weights need no agreement."""
@@ -67,7 +65,7 @@ class Modality(Contract):
             "features.image_size": GENERAL_SIZE,
             "features.resize": self.resize,
         }
-        if self.window is not None and HAS_WINDOWS:
+        if self.window is not None:
             proposed["features.window"] = self.window
         return proposed
 
@@ -86,7 +84,7 @@ class Modality(Contract):
             f"Proposed for {self.title} (--modality {self.name}).",
             f"lpm: {GENERAL_KNOWN}. {domain}",
             f"features.resize: {self.resize}: {self.resize_reason}.",
-            *((window,) if HAS_WINDOWS else ()),
+            window,
         )
 
 

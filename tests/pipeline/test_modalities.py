@@ -14,7 +14,7 @@ from pipeline.doc_blocks import with_block
 from pipeline.modality_tables import BEGIN, END, modalities_table
 from pipeline.proposals import notes_on, propose
 from schemas.errors import SettingsError
-from schemas.modalities import GENERAL, GENERAL_SIZE, HAS_WINDOWS, MODALITIES
+from schemas.modalities import GENERAL, GENERAL_SIZE, MODALITIES
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.settings import Settings
@@ -54,7 +54,7 @@ def test_a_study_has_the_proposals_and_their_reasons(tmp_path: Path, fpt: Fpt) -
     text = (tmp_path / "study/params.yaml").read_text()
     params = yaml.safe_load(text)
     assert (params["lpm"]["name"], params["features"]["image_size"]) == (GENERAL, GENERAL_SIZE)
-    assert params["features"].get("window") == ([40.0, 400.0] if HAS_WINDOWS else None)
+    assert params["features"]["window"] == [40.0, 400.0]
     assert params["features"]["resize"] == "squash"
     comments = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     for reason in notes_on(MODALITIES["ct"]):
