@@ -81,7 +81,7 @@ def test_the_bundle_gives_the_validation_loss_of_training(tmp_path: Path, method
     loss = float(torch.nn.functional.cross_entropy(logits, target))
     if method == "statistics":
         # Its regressions have learnt from these images; training judged by others that had not.
-        assert loss < result.best.val_loss - 1e-3
+        assert loss < 0.8 * result.best.val_loss
     else:
         assert loss == pytest.approx(result.best.val_loss, abs=1e-5)
     first = (tmp_path / "model/model.safetensors").read_bytes()
