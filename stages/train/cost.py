@@ -80,7 +80,7 @@ def estimate_cost(
         with torch.device("meta"):
             network = method.build(method.spec(settings, lpm, classes))
         learnable, fit = learnable_parameters(network), probe_cost(network, settings, features, counts)
-        step = _step_cost(network, features, settings)
+        step = step_cost(network, features, settings)
     lpm_parameters, full_mib = full_finetune_cost(
         settings.lpm.name, lpm.image_size, classes, settings.train.batch_size, root
     )
@@ -138,7 +138,7 @@ def efficiency_factor(share: float) -> float:
     return math.exp(-math.log10(share + 1.0))
 
 
-def _step_cost(network: Network, features: FeatureSpec, settings: ResolvedSettings) -> StepCost:
+def step_cost(network: Network, features: FeatureSpec, settings: ResolvedSettings) -> StepCost:
     """Measure the tensor memory of a training step: batch as read, network, gradients and optimiser states."""
     train, inputs = settings.train, METHODS[settings.method].trains_on(settings)
     learnable = size_mib(parameter for parameter in network.parameters() if parameter.requires_grad)

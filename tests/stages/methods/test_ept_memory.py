@@ -14,7 +14,7 @@ from schemas.resolve import feature_spec, resolve
 from stages.lpm.adaptation import Adaptation, KeysValues, keys_values
 from stages.methods.adapted_lpm import AdaptedLpm, build_lpm
 from stages.methods.base import gradient_method
-from stages.train.cost import _step_mib
+from stages.train.cost import step_cost
 
 VIT_B = LpmInfo(
     name="vit_base_patch16_224", depth=12, width=768, heads=12, patch=16, prefix_tokens=1, has_class_token=True,
@@ -51,7 +51,7 @@ def activations(method: str, adaptation: type[Adaptation] | None = None) -> floa
         network = implementation.build(spec) if adaptation is None else AdaptedLpm(spec, build_lpm(spec), adaptation())
     parameters = sum(value.numel() for value in network.parameters()) * 4 / 2**20
     features = feature_spec(settings, VIT_B, "0" * 64)
-    return _step_mib(network, features, frozenset({"image"}), settings.train)[0] - parameters
+    return step_cost(network, features, settings).total - parameters
 
 
 @pytest.mark.slow
