@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from schemas.errors import DataError
 
 
@@ -16,3 +19,13 @@ def with_block(text: str, begin: str, end: str, content: str) -> str:
     if not first or not last:
         raise DataError("The page has no block for a generated table.", repair=f"Add the lines {begin} and {end}.")
     return f"{before}{begin}\n{content}{end}{after}"
+
+
+def rewrite_blocks(pages: Sequence[str], begin: str, end: str, content: str) -> None:
+    """Replace the content between two marks in the files of pages.
+
+    Raises:
+        DataError: A page has no such marks.
+    """
+    for page in map(Path, pages):
+        page.write_text(with_block(page.read_text(encoding="utf-8"), begin, end, content), encoding="utf-8")

@@ -6,10 +6,8 @@ python -m pipeline.method_tables docs/methods.md README.md      rewrites the blo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.doc_blocks import with_block
+from pipeline.doc_blocks import rewrite_blocks
 from schemas.method_row import MethodRow
 from schemas.methods import METHODS
 
@@ -28,12 +26,5 @@ def _line(row: MethodRow) -> str:
     return f"| `{row.name}` | {row.title}: {row.help} | {row.trained_by} | {reads} | {row.paper or 'this project'} |\n"
 
 
-def main(pages: Sequence[str]) -> None:
-    """Rewrite the block in pages."""
-    for page in map(Path, pages):
-        text = with_block(page.read_text(encoding="utf-8"), BEGIN, END, methods_table())
-        page.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    rewrite_blocks(sys.argv[1:], BEGIN, END, methods_table())

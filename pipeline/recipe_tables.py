@@ -6,10 +6,8 @@ python -m pipeline.recipe_tables docs/recipes.md      rewrites the block between
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.doc_blocks import with_block
+from pipeline.doc_blocks import rewrite_blocks
 from schemas.recipe_rows import RECIPES
 from schemas.recipes import Recipe
 
@@ -77,12 +75,5 @@ def _layout_line(recipe: Recipe) -> str:
     return f"| `{recipe.name}` | {', '.join(f'`{part}`' for part in recipe.layout)} | {settings} |\n"
 
 
-def main(pages: Sequence[str]) -> None:
-    """Rewrite the block in pages."""
-    for page in map(Path, pages):
-        text = with_block(page.read_text(encoding="utf-8"), BEGIN, END, recipes_page())
-        page.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    rewrite_blocks(sys.argv[1:], BEGIN, END, recipes_page())

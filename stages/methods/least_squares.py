@@ -11,14 +11,13 @@ both is better than either (docs/lab-notes.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from stages.methods.logistic_path import Labels, logit_loss
-from stages.methods.principal_axes import Floats, PrincipalAxes
-from stages.methods.regression import LinearFit
+from stages.methods.principal_axes import PrincipalAxes
+from stages.methods.regression import Floats, Labels, LinearFit, logit_loss
 from stages.tasks import positives
 
 PENALTIES: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-6, 5))
@@ -43,33 +42,31 @@ def fit_least_squares(
     weights = targets @ class_weights[:, None] if y.ndim == 1 else np.where(targets > 0, class_weights, 1.0)
     held_out = np.full((len(PENALTIES), *targets.shape), np.nan)
     for fold in folds:
-        for one, (weight, bias) in enumerate(_path(z[~fold], targets[~fold], weights[~fold])):
-            held_out[one, fold] = z[fold] @ weight + bias - 0.5
+        weight, bias = _path(z[~fold], targets[~fold], weights[~fold])
+        held_out[:, fold] = z[fold] @ weight + bias[:, None] - 0.5
     some = np.any(folds, axis=0)
     losses = np.array([[logit_loss(s * one[some], y[some], class_weights) for s in SHARPNESS] for one in held_out])
     best, sharpest = np.unravel_index(losses.argmin(), losses.shape)
     s, penalty = SHARPNESS[sharpest], PENALTIES[best]
-    weight, bias = list(_path(z, targets, weights))[best]
+    weight, bias = _path(z, targets, weights)
     loss = float(losses[best, sharpest])
-    return rows.linear_fit(s * weight, s * (bias - 0.5), s * held_out[best], 1.0 / penalty, loss)
+    return rows.linear_fit(s * weight[best], s * (bias[best] - 0.5), s * held_out[best], 1.0 / penalty, loss)
 
 
-def _path(z: Floats, targets: Floats, weights: Floats) -> Iterator[tuple[Floats, Floats]]:
-    """Yield weight (r, C) and bias (C,) of every penalty; `weights` are (n, 1), or (n, C) by column."""
-    columns = np.unique(weights, axis=1, return_inverse=True)[1].reshape(-1)
-    columns = np.broadcast_to(columns, targets.shape[1])
-    solved = np.empty((len(PENALTIES), z.shape[1] + 1, targets.shape[1]))
-    for number in np.unique(columns):
-        # Columns of equal row weights share a decomposition.
-        chosen = columns == number
-        u = weights[:, np.flatnonzero(chosen)[0] if weights.shape[1] > 1 else 0][:, None]
+def _path(z: Floats, targets: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Return weights (P, r, C) and biases (P, C) of all penalties; `weights` are (n, 1), or (n, C) by column."""
+    # Columns of equal row weights share a decomposition.
+    distinct, number_of = np.unique(weights, axis=1, return_inverse=True)
+    number_of = np.broadcast_to(number_of.reshape(-1), targets.shape[1])
+    solved = np.empty((len(PENALTIES), z.shape[1], targets.shape[1]))
+    biases = np.empty((len(PENALTIES), targets.shape[1]))
+    for number, row_weights in enumerate(distinct.T):
+        u, chosen = row_weights[:, None], number_of == number
         total = u.sum()
         z_mean, t_mean = (u * z).sum(axis=0) / total, (u * targets[:, chosen]).sum(axis=0) / total
         centred = z - z_mean
         squares, vectors = np.linalg.eigh(centred.T @ (u * centred))
         projected = vectors.T @ (centred.T @ (u * (targets[:, chosen] - t_mean)))
-        for one, penalty in enumerate(PENALTIES):
-            weight = vectors @ (projected / (squares + penalty)[:, None])
-            solved[one, :-1, chosen], solved[one, -1, chosen] = weight.T, t_mean - z_mean @ weight
-    for one in solved:
-        yield one[:-1], one[-1]
+        found = vectors @ (projected / (squares[:, None] + np.reshape(PENALTIES, (-1, 1, 1))))
+        solved[:, :, chosen], biases[:, chosen] = found, t_mean - z_mean @ found
+    return solved, biases

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import torch
 
 from stages.methods.principal_axes import PrincipalAxes, Rows
-from stages.methods.regression import LinearFit, label_log_loss, log_loss
-from stages.tasks import LEAST
+from stages.methods.regression import LinearFit, logit_loss
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-8, 5))
 """Candidates of C, the inverse of the L2 penalty, on rows of unit mean square length."""
@@ -118,13 +117,3 @@ def _solve(
         solved[0].reshape(rank, classes, *shape).permute(2, 3, 0, 1).numpy(),
         solved[1].reshape(classes, *shape).permute(1, 2, 0).numpy(),
     )
-
-
-def logit_loss(logits: npt.NDArray[np.float64], y: Labels, class_weights: npt.NDArray[np.float64]) -> float:
-    """Return the weighted log-loss of logits (n, C); for multi-label the mean over labels."""
-    values = torch.from_numpy(logits)
-    if y.ndim == 1:
-        return log_loss(values.log_softmax(dim=1).numpy(), y, class_weights)
-    least = float(np.log(LEAST))
-    yes, no = (torch.nn.functional.logsigmoid(sign * values).clamp_min(least).numpy() for sign in (1, -1))
-    return label_log_loss(yes, no, y, class_weights)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.methods.regression import LinearFit, spread
+from stages.methods.regression import Floats, LinearFit, spread
 
 RANK = 256
 """Principal axes at most; on real images all 512 of them were no better (docs/lab-notes.md)."""
@@ -16,7 +16,6 @@ EXACT = 1500
 """Up to this smaller side of the rows the decomposition is exact, beyond it randomised (Halko et al. 2011)."""
 
 Rows = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
 
 
 class PrincipalAxes(NamedTuple):

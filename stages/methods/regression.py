@@ -148,6 +148,16 @@ def label_log_loss(log_yes: Floats, log_no: Floats, labels: Labels, class_weight
     return float(-(labels * class_weights * log_yes + (1 - labels) * log_no).mean())
 
 
+def logit_loss(logits: Floats, y: Labels, class_weights: Floats) -> float:
+    """Return the weighted log-loss of logits (n, C); for multi-label the mean over labels."""
+    values = torch.from_numpy(logits)
+    if y.ndim == 1:
+        return log_loss(values.log_softmax(dim=1).numpy(), y, class_weights)
+    least = float(np.log(LEAST))
+    yes, no = (torch.nn.functional.logsigmoid(sign * values).clamp_min(least).numpy() for sign in (1, -1))
+    return label_log_loss(yes, no, y, class_weights)
+
+
 class Softmax:
     """Multinomial logistic regression; with two classes only the logit of the second."""
 

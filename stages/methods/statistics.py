@@ -11,6 +11,7 @@ the best ones count. `covariance` and `all-block-linear` have logistic regressio
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -153,23 +154,18 @@ def _fit_sources(
 ) -> list[LinearFit]:
     """Fit every source; those of the same numbers share their principal axes."""
     x = torch.from_numpy(rows.x)
-    places: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for place, source in enumerate(inputs.sources):
-        places.setdefault(source.spans, []).append(place)
+    alike: dict[tuple[tuple[int, int], ...], list[ProbeSource]] = {}
+    for source in inputs.sources:
+        alike.setdefault(source.spans, []).append(source)
 
-    def fit(alike: Sequence[list[int]]) -> list[list[LinearFit]]:
-        fits = []
-        for group in alike:
-            axes = principal_axes(select(x, inputs.sources[group[0]]).numpy())
-            fits.append([FITS[inputs.sources[one].loss](axes, rows.y, weights, folds) for one in group])
-        return fits
+    def fit(groups: Sequence[list[ProbeSource]]) -> list[dict[ProbeSource, LinearFit]]:
+        turned = ((group, principal_axes(select(x, group[0]).numpy())) for group in groups)
+        return [{one: FITS[one.loss](axes, rows.y, weights, folds) for one in group} for group, axes in turned]
 
     # Products of a few hundred rows are too small to be split among cores; complete fits are not.
     with threadpool_limits(1):
-        groups = list(places.values())
-        found = zip(groups, inputs.threads.map(fit, groups), strict=True)
-        fit_of = {place: one for group, fits in found for place, one in zip(group, fits, strict=True)}
-    return [fit_of[place] for place in range(len(inputs.sources))]
+        fits = dict(ChainMap(*inputs.threads.map(fit, list(alike.values()))))
+    return [fits[source] for source in inputs.sources]
 
 
 class StatisticsMethod(ClosedFormMethod):
