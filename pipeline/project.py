@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.console import say
 from pipeline.params import PARAMS, load_settings
+from schemas.data_settings import DataSettings
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
-from schemas.settings import OUTPUTS, DataSettings, Precision, Settings
+from schemas.settings import OUTPUTS, Precision, Settings
 
 if TYPE_CHECKING:
     from schemas.manifest import Manifest

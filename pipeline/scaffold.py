@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml, wrapped
+from schemas.data_settings import TAGS, DataSettings
 from schemas.errors import ProjectError, StorageError
-from schemas.settings import OUTPUTS, TAGS, DataSettings, Settings
+from schemas.settings import OUTPUTS, Settings
 from stages.files import atomic_write
 
 PARAMS_HEAD = """\

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, Seed, Settings, TrainSettings
+from schemas.data_settings import Seed
+from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, Settings, TrainSettings
 
 
 class ResolvedFeatures(FeatureSettings):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import Manifest, ManifestRow, PrepareResult
-from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 

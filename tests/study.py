@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from schemas.data_settings import DataSettings
 from schemas.features import ExtractionReceipt, LpmInfo
 from schemas.manifest import Manifest
 from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.resolved import ResolvedSettings
 from schemas.results import Prediction, TrainResult
-from schemas.settings import DataSettings, LpmSettings
+from schemas.settings import LpmSettings
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.extract.extractor import ExtractionJob, extract

@@ -11,9 +11,10 @@ import typer
 
 from pipeline.console import say
 from pipeline.options import Assignments
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, SettingsError
 from schemas.modalities import MODALITIES
-from schemas.settings import DataSettings, Settings
+from schemas.settings import Settings
 
 _KEY = re.compile(r"\bdata\.(images|labels|path_column|label_column|group_column|split_column)\b")
 """Settings with an option of their own."""

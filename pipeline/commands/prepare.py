@@ -9,8 +9,8 @@ import typer
 
 from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from schemas.data_settings import DataSettings
 from schemas.manifest import SPLITS, PrepareResult
-from schemas.settings import DataSettings
 from schemas.text import counted
 
 

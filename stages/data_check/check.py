@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from schemas.data_check import Copies, DataCheck, Probe
+from schemas.data_settings import DataSettings
 from schemas.manifest import Manifest
-from schemas.settings import DataSettings
 from schemas.tasks import names_in
 from stages.data_check.headers import Header, read_header
 from stages.data_check.probes import probe_column, probe_vectors, sample

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from schemas.data_check import Copies, DroppedImage, Repair
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
-from schemas.settings import DataSettings
 from schemas.tasks import names_in
 from stages.data_check.check import ReadData, find_copies
 from stages.files import atomic_write

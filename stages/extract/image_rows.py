@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.features import FeatureSpec
 from schemas.manifest import Manifest
-from schemas.settings import DataSettings
 from stages.extract.resize import to_lpm_square
 from stages.images import read_image
 from stages.store.layout import ArrayLayout

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from schemas.base import digest
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, FptError, ImageError, UnreadableImagesError
 from schemas.features import ChannelStatistics, FeatureSpec
 from schemas.manifest import Manifest
 from schemas.rendering import DEFAULT_RENDERING
-from schemas.settings import DataSettings
 from stages.extract.resize import without_padding
 from stages.files import atomic_write, read_small, sha256_file
 from stages.images import decoded_image

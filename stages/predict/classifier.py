@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from schemas.data_settings import DataSettings
 from schemas.errors import BundleError, EvaluationError, ImageError
 from schemas.features import FeatureSpec
 from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
-from schemas.settings import DataSettings, LpmSettings
+from schemas.settings import LpmSettings
 from schemas.specs import Inputs
 from stages.extract.features import Pixels, compute_features, to_pixels
 from stages.images import decoded_image, rgb_image

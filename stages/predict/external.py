@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ImageError, UnreadableImagesError
 from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, ManifestRow
 from schemas.methods import model_inputs
 from schemas.rendering import Rendering
 from schemas.results import BundleSpec, Metrics
-from schemas.settings import DataSettings, LpmSettings
+from schemas.settings import LpmSettings
 from schemas.tasks import names_in, written
 from schemas.text import counted
 from stages.evaluate.evaluator import evaluated_model, probabilities, write_evaluation

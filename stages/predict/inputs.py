@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from stages.files import read_regular
 from stages.prepare.image_files import SkippedFile, classify, find_image_files, skipped_lines
 from stages.prepare.label_table import read_paths

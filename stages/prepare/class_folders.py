@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.image_files import SkippedFile, classify, find_image_files, is_hidden, skipped_lines, unreadable

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from schemas.text import counted
 from stages.prepare.error_text import did_you_mean, listed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from schemas.data_settings import TAGS, DataSettings
 from schemas.errors import DataError
 from schemas.manifest import GroupUnit
-from schemas.settings import TAGS, DataSettings
 from schemas.text import counted
 from stages.prepare.class_folders import check_names, images_folder, scan_folders
 from stages.prepare.class_names import name_classes

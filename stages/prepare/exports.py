@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from schemas.data_settings import TAGS, DataSettings
 from schemas.errors import DataError
 from schemas.manifest import Manifest, PrepareSummary
-from schemas.settings import TAGS, DataSettings
 from stages.files import atomic_write, storage_errors
 from stages.prepare.class_names import given_labels
 from stages.prepare.labelled_image import LabelledImage

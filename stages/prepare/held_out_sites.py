@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.labelled_image import LabelledImage

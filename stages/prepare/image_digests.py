@@ -11,8 +11,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.rendering import DEFAULT_RENDERING, Rendering
-from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.image_remarks import EXPLAINED
 from stages.prepare.image_index import FileState, ImageIndex

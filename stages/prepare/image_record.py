@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.errors import ImageError
 from schemas.rendering import DEFAULT_RENDERING, Rendering
-from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.images import decoded_image
 from stages.prepare.near_duplicates import thumbnail

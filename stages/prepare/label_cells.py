@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from schemas.tasks import SEPARATOR, written
 from schemas.text import counted
 from stages.prepare.error_text import listed

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
-from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.excel_cells import Row

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from schemas.data_settings import TAGS
 from schemas.errors import DataError
-from schemas.settings import TAGS
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.table_columns import AUTO, split_of_word

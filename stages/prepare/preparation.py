@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
 from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, Split
 from schemas.rendering import DEFAULT_RENDERING, Rendering
-from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
 from stages.manifest import read_manifest, write_manifest

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, GroupUnit, Split
-from schemas.settings import DataSettings
 from schemas.tasks import Task, names_in
 from stages.groups import find_clusters
 from stages.prepare.error_text import listed

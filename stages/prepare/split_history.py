@@ -15,9 +15,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from schemas.base import digest
+from schemas.data_settings import DataSettings
 from schemas.errors import ManifestError
 from schemas.manifest import SPLITS, Manifest, Split
-from schemas.settings import DataSettings
 from stages.files import storage_errors
 from stages.manifest import write_manifest
 from stages.parquet import read_table, write_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from schemas.data_settings import DataSettings
 from schemas.manifest import SPLITS, Leak, Manifest, PrepareResult, PrepareSummary
-from schemas.settings import DataSettings
 from schemas.text import counted
 from stages.prepare.class_names import numbers_hint
 from stages.prepare.dataset_listing import Listing

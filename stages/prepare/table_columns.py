@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import GroupUnit, Split
-from schemas.settings import DataSettings
 from stages.prepare.error_text import listed
 
 AUTO = "auto"

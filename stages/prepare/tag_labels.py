@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from schemas.tasks import SEPARATOR, written
 from schemas.text import counted
 from stages.dicom_files import open_header, pydicom

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from schemas.data_settings import DataSettings
 from schemas.errors import CacheIncompleteError, CacheMismatchError
 from schemas.features import ExtractionReceipt, FeatureSpec, LpmInfo
 from schemas.manifest import Manifest
@@ -15,7 +16,7 @@ from schemas.methods import METHODS
 from schemas.rendering import DEFAULT_RENDERING
 from schemas.resolve import feature_spec
 from schemas.resolved import ResolvedSettings
-from schemas.settings import DataSettings, LpmSettings
+from schemas.settings import LpmSettings
 from schemas.specs import Inputs
 from stages.files import sha256_file
 from stages.store.memory_rows import RowSource

@@ -10,9 +10,9 @@ import os
 import random
 from collections import Counter
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, Split
-from schemas.settings import DataSettings
 from stages.groups import find_clusters
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.split_assignment import assign_splits

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.data_settings import DataSettings
 from schemas.errors import FptError
-from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.prepare.label_table import read_table

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from schemas.data_settings import DataSettings
 from schemas.errors import SettingsError
 from schemas.parse import parse_settings, settings_keys
-from schemas.settings import DataSettings, FeatureSettings, Settings, TrainSettings
+from schemas.settings import FeatureSettings, Settings, TrainSettings
 
 
 def test_defaults_are_the_published_recipe() -> None:

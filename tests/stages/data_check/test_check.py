@@ -12,7 +12,7 @@ from pictures import picture, recompressed, save
 from PIL import Image
 
 from schemas.data_check import DataCheck
-from schemas.settings import DataSettings
+from schemas.data_settings import DataSettings
 from stages.data_check.check import ReadData, check_data, read_data
 from stages.data_check.page import render_check
 from stages.data_check.wording import findings

@@ -12,8 +12,8 @@ from openpyxl import Workbook
 from pictures import picture, recompressed, save
 
 from schemas.data_check import Repair
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from stages.data_check.check import read_data
 from stages.data_check.repair import default_output, plan_repair, write_repair
 from stages.prepare import prepare

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from study import Study, make_images, make_study
 
+from schemas.data_settings import DataSettings
 from schemas.errors import BundleError, DataError, UnreadableImagesError, WeightsError
 from schemas.features import ExtractionReceipt
 from schemas.results import Metrics
-from schemas.settings import DataSettings
 from stages.evaluate.compare import compare
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from study import Study, make_images, make_study, predict, save_weights
 
+from schemas.data_settings import DataSettings
 from schemas.errors import BundleError, CacheMismatchError, DataError, WeightsError
 from schemas.results import Prediction
-from schemas.settings import DataSettings
 from stages.evaluate.evaluator import evaluate
 from stages.evaluate.predictions import read_predictions
 from stages.predict import predictions_csv, write_predictions_table

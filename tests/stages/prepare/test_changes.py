@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prepared import make, table
 
-from schemas.settings import DataSettings
+from schemas.data_settings import DataSettings
 from stages.prepare import prepare
 
 Rows = list[dict[str, str]]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from study import make_images
 
+from schemas.data_settings import DataSettings
 from schemas.errors import UnreadableImagesError
-from schemas.settings import DataSettings
 from stages.prepare import prepare
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pictures import picture, save
 
-from schemas.settings import DataSettings
+from schemas.data_settings import DataSettings
 from stages.prepare.image_digests import Digests, digest_images
 from stages.prepare.image_index import FileState, ImageIndex
 from stages.prepare.image_record import ReadLimits

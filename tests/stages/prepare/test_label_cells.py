@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from task_studies import GRADES, LABELS, draw_grades, draw_labelled
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ManifestError, SettingsError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, PrepareSummary
 from schemas.parse import parse_settings
-from schemas.settings import DataSettings
 from stages.groups import find_clusters
 from stages.manifest import read_manifest, write_manifest
 from stages.parquet import CONTENT

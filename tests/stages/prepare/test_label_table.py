@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from stages.prepare.label_table import TableRows, check_files, read_table
 from stages.prepare.labelled_image import LabelledImage
 

@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Manifest, ManifestRow, Split
-from schemas.settings import DataSettings
 from stages.data_check.check import ReadData
 from stages.data_check.repair import plan_repair
 from stages.prepare.dataset_listing import Listing

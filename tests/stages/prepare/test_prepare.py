@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from prepared import fails, make, rows_of, run, table
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, StorageError, UnreadableImagesError
 from schemas.manifest import PrepareSummary
-from schemas.settings import DataSettings
 from stages.files import sha256_file
 from stages.prepare import prepare
 from stages.prepare.class_folders import scan_folders

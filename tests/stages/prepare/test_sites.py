@@ -9,7 +9,7 @@ import pytest
 from prepared import fails, rows_of, run, table
 from pydantic import ValidationError
 
-from schemas.settings import DataSettings
+from schemas.data_settings import DataSettings
 from stages.groups import cluster_of
 
 Rows = list[dict[str, str]]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.manifest import SPLITS, Split
-from schemas.settings import DataSettings
 from stages.groups import find_clusters
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.split_assignment import assign_splits

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ManifestError
 from schemas.manifest import Manifest, PrepareResult
-from schemas.settings import DataSettings
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.prepare.exports import check_free, write_splits

@@ -13,8 +13,8 @@ import pytest
 from openpyxl import Workbook
 from openpyxl.worksheet.worksheet import Worksheet
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
-from schemas.settings import DataSettings
 from stages.prepare.label_table import TableRows, read_paths, read_table
 from stages.prepare.labelled_image import LabelledImage
 

@@ -14,13 +14,13 @@ from study import Study, make_study, predict
 from task_studies import GRADES, LABELS, task_study
 from torch.nn import functional as F
 
+from schemas.data_settings import DataSettings
 from schemas.errors import BundleError, SettingsError, TrainingError
 from schemas.features import ExtractionReceipt
 from schemas.methods import METHODS as ROWS
 from schemas.methods import Method
 from schemas.resolved import ResolvedSettings
 from schemas.results import Metrics, TrainResult
-from schemas.settings import DataSettings
 from schemas.specs import SideNetworkSpec
 from schemas.statistics import ProbeSource
 from stages.evaluate.compare import compare
