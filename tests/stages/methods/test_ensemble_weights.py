@@ -10,6 +10,8 @@ import pytest
 import torch
 from study import make_study, train_study
 
+from schemas.specs import SideNetworkSpec
+from schemas.statistics import ProbeSource
 from stages.losses import plain_loss
 from stages.methods.base import gradient_method
 from stages.methods.calibration import CONCENTRATION, fit_shares
@@ -81,3 +83,17 @@ def test_training_steps_do_not_read_what_only_the_probes_read(tmp_path: Path, mo
     for names in read:
         assert {"keys", "values", "side"} <= names
         assert not {"statistics", "pooled"} & names
+
+
+def test_with_fitted_weights_only_networks_have_a_temperature() -> None:
+    torch.manual_seed(0)
+    shape = {"classes": 3, "layers": 1, "lpm_width": 16, "heads": 2, "width": 4, "image_size": 32, "prompts": 2}
+    sources = (ProbeSource(name="pooled outputs", spans=((0, 32),)),)
+    options = {"method": "fpt-x", "dropout": 0.0, "probe_weight": 0.5, "fits_shares": True, "sources": sources}
+    network = Ensemble(SideNetworkSpec.model_validate({**shape, **options}))
+    labels = torch.arange(300) % 3
+    honest = torch.randn(300, 3) + 1.5 * torch.nn.functional.one_hot(labels, 3)
+    network.calibrate(torch.stack([15.0 * honest, 1.0 * honest], dim=1).log_softmax(-1), labels)
+    network_temperature, probe_temperature = network.sharpness.tolist()
+    assert network_temperature == pytest.approx(0.1, rel=0.4)
+    assert probe_temperature == 1.0

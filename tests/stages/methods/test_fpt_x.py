@@ -212,18 +212,6 @@ def test_validation_images_calibrate_each_expert() -> None:
     assert 1.0 < float(inverse_temperatures(terms, wins)) < 2.0 < float(inverse_temperatures(terms, wins, prior=1.0))
 
 
-def test_with_fitted_weights_only_networks_have_a_temperature() -> None:
-    torch.manual_seed(0)
-    network = build_network(tiny(1, 0.5).model_copy(update={"fits_shares": True}))
-    assert isinstance(network, Ensemble)
-    labels = torch.arange(300) % 3
-    honest = torch.randn(300, 3) + 1.5 * torch.nn.functional.one_hot(labels, 3)
-    network.calibrate(torch.stack([15.0 * honest, 1.0 * honest], dim=1).log_softmax(-1), labels)
-    network_temperature, probe_temperature = network.sharpness.tolist()
-    assert network_temperature == pytest.approx(0.1, rel=0.4)
-    assert probe_temperature == 1.0
-
-
 def run(study: Study, output: str, **train_keys: Any) -> TrainResult:
     receipt = study.extract()
     settings = study.changed(train=train_keys) if train_keys else study.settings
