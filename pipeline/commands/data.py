@@ -53,7 +53,8 @@ def check(
     settings, root = load_settings(params, assignments or []), params.absolute().parent
     page = output or root / OUTPUTS / "data_check.html"
     with ImageBar("Reading images") as bar:
-        read = read_data(settings.data, root, _manifest(manifest_file(root, settings.data)), bar, index_folder(root))
+        manifest = _manifest(manifest_file(root, settings.data))
+        read = read_data(settings.data, root, manifest, bar, index_folder(root), settings.features.rendering)
     result = check_data(read, settings.features.image_size)
     result = result.model_copy(update={"similar_features": _similar_features(read, root)})
     atomic_write(page, render_check(result, read, pixels=not no_pixels).encode())

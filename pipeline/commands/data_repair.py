@@ -41,13 +41,15 @@ def repair(
     from stages.data_check.repair import default_output, plan_repair, write_repair
     from stages.prepare.exports import check_free
 
-    data, root = load_settings(params, assignments or []).data, params.absolute().parent
+    settings, root = load_settings(params, assignments or []), params.absolute().parent
+    data = settings.data
     table = output or default_output(data, root)
     report = table.with_suffix(".report.csv")
     for path in (table, report):
         check_free(path)
     with ImageBar("Reading images") as bar:
-        read = read_data(data, root, progress=bar, index=index_folder(root))
+        rendering = settings.features.rendering
+        read = read_data(data, root, progress=bar, index=index_folder(root), rendering=rendering)
     result = plan_repair(read)
     if result.dropped:
         write_repair(result, read, root, table, report)

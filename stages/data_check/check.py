@@ -13,6 +13,7 @@ import numpy as np
 from schemas.data_check import Copies, DataCheck, Probe
 from schemas.data_settings import DataSettings
 from schemas.manifest import Manifest
+from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.tasks import names_in
 from stages.data_check.headers import Header, read_header
 from stages.data_check.probes import probe_column, probe_vectors, sample
@@ -68,6 +69,7 @@ def read_data(
     manifest: Manifest | None = None,
     progress: Progress | None = None,
     index: Path | None = None,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> ReadData:
     """List and decode all images.
 
@@ -77,6 +79,7 @@ def read_data(
         manifest: Gives the splits if the table has none; None if nothing was prepared.
         progress: Called with (images read, images).
         index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
+        rendering: Window and frame as `prepare` reads them; with others neither could use the index of the other.
 
     Raises:
         DataError: The folder or table is missing, unreadable or malformed.
@@ -85,7 +88,9 @@ def read_data(
     if manifest is not None and all(item.split is None for item in listing.items):
         split_of = {row.path: row.split for row in manifest.rows}
         listing.items[:] = [replace(item, split=split_of.get(item.path)) for item in listing.items]
-    return ReadData(data, listing, read_images(listing.items, listing.images, data, progress, index))
+    return ReadData(
+        data, listing, read_images(listing.items, listing.images, data, progress, index, rendering=rendering)
+    )
 
 
 def check_data(read: ReadData, lpm_size: int) -> DataCheck:
