@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
-from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, Split
+from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
 from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
@@ -87,16 +87,27 @@ def prepare(
         manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
         listing.notes.extend(digests.remark_lines())
         summary = summarise(manifest, listing, digests)
-        last = _last_manifest(output, history)
-        earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)
-        changes = () if last is None else describe_changes(last, manifest)
-        result = describe(summary, data, listing, manifest, earlier, changes)
+        result = _compare(_last_manifest(output, history), before, summary, data, listing, manifest)
         write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
         if history is not None:
             write_known(history, data, known.with_manifest(complete), manifest)
     return result
+
+
+def _compare(
+    last: Manifest | None,
+    before: KnownSplits,
+    summary: PrepareSummary,
+    data: DataSettings,
+    listing: Listing,
+    manifest: Manifest,
+) -> PrepareResult:
+    """Describe a manifest, and what changed since the last one."""
+    earlier = before if before.contents or last is None else KnownSplits().with_manifest(last)
+    changes = () if last is None else describe_changes(last, manifest)
+    return describe(summary, data, listing, manifest, earlier, changes)
 
 
 def _last_manifest(output: Path, history: Path | None) -> Manifest | None:
