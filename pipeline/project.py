@@ -159,10 +159,11 @@ def resolve_aloud(
 ) -> tuple[ResolvedSettings, LpmInfo]:
     """Resolve settings, and print a line if the image size moves to the LPM's patch grid."""
     from schemas.resolve import resolve
-    from stages.lpm.loading import describe_lpm
+    from stages.lpm.descriptions import remembered_lpm
 
     features = settings.features
-    lpm = describe_lpm(settings.lpm.name, features.image_size, root, features.with_tokens)
+    folder = original_study(root) / ".fpt" / "lpm"
+    lpm = remembered_lpm(folder, settings.lpm.name, features.image_size, root, features.with_tokens)
     if lpm.image_size != features.image_size:
         grid = f"{lpm.patch} pixels" if lpm.map_widths else f"its {lpm.patch}-pixel patch"
         say(f"Image size {features.image_size} -> {lpm.image_size}: {lpm.name} needs a multiple of {grid}.")

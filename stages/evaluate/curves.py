@@ -1,4 +1,4 @@
-"""Compute ROC and reliability curves, for the report and for `dvc plots`."""
+"""Compute ROC curves, for the report and for `dvc plots`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from stages.evaluate.metrics import CALIBRATION_BINS, Labels, Probabilities
 from stages.files import atomic_write
 from stages.tables import csv_text, safe_cell
-from stages.tasks import hits, positives, scored_columns
+from stages.tasks import Floats, Labels, positives, scored_columns
 
 GRID = np.linspace(0.0, 1.0, 201)
 """False-positive rates at which one-vs-rest curves are averaged."""
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Roc:
     """Whether there are two classes, so that the curve of the second suffices."""
 
 
-def roc_curves(labels: Labels, probabilities: Probabilities, classes: Sequence[str]) -> Roc:
+def roc_curves(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> Roc:
     """Compute ROC curves from labels (n,) or (n, C) and probabilities (n, C)."""
     curves: dict[str, tuple[Floats, Floats]] = {}
     for index, (name, positive) in enumerate(zip(classes, positives(labels, len(classes)).T, strict=True)):
@@ -48,33 +43,6 @@ def roc_curves(labels: Labels, probabilities: Probabilities, classes: Sequence[s
     mean = np.mean([np.interp(GRID, fpr, tpr) for fpr, tpr in curves.values()], axis=0)
     # Start at the origin, so that the curve includes the step at a false-positive rate of zero.
     return Roc(curves, (np.r_[0.0, GRID], np.r_[0.0, mean]))
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Accuracy as a function of confidence: the highest probability of a row, or the probability of each label."""
-
-    confidence: Floats
-    """Mean confidence of each non-empty bin."""
-    accuracy: Floats
-    """Accuracy of the rows in each bin."""
-    rows: npt.NDArray[np.int64]
-    """Number of rows in each bin."""
-
-
-def reliability(labels: Labels, probabilities: Probabilities) -> Reliability:
-    """Compute the reliability curve over equal-width bins, from labels (n,) and probabilities (n, C).
-
-    With multi-label labels (n, C), each probability is compared with the presence of its label.
-    """
-    several = labels.ndim == 2
-    confidence = np.clip(probabilities.ravel() if several else probabilities.max(axis=1), 0.0, 1.0)
-    right = (labels.ravel() if several else hits(labels, probabilities.argmax(axis=1))).astype(np.int64)
-    accuracy, mean = calibration_curve(right, confidence, n_bins=CALIBRATION_BINS, pos_label=1)
-    # As in `calibration_curve`, a value on an edge belongs to the lower bin.
-    edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
-    rows = np.bincount(np.searchsorted(edges[1:-1], confidence), minlength=CALIBRATION_BINS)
-    return Reliability(mean, accuracy, rows[rows > 0].astype(np.int64))
 
 
 def write_plots(labels: Labels, predicted: Labels, roc: Roc, classes: Sequence[str], folder: Path) -> None:

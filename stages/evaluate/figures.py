@@ -14,7 +14,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from stages.evaluate.curves import Reliability, Roc
+from stages.evaluate.curves import Roc
+from stages.evaluate.reliability import Reliability
 from stages.evaluate.wording import quoted
 from stages.files import read_regular
 

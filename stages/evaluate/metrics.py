@@ -1,4 +1,4 @@
-"""Compute the metrics of an evaluation with scikit-learn and torchmetrics."""
+"""Compute the metrics of an evaluation with scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn import metrics as sk
 
 from schemas.errors import EvaluationError
@@ -16,11 +15,9 @@ from schemas.results import Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import auc_interval
 from stages.evaluate.multilabel import multilabel_metrics
+from stages.evaluate.reliability import reliability
 from stages.scores import auc_per_class, macro_auc
 from stages.tasks import decide
-
-CALIBRATION_BINS = 10
-"""Number of equal-width bins of confidence, for the calibration error and the reliability curve."""
 
 Labels = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
@@ -51,15 +48,12 @@ def compute_metrics(
     Raises:
         EvaluationError: There are no rows, shapes or labels do not match, or a probability is not in [0, 1].
     """
-    # Imported here because it takes seconds, and training only needs the AUC.
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     y, p = check_predictions(labels, probabilities, classes, task)
     units = [str(row) for row in range(len(y))] if groups is None else list(groups)
     if len(units) != len(y):
         raise EvaluationError(f"{len(y)} rows were given with {len(units)} groups.")
     if task == "multilabel":
-        return multilabel_metrics(y, p, classes, units, split, CALIBRATION_BINS)
+        return multilabel_metrics(y, p, classes, units, split)
     predicted = decide(p, task)
     indices = np.arange(len(classes))
     present = np.unique(y)
@@ -76,11 +70,7 @@ def compute_metrics(
         cohen_kappa=_kappa(y, predicted, indices, None) if task == "multiclass" else None,
         quadratic_kappa=_kappa(y, predicted, indices, "quadratic") if task == "ordinal" else None,
         brier=_brier(y, p),
-        calibration_error=float(
-            multiclass_calibration_error(
-                torch.from_numpy(p), torch.from_numpy(y), num_classes=len(classes), n_bins=CALIBRATION_BINS, norm="l1"
-            )
-        ),
+        calibration_error=reliability(y, p).error,
         auc_per_class=dict(zip(classes, auc_per_class(y, p), strict=True)),
         absent_classes=tuple(name for index, name in enumerate(classes) if index not in present),
         confusion=tuple(tuple(int(n) for n in row) for row in sk.confusion_matrix(y, predicted, labels=indices)),

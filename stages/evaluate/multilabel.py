@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from sklearn import metrics as sk
 
 from schemas.manifest import Split
 from schemas.results import Metrics
 from stages.evaluate.bootstrap import auc_interval
+from stages.evaluate.reliability import reliability
 from stages.scores import auc_per_class
 from stages.tasks import Floats, Labels, decide
 
@@ -21,7 +21,6 @@ def multilabel_metrics(
     classes: Sequence[str],
     units: Sequence[str],
     split: Split,
-    bins: int,
 ) -> Metrics:
     """Compute all metrics of one split.
 
@@ -31,24 +30,14 @@ def multilabel_metrics(
         classes: The C label names, in the order of the columns.
         units: (n,) patient of each row.
         split: Split of the rows; only recorded.
-        bins: Number of bins of the calibration error.
     """
-    from torchmetrics.functional.classification import binary_calibration_error
-
     per_class = auc_per_class(labels, probabilities)
     predicted = decide(probabilities, "multilabel")
     columns = range(len(classes))
     occurring = [index for index in columns if labels[:, index].any() or predicted[:, index].any()]
     defined = [value for value in per_class if value is not None]
     counts = sk.multilabel_confusion_matrix(labels, predicted).reshape(len(classes), 4)
-    errors = [
-        float(
-            binary_calibration_error(
-                torch.tensor(probabilities[:, index]), torch.tensor(labels[:, index]), n_bins=bins, norm="l1"
-            )
-        )
-        for index in columns
-    ]
+    errors = [reliability(labels[:, [index]], probabilities[:, [index]]).error for index in columns]
     return Metrics(
         split=split,
         task="multilabel",

@@ -17,11 +17,12 @@ from schemas.methods import METHODS, model_inputs
 from schemas.results import BundleSpec, Metrics
 from schemas.specs import Inputs
 from schemas.text import images_of
-from stages.evaluate.curves import Reliability, reliability, roc_curves
+from stages.evaluate.curves import roc_curves
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.pages import page_template
 from stages.evaluate.pictures import map_figures, thumbnail_uri
 from stages.evaluate.predictions import Predictions
+from stages.evaluate.reliability import Reliability, reliability
 from stages.evaluate.wording import metric_rows, mistake, number, quoted, sureness
 from stages.methods.base import method_of
 from stages.tasks import hits

@@ -12,6 +12,7 @@ both is better than either (docs/lab-notes.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,33 +41,58 @@ def fit_least_squares(
     """
     z, targets = rows.z.astype(np.float64), positives(y, len(class_weights)).astype(np.float64)
     weights = targets @ class_weights[:, None] if y.ndim == 1 else np.where(targets > 0, class_weights, 1.0)
-    held_out = np.full((len(PENALTIES), *targets.shape), np.nan)
-    for fold in folds:
-        weight, bias = _path(z[~fold], targets[~fold], weights[~fold])
-        held_out[:, fold] = z[fold] @ weight + bias[:, None] - 0.5
+    solution = _solve(z, targets, weights, folds)
     some = np.any(folds, axis=0)
-    losses = np.array([[logit_loss(s * one[some], y[some], class_weights) for s in SHARPNESS] for one in held_out])
+    losses = np.array(
+        [[logit_loss(s * one[some], y[some], class_weights) for s in SHARPNESS] for one in solution.held_out]
+    )
     best, sharpest = np.unravel_index(losses.argmin(), losses.shape)
     s, penalty = SHARPNESS[sharpest], PENALTIES[best]
-    weight, bias = _path(z, targets, weights)
+    weight, bias, held_out = (part[best] for part in solution)
     loss = float(losses[best, sharpest])
-    return rows.linear_fit(s * weight[best], s * (bias[best] - 0.5), s * held_out[best], 1.0 / penalty, loss)
+    return rows.linear_fit(s * weight, s * (bias - 0.5), s * held_out, 1.0 / penalty, loss)
 
 
-def _path(z: Floats, targets: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Return weights (P, r, C) and biases (P, C) of all penalties; `weights` are (n, 1), or (n, C) by column."""
+class _Solution(NamedTuple):
+    """Ridge regressions with P penalties."""
+
+    weight: Floats
+    """(P, r, C)."""
+    bias: Floats
+    """(P, C)."""
+    held_out: Floats
+    """(P, n, C): what regressions without the fold of a row predict for it, less 1/2; NaN for rows in no fold."""
+
+
+def _solve(z: Floats, targets: Floats, weights: Floats, folds: Sequence[npt.NDArray[np.bool_]]) -> _Solution:
+    """Fit to all rows, and without each fold; `weights` are (n, 1), or (n, C) by column.
+
+    A regression is not repeated without a fold: with H the matrix that maps targets to predictions, and f the rows of a
+    fold, the residuals of a regression without them are (I - H_ff)^-1 (t - y)_f.
+    """
     # Columns of equal row weights share a decomposition.
     distinct, number_of = np.unique(weights, axis=1, return_inverse=True)
     number_of = np.broadcast_to(number_of.reshape(-1), targets.shape[1])
-    solved = np.empty((len(PENALTIES), z.shape[1], targets.shape[1]))
-    biases = np.empty((len(PENALTIES), targets.shape[1]))
+    penalties = np.reshape(PENALTIES, (-1, 1, 1))
+    solution = _Solution(
+        np.empty((len(PENALTIES), z.shape[1], targets.shape[1])),
+        np.empty((len(PENALTIES), targets.shape[1])),
+        np.full((len(PENALTIES), *targets.shape), np.nan),
+    )
     for number, row_weights in enumerate(distinct.T):
         u, chosen = row_weights[:, None], number_of == number
-        total = u.sum()
-        z_mean, t_mean = (u * z).sum(axis=0) / total, (u * targets[:, chosen]).sum(axis=0) / total
+        total, t = u.sum(), targets[:, chosen]
+        z_mean, t_mean = (u * z).sum(axis=0) / total, (u * t).sum(axis=0) / total
         centred = z - z_mean
         squares, vectors = np.linalg.eigh(centred.T @ (u * centred))
-        projected = vectors.T @ (centred.T @ (u * (targets[:, chosen] - t_mean)))
-        found = vectors @ (projected / (squares[:, None] + np.reshape(PENALTIES, (-1, 1, 1))))
-        solved[:, :, chosen], biases[:, chosen] = found, t_mean - z_mean @ found
-    return solved, biases
+        turned = centred @ vectors
+        coefficients = (turned.T @ (u * (t - t_mean))) / (squares[:, None] + penalties)
+        solution.weight[:, :, chosen] = vectors @ coefficients
+        solution.bias[:, chosen] = t_mean - z_mean @ solution.weight[:, :, chosen]
+        residuals = t - t_mean - turned @ coefficients
+        for fold in folds:
+            some, u_some = turned[fold], row_weights[fold]
+            hat = u_some / total + (some / (squares + penalties)) @ (some.T * u_some)
+            left_out = np.linalg.solve(np.eye(len(some)) - hat, residuals[:, fold])
+            solution.held_out[np.ix_(np.arange(len(PENALTIES)), fold, chosen)] = t[fold] - left_out - 0.5
+    return solution

@@ -22,6 +22,8 @@ from stages.methods.regression import LinearFit, logit_loss
 
 STRENGTHS: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-8, 5))
 """Candidates of C, the inverse of the L2 penalty, on rows of unit mean square length."""
+WEAKEST = 2
+"""Weakest penalties that are only tried if the next one is the best of the others: they take most steps of all."""
 STEPS = 400
 """Gradient steps at most."""
 TOLERANCE = 3e-5
@@ -43,36 +45,44 @@ def fit_path(
         class_weights: (C,) loss weights.
         folds: (n,) each, true for the held-out rows; at least one.
     """
-    seen = np.stack([np.ones(len(y), bool), *(~fold for fold in folds)])
-    weight, bias = _solve(rows.z, y, class_weights, seen)
+    seen, some = np.stack([~fold for fold in folds]), np.any(folds, axis=0)
     losses: list[float] = []
     held_out = []
-    for one in range(len(STRENGTHS)):
-        logits = np.full((len(y), len(class_weights)), np.nan)
-        for position, fold in enumerate(folds, start=1):
-            logits[fold] = rows.z[fold] @ weight[position, one] + bias[position, one]
-        some = np.any(folds, axis=0)
-        losses.append(logit_loss(logits[some], y[some], class_weights))
-        held_out.append(logits)
+    for strengths in filter(None, (STRENGTHS[:-WEAKEST], STRENGTHS[-WEAKEST:])):
+        if losses and losses[-1] > min(losses):
+            break
+        weight, bias = _solve(rows.z, y, class_weights, seen, strengths)
+        for one in range(len(strengths)):
+            logits = np.full((len(y), len(class_weights)), np.nan)
+            for position, fold in enumerate(folds):
+                logits[fold] = rows.z[fold] @ weight[position, one] + bias[position, one]
+            losses.append(logit_loss(logits[some], y[some], class_weights))
+            held_out.append(logits)
     best = min(range(len(losses)), key=losses.__getitem__)
-    return rows.linear_fit(weight[0, best], bias[0, best], held_out[best], STRENGTHS[best], losses[best])
+    everything = np.ones((1, len(y)), bool)
+    weight, bias = _solve(rows.z, y, class_weights, everything, STRENGTHS[best : best + 1])
+    return rows.linear_fit(weight[0, 0], bias[0, 0], held_out[best], STRENGTHS[best], losses[best])
 
 
 def _solve(
-    z: Rows, y: Labels, class_weights: npt.NDArray[np.float64], seen: npt.NDArray[np.bool_]
+    z: Rows,
+    y: Labels,
+    class_weights: npt.NDArray[np.float64],
+    seen: npt.NDArray[np.bool_],
+    strengths: Sequence[float],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Fit to the rows `seen` (K, n) with every penalty; return weights (K, P, r, C) and biases (K, P, C)."""
+    """Fit to the rows `seen` (K, n) with P penalties; return weights (K, P, r, C) and biases (K, P, C)."""
     rows, (count, rank), classes = torch.from_numpy(z), z.shape, len(class_weights)
     softmax = y.ndim == 1
     weights = torch.from_numpy(class_weights.astype(np.float32))
     targets = torch.from_numpy(y)
     truth = torch.nn.functional.one_hot(targets, classes).float() if softmax else targets.float()
     row_weights = (truth @ weights)[:, None] if softmax else torch.where(truth > 0, weights, torch.ones(()))
-    c = torch.tensor(STRENGTHS).repeat(len(seen))
+    c = torch.tensor(strengths).repeat(len(seen))
     problems = len(c)
     # Problems come last: a softmax over the few classes is several times as fast if these are not.
     # (n, 1 or C, K P): factor of each row in the gradient of each problem.
-    used = torch.from_numpy(seen).float().repeat_interleave(len(STRENGTHS), dim=0)
+    used = torch.from_numpy(seen).float().repeat_interleave(len(strengths), dim=0)
     factors = (used * c[:, None]).T[:, None] * row_weights[:, :, None]
     bound = (0.5 if softmax else 0.25) * max(float(row_weights.max()), 1e-6)
     energy = rows.square().sum(dim=0)
@@ -112,7 +122,7 @@ def _solve(
                 v, ahead, bias, bias_ahead, step, factors = (
                     one[..., left] for one in (v, ahead, bias, bias_ahead, step, factors)
                 )
-    shape = (len(seen), len(STRENGTHS))
+    shape = (len(seen), len(strengths))
     return (
         solved[0].reshape(rank, classes, *shape).permute(2, 3, 0, 1).numpy(),
         solved[1].reshape(classes, *shape).permute(1, 2, 0).numpy(),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.methods.regression import Floats, LinearFit, spread
+from stages.methods.regression import CONSTANT, Floats, LinearFit
 
 RANK = 256
 """Principal axes at most; on real images all 512 of them were no better (docs/lab-notes.md)."""
@@ -23,8 +23,8 @@ class PrincipalAxes(NamedTuple):
 
     z: Rows
     """(n, r) coordinates of the rows, which have a mean square length of 1 at most."""
-    axes: Rows
-    """(F, r): z = (x - mean) / scale / sqrt(F) @ axes."""
+    axes: tuple[Rows, ...]
+    """Factors of the (F, r) axes, of which z = (x - mean) / scale / sqrt(F) @ axes: their product is not needed."""
     mean: Floats
     """(F,) of the rows."""
     scale: Floats
@@ -42,7 +42,9 @@ class PrincipalAxes(NamedTuple):
             c: Inverse of the penalty.
             loss: Log-loss of `held_out`.
         """
-        in_features = self.axes @ weight / np.sqrt(len(self.mean))
+        in_features = weight.astype(np.float32) / np.sqrt(len(self.mean), dtype=np.float32)
+        for factor in reversed(self.axes):
+            in_features = factor @ in_features
         parts = (in_features.T, bias, self.mean, self.scale, held_out)
         tensors = [torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32)) for part in parts]
         return LinearFit(tensors[0], tensors[1], tensors[2], tensors[3], c, loss, tensors[4])
@@ -50,13 +52,17 @@ class PrincipalAxes(NamedTuple):
 
 def principal_axes(x: Rows) -> PrincipalAxes:
     """Standardise rows (n, F), and turn them to their principal axes, the longest first."""
-    mean, scale = spread(x.astype(np.float64))
-    axes, z = _decompose(((x - mean) / scale / np.sqrt(x.shape[1])).astype(np.float32))
+    mean = x.mean(axis=0, dtype=np.float64)
+    centred = x - mean.astype(np.float32)
+    scale = np.sqrt(np.square(centred).mean(axis=0, dtype=np.float64))
+    scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
+    centred /= (scale * np.sqrt(x.shape[1])).astype(np.float32)
+    axes, z = _decompose(centred)
     return PrincipalAxes(z, axes, mean, scale)
 
 
-def _decompose(x: Rows) -> tuple[Rows, Rows]:
-    """Return the axes (F, r) and the coordinates (n, r) of rows, the largest first."""
+def _decompose(x: Rows) -> tuple[tuple[Rows, ...], Rows]:
+    """Return factors of the axes (F, r), and the coordinates (n, r) of rows, the largest first."""
     count, features = x.shape
     smaller = min(count, features)
     if smaller > EXACT:
@@ -64,7 +70,7 @@ def _decompose(x: Rows) -> tuple[Rows, Rows]:
 
         left, sizes, right = randomized_svd(x, RANK, n_iter=3, random_state=0)
         rank = _rank(sizes)
-        return right[:rank].T, left[:, :rank] * sizes[:rank]
+        return (right[:rank].T,), left[:, :rank] * sizes[:rank]
     # The smaller product: its eigenvalues are the squares of the singular values.
     product = (x @ x.T if count <= features else x.T @ x).astype(np.float64)
     squares, vectors = np.linalg.eigh(product)
@@ -72,9 +78,9 @@ def _decompose(x: Rows) -> tuple[Rows, Rows]:
     rank = _rank(sizes)
     vectors = vectors[:, ::-1][:, :rank].astype(np.float32)
     if count > features:
-        return vectors, x @ vectors
+        return (vectors,), x @ vectors
     lengths = sizes[:rank].astype(np.float32)
-    return x.T @ (vectors / lengths), vectors * lengths
+    return (x.T, vectors / lengths), vectors * lengths
 
 
 def _rank(sizes: npt.NDArray[Any]) -> int:

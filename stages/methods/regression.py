@@ -28,6 +28,8 @@ PATIENCE = 4
 LEARNT = 0.99
 """Patience starts once the held-out loss is below this share of that of the strongest penalty, which predicts little
 but class frequencies: on few rows the loss can rise by chance before it falls."""
+CONSTANT = 1e-7
+"""Deviation relative to the mean below which a column is constant: it varies by rounding only."""
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -133,7 +135,7 @@ def spread(x: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation (F,) of rows (n, F); the deviation 1 where they do not vary."""
     mean, scale = x.mean(axis=0), x.std(axis=0)
     # What varies only by rounding is constant: divided by its deviation it would be noise of size 1.
-    scale[scale <= 1e-7 * (1.0 + np.abs(mean))] = 1.0
+    scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
     return mean, scale
 
 

@@ -61,12 +61,14 @@ class StatisticsProbe(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, F) of `describe_rows` -> (B, classes), the weighted average of log-probabilities."""
-        scaled = (torch.cat([select(rows, source) for source in self.sources], dim=1) - self.mean) / self.scale
-        parts = zip(
-            torch.split(scaled, self._widths, dim=1), torch.split(self.weight, self._widths, dim=1), strict=True
-        )
-        logits = torch.stack([part @ weight.T for part, weight in parts], dim=1) + self.bias
-        return (log_pool_terms(logits, self.task) * self.share[:, None]).sum(dim=1)
+        # One source after the other: all of them together are many times the rows.
+        parts = (torch.split(part, self._widths, dim=-1) for part in (self.mean, self.scale, self.weight))
+        logits = [
+            ((select(rows, source) - mean) / scale) @ weight.T
+            for source, mean, scale, weight in zip(self.sources, *parts, strict=True)
+        ]
+        terms = log_pool_terms(torch.stack(logits, dim=1) + self.bias, self.task)
+        return (terms * self.share[:, None]).sum(dim=1)
 
 
 def select(rows: torch.Tensor, source: ProbeSource) -> torch.Tensor:

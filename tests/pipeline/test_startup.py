@@ -13,7 +13,7 @@ from study import make_study
 from pipeline.params import dump_settings
 from stages.vision import compiler_left_out
 
-STAGE_TWO = {"sklearn", "scipy", "matplotlib", "dask", "distributed", "pandas", "dvc", "dvclive", "torchmetrics"}
+STAGE_TWO = {"sklearn", "scipy", "matplotlib", "dask", "distributed", "pandas", "dvc", "dvclive"}
 COMPILER = {"torch._dynamo", "sympy"}
 PROBE = """\
 import json, sys
@@ -56,7 +56,9 @@ def modules(folder: Path, *words: str) -> set[str]:
         (["prepare"], STAGE_TWO | COMPILER),
         (["extract"], STAGE_TWO | COMPILER),
         (["doctor"], STAGE_TWO | COMPILER),
+        (["evaluate"], COMPILER | {"timm", "torchmetrics", "transformers"}),
         (["predict", "images/grid/0-000.png"], STAGE_TWO | COMPILER | {"zarr", "pyarrow", "fsspec"}),
+        (["train", "--method", "linear"], COMPILER | {"timm", "torchvision", "torchmetrics", "transformers"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -11,9 +11,10 @@ from schemas.parse import parse_settings
 from schemas.resolve import resolve
 from schemas.results import BundleSpec
 from schemas.specs import FinetuneSpec, SideNetworkSpec
-from stages.evaluate.curves import reliability, roc_curves
+from stages.evaluate.curves import roc_curves
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions
+from stages.evaluate.reliability import reliability
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score
 

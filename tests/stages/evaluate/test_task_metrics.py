@@ -14,9 +14,10 @@ from schemas.results import Metrics
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws
 from stages.evaluate.compare import compare
-from stages.evaluate.curves import reliability, roc_curves
+from stages.evaluate.curves import roc_curves
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
+from stages.evaluate.reliability import reliability
 from stages.evaluate.report import confident_mistakes
 from stages.scores import macro_auc
 from stages.tasks import decide, label_array, pool, texts
