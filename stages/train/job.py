@@ -14,7 +14,7 @@ from schemas.base import digest
 from schemas.cost import StoreMemory
 from schemas.manifest import Manifest, Split
 from schemas.methods import METHODS, method_options
-from schemas.resolved import ResolvedSettings
+from schemas.resolved import ResolvedSettings, ResolvedTrain
 from schemas.results import BundleSpec, EpochLog
 from schemas.specs import Inputs
 from stages.groups import cluster_of
@@ -114,13 +114,26 @@ def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[
         {
             "recipe": RECIPE,
             "method": settings.method,
-            "train": settings.train.model_dump(mode="json"),
+            "train": _recipe(settings.train),
             "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
             **({} if method_settings is None else {"methods": method_settings.model_dump(mode="json")}),
             **inputs_key,
         }
     )
+
+
+def _recipe(train: ResolvedTrain) -> dict[str, object]:
+    """Return the fields of stage two for a key, without those that have no effect with their optimiser.
+
+    The key of a training with AdamW is that of versions that had no other optimiser.
+    """
+    without_effect = set() if train.extrapolates else {"extrapolation"}
+    if not train.optimizer.endswith("sgd"):
+        without_effect.add("momentum")
+    if train.optimizer == "adamw":
+        without_effect.add("optimizer")
+    return train.model_dump(mode="json", exclude=without_effect)
 
 
 def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:

@@ -11,7 +11,7 @@ from schemas.results import TrainResult
 from schemas.specs import Inputs
 from stages.device import set_up
 from stages.ranks import ALONE, Ranks
-from stages.train.checks import check_features, check_rows, check_shared, check_views
+from stages.train.checks import check_features, check_rows, check_shared, check_views, check_workers
 from stages.train.closed_form import fit_job
 from stages.train.gradient import train_job
 from stages.train.inputs import StudyFiles, open_inputs
@@ -72,12 +72,13 @@ def train_together(
         ranks: As for `train`.
 
     Raises:
-        SettingsError: If the variants cannot share their batches.
+        SettingsError: If the variants cannot share their batches, or the processes the workers of an extrapolation.
         Exception: As for `train`.
     """
     first = variants[0]
     row = METHODS[first.method]
     check_shared(variants)
+    check_workers(first, ranks)
     check_task(first, files.manifest)
     inputs: Inputs = frozenset().union(*(row.reads(settings) for settings in variants))
     if "image" not in inputs:
