@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.base import Name, Section
+from schemas.base import Name, Section, Text
 from schemas.data_settings import DataSettings, Seed
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.methods import METHODS_HELP, Method, MethodSettings
@@ -263,6 +263,9 @@ class TrainSettings(Section):
     """Compile the blocks of the side network (torch.compile, needs a C++ compiler); takes about 30 s at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
+    start_from: Text | None = None
+    """Folder of a model whose weights training starts from, such as one of a smaller `features.image_size`: of the same
+    method, LPM and classes; relative paths start at the folder of `params.yaml`. null: new weights."""
     seed: Seed = 0
     """Random seed of initialisation and dropout."""
     order_seed: Literal["auto"] | Seed = "auto"

@@ -236,6 +236,13 @@ def _loss(spec: BundleSpec) -> str:
     return ", ".join(parts)
 
 
+def _start(spec: BundleSpec) -> Sequence[tuple[str, str]]:
+    if spec.start is None:
+        return ()
+    size, weights = spec.start.image_size, spec.start.weights_sha256[:12]
+    return (("Training started from", f"a model at {size} x {size} pixels, weights {weights}"),)
+
+
 def _optimizer(train: ResolvedTrain) -> str:
     adam = train.optimizer.endswith("adamw")
     name = "AdamW" if adam else f"SGD with momentum {train.momentum:g}"
@@ -253,6 +260,7 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     if METHODS[network.method].closed_form:
         return (*details, ("Validation AUC", number(spec.val_auc)))
     loop = (
+        *_start(spec),
         ("Optimiser", _optimizer(train)),
         (
             "Training",
