@@ -64,9 +64,9 @@ class Trained:
 DIRECTION = "train.extrapolation.direction=preconditioned"
 SGD = ("train.weight_decay=1e-4",)
 TRAINED = {
-    "adamw": Trained("adamw", 5e-4, 0.5),
-    "extrap-adamw": Trained("extrap-adamw", 5e-4, 0.5),
-    "extrap-adamw-preconditioned": Trained("extrap-adamw", 5e-4, 0.5, (DIRECTION,)),
+    "adamw": Trained("adamw", 1e-3, 0.5),
+    "extrap-adamw": Trained("extrap-adamw", 1e-3, 0.5),
+    "extrap-adamw-preconditioned": Trained("extrap-adamw", 1e-3, 0.5, (DIRECTION,)),
     "sgd": Trained("sgd", 0.02, 1.0, SGD),
     "extrap-sgd": Trained("extrap-sgd", 0.02, 1.0, SGD),
 }

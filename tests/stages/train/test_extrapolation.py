@@ -45,8 +45,10 @@ def settings(optimizer: str = "extrap-sgd", **keys: Any) -> TrainSettings:
     return TrainSettings(optimizer=optimizer, **{"batch_size": 8, "weight_decay": 0.0, "momentum": 0.0, **keys})
 
 
-@pytest.mark.parametrize("inner", ["sgd", "adamw"])
-@pytest.mark.parametrize(("workers", "class_weights"), [(1, None), (1, WEIGHTS), (4, None), (4, WEIGHTS)])
+@pytest.mark.parametrize(
+    ("inner", "workers", "class_weights"),
+    [("sgd", 1, None), ("adamw", 1, WEIGHTS), ("sgd", 4, WEIGHTS), ("adamw", 4, None)],
+)
 def test_at_rate_zero_it_is_the_inner_optimiser_to_the_bit(
     inner: str, workers: int, class_weights: torch.Tensor | None
 ) -> None:
@@ -204,8 +206,9 @@ class Killed(BaseException):
     """A kill signal, from inside."""
 
 
-@pytest.mark.parametrize("method", ["fpt-x", "vpt-deep"])
-@pytest.mark.parametrize("optimizer", ["sgd", "extrap-sgd", "extrap-adamw"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("fpt+", "sgd"), ("vpt-deep", "extrap-sgd"), ("fpt-x", "extrap-adamw")]
+)
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path: Path, method: str, optimizer: str) -> None:
     study = a_study(tmp_path, method, optimizer)
     receipt = study.extract()
@@ -219,18 +222,16 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path: Path, method:
         train_study(study, receipt, "killed", watch=Watch(on_epoch=die))
     assert train_study(study, receipt, "killed").resumed_from == 2
     assert (tmp_path / "calm/model.safetensors").read_bytes() == (tmp_path / "killed/model.safetensors").read_bytes()
-    with_adamw = study.changed(train={"optimizer": "adamw"})
-    train_study(study, receipt, "adamw", settings=with_adamw)
-    assert (tmp_path / "calm/model.safetensors").read_bytes() != (tmp_path / "adamw/model.safetensors").read_bytes()
 
 
 def a_study(root: Path, method: str, optimizer: str) -> Study:
     """A study of side networks, or of an adaptation of the last block from cached hidden tokens."""
     extrapolation = {"workers": 4, "rate": 2.0}
     train = {"epochs": 3, "optimizer": optimizer, "extrapolation": extrapolation, "lr": 3e-3}
-    if method == "fpt-x":
-        return make_study(root, method=method, train={**train, "members": 2, "probe_weight": 0.0})
-    return make_study(root, method="vpt-deep", train=train, features={"hidden": 5})
+    if method == "vpt-deep":
+        return make_study(root, method=method, train=train, features={"hidden": 5})
+    members = {"members": 2, "probe_weight": 0.0} if method == "fpt-x" else {}
+    return make_study(root, method=method, train={**train, **members})
 
 
 def test_settings_without_effect_do_not_change_the_key_of_a_run(study: Study) -> None:
