@@ -146,7 +146,7 @@ def plan_bench(
     left_out: dict[str, str] = {}
     groups: list[Group] = []
     costs: dict[str, CostReport] = {}
-    keys: dict[bool, dict[str, Any]] = {}
+    keys: dict[tuple[bool, str | None], dict[str, Any]] = {}
     of_part = {sampling.part.name: sampling for sampling in samplings}
     for method in asked.methods:
         try:

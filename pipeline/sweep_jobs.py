@@ -82,7 +82,7 @@ def plan_jobs(
     parts: Sequence[Part],
     files: StudyFiles,
     folder: Path,
-    keys: dict[bool, dict[str, Any]] | None = None,
+    keys: dict[tuple[bool, str | None], dict[str, Any]] | None = None,
 ) -> list[Job]:
     """Every combination on every part, refused as a whole where one of them cannot be trained.
 
@@ -92,20 +92,20 @@ def plan_jobs(
         parts: On which splits.
         files: What training reads.
         folder: Folder of all runs.
-        keys: Keys of the inputs (whether images are read -> key), to share among calls; missing ones are added.
+        keys: Keys of the inputs (`inputs_kind` -> key), to share among calls; missing ones are added.
 
     Raises:
         SettingsError: Values that are not valid.
         CacheMismatchError: The features do not fit a run.
         CacheIncompleteError: Images or views have no features.
     """
-    from stages.train.inputs import inputs_key, reads_images
+    from stages.train.inputs import inputs_key, inputs_kind
     from stages.train.job import run_key
 
     variants = _variants(study, combinations)
     _check(study, files, [settings for _, settings in variants], parts)
     # Features are no axis of a sweep: variants differ only in the kind of inputs. The key of images hashes the weights.
-    by_kind = {reads_images(settings): settings for _, settings in variants}
+    by_kind = {inputs_kind(settings): settings for _, settings in variants}
     keys = {} if keys is None else keys
     keys |= {kind: inputs_key(settings, files) for kind, settings in by_kind.items() if kind not in keys}
     jobs = []
@@ -113,7 +113,7 @@ def plan_jobs(
         for combination, settings in variants:
             own = settings.model_copy(update={"data": settings.data.model_copy(update={"seed": part.seed})})
             place = folder / "runs" / part.name / combination.name
-            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, keys[reads_images(own)])))
+            jobs.append(Job(part, combination, own, place, run_key(own, part.manifest, keys[inputs_kind(own)])))
     return jobs
 
 

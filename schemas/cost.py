@@ -63,7 +63,7 @@ class CostReport(Contract):
     train_batch_mib: float | None
     """The batch as it is stored, a share of the former: nothing makes a step smaller than this and the next."""
     train_states_mib: float | None
-    """Parameters, gradients and the two states of AdamW, a share of the former."""
+    """Parameters, gradients and the states of the optimiser, a share of the former."""
     train_frozen_mib: float | None
     """Frozen weights of the LPM that a step holds, a share of the former; 0 for methods that do not run the LPM."""
     fit: FitCost | None

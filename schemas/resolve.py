@@ -8,7 +8,7 @@ from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.method_row import MethodRow
 from schemas.methods import METHODS
-from schemas.resolved import ResolvedFeatures, ResolvedSettings, ResolvedTrain
+from schemas.resolved import ResolvedExtrapolation, ResolvedFeatures, ResolvedSettings, ResolvedTrain
 from schemas.settings import Precision, Settings
 
 ATTENTIVE_WEIGHT = 0.1
@@ -70,6 +70,9 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
             **{
                 **train.model_dump(),
                 **ensemble,
+                "extrapolation": ResolvedExtrapolation(
+                    **{**train.extrapolation.model_dump(), "rate": train.extrapolation.relative_rate}
+                ),
                 "side_image_size": side,
                 "start_block": start,
                 "keep": preset.keep if train.keep == "auto" else train.keep,

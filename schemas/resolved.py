@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schemas.data_settings import Seed
-from schemas.settings import FeatureSettings, Layers, Precision, ResizeFilter, Settings, TrainSettings
+from schemas.settings import (
+    ExtrapolationSettings,
+    FeatureSettings,
+    Layers,
+    Precision,
+    ResizeFilter,
+    Settings,
+    TrainSettings,
+)
 
 
 class ResolvedFeatures(FeatureSettings):
@@ -23,9 +31,18 @@ class ResolvedFeatures(FeatureSettings):
     """Side of the small image in the store, in pixels."""
 
 
+class ResolvedExtrapolation(ExtrapolationSettings):
+    """Extrapolation for large batches."""
+
+    rate: Annotated[float, Field(ge=0.0, le=1e9)] = 0.25
+    """Length of the extrapolation, relative to the learning rate."""
+
+
 class ResolvedTrain(TrainSettings):
     """Stage two."""
 
+    extrapolation: ResolvedExtrapolation = ResolvedExtrapolation()
+    """Extrapolation of extrap-sgd and extrap-adamw."""
     side_image_size: Annotated[int, Field(ge=16, le=1024)]
     """Input of the side network, in pixels."""
     members: Annotated[int, Field(ge=1, le=64)]

@@ -20,6 +20,17 @@ PROBABILITY = "p_"
 """Prefix of a probability column in tables of predictions; no other column starts with it."""
 
 
+class StartSpec(Contract):
+    """The model whose weights a training started from."""
+
+    weights_sha256: str
+    """Sha256 of its `model.safetensors`."""
+    image_size: int
+    """Its input of the LPM, in pixels."""
+    fitted_images: str
+    """Images that trained it or chose its epoch, and those of the models before it, as in `BundleSpec`."""
+
+
 class BundleSpec(Contract):
     """`model.json`: with `model.safetensors` next to it, everything needed to predict.
 
@@ -47,6 +58,11 @@ class BundleSpec(Contract):
     """Sha256 of `model.safetensors`."""
     fitted_sha256: str | None = None
     """`stages.manifest.fitted_sha256` of the manifest; null in bundles written before it was recorded."""
+    fitted_images: str | None = None
+    """Training and validation images, by which a later training that starts from this model finds test images that are
+    none: `stages.fitted_images.encode` of their ids; null in bundles written before they were recorded."""
+    start: StartSpec | None = None
+    """The model that training started from; null: from new weights."""
 
     @property
     def task(self) -> Task:

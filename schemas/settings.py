@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.base import Name, Section
+from schemas.base import Name, Section, Text
 from schemas.data_settings import DataSettings, Seed
 from schemas.machine import ClusterSettings, ComputeSettings, StoreSettings
 from schemas.methods import METHODS_HELP, Method, MethodSettings
@@ -24,6 +24,7 @@ FeatureResize = Literal["squash", "letterbox"]
 ResizeFilter = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 Normalisation = Literal["lpm", "dataset"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Optimizer = Literal["adamw", "sgd", "extrap-sgd", "extrap-adamw"]
 FixedView = Literal["identity", "hflip", "vflip", "rot90", "rot180", "rot270"]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Area = Annotated[float, Field(ge=0.01, le=1.0)]
@@ -170,13 +171,39 @@ class AugmentSettings(Section):
         return self
 
 
+class ExtrapolationSettings(Section):
+    """Extrapolation for large batches, with `optimizer` extrap-sgd or extrap-adamw (docs/large-batches.md)."""
+
+    workers: Annotated[int, Field(ge=1, le=4096)] = 4
+    """K, parts of each batch; every part has its gradient at an extrapolated point of its own. Must divide
+    batch_size."""
+    rate: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1e9)] = "auto"
+    """Length of the extrapolation against the last gradient of the part, relative to the learning rate, whose schedule
+    it follows; auto: 1 / workers, the rate of a small batch."""
+    direction: Literal["gradient", "preconditioned"] = "gradient"
+    """Direction of the extrapolation: gradient (the published form), or preconditioned (divided by AdamW's root mean
+    square of each number, so that its length is comparable to a step; only extrap-adamw)."""
+
+    @property
+    def relative_rate(self) -> float:
+        """Length of the extrapolation divided by the learning rate."""
+        return 1.0 / self.workers if self.rate == "auto" else self.rate
+
+
 class TrainSettings(Section):
     """Stage two. Defaults are the published recipe, except where a preset differs. Tune lr: 5e-5 to 5e-3."""
 
     lr: Annotated[float, Field(ge=1e-12, le=100.0)] = 5e-4
     """Initial learning rate; cosine decay to zero, no warm-up."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.1
-    """AdamW weight decay."""
+    """Weight decay: decoupled with AdamW, added to the gradient with SGD."""
+    optimizer: Optimizer = "adamw"
+    """Optimiser: adamw, sgd, or one of them with a gradient per part of the batch, each at an extrapolated point
+    (extrap-adamw, extrap-sgd)."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of sgd and extrap-sgd."""
+    extrapolation: ExtrapolationSettings = ExtrapolationSettings()
+    """Extrapolation of extrap-sgd and extrap-adamw."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Passes over the training set."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
@@ -236,6 +263,9 @@ class TrainSettings(Section):
     """Compile the blocks of the side network (torch.compile, needs a C++ compiler); takes about 30 s at the start."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of the side image."""
+    start_from: Text | None = None
+    """Folder of a model whose weights training starts from, such as one of a smaller `features.image_size`: of the same
+    method, LPM and classes; relative paths start at the folder of `params.yaml`. null: new weights."""
     seed: Seed = 0
     """Random seed of initialisation and dropout."""
     order_seed: Literal["auto"] | Seed = "auto"
@@ -245,6 +275,27 @@ class TrainSettings(Section):
     def _check_accumulate(self) -> TrainSettings:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        return self
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether parts of a batch have their gradients at extrapolated points."""
+        return self.optimizer.startswith("extrap-")
+
+    @model_validator(mode="after")
+    def _check_extrapolation(self) -> TrainSettings:
+        if not self.extrapolates:
+            return self
+        workers = self.extrapolation.workers
+        if self.batch_size % workers:
+            raise ValueError(f"extrapolation.workers ({workers}) must divide batch_size ({self.batch_size})")
+        if self.accumulate > 1:
+            raise ValueError(
+                f"accumulate must be 1 with {self.optimizer} (is {self.accumulate}): the parts of a batch are already "
+                "those of extrapolation.workers"
+            )
+        if self.extrapolation.direction == "preconditioned" and self.optimizer != "extrap-adamw":
+            raise ValueError(f"extrapolation.direction: preconditioned is for extrap-adamw, not for {self.optimizer}")
         return self
 
     @field_validator("class_weights")

@@ -48,6 +48,11 @@ class MethodSpec(Contract):
         """Splits whose images the weights were fitted to."""
         return ("train",)
 
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields that may differ from those of a model whose weights training starts from."""
+        return frozenset()
+
     def matches(self, features: FeatureSpec) -> bool:  # noqa: ARG002
         """Whether the shape of the model is that of features of this spec."""
         return True
@@ -132,6 +137,13 @@ class SideNetworkSpec(MethodSpec):
     def side_size(self) -> int:
         """Input of the side network, in pixels."""
         return self.image_size
+
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields that may differ from those of a model whose weights training starts from."""
+        sizes = {"image_size", "members", "most_members", "attentive"}
+        ensemble = {"attentive_weight", "probe_weight", "sources", "fits_shares", "shares", "held_out"}
+        return frozenset({"dropout"} | sizes | ensemble)
 
     @property
     def is_ensemble(self) -> bool:
@@ -265,6 +277,11 @@ class AlfSpec(MethodSpec):
     dropout: float
     """Dropout of the attention weights."""
 
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields that may differ from those of a model whose weights training starts from."""
+        return frozenset({"dropout"})
+
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""
         width = features.lpm.width
@@ -293,6 +310,11 @@ class LoffTaSpec(MethodSpec):
     heads: int
     """Heads of the classifier."""
 
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields that may differ from those of a model whose weights training starts from."""
+        return frozenset({"grid", "pooled_grid"})
+
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""
         lpm = features.lpm
@@ -318,6 +340,11 @@ class AdaptedLpmSpec(MethodSpec):
     def added_inputs(self) -> Inputs:
         """Hidden tokens, or images."""
         return frozenset({"image"} if self.hidden is None else {"hidden"})
+
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields that may differ from those of a model whose weights training starts from."""
+        return frozenset({"image_size", "hidden"})
 
     def matches(self, features: FeatureSpec) -> bool:
         """Whether the shape of the model is that of features of this spec."""

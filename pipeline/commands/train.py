@@ -34,10 +34,12 @@ def train(
     On several GPUs: torchrun --nproc-per-node=2 -m fpt train.
     """
     from pipeline.api import train as run
-    from pipeline.project import open_study
+    from pipeline.project import open_study, remind_to_watch
     from stages.ranks import Ranks
 
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
+    if (start := study.settings.train.start_from) is not None and Ranks.of().first:
+        remind_to_watch(study, "train.start_from", start)
     result = run(study, output=output, on_memory=None if as_json else _say_memory)
     if not Ranks.of().first:
         return

@@ -14,6 +14,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from schemas.features import FeatureSpec
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.methods import METHODS, model_inputs
+from schemas.resolved import ResolvedTrain
 from schemas.results import BundleSpec, Metrics
 from schemas.specs import Inputs
 from schemas.text import images_of
@@ -236,6 +237,23 @@ def _loss(spec: BundleSpec) -> str:
     return ", ".join(parts)
 
 
+def _start(spec: BundleSpec) -> Sequence[tuple[str, str]]:
+    if spec.start is None:
+        return ()
+    size, weights = spec.start.image_size, spec.start.weights_sha256[:12]
+    return (("Training started from", f"a model at {size} x {size} pixels, weights {weights}"),)
+
+
+def _optimizer(train: ResolvedTrain) -> str:
+    adam = train.optimizer.endswith("adamw")
+    name = "AdamW" if adam else f"SGD with momentum {train.momentum:g}"
+    if train.extrapolates:
+        extrapolation = train.extrapolation
+        direction = "gradient" if extrapolation.direction == "gradient" else "preconditioned gradient"
+        name += f", {extrapolation.workers} workers, each at {extrapolation.rate:g} rates times its last {direction}"
+    return f"{name}, learning rate {train.lr:g} to zero by a cosine, weight decay {train.weight_decay:g}"
+
+
 def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     """What only this kind of model has."""
     network, train, augment = spec.network, spec.train, spec.train.augment
@@ -243,7 +261,8 @@ def _model(spec: BundleSpec) -> Sequence[tuple[str, str]]:
     if METHODS[network.method].closed_form:
         return (*details, ("Validation AUC", number(spec.val_auc)))
     loop = (
-        ("Optimiser", f"AdamW, learning rate {train.lr:g} to zero by a cosine, weight decay {train.weight_decay:g}"),
+        *_start(spec),
+        ("Optimiser", _optimizer(train)),
         (
             "Training",
             f"{train.epochs} epochs, batches of {train.batch_size}, gradient norm at most {train.clip_norm:g}",

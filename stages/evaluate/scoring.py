@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from schemas.base import digest
 from schemas.manifest import Manifest, ManifestRow, Split
 from schemas.results import BundleSpec, Metrics
+from schemas.text import counted
 from stages.evaluate.metrics import check_predictions, compute_metrics
 from stages.evaluate.predictions import Predictions
+from stages.fitted_images import count_fitted
 from stages.manifest import fitted_sha256
 
 TRAINED_ON = "the model was trained on these images; this is not a test result."
@@ -51,5 +53,16 @@ def split_warnings(spec: BundleSpec, split: Split, manifest: Manifest) -> tuple[
     """Return why metrics of a split are not a test result; empty if the training did not use its images."""
     if split in spec.fitted_splits:
         return (TRAINED_ON,)
+    rows = {row.id for row in manifest.of(split)} if spec.start is not None else set()
+    carried = 0 if spec.start is None or split == "val" else count_fitted(spec.start.fitted_images, rows)
     changed = spec.fitted_sha256 is not None and spec.fitted_sha256 != fitted_sha256(manifest)
-    return (CHANGED,) * changed + (CHOSEN_ON,) * (split == "val")
+    earlier = (carried_over(carried, len(rows)),) * (carried > 0)
+    return earlier + (CHANGED,) * changed + (CHOSEN_ON,) * (split == "val")
+
+
+def carried_over(count: int, rows: int) -> str:
+    """Return the warning that images trained the model from which training started."""
+    return (
+        f"{count} of {counted(rows, 'image')} trained the model that training started from, or chose its epoch; this "
+        "is not a test result."
+    )

@@ -65,6 +65,16 @@ class Adaptation(nn.Module):
     def start(self, lpm: Any) -> None:
         """Set initial values that depend on the weights of the LPM, once it has them; does nothing by default."""
 
+    def resampled(self, state: Mapping[str, torch.Tensor], side: int, new_side: int) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """Return saved parameters of the adaptation for another grid of patches; unchanged by default.
+
+        Args:
+            state: Parameters of this module, by name.
+            side: Patches per side of the grid that they were trained on.
+            new_side: Patches per side of the new grid.
+        """
+        return dict(state)
+
     def learns(self, name: str) -> bool:  # noqa: ARG002
         """Whether this parameter of the LPM is trained. Its head always is."""
         return False

@@ -21,7 +21,11 @@ from schemas.specs import AdaptationSpec, AdaptedLpmSpec, MethodSpec
 from stages.lpm.adaptation import Adaptation, install
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.batch import Batch, required
+from stages.methods.positions import resample_embeddings
 from stages.phases import Phase
+
+_MINE = "adaptation."
+"""First part of the names of the adaptation's own parameters."""
 
 
 class AdaptedLpm(Network):
@@ -57,7 +61,7 @@ class AdaptedLpm(Network):
             if name.startswith("head.") or adaptation.learns(name):
                 value.requires_grad_(True)
         trained = {name for name, value in self.named_parameters() if value.requires_grad}
-        self._saved = frozenset(trained | {name for name in self.state_dict() if name.startswith("adaptation.")})
+        self._saved = frozenset(trained | {name for name in self.state_dict() if name.startswith(_MINE)})
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
 
@@ -128,6 +132,15 @@ class AdaptedLpm(Network):
         self._take_over(lpm, lambda name: f"lpm.{name}" in self._saved, lambda _: True)
         with torch.no_grad():
             self.adaptation.start(self.lpm)
+
+    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Resample what belongs to token positions, in the adaptation and the LPM, to the image size of this model."""
+        patch = self.lpm.patch_embed.patch_size[0]
+        sides = cast("AdaptedLpmSpec", saved).image_size // patch, self.spec.image_size // patch
+        mine = {name.removeprefix(_MINE): value for name, value in state.items() if name.startswith(_MINE)}
+        others = {name: value for name, value in state.items() if not name.startswith(_MINE)}
+        adaptation = self.adaptation.resampled(mine, *sides)
+        return resample_embeddings(others, *sides) | {f"{_MINE}{name}": value for name, value in adaptation.items()}
 
     def use_lpm(self, lpm: nn.Module) -> None:
         """Take over the frozen weights of the LPM, and fold the adaptation into new ones where it can be."""

@@ -13,6 +13,7 @@ decay pulls towards the LPM.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -51,6 +52,20 @@ class MatrixScale(Adaptation):
     def __init__(self, spec: AdaptationSpec) -> None:
         super().__init__(spec.first_block)
         self.factors = nn.Parameter(torch.zeros(spec.blocks, spec.tokens, spec.tokens))
+
+    def resampled(self, state: Mapping[str, torch.Tensor], side: int, new_side: int) -> dict[str, torch.Tensor]:
+        """Refuse another grid of patches.
+
+        Raises:
+            UnsupportedModelError: If the grid is another one.
+        """
+        if side != new_side:
+            raise UnsupportedModelError(
+                f"The factors of attn-scale-matrix for {side} x {side} patches do not fit {new_side} x {new_side}.",
+                "attn-scale-matrix has one factor per pair of tokens: it cannot change its image size.",
+                "Start from a model of this image size, or use attn-scale.",
+            )
+        return dict(state)
 
     def mix(self, number: int, tokens: Projected, scale: float) -> torch.Tensor:
         """Return (S * softmax(q k^T scale + bias)) v, (B, H, N, d).

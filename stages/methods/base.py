@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from schemas.errors import BundleError
 from schemas.features import LpmInfo
 from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
@@ -85,6 +86,47 @@ class Network(Model):
 
     def start_from(self, lpm: nn.Module) -> None:
         """Copy the initial weights from the LPM if the model adapts it; does nothing by default."""
+
+    def continue_from(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over the trained parameters of a saved model of this method.
+
+        Args:
+            saved: Its spec, which differs from this one in `free_fields` only.
+            state: Its weights.
+
+        Raises:
+            BundleError: If parameters are missing or have another shape.
+            UnsupportedModelError: If parameters that belong to token positions cannot be resampled to another grid.
+        """
+        state = self.resampled(saved, state)
+        own = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        names = self.continued(saved, own)
+        if missing := [name for name in names if name not in state]:
+            raise BundleError(
+                f"The model lacks {len(missing)} of {len(names)} trained parameters, such as {missing[0]}.",
+                "It was trained with other settings of the method.",
+                "Train it with these settings, or train from new weights (train.start_from: null).",
+            )
+        shapes = {name: (tuple(own[name].shape), tuple(state[name].shape)) for name in names}
+        if other := [(name, *shape) for name, shape in shapes.items() if shape[0] != shape[1]]:
+            name, expected, found = other[0]
+            raise BundleError(
+                f"{len(other)} trained parameters of the model have another shape: {name} has {found} instead of "
+                f"{expected}.",
+                "They depend on settings that differ, such as features.image_size, and cannot be resampled.",
+                "Train it with these settings, or train from new weights (train.start_from: null).",
+            )
+        with torch.no_grad():
+            for name in names:
+                own[name].copy_(state[name])
+
+    def continued(self, saved: MethodSpec, names: Iterable[str]) -> Sequence[str]:  # noqa: ARG002
+        """Return which of these parameters have a counterpart in a saved model; all by default."""
+        return list(names)
+
+    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
+        """Return the weights of a saved model, resampled to the image size of this one; unchanged by default."""
+        return state
 
     def standardise(self, batches: Iterable[Batch]) -> None:
         """Take over mean and deviation of inputs from batches of all training images; does nothing by default."""

@@ -26,6 +26,7 @@ from stages.extract.importance import attend
 from stages.lpm.adaptation import Adaptation
 from stages.lpm.attention import Projected
 from stages.methods.adapted_lpm import AdaptationMethod
+from stages.methods.positions import resample_positions
 
 INITIAL = 0.02
 """Standard deviation of the initial prompt logits, as published."""
@@ -42,6 +43,16 @@ class _Embedded(Adaptation):
         super().__init__(spec.first_block)
         self.grid, self.prefix = spec.grid, spec.prefix_tokens
         self._factors: list[torch.Tensor] | None = None
+
+    def resampled(self, state: Mapping[str, torch.Tensor], side: int, new_side: int) -> dict[str, torch.Tensor]:
+        """Resample the logits of each block on the grid of patches; those of prefix tokens are kept."""
+        found = {}
+        for name, value in state.items():
+            # Offsets are one number per token, prompts d_p of them.
+            rows = value if value.dim() == 3 else value.unsqueeze(-1)
+            rows = resample_positions(rows, side, new_side, self.prefix)
+            found[name] = rows if value.dim() == 3 else rows.squeeze(-1)
+        return found
 
     def logits(self) -> torch.Tensor:
         """Return s, (blocks, N)."""

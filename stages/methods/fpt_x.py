@@ -12,20 +12,20 @@ with its own initialisation and dropout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
 from schemas.methods import METHODS
-from schemas.specs import AttentiveSpec, HeldOut, SideNetworkSpec
+from schemas.specs import AttentiveSpec, HeldOut, MethodSpec, SideNetworkSpec
 from schemas.text import counted
 from stages.methods.attentive import AttentiveProbe
 from stages.methods.batch import Batch
 from stages.methods.calibration import FIRST_PRIOR, PRIOR, fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
-from stages.methods.fpt import PromptedSideNetwork
+from stages.methods.fpt import PromptedSideNetwork, resample_side
 from stages.methods.held_out_gain import group_folds, paired_losses
 from stages.methods.joint_attention import TokenNetwork
 from stages.methods.statistics import StatisticsProbe
@@ -77,6 +77,16 @@ class Ensemble(TokenNetwork):
     def kinds(self) -> int:  # type: ignore[override]
         """Number of experts: side networks, attentive probes and linear probes, as far as the spec has them."""
         return len(self.shares)
+
+    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Resample the position embeddings to the size of the small image."""
+        return resample_side(saved, self.spec, state)
+
+    def continued(self, saved: MethodSpec, names: Iterable[str]) -> Sequence[str]:
+        """Leave out members that the saved model does not have: they start from new weights."""
+        saved = cast("SideNetworkSpec", saved)
+        counts = {"networks": saved.members, "attentive": saved.attentive}
+        return [name for name in names if int(name.split(".")[1]) < counts[name.split(".")[0]]]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute log-probabilities up to a constant (B, classes) of a prepared batch."""

@@ -16,7 +16,7 @@ token, registers) are read without augmentation. The operations are those of `st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from schemas.resolved import ResolvedSettings
 from schemas.specs import LoffTaSpec, MethodSpec
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.batch import Batch, required
+from stages.methods.positions import resample_embeddings
 from stages.methods.side_network import INIT_STD, NORM_EPS, Block
 from stages.methods.tensor_augmentation import TensorAugmentation
 
@@ -65,6 +66,10 @@ class TokenClassifier(Network):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+
+    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Resample the position embedding to the pooled grid."""
+        return resample_embeddings(state, cast("LoffTaSpec", saved).pooled_grid, self.spec.pooled_grid)
 
     @staticmethod
     def member_logits(members: Sequence[Any], batch: Batch, checkpointing: bool = False) -> torch.Tensor:

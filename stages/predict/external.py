@@ -25,8 +25,9 @@ from schemas.text import counted
 from stages.evaluate.evaluator import evaluated_model, probabilities, write_evaluation
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.report import confident_mistakes, render_report
-from stages.evaluate.scoring import score
+from stages.evaluate.scoring import carried_over, score
 from stages.extract.features import to_pixels
+from stages.fitted_images import count_fitted
 from stages.images import read_image
 from stages.lpm.matching import load_matching
 from stages.predict.classifier import check_task, load_classifier
@@ -265,15 +266,17 @@ def _local_store(cache_root: Path, spec: FeatureSpec) -> Iterator[StoreReader | 
 
 
 def _overlap(rows: Sequence[ManifestRow], spec: BundleSpec, study: Manifest | None) -> list[str]:
-    """Warn of images that are also in the study, by their content."""
+    """Warn of images that are also in the study or trained the model before, by their content."""
+    carried = 0 if spec.start is None else count_fitted(spec.start.fitted_images, [row.id for row in rows])
+    earlier = [carried_over(carried, len(rows))] if carried else []
     if study is None:
-        return []
+        return earlier
     split_of = {row.id: row.split for row in study.rows}
     counts = Counter(split_of[row.id] for row in rows if row.id in split_of)
     trained = sum(counts[split] for split in spec.fitted_splits)
     others = {split: counts[split] for split in SPLITS if counts[split] and split not in spec.fitted_splits}
     total = counted(len(rows), "image")
-    warnings = []
+    warnings = earlier
     if trained:
         warnings.append(f"the model was trained on {trained} of {total}; this is not a test result.")
     if others:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -127,24 +128,41 @@ def _read(folder: Path, name: str) -> bytes:
         ) from None
 
 
-def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Read a bundle and check its weights against the digest in its JSON.
+def read_weights(folder: Path, spec: BundleSpec) -> Mapping[str, torch.Tensor]:
+    """Read the weights of a bundle, and check them against the digest in its spec.
 
     Raises:
-        BundleError: If a file is missing or damaged, or the two files do not match.
+        BundleError: If the file is missing or damaged, or is not that of the spec.
     """
-    spec, data = read_spec(folder), _read(folder, WEIGHTS)
+    data = _read(folder, WEIGHTS)
     if hashlib.sha256(data).hexdigest() != spec.weights_sha256:
         raise BundleError(
             f"{folder / WEIGHTS} is not the file that {SPEC} describes.",
             "It was damaged or exchanged.",
             "Run `fpt train` again.",
         )
+    try:
+        weights: Mapping[str, torch.Tensor] = load_tensors(data)
+    except SafetensorError as error:
+        raise _unfit(folder, error) from None
+    return weights
+
+
+def _unfit(folder: Path, error: Exception) -> BundleError:
+    return BundleError(f"{folder / WEIGHTS} does not fit the network of {SPEC}.", str(error), "Run `fpt train` again.")
+
+
+def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Bundle:
+    """Read a bundle and check its weights against the digest in its JSON.
+
+    Raises:
+        BundleError: If a file is missing or damaged, or the two files do not match.
+    """
+    spec = read_spec(folder)
+    weights = read_weights(folder, spec)
     network = build_model(spec.network)
     try:
-        network.load_state_dict(load_tensors(data), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise BundleError(
-            f"{folder / WEIGHTS} does not fit the network of {SPEC}.", str(error), "Run `fpt train` again."
-        ) from None
+        network.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise _unfit(folder, error) from None
     return Bundle(spec, network.eval().to(device))

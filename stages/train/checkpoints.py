@@ -36,7 +36,7 @@ class Fit:
     network: Network
     """Current weights."""
     optimizer: torch.optim.Optimizer
-    """AdamW."""
+    """Inner optimiser, whose state has the past gradients of workers as well (`stages.train.extrapolation`)."""
     epochs: list[EpochLog] = field(default_factory=list)
     """Finished epochs."""
     best: int = 0

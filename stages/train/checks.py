@@ -15,6 +15,7 @@ from schemas.resolve import expected_spec
 from schemas.resolved import ResolvedSettings
 from schemas.specs import Inputs
 from schemas.views import manifest_rows
+from stages.ranks import Ranks
 from stages.store.reader import StoreReader
 from stages.store.shards import REPAIR
 from stages.train.targets import Target, balanced_weights, class_counts
@@ -49,6 +50,23 @@ def check_shared(variants: Sequence[ResolvedSettings]) -> None:
     if differing:
         problems = [(name, "must be the same for runs that share their batches") for name in differing]
         raise SettingsError("These runs cannot be trained in one pass.", problems, "Train them one after the other.")
+
+
+def check_workers(settings: ResolvedSettings, ranks: Ranks) -> None:
+    """Check that the workers of an extrapolation can be distributed to the processes.
+
+    Raises:
+        SettingsError: If their number is not a multiple of the processes.
+    """
+    workers = settings.train.extrapolation.workers
+    if METHODS[settings.method].closed_form or not settings.train.extrapolates or workers % ranks.count == 0:
+        return
+    problem = f"must be a multiple of the {ranks.count} processes (is {workers}): each computes as many workers"
+    raise SettingsError(
+        "The settings do not fit the number of processes.",
+        [("train.extrapolation.workers", problem)],
+        "Change it, start another number of processes, or choose train.optimizer: adamw.",
+    )
 
 
 def shared_fields(settings: ResolvedSettings) -> dict[str, Any]:

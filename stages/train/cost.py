@@ -33,6 +33,7 @@ from stages.methods.cached_tokens import CachedTokens
 from stages.store.layout import array_layouts
 from stages.store.quantise import HIDDEN_ARRAYS
 from stages.train.checkpoints import Fit
+from stages.train.extrapolation import begin_workers
 from stages.train.fit_cost import FitCounts, closed_form_cost, probe_cost, size_mib
 from stages.train.loop import Recipe, Run, make_optimizer, training_step
 
@@ -45,7 +46,7 @@ class StepCost(NamedTuple):
     batch: float
     """The batch as it is stored."""
     states: float
-    """Parameters, gradients, and states of AdamW."""
+    """Parameters, gradients, and states of the optimiser."""
     frozen: float
     """Parameters that do not learn."""
 
@@ -154,9 +155,14 @@ def step_cost(network: Network, features: FeatureSpec, settings: ResolvedSetting
         run = Run(Fit(network, optimizer), recipe, Path(), lambda _: None)
         return optimizer, list(batch.tensors()), lambda: training_step([run], batch)
 
-    total = _peak_mib(network, make_step)
-    # A gradient and two moments of AdamW per learnable parameter.
-    return StepCost(total, batch_mib, parameters + 3 * learnable, parameters - learnable)
+    total = _peak_mib(network, train, make_step)
+    return StepCost(total, batch_mib, parameters + _states(train) * learnable, parameters - learnable)
+
+
+def _states(train: TrainSettings) -> int:
+    """Return the numbers that a step holds per learnable parameter: gradient, moments, past gradients of workers."""
+    moments = 2 if train.optimizer.endswith("adamw") else int(train.momentum > 0)
+    return 1 + moments + (train.extrapolation.workers if train.extrapolates else 0)
 
 
 def _blank_batch(network: Network, features: FeatureSpec, inputs: Inputs, rows: int) -> Batch:
@@ -201,28 +207,31 @@ def _full_step_mib(model: nn.Module, image_size: int, train: TrainSettings) -> f
         # timm reads this from the environment; the baseline always uses the more efficient implementation.
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", True)  # noqa: B010
-    return _peak_mib(model, make_step)
+    return _peak_mib(model, train, make_step)
 
 
 def _peak_mib(
     network: nn.Module,
+    train: TrainSettings,
     make_step: Callable[[], tuple[torch.optim.Optimizer, list[torch.Tensor], Callable[[], object]]],
 ) -> float:
     """Return the peak memory of all tensors during one step, MiB.
 
     Args:
         network: Network whose parameters are replaced by fake tensors.
+        train: Optimiser.
         make_step: Called in fake tensor mode; returns the optimiser, the inputs of the step, and the step.
     """
     tracker = total_tracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.train().to_empty(device="cpu")
         optimizer, inputs, step = make_step()
-        # AdamW allocates its states in its first step; the estimate is for a later one.
+        # An optimiser allocates its states in its first step; the estimate is for a later one.
         for parameter in (value for value in network.parameters() if value.requires_grad):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        begin_workers(optimizer, train)
         tracker.track_external(network, optimizer, *inputs)
         with tracker:
             step()

@@ -173,13 +173,15 @@ def _patients(job: Job) -> torch.Tensor:
 
 
 def _network(job: Job, settings: ResolvedSettings) -> Network:
-    """Build a network with the initial weights that its seed determines."""
+    """Build a network with the initial weights that its seed determines, or those of a bundle."""
     method = gradient_method(settings.method)
     spec = method.spec(taps_of(settings, job.opened), job.files.lpm, len(job.manifest.classes))
     torch.manual_seed(settings.train.seed)
     network = method.build(spec)
     if job.opened.model is not None:
         network.start_from(job.opened.model)
+    if job.start is not None:
+        job.start.apply(network, settings.train.epochs)
     return network
 
 

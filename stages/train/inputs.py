@@ -22,6 +22,7 @@ from stages.files import sha256_file
 from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
 from stages.store.remote_rows import open_rows
+from stages.train.start import start_key
 
 if TYPE_CHECKING:
     from stages.lpm.loading import LoadedLpm
@@ -105,6 +106,11 @@ def reads_images(settings: ResolvedSettings) -> bool:
     return "image" in METHODS[settings.method].reads(settings)
 
 
+def inputs_kind(settings: ResolvedSettings) -> tuple[bool, str | None]:
+    """Return what `inputs_key` depends on among settings of one study: whether images are read, and the start."""
+    return reads_images(settings), settings.train.start_from
+
+
 def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -> OpenInputs:
     """Open the inputs of a method under these settings.
 
@@ -116,7 +122,8 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
     if "image" in inputs:
         lpm = load_weights(files)
         spec = _image_spec(settings, files, lpm.weights_sha256)
-        return OpenInputs(image_rows(files, spec), spec, _image_key(spec), lpm)
+        key = _image_key(spec) | start_key(settings, files.root)
+        return OpenInputs(image_rows(files, spec), spec, key, lpm)
     row = METHODS[settings.method]
     receipt = files.need_receipt(row.images_setting)
     loaded = load_weights(files) if row.adapts_lpm else None
@@ -128,7 +135,7 @@ def open_inputs(settings: ResolvedSettings, files: StudyFiles, inputs: Inputs) -
             "Run `fpt extract` with these settings, or revert the change.",
         )
     store = open_rows(files.cache_root, receipt, files.remote)
-    return OpenInputs(store, receipt.spec, _store_key(receipt), loaded)
+    return OpenInputs(store, receipt.spec, _store_key(receipt) | start_key(settings, files.root), loaded)
 
 
 def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
@@ -138,12 +145,13 @@ def inputs_key(settings: ResolvedSettings, files: StudyFiles) -> dict[str, Any]:
         CacheMismatchError: If the method reads cached features and nothing was extracted.
         WeightsError: If the method reads images and the LPM's weights cannot be found.
     """
+    start = start_key(settings, files.root)
     if not reads_images(settings):
-        return _store_key(files.need_receipt(METHODS[settings.method].images_setting))
+        return _store_key(files.need_receipt(METHODS[settings.method].images_setting)) | start
     from stages.lpm.weights import locate_weights
 
     digest = sha256_file(locate_weights(files.weights_source, files.root))
-    return _image_key(_image_spec(settings, files, digest))
+    return _image_key(_image_spec(settings, files, digest)) | start
 
 
 def _store_key(receipt: ExtractionReceipt) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from schemas.base import digest
 from schemas.cost import StoreMemory
 from schemas.manifest import Manifest, Split
 from schemas.methods import METHODS, method_options
-from schemas.resolved import ResolvedSettings
+from schemas.resolved import ResolvedSettings, ResolvedTrain
 from schemas.results import BundleSpec, EpochLog
 from schemas.specs import Inputs
 from stages.groups import cluster_of
@@ -27,6 +27,7 @@ from stages.store.memory_rows import RowSource
 from stages.train.bundle import save_bundle, serialise
 from stages.train.checks import class_weights
 from stages.train.inputs import OpenInputs, StudyFiles
+from stages.train.start import Start, own_images
 from stages.train.targets import Target
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -76,6 +77,8 @@ class Job:
     """Labels of each split."""
     device: torch.device
     """Device of the networks."""
+    start: Start | None = None
+    """Bundle whose weights training starts from; None: new weights."""
     watch: Watch = Watch()
     """Callbacks."""
     ranks: Ranks = ALONE
@@ -114,13 +117,27 @@ def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[
         {
             "recipe": RECIPE,
             "method": settings.method,
-            "train": settings.train.model_dump(mode="json"),
+            "train": _recipe(settings.train),
             "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
             **({} if method_settings is None else {"methods": method_settings.model_dump(mode="json")}),
             **inputs_key,
         }
     )
+
+
+def _recipe(train: ResolvedTrain) -> dict[str, object]:
+    """Return the fields of stage two for a key, without those that have no effect with their optimiser.
+
+    The key of a training with AdamW is that of versions that had no other optimiser.
+    """
+    # Not where the model of a warm start lies; `start_key` is its content.
+    without_effect = {"start_from"} if train.extrapolates else {"start_from", "extrapolation"}
+    if not train.optimizer.endswith("sgd"):
+        without_effect.add("momentum")
+    if train.optimizer == "adamw":
+        without_effect.add("optimizer")
+    return train.model_dump(mode="json", exclude=without_effect)
 
 
 def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
@@ -140,12 +157,15 @@ def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
         classes=job.manifest.classes,
         network=model.saved_spec,
         features=job.opened.features,
-        train=job.variants[position].train,
+        # A bundle holds no path.
+        train=job.variants[position].train.model_copy(update={"start_from": None}),
         best_epoch=best.epoch,
         val_auc=best.val_auc,
         learnable=learnable_parameters(model),
         weights_sha256=weights_sha256,
         fitted_sha256=fitted_sha256(job.manifest),
+        fitted_images=own_images(job.manifest),
+        start=None if job.start is None else job.start.saved,
     )
     save_bundle(job.outputs[position], bundle, weights)
     return bundle.learnable

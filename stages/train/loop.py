@@ -1,8 +1,8 @@
 """The training loop of the published recipe.
 
-AdamW, cosine decay to zero without warm-up, gradient clipping, and the best epoch by validation AUC (arXiv 2408.02426,
-section IV) or the last one. (seed, epoch) determine every random draw, so that a resumed run gives exactly the same
-model as an uninterrupted one.
+AdamW (or `train.optimizer`), cosine decay to zero without warm-up, gradient clipping, and the best epoch by validation
+AUC (arXiv 2408.02426, section IV) or the last one. (seed, epoch) determine every random draw, so that a resumed run
+gives exactly the same model as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.checkpoints import Fit, load_weights, save_checkpoint, save_weights
 from stages.train.compiling import eager_unless
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, batches
-from stages.train.micro_batches import join_gradients, split_batch
+from stages.train.extrapolation import Extrapolation, gather_workers
+from stages.train.micro_batches import MicroBatch, join_gradients, split_batch, split_workers
 from stages.train.parallel import copy_from_first, gather_rows
 from stages.train.sampling import make_sampler
 from stages.train.targets import Target
@@ -61,8 +62,12 @@ class Recipe:
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Make AdamW over all learnable parameters."""
+    """Make the optimiser of all learnable parameters; of `train.optimizer` with extrapolation, the inner one."""
     learnable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if settings.optimizer.endswith("sgd"):
+        return torch.optim.SGD(
+            learnable, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
     return torch.optim.AdamW(learnable, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
@@ -120,22 +125,34 @@ def training_step(
     """
     shared, networks = runs[0].recipe, [run.network for run in runs]
     count, settings = len(batch.labels), shared.settings
-    micro_batches = split_batch(count, batch_rows or count, settings.batch_size, settings.accumulate, shared.ranks)
+    micro_batches = _micro_batches(count, batch_rows or count, settings, shared.ranks)
     single = len(micro_batches) == shared.ranks.count == 1
     for run in runs:
         run.state.optimizer.zero_grad(set_to_none=True)
-    totals = [torch.zeros((), device=shared.device) for _ in runs]
+    totals, extrapolation = [torch.zeros((), device=shared.device) for _ in runs], Extrapolation(runs)
     for micro_batch in micro_batches:
         micro_batch.prepare(networks)
         rows = batch.rows(micro_batch.rows).to(shared.device)
-        with eager_unless(micro_batch.usual) if settings.compile else nullcontext():
+        with (
+            eager_unless(micro_batch.usual) if settings.compile else nullcontext(),
+            extrapolation.at(micro_batch.worker, rows.labels, summed=not single),
+        ):
             losses = _add_gradients(runs, rows, "mean" if single else "sum", threads)
         for total, loss in zip(totals, losses, strict=True):
             total += loss
+    extrapolation.join()
     if not single:
         join_gradients(runs, totals, batch.labels, shared.ranks)
     threads.map(_update, runs)
+    extrapolation.remember()
     return [total / len(run.trained) for run, total in zip(runs, totals, strict=True)]
+
+
+def _micro_batches(count: int, batch_rows: int, settings: TrainSettings, ranks: Ranks) -> list[MicroBatch]:
+    """Return the micro-batches of a batch of which this process read `count` rows."""
+    if settings.extrapolates:
+        return split_workers(batch_rows, settings.batch_size, settings.extrapolation.workers, ranks)
+    return split_batch(count, batch_rows, settings.batch_size, settings.accumulate, ranks)
 
 
 def _update(runs: Sequence[Run]) -> list[None]:
@@ -225,6 +242,7 @@ def fit(
                     seconds=seconds,
                 )
                 keep_epoch(run, log)
+                gather_workers(run, ranks)
                 if ranks.first:
                     if run.keeps_weights:
                         save_weights(run.network.members[0], run.weights_file(epoch), run.key)

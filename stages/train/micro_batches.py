@@ -35,6 +35,8 @@ class MicroBatch:
     """Rows of the complete batch of all processes."""
     usual: bool
     """Whether it has the number of rows that compiled blocks are specialised to."""
+    worker: int = 0
+    """Its number among the workers of all processes, from 0."""
 
     def prepare(self, networks: Sequence[Network]) -> None:
         """Make dropout draw the masks that these rows get in a pass of the complete batch."""
@@ -62,6 +64,29 @@ def split_batch(count: int, batch_rows: int, batch_size: int, accumulate: int, r
         rows = slice(first, min(first + size, count))
         place = None if rows == slice(0, batch_rows) else slice(start + rows.start, start + rows.stop)
         micro_batches.append(MicroBatch(rows, place, batch_rows, rows.stop - rows.start == size))
+    return micro_batches
+
+
+def split_workers(batch_rows: int, batch_size: int, workers: int, ranks: Ranks) -> list[MicroBatch]:
+    """Return the parts of a batch of the workers of this process, in order; without those that have no rows.
+
+    Each worker has an equal share of the batch up to one row, whatever the number of processes.
+
+    Args:
+        batch_rows: Rows of the batch of all processes.
+        batch_size: Rows of a full batch of all processes.
+        workers: Workers of all processes, a multiple of the processes.
+        ranks: Position of this process.
+    """
+    start = ranks.rows(batch_rows).start
+    micro_batches = []
+    for worker in range(workers)[ranks.rows(workers)]:
+        place = Ranks(worker, workers).rows(batch_rows)
+        if place.stop > place.start:
+            rows = slice(place.start - start, place.stop - start)
+            complete = place == slice(0, batch_rows)
+            usual = place.stop - place.start == batch_size // workers
+            micro_batches.append(MicroBatch(rows, None if complete else place, batch_rows, usual, worker))
     return micro_batches
 
 

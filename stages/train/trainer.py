@@ -11,11 +11,12 @@ from schemas.results import TrainResult
 from schemas.specs import Inputs
 from stages.device import set_up
 from stages.ranks import ALONE, Ranks
-from stages.train.checks import check_features, check_rows, check_shared, check_views
+from stages.train.checks import check_features, check_rows, check_shared, check_views, check_workers
 from stages.train.closed_form import fit_job
 from stages.train.gradient import train_job
 from stages.train.inputs import StudyFiles, open_inputs
 from stages.train.job import SPLITS, Job, Watch
+from stages.train.start import open_start
 from stages.train.targets import check_task, targets
 
 
@@ -44,7 +45,9 @@ def train(
         CacheCorruptError: If bytes of the store changed.
         TransferError: If the remote store cannot be reached.
         WeightsError: If the method needs the LPM's weights and they cannot be loaded.
-        TrainingError: If a class has no training images, or the loss is not finite.
+        BundleError: If training cannot start from the model of `train.start_from`.
+        TrainingError: If a class has no training images, the loss is not finite, or the model of `train.start_from` was
+            trained on test images.
     """
     (result,) = train_together([settings], files, [output], checkpoints, watch, ranks)
     return result
@@ -72,12 +75,13 @@ def train_together(
         ranks: As for `train`.
 
     Raises:
-        SettingsError: If the variants cannot share their batches.
+        SettingsError: If the variants cannot share their batches, or the processes the workers of an extrapolation.
         Exception: As for `train`.
     """
     first = variants[0]
     row = METHODS[first.method]
     check_shared(variants)
+    check_workers(first, ranks)
     check_task(first, files.manifest)
     inputs: Inputs = frozenset().union(*(row.reads(settings) for settings in variants))
     if "image" not in inputs:
@@ -99,6 +103,7 @@ def train_together(
             opened=opened,
             labels={split: targets(files.manifest, split) for split in SPLITS},
             device=set_up(first.compute),
+            start=open_start(first, files.root, files.manifest, opened.features),
             watch=watch or Watch(),
             ranks=ranks,
         )

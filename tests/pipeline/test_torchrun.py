@@ -176,6 +176,23 @@ def test_the_death_of_one_process_ends_all_and_one_may_go_on_alone(two: Study) -
 
 
 @pytest.mark.slow
+def test_workers_of_two_processes_go_on_in_one(tmp_path: Path) -> None:
+    """With extrapolation, checkpoints have the past gradients of the workers of all processes."""
+    train_keys = {"batch_size": 6, "epochs": 300, "optimizer": "extrap-sgd", "lr": 0.02, "class_weights": "balanced"}
+    study = make_study(tmp_path, train={**train_keys, "extrapolation": {"workers": 2, "rate": 3.0}})
+    study.extract()
+    (study.root / "params.yaml").write_text(dump_settings(study.settings))
+    died = torchrun(study, ["train"], KILLED)
+    assert "exitcode  : 9" in died.stderr
+    (checkpoint,) = (study.root / ".fpt/checkpoints").glob("*.ckpt")
+    done = len(json.loads(checkpoint.read_bytes().split(b"\n")[1])["epochs"])
+    continued, undisturbed = (epochs(study, done + 2, folder) for folder in (".fpt/checkpoints", "others"))
+    for mine, other in zip(undisturbed, continued, strict=True):
+        assert other.train_loss == pytest.approx(mine.train_loss, abs=1e-4)
+        assert other.val_loss == pytest.approx(mine.val_loss, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_processes_that_would_train_different_models_are_refused(two: Study) -> None:
     done = torchrun(two, ["train"], OTHER)
     assert done.returncode != 0
