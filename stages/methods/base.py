@@ -35,8 +35,8 @@ class Model(nn.Module):
     spec: MethodSpec
 
     has_head = False
-    """Whether one vector per image, `head_inputs`, passes through a head, `head_logits`: such a vector can be shifted at
-    test time."""
+    """Whether one vector per image, `head_inputs`, passes through a head, `head_logits`; it can be shifted at test
+    time."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute logits (B, classes) of a prepared batch."""

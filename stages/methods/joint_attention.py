@@ -48,7 +48,11 @@ class Member(Protocol):
 
     @property
     def prompt_width(self) -> int:
-        """Width of the tokens that `insert` takes; 0: it takes none."""
+        """Width of the tokens that `PromptedMember.insert` takes; 0: it takes none."""
+
+
+class PromptedMember(Member, Protocol):
+    """A member with tokens of its own, among which prompts can stand."""
 
     def insert(self, state: Any, prompts: torch.Tensor, /) -> Any:
         """Return the state before the first layer with more tokens (m, width)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stages.methods.batch import Batch, required
-from stages.methods.joint_attention import Member, TokenNetwork, contexts_of
+from stages.methods.joint_attention import Member, PromptedMember, TokenNetwork, contexts_of
 
 PROMPTS = 3
 """Prompts of a candidate, as published for the LPM."""
@@ -37,7 +37,9 @@ class SidePrompts:
     def __init__(self, network: TokenNetwork) -> None:
         """Take the members of a network, at least one of which takes prompts."""
         self._network = network
-        self._members: Sequence[Member] = network.members  # type: ignore[assignment]
+        members: Sequence[Any] = network.members
+        self._members: Sequence[Member] = members
+        self._prompted: Sequence[PromptedMember | None] = [one if one.prompt_width else None for one in members]
         self._widths = [PROMPTS * member.prompt_width for member in self._members]
 
     @property
@@ -67,13 +69,13 @@ class SidePrompts:
         activations, vectors = [], []
         parts = [None] * len(self._members) if candidate is None else candidate.split(self._widths)  # type: ignore[no-untyped-call]
         for at, (member, prompts) in enumerate(zip(self._members, parts, strict=True)):
-            tokens = state.begun[at]
-            if prompts is not None and member.prompt_width:
-                tokens = member.insert(tokens, prompts.view(PROMPTS, member.prompt_width))
+            tokens, prompted = state.begun[at], self._prompted[at]
+            if prompts is not None and prompted is not None:
+                tokens = prompted.insert(tokens, prompts.view(PROMPTS, member.prompt_width))
             for layer in range(self._depth):
                 tokens = member.advance(layer, tokens, state.contexts[layer][at], False)
-                if member.prompt_width:
-                    activations.append(member.activation(layer, tokens))
+                if prompted is not None:
+                    activations.append(prompted.activation(layer, tokens))
             vectors.append(member.head_vector(tokens))
         if state.probed is not None:
             vectors.append(state.probed)

@@ -64,7 +64,7 @@ def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
 
 def encode(moments: Mapping[Kind, Moments], weights_sha256: str) -> bytes:
     """Return the content of a file of statistics for the model with these weights."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for kind, one in sorted(moments.items()):
         tensors |= {f"{kind}.mean": one.mean.contiguous(), f"{kind}.spread": one.spread.contiguous()}
     images = json.dumps({kind: one.images for kind, one in sorted(moments.items())})
