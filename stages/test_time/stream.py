@@ -15,6 +15,7 @@ from schemas.settings import LpmSettings
 from schemas.test_time import LEAST_BATCH, AdaptOptions
 from stages.lpm.loading import LoadedLpm
 from stages.lpm.matching import load_matching
+from stages.store.memory_rows import RowSource
 from stages.store.reader import StoreReader
 from stages.test_time.adapters import Adapter, open_adapter
 from stages.test_time.collect import ensure_source, open_arrays, read_batch
@@ -125,15 +126,26 @@ def adapted_logits(
     check_count(options, len(ids))
     adapter = open_for(bundle, options, AdaptContext(bundle_dir, files.root, files.weights_source, files))
     source = open_arrays(bundle, files, adapter.reads)
-    logits = torch.empty(len(ids), len(bundle.spec.classes))
     try:
-        for positions in in_batches(shuffled(len(ids), options.seed), options.batch):
-            chosen = [ids[at] for at in positions]
-            batch = read_batch(source, chosen, adapter.reads, bundle.spec.network.side_size)
-            logits[positions] = adapter.step(batch)
+        return stream_logits(adapter, bundle, source, ids, options)
     finally:
         if isinstance(source, StoreReader):
             source.close()
+
+
+def stream_logits(
+    adapter: Adapter, bundle: Bundle, source: RowSource, ids: Sequence[str], options: AdaptOptions
+) -> torch.Tensor:
+    """Compute adapted logits (len(ids), C) of rows of a source that has what the adapter reads, each id once.
+
+    Raises:
+        EvaluationError: They are not finite.
+    """
+    logits = torch.empty(len(ids), len(bundle.spec.classes))
+    for positions in in_batches(shuffled(len(ids), options.seed), options.batch):
+        chosen = [ids[at] for at in positions]
+        batch = read_batch(source, chosen, adapter.reads, bundle.spec.network.side_size)
+        logits[positions] = adapter.step(batch)
     if not bool(torch.isfinite(logits).all()):
         raise EvaluationError(
             "The adapted outputs of the model are not finite.",
