@@ -27,7 +27,7 @@ def test_stronger_is_farther(shift: str) -> None:
         found = corrupted(image, kind, strength, 96, "ab" * 32, 0)
         assert (found.mode, found.size) == ("RGB", image.size)
         distances.append(float(np.abs(np.asarray(found, np.float64) - original).mean()))
-    assert 0 < distances[0] and distances == sorted(distances)
+    assert distances[0] > 0 and distances == sorted(distances)
     assert distances[-1] > 1.5 * distances[0]
 
 

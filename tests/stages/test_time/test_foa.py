@@ -102,7 +102,7 @@ def run_search(seed: int, batches: int = 12) -> Quadratic:
 def test_a_seeded_search_repeats_and_goes_on_from_the_best() -> None:
     first = run_search(7)
     # Another search and numpy's own generator in between change nothing.
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     run_search(8, 1)
     again = run_search(7)
     assert all(map(torch.equal, first.seen, again.seen))
