@@ -166,7 +166,8 @@ def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpe
     data = base.get("data")
     if isinstance(data, dict):
         # What only the study's own table has.
-        own = {"split_column"} if images.labels is not None else {"split_column", "group_column"}
+        own = {"split_column", "site_column", "test_sites", "keep_columns"}
+        own |= set() if images.labels is not None else {"group_column"}
         base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
     tree = override(base, assignments)
     data = tree.setdefault("data", {})

@@ -176,7 +176,7 @@ def _against_foa(spec: BundleSpec, model: Model) -> str:
 def _against_pixels(spec: BundleSpec) -> str:
     if model_inputs(spec.network) not in ({"pooled"}, {"image"}):
         hidden = " (it was trained on cached hidden tokens: features.hidden)" if spec.features.hidden else ""
-        return f"Its predictions do not come from the pixels of the LPM alone{hidden}."
+        return f"Its predictions do not come from the pixels of the LPM only{hidden}."
     return _against_lpm(spec.features, None)
 
 

@@ -88,10 +88,10 @@ class Vptta:
 
     def adapted(self, spectrum: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Return the prompt (3, p, p) after one step."""
-        learnt = prompt.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([learnt], lr=RATE, betas=BETAS)
+        changed = prompt.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([changed], lr=RATE, betas=BETAS)
         with torch.enable_grad():
-            mean, variance = self._target.norms(with_prompt(spectrum, learnt))
-            (learnt.grad,) = torch.autograd.grad(prompt_loss(mean, variance, self._source, self._seen), [learnt])
+            mean, variance = self._target.norms(with_prompt(spectrum, changed))
+            (changed.grad,) = torch.autograd.grad(prompt_loss(mean, variance, self._source, self._seen), [changed])
         optimizer.step()
-        return learnt.detach()
+        return changed.detach()
