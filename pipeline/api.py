@@ -263,6 +263,9 @@ def evaluate(
     labels: AnyPath | None = None,
     model: AnyPath | None = None,
     output: AnyPath | None = None,
+    adapt: str | None = None,
+    adapt_batch: int = 64,
+    adapt_seed: int = 2020,
 ) -> Metrics:
     """Evaluate the model on the test split, or on labelled images outside of the study.
 
@@ -276,6 +279,10 @@ def evaluate(
         labels: Table of their labels.
         model: Folder of the model; None: that of the study.
         output: Folder of the results.
+        adapt: Adaptation at test time, "foa", "foa-shift" or "vptta". The metrics are then those with it, and those
+            without it are written next to them, with both in `adapted-NAME/adapted.json`; None: no adaptation.
+        adapt_batch: Images of a batch of foa and foa-shift.
+        adapt_seed: Seed of the order of the images, and of the search of foa.
 
     Raises:
         BundleError: The model is missing, damaged, or was trained for other classes.
@@ -283,15 +290,19 @@ def evaluate(
         EvaluationError: The split is empty, or the outputs of the model are not finite.
         DataError: A label of other images is no class of the model.
     """
+    from pipeline.adapt_options import adapt_options
     from pipeline.evaluation import LabelledImages, evaluate_images, evaluate_split
 
+    options = adapt_options(adapt, adapt_batch, adapt_seed)
     place, folder = (None if path is None else Path(path) for path in (model, output))
     if images is None:
         if labels is not None:
             raise SettingsError("labels belong to images.", repair="Name the folder of the images: images=FOLDER")
-        return evaluate_split(study, split, place, folder)[0]
+        metrics, adapted, _ = evaluate_split(study, split, place, folder, options)
+        return metrics if adapted is None else adapted.adapted
     others = LabelledImages(Path(images), None if labels is None else Path(labels))
-    return evaluate_images(study.params, study.assignments, others, place, folder)[0].metrics
+    result, _ = evaluate_images(study.params, study.assignments, others, place, folder, adapt=options)
+    return result.metrics if result.adapted is None else result.adapted.adapted
 
 
 @quiet
@@ -301,6 +312,7 @@ def predict(
     *,
     on_error: Literal["raise", "keep"] = "raise",
     progress: Progress | None = None,
+    adapt: str | None = None,
 ) -> Predictions:
     """Predict the class of each image. `fpt.load` keeps a model in memory for several calls.
 
@@ -309,6 +321,7 @@ def predict(
         images: As for `Model.predict`.
         on_error: As for `Model.predict`.
         progress: Called after each batch with (done, total) images.
+        adapt: As for `Model.predict`.
 
     Raises:
         FptError: As `load` and `Model.predict`.
@@ -317,7 +330,7 @@ def predict(
         model = load_study_model(study_or_model)
     else:
         model = study_or_model if isinstance(study_or_model, Model) else load(study_or_model)
-    return model.predict(images, on_error=on_error, progress=progress)
+    return model.predict(images, on_error=on_error, progress=progress, adapt=adapt)
 
 
 def _resolved(path: AnyPath) -> str:

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from schemas.manifest import Manifest, Split
     from schemas.results import BundleSpec, Metrics
     from schemas.settings import Settings
+    from schemas.test_time import Adapted, AdaptOptions
     from stages.predict.external import ExternalProgress, ExternalResult
+    from stages.train.inputs import StudyFiles
 
 
-def evaluate_split(study: Study, split: Split, model: Path | None, output: Path | None) -> tuple[Metrics, Path]:
+def evaluate_split(
+    study: Study, split: Split, model: Path | None, output: Path | None, adapt: AdaptOptions | None = None
+) -> tuple[Metrics, Adapted | None, Path]:
     """Evaluate a model on one split of its study.
 
     Args:
@@ -28,12 +32,13 @@ def evaluate_split(study: Study, split: Split, model: Path | None, output: Path 
         split: Rows to evaluate.
         model: Folder of the model; None: that of the study.
         output: Folder of the results; None: `outputs/evaluation` of the study.
+        adapt: Adaptation at test time, evaluated next to the model as it is; None: none.
 
     Returns:
-        Metrics, and the folder of the results.
+        Metrics without adaptation, those without and with it, and the folder of the results.
 
     Raises:
-        FptError: As `stages.evaluate.evaluator.evaluate`.
+        FptError: As `stages.evaluate.evaluator.evaluate` and `stages.evaluate.adapted.evaluate_adapted`.
     """
     from stages.device import set_up
     from stages.evaluate.evaluator import evaluate as run
@@ -42,9 +47,25 @@ def evaluate_split(study: Study, split: Split, model: Path | None, output: Path 
     bundle = study.outputs / "model" if model is None else model.absolute()
     folder = study.outputs / "evaluation" if output is None else output.absolute()
     files, device = study.files(read_manifest(study.manifest)), set_up(study.settings.compute)
+    if adapt is not None:
+        _check_adaptable(bundle, adapt)
     metrics = run(files, bundle, folder, split, device=device)
     _keep_settings(bundle, study.settings, folder)
-    return metrics, folder
+    adapted = None
+    if adapt is not None:
+        from stages.evaluate.adapted import evaluate_adapted
+
+        adapted = evaluate_adapted(files, bundle, folder, metrics, adapt, device)
+    return metrics, adapted, folder
+
+
+def _check_adaptable(bundle: Path, adapt: AdaptOptions) -> None:
+    """Refuse a model that cannot be adapted, before it is evaluated."""
+    from stages.test_time.targets import check_adaptable
+    from stages.train.bundle import load_bundle
+
+    loaded = load_bundle(bundle)
+    check_adaptable(adapt.name, loaded.spec, loaded.network)
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,7 @@ def evaluate_images(
     model: Path | None,
     output: Path | None,
     progress: ExternalProgress | None = None,
+    adapt: AdaptOptions | None = None,
 ) -> tuple[ExternalResult, Path]:
     """Evaluate a model on labelled images outside of its study; a study is not needed.
 
@@ -74,6 +96,7 @@ def evaluate_images(
         model: Folder of the model; None: `outputs/model` next to `params`.
         output: Folder of the results; None: `outputs/external/NAME` next to `params`.
         progress: Callbacks.
+        adapt: Adaptation at test time, evaluated next to the model as it is; None: none.
 
     Returns:
         The result, and its folder.
@@ -104,11 +127,33 @@ def evaluate_images(
             study=_manifest_of(bundle, root),
             device=device,
             batch_size=batch_size(settings.compute, device),
+            adapt=adapt,
+            files=None if adapt is None else study_files(params, assignments),
         ),
         progress or ExternalProgress(),
     )
     _keep_settings(bundle, settings, folder)
     return result, folder
+
+
+def study_files(params: Path, assignments: Sequence[str]) -> StudyFiles | None:
+    """Return the files of the study of a `params.yaml`, for what is computed from its training images; None without it.
+
+    Args:
+        params: Settings of the study.
+        assignments: `key.path=value` overrides; those of the images are left out, which belong to others.
+    """
+    from pipeline.project import open_study
+    from schemas.errors import FptError
+    from stages.manifest import read_manifest
+
+    if not params.exists():
+        return None
+    try:
+        study = open_study(params, [one for one in assignments if not one.startswith("data.")])
+        return study.files(read_manifest(study.manifest))
+    except FptError:
+        return None
 
 
 def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpec, images: LabelledImages) -> Settings:
@@ -121,7 +166,8 @@ def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpe
     data = base.get("data")
     if isinstance(data, dict):
         # What only the study's own table has.
-        own = {"split_column"} if images.labels is not None else {"split_column", "group_column"}
+        own = {"split_column", "site_column", "test_sites", "keep_columns"}
+        own |= set() if images.labels is not None else {"group_column"}
         base = {**base, "data": {key: value for key, value in data.items() if key not in own}}
     tree = override(base, assignments)
     data = tree.setdefault("data", {})

@@ -13,7 +13,7 @@ from pipeline.params import PARAMS, as_assignments, override, read_params
 from pipeline.plugins import load_plugins
 from schemas.errors import DataError, FptError, ProjectError, UnreadableImagesError
 from schemas.parse import parse_settings
-from schemas.results import PROBABILITY, BundleSpec, Prediction
+from schemas.results import ADAPTED, PROBABILITY, BundleSpec, Prediction
 from schemas.settings import LpmSettings, Settings
 from schemas.text import counted
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.project import Study
     from schemas.tasks import Task
+    from schemas.test_time import AdaptOptions
     from stages.predict.classifier import Classifier
     from stages.progress import Progress
 
@@ -84,10 +85,17 @@ class Predictions(Sequence[Prediction]):
     def to_dict(self) -> dict[str, list[Any]]:
         """Return columns of the table that `fpt predict` writes: path, predicted, p_<class>, error."""
         probabilities = self.probabilities
+        adapted: dict[str, list[Any]] = {}
+        if any(row.adapted_probabilities is not None for row in self.rows):
+            adapted[f"{ADAPTED}predicted"] = [row.adapted_predicted for row in self.rows]
+            for name in self.classes:
+                own = [(row.adapted_probabilities or {}).get(name, float("nan")) for row in self.rows]
+                adapted[f"{ADAPTED}{PROBABILITY}{name}"] = own
         return {
             "path": [row.path for row in self.rows],
             "predicted": self.predicted,
             **{f"{PROBABILITY}{name}": probabilities[:, at].tolist() for at, name in enumerate(self.classes)},
+            **adapted,
             "error": [row.error for row in self.rows],
         }
 
@@ -116,15 +124,16 @@ class Predictions(Sequence[Prediction]):
 class Model:
     """A trained model with the LPM that it needs, both loaded once; made by `fpt.load`."""
 
-    def __init__(self, classifier: Classifier, settings: Settings, root: Path) -> None:
+    def __init__(self, classifier: Classifier, settings: Settings, root: Path, folder: Path) -> None:
         """Keep what a prediction needs.
 
         Args:
             classifier: Bundle and LPM on their device.
             settings: Column of paths in tables, batch size.
             root: Folder that relative paths of tables start at.
+            folder: Folder of the model.
         """
-        self._classifier, self._settings, self._root = classifier, settings, root
+        self._classifier, self._settings, self._root, self._folder = classifier, settings, root, folder
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -152,6 +161,9 @@ class Model:
         *,
         on_error: Literal["raise", "keep"] = "raise",
         progress: Progress | None = None,
+        adapt: str | None = None,
+        adapt_batch: int = 64,
+        adapt_seed: int = 2020,
     ) -> Predictions:
         """Predict the class of each image.
 
@@ -162,33 +174,74 @@ class Model:
             on_error: What to do with images that cannot be used: "raise" an error that lists all of them, or "keep" a
                 row with the reason.
             progress: Called after each batch with (done, total) images.
+            adapt: Adaptation at test time, "foa", "foa-shift" or "vptta": predictions with it are added as
+                `adapted_predicted` and `adapted_probabilities` of each row. None: no adaptation.
+            adapt_batch: Images of a batch of foa and foa-shift.
+            adapt_seed: Seed of the order of the images, and of the search of foa.
 
         Raises:
             DataError: A folder or pattern has no images, or an array is not an image.
             UnreadableImagesError: Images cannot be used, with `on_error="raise"`.
             EvaluationError: The outputs of the model are not finite.
         """
+        from pipeline.adapt_options import adapt_options
+
+        options = adapt_options(adapt, adapt_batch, adapt_seed)
         names, sources = self._sources(images)
-        predictions = self._predict(names, sources, progress)
+        predictions = self._predict(names, sources, progress, options)
         if on_error == "raise" and predictions.failures:
             raise UnreadableImagesError(
                 predictions.failures, 'Leave them out, or pass on_error="keep" for rows with the reason.'
             )
         return predictions
 
-    def predict_files(self, files: Sequence[Path], progress: Progress | None = None) -> Predictions:
+    def predict_files(
+        self, files: Sequence[Path], progress: Progress | None = None, adapt: AdaptOptions | None = None
+    ) -> Predictions:
         """Predict files, each of them as it is named; those that cannot be used get a row with the reason."""
-        return self._predict([str(file) for file in files], files, progress)
+        return self._predict([str(file) for file in files], files, progress, adapt)
 
-    def _predict(self, names: Sequence[str], sources: Sequence[Path | Image], progress: Progress | None) -> Predictions:
+    def _predict(
+        self,
+        names: Sequence[str],
+        sources: Sequence[Path | Image],
+        progress: Progress | None,
+        adapt: AdaptOptions | None,
+    ) -> Predictions:
         from stages.extract.shard_task import batch_size
         from stages.predict.classifier import as_row
 
         size = batch_size(self._settings.compute, self._classifier.device)
+        if adapt is not None:
+            return self._adapted(names, sources, progress, adapt, size)
         found = self._classifier.probabilities(sources, size, progress)
         return Predictions(
             tuple(as_row(name, p, self.spec) for name, p in zip(names, found, strict=True)), self.classes
         )
+
+    def _adapted(
+        self,
+        names: Sequence[str],
+        sources: Sequence[Path | Image],
+        progress: Progress | None,
+        adapt: AdaptOptions,
+        size: int,
+    ) -> Predictions:
+        from pipeline.evaluation import study_files
+        from schemas.errors import ImageError
+        from stages.predict.adapted import adapted_probabilities
+        from stages.predict.classifier import as_row
+        from stages.test_time.stream import AdaptContext
+
+        lpm = lpm_of(self.spec, self._settings)
+        weights = [] if lpm.weights == "hub" else [f"lpm.weights={lpm.weights}"]
+        place = AdaptContext(self._folder, self._root, lpm, study_files(self._root / PARAMS, weights))
+        found = adapted_probabilities(self._classifier, sources, adapt, place, size, progress)
+        rows = []
+        for name, one in zip(names, found, strict=True):
+            plain, adapted = (one, None) if isinstance(one, ImageError) else one
+            rows.append(as_row(name, plain, self.spec, adapted))
+        return Predictions(tuple(rows), self.classes)
 
     def _sources(self, images: ImageLike | Iterable[ImageLike]) -> tuple[list[str], list[Path | Image]]:
         """Name and source of every image; images in memory are named by their position."""
@@ -258,7 +311,8 @@ def load_with(folder: Path, settings: Settings, root: Path) -> Model:
 
     bundle = load_bundle(folder, set_up(settings.compute))
     check_task(bundle.spec, settings.data)
-    return Model(load_classifier(bundle, lpm_of(bundle.spec, settings), root, settings.data), settings, root)
+    classifier = load_classifier(bundle, lpm_of(bundle.spec, settings), root, settings.data)
+    return Model(classifier, settings, root, folder.absolute())
 
 
 def lpm_of(spec: BundleSpec, settings: Settings) -> LpmSettings:

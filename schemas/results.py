@@ -19,6 +19,9 @@ BUNDLE_VERSION: Literal[2] = 2
 PROBABILITY = "p_"
 """Prefix of a probability column in tables of predictions; no other column starts with it."""
 
+ADAPTED = "adapted_"
+"""Prefix of the columns of predictions with adaptation at test time."""
+
 
 class StartSpec(Contract):
     """The model whose weights a training started from."""
@@ -249,3 +252,7 @@ class Prediction(Contract):
     """Class -> probability, in the order of the logits; null where the image cannot be used."""
     error: str | None
     """Why the image cannot be used; null where it can."""
+    adapted_predicted: str | None = None
+    """As `predicted`, with adaptation at test time; null without it."""
+    adapted_probabilities: dict[str, float] | None = None
+    """As `probabilities`, with adaptation at test time; null without it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from pipeline import adapt_options, shift_options
 from pipeline.console import duration, say, show_json, show_table
 from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
 from schemas.bench import ALL_SHOTS
@@ -77,11 +78,20 @@ def bench(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Train on the Dask workers of the section cluster of the settings.")
     ] = False,
+    shift: Annotated[
+        bool, typer.Option("--shift", help="Then evaluate the runs on corrupted test images and held-out sites.")
+    ] = False,
+    shifts: shift_options.Shifts = None,
+    strengths: shift_options.Strengths = "1,2,3,4,5",
+    adapts: shift_options.Adapts = "foa-shift",
+    adapt_batch: adapt_options.Batch = adapt_options.DEFAULTS.batch,
+    adapt_seed: adapt_options.Seed = adapt_options.DEFAULTS.seed,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on the same images: each with the learning rate that validation chooses, in one table.
 
-    Finished runs are kept: a bench that was killed, or that gets another method, does only the rest.
+    Finished runs are kept: a bench that was killed, or that gets another method, does only the rest. With --shift the
+    table is that of shifted images, without and with adaptation at test time.
     """
     from pipeline.bench_plan import Asked, describe_plan, draw_samplings, plan_bench
     from pipeline.project import open_study
@@ -89,6 +99,7 @@ def bench(
 
     names = _methods(methods)
     asked = Asked(names, _shots(shots), samplings, seeds, _rates(rates))
+    shifted = shift_options.shift_asked(shifts, strengths, adapts, adapt_batch, adapt_seed) if shift else None
     if reference is not None and reference not in names:
         raise SettingsError(f"The reference {reference} is not among the methods.", repair=f"Use {', '.join(names)}.")
     study = open_study(params, [*(assignments or []), *([] if epochs is None else [f"train.epochs={epochs}"])])
@@ -105,9 +116,14 @@ def bench(
     planned = plan_bench(study, files, asked, draw_samplings(study, manifest, asked), folder, limit)
     if plan:
         _show_plan(describe_plan(planned, files, study.checkpoints, limit), as_json)
+        if shifted is not None:
+            shift_options.show_shift_plan(planned.groups, files, shifted)
         return
     _name_left_out(planned.left_out)
     result = _run(study, files, asked, planned, _reference(reference, methods, planned), folder, cluster)
+    if shifted is not None:
+        shift_options.run_shift_bench(study, files, planned.groups, result, shifted, folder, as_json)
+        return
     if as_json:
         show_json(result.model_dump(mode="json"))
         return

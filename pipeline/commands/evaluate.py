@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import adapt_options
 from pipeline.console import say, score, show, show_json, show_pairs, show_table
+from pipeline.evaluation import LabelledImages
 from pipeline.metric_names import MARKS, metric_name
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError
 from schemas.tasks import METRICS
+from schemas.test_time import remarks
 from schemas.text import counted, images_of
 
 if TYPE_CHECKING:
     from schemas.results import Metrics
+    from schemas.test_time import Adapted, AdaptOptions
     from stages.progress import Progress
 
 
@@ -69,34 +73,50 @@ def evaluate(
             dir_okay=False,
         ),
     ] = None,
+    adapt: adapt_options.Name = None,
+    adapt_batch: adapt_options.Batch = adapt_options.DEFAULTS.batch,
+    adapt_seed: adapt_options.Seed = adapt_options.DEFAULTS.seed,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the model on the test split, or on images outside of the study: metrics, predictions, HTML report.
 
-    Images outside of the study need no study: a model is enough, with --model and --set lpm.weights=FILE.
+    Images outside of the study need no study: a model is enough, with --model and --set lpm.weights=FILE. With --adapt
+    the same images are evaluated a second time, into the folder adapted-NAME of the results.
     """
+    options = adapt_options.adapt_options(None if adapt is None else adapt.value, adapt_batch, adapt_seed)
     if images is None:
         if labels is not None:
             raise SettingsError("--labels belongs to --images.", repair="Name the folder of the images: --images DIR")
-        metrics, folder = _evaluate_split(params, assignments or [], model, output, split or SplitName.test)
+        metrics, adapted, folder = _evaluate_split(
+            params, assignments or [], model, output, split or SplitName.test, options
+        )
     else:
         if split is not None:
             raise SettingsError("--split is for images of the study, --images for others.", repair="Leave one out.")
-        metrics, folder = _evaluate_images(params, assignments or [], model, output, images, labels)
+        metrics, adapted, folder = _evaluate_images(
+            params, assignments or [], model, output, LabelledImages(images, labels), options
+        )
     if as_json:
-        show_json(metrics.model_dump(mode="json"))
+        show_json((metrics if adapted is None else adapted).model_dump(mode="json"))
         return
     _show(metrics)
+    if adapted is not None:
+        _show_adapted(adapted)
     say(f"Report: {folder / 'report.html'}")
 
 
 def _evaluate_split(
-    params: Path, assignments: Sequence[str], model: Path | None, output: Path | None, split: SplitName
-) -> tuple[Metrics, Path]:
+    params: Path,
+    assignments: Sequence[str],
+    model: Path | None,
+    output: Path | None,
+    split: SplitName,
+    adapt: AdaptOptions | None,
+) -> tuple[Metrics, Adapted | None, Path]:
     from pipeline.evaluation import evaluate_split
     from pipeline.project import open_study
 
-    return evaluate_split(open_study(params, assignments), split.value, model, output)
+    return evaluate_split(open_study(params, assignments), split.value, model, output, adapt)
 
 
 def _evaluate_images(
@@ -104,23 +124,22 @@ def _evaluate_images(
     assignments: Sequence[str],
     model: Path | None,
     output: Path | None,
-    images: Path,
-    labels: Path | None,
-) -> tuple[Metrics, Path]:
-    from pipeline.evaluation import LabelledImages, evaluate_images
+    images: LabelledImages,
+    adapt: AdaptOptions | None,
+) -> tuple[Metrics, Adapted | None, Path]:
+    from pipeline.evaluation import evaluate_images
     from stages.predict.external import ExternalProgress
     from stages.prepare import QUARANTINE_FILE
 
     with ExitStack() as stack:
         progress = ExternalProgress(_bar(stack, "Reading"), _bar(stack, "Predicting"))
-        others = LabelledImages(images, labels)
-        result, folder = evaluate_images(params, assignments, others, model, output, progress)
+        result, folder = evaluate_images(params, assignments, images, model, output, progress, adapt)
     for note in result.notes:
         say(note)
     say(f"{counted(result.cached, 'image')} from the cache, {result.computed} computed.")
     if result.quarantined:
         say(f"{counted(result.quarantined, 'image')} set aside: {folder / QUARANTINE_FILE}")
-    return result.metrics, folder
+    return result.metrics, result.adapted, folder
 
 
 def _bar(stack: ExitStack, what: str) -> Progress:
@@ -136,6 +155,18 @@ def _bar(stack: ExitStack, what: str) -> Progress:
         opened[0](done, total)
 
     return show_progress
+
+
+def _show_adapted(adapted: Adapted) -> None:
+    fields = METRICS[adapted.without.task]
+    rows = [
+        [metric_name(field, adapted.without.task, start=True), *(score(getattr(one, field)) for one in both)]
+        for both in [(adapted.without, adapted.adapted)]
+        for field in fields
+    ]
+    show_table(f"Adapted by {adapted.adapt.name}", ["metric", "without", "with adaptation"], rows)
+    for warning in remarks(adapted.adapt, adapted.without.images):
+        show(f"Warning: {warning}")
 
 
 def _show(metrics: Metrics) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import adapt_options
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
 from schemas.errors import UnreadableImagesError
 from schemas.settings import OUTPUTS
+from schemas.test_time import remarks
 from schemas.text import counted
 
 if TYPE_CHECKING:
@@ -38,11 +40,15 @@ def predict(
             "--output", help="Table to write: .csv, .tsv, .parquet or .xlsx; else CSV is printed.", show_default=False
         ),
     ] = None,
+    adapt: adapt_options.Name = None,
+    adapt_batch: adapt_options.Batch = adapt_options.DEFAULTS.batch,
+    adapt_seed: adapt_options.Seed = adapt_options.DEFAULTS.seed,
 ) -> None:
     """Classify new images. Features are computed in memory; the cache is not touched.
 
     The model folder is enough: without a params.yaml the LPM comes from the hub, or from --set lpm.weights=FILE. Images
-    that cannot be used have an error in their row, and are listed at the end with exit code 2.
+    that cannot be used have an error in their row, and are listed at the end with exit code 2. With --adapt there are
+    further columns, adapted_predicted and adapted_p_CLASS.
     """
     from pipeline.loaded_model import load_with
     from pipeline.params import override, read_optional_params
@@ -51,6 +57,7 @@ def predict(
     from stages.predict import check_suffix
     from stages.predict.inputs import find_images
 
+    options = adapt_options.adapt_options(None if adapt is None else adapt.value, adapt_batch, adapt_seed)
     if output is not None:
         check_suffix(output)
 
@@ -60,8 +67,11 @@ def predict(
     for note in inputs.notes:
         say(note)
     loaded = load_with(model or root / OUTPUTS / "model", settings, root)
+    if options is not None:
+        for remark in remarks(options, len(inputs.images)):
+            say(f"Warning: {remark}")
     with ImageBar("Predicting") as bar:
-        predictions = loaded.predict_files(inputs.images, progress=bar)
+        predictions = loaded.predict_files(inputs.images, progress=bar, adapt=options)
     _hand_over(predictions.rows, output)
 
 

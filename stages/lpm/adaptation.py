@@ -38,6 +38,9 @@ class Adaptation(nn.Module):
     added_tokens = 0
     """Tokens that `enter` adds behind the prefix tokens."""
 
+    bound_to_tokens = False
+    """Whether it has parameters per token, and so takes no further tokens at test time."""
+
     def __init__(self, first: int = 0) -> None:
         """Set the first adapted block.
 

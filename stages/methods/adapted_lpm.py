@@ -33,6 +33,7 @@ class AdaptedLpm(Network):
 
     spec: AdaptedLpmSpec
     lpm: Any
+    has_head = True
 
     def __init__(self, spec: AdaptedLpmSpec, lpm: nn.Module, adaptation: Adaptation) -> None:
         """Take over a model.
@@ -80,6 +81,14 @@ class AdaptedLpm(Network):
         self.lpm.set_grad_checkpointing(False)
         tokens = self.lpm.forward_features(self._input(batch))
         return cast("torch.Tensor", self.lpm.forward_head(tokens, pre_logits=True))
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute `features` (B, D) of a prepared batch."""
+        return self.features(batch)
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) of pooled outputs (B, D)."""
+        return cast("torch.Tensor", self.lpm.head(vectors))
 
     def maps(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """Return what explains the images of a prepared batch, by name, (B, blocks, gh, gw) each."""

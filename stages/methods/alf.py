@@ -54,6 +54,7 @@ class LayerFusion(Network):
     scale: torch.Tensor
     """(n, D) standard deviation over the training images; 1 where they do not vary."""
     standardises = True
+    has_head = True
 
     def __init__(self, spec: AlfSpec) -> None:
         super().__init__()
@@ -86,12 +87,23 @@ class LayerFusion(Network):
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute logits (B, classes) of token statistics (B, F)."""
+        return self.head_logits(self._fused(rows))
+
+    def _fused(self, rows: torch.Tensor) -> torch.Tensor:
         vectors = F.layer_norm((self._vectors(rows) - self.mean) / self.scale, (self.spec.lpm_width,))
         weights = self.attention(vectors)
         weights = self.dropout.apply_drawn(weights, self.dropout.draw(weights, weights.shape[-1]))
         values = self._split(self.to_value(vectors * self.value_gain + self.value_bias))
         fused = self.out(torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1))
-        return cast("torch.Tensor", self.head(self.norm(fused)))
+        return cast("torch.Tensor", self.norm(fused))
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute the normalised fused vector (B, D) of a prepared batch."""
+        return self._fused(required(batch.statistics, "statistics"))
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) of fused vectors."""
+        return cast("torch.Tensor", self.head(vectors))
 
     def standardise(self, batches: Iterable[Batch]) -> None:
         """Take over mean and deviation of each number of the vectors of the training images."""

@@ -65,9 +65,24 @@ class AttentiveProbe(TokenNetwork):
 
     def finish(self, state: list[torch.Tensor]) -> torch.Tensor:
         """Return logits (B, classes) from the contexts (B, P, D) of all layers."""
-        pooled = F.layer_norm(torch.stack(state, dim=1), (self.spec.lpm_width,))
-        logits: torch.Tensor = self.head(pooled.flatten(1))
+        return self.vector_logits(self.head_vector(state))
+
+    @property
+    def head_width(self) -> int:
+        """Inputs of the head."""
+        return self.head.in_features
+
+    def head_vector(self, state: list[torch.Tensor]) -> torch.Tensor:
+        """Return the normalised contexts of all layers side by side, (B, F)."""
+        return F.layer_norm(torch.stack(state, dim=1), (self.spec.lpm_width,)).flatten(1)
+
+    def vector_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, classes) of normalised contexts."""
+        logits: torch.Tensor = self.head(vectors)
         return logits
+
+    prompt_width = 0
+    """It has no tokens of its own among which prompts could stand."""
 
 
 class AttentiveMethod(GradientMethod):

@@ -49,6 +49,8 @@ class HeadScale(TunedWeights):
 class MatrixScale(Adaptation):
     """A factor of every attention weight, shared by heads."""
 
+    bound_to_tokens = True
+
     def __init__(self, spec: AdaptationSpec) -> None:
         super().__init__(spec.first_block)
         self.factors = nn.Parameter(torch.zeros(spec.blocks, spec.tokens, spec.tokens))

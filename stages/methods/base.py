@@ -35,6 +35,10 @@ class Model(nn.Module):
 
     spec: MethodSpec
 
+    has_head = False
+    """Whether one vector per image, `head_inputs`, passes through a head, `head_logits`; it can be shifted at test
+    time."""
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute logits (B, classes) of a prepared batch."""
         raise NotImplementedError
@@ -50,6 +54,14 @@ class Model(nn.Module):
     def features(self, batch: Batch) -> torch.Tensor | None:  # noqa: ARG002
         """Compute the pooled output (B, D) of the adapted LPM from a prepared batch; None if it is not adapted."""
         return None
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute the vector (B, F) that the head reads, of a prepared batch; only with `has_head`."""
+        raise NotImplementedError
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) from `head_inputs` (B, F); only with `has_head`."""
+        raise NotImplementedError
 
     @property
     def saved_spec(self) -> MethodSpec:
@@ -213,9 +225,19 @@ class Network(Model):
 class RowModel(Model):
     """A closed-form model: a function of the vectors of `describe_rows`."""
 
+    has_head = True
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute logits (B, classes) of a prepared batch."""
         return self.row_logits(describe_rows(batch))
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return `describe_rows` of a prepared batch."""
+        return describe_rows(batch)
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) from `describe_rows` (B, F)."""
+        return self.row_logits(vectors)
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute logits (B, classes) from `describe_rows` (B, F)."""

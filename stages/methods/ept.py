@@ -39,6 +39,8 @@ MAP = "Share of the attention of each patch that the prompts leave to tokens, me
 class _Embedded(Adaptation):
     """What both forms share: the factors sigmoid(lse_i - s_i)."""
 
+    bound_to_tokens = True
+
     def __init__(self, spec: AdaptationSpec) -> None:
         super().__init__(spec.first_block)
         self.grid, self.prefix = spec.grid, spec.prefix_tokens

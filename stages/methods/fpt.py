@@ -97,6 +97,33 @@ class PromptedSideNetwork(TokenNetwork):
         """Return logits (B, classes) from the tokens after the last block."""
         return self.side.classify(state)
 
+    @property
+    def head_width(self) -> int:
+        """Width of the class token."""
+        return self.spec.width
+
+    def head_vector(self, state: torch.Tensor) -> torch.Tensor:
+        """Return the normalised class token (B, width) from the tokens after the last block."""
+        return self.side.pooled(state)
+
+    def vector_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, classes) of normalised class tokens."""
+        logits: torch.Tensor = self.side.head(vectors)
+        return logits
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the tokens of the side network."""
+        return self.spec.width
+
+    def insert(self, state: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """Insert prompts (m, width) behind the class token; they pass through all blocks."""
+        return torch.cat([state[:, :1], prompts.to(state.dtype).expand(len(state), -1, -1), state[:, 1:]], dim=1)
+
+    def activation(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """Return the class token (B, width) after a block, through the first norm of the next one or the final norm."""
+        return self.side.normed_class_token(layer, state)
+
     def reseed(self, *entropy: int) -> None:
         """Draw dropout from here on as these numbers determine, whatever else draws random numbers."""
         if self.fusion is not None:

@@ -93,6 +93,21 @@ class Ensemble(TokenNetwork):
         probe_logits = None if self.probe is None else self.probe(describe_rows(batch))
         return self.join(self.member_logits(self.members, batch), probe_logits)
 
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return what the heads of all members read, then what the linear probes read, (B, F), of a prepared batch."""
+        vectors, rows = super().head_inputs(batch), self.probe_inputs(batch)
+        return vectors if rows is None else torch.cat([vectors, rows], dim=1)
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities up to a constant (B, classes) from `head_inputs`."""
+        width = sum(member.head_width for member in self.members)
+        probe_logits = None if self.probe is None else self.probe(vectors[:, width:])
+        return self.join(self.split_logits(vectors[:, :width]), probe_logits)
+
+    def probe_inputs(self, batch: Batch) -> torch.Tensor | None:
+        """Return what the linear probes read, (B, F), of a prepared batch; None without probes."""
+        return None if self.probe is None else describe_rows(batch)
+
     def join(self, logits: torch.Tensor, probe_logits: torch.Tensor | None = None) -> torch.Tensor:
         """Average (M, B, classes) of `member_logits` and (B, classes) of the linear probes to (B, classes)."""
         return self._pool(self.experts(logits, probe_logits))

@@ -36,12 +36,38 @@ class Member(Protocol):
     def finish(self, state: Any, /) -> torch.Tensor:
         """Return logits (B, classes) from the state after the last layer."""
 
+    @property
+    def head_width(self) -> int:
+        """Width F of `head_vector`."""
+
+    def head_vector(self, state: Any, /) -> torch.Tensor:
+        """Return the vector (B, F) that the head reads, from the state after the last layer."""
+
+    def vector_logits(self, vectors: torch.Tensor, /) -> torch.Tensor:
+        """Return logits (B, classes) of `head_vector`."""
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the tokens that `PromptedMember.insert` takes; 0: it takes none."""
+
+
+class PromptedMember(Member, Protocol):
+    """A member with tokens of its own, among which prompts can stand."""
+
+    def insert(self, state: Any, prompts: torch.Tensor, /) -> Any:
+        """Return the state before the first layer with more tokens (m, width)."""
+
+    def activation(self, layer: int, state: Any, /) -> torch.Tensor:
+        """Return the class token (B, width) after a layer and the next norm."""
+
     def reseed(self, *entropy: int) -> None:
         """Draw whatever is random in training from here on as these numbers determine."""
 
 
 class TokenNetwork(Network):
     """A network whose members read the cached tokens layer by layer."""
+
+    has_head = True
 
     @staticmethod
     def member_logits(members: Sequence[Member], batch: Batch, checkpointing: bool = False) -> torch.Tensor:
@@ -57,15 +83,41 @@ class TokenNetwork(Network):
         Returns:
             (members, B, classes).
         """
-        states = _begin(members, batch.side)
-        for layer in range(members[0].depth):
-            queries = [member.layer_queries(layer) for member in members]
-            contexts = _contexts(queries, layer, batch.tokens, not checkpointing)
-            states = [
-                member.advance(layer, state, context_, checkpointing)
-                for member, state, context_ in zip(members, states, contexts, strict=True)
-            ]
+        states = _advance(members, batch, checkpointing)
         return torch.stack([member.finish(state) for member, state in zip(members, states, strict=True)])
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute the vectors that the heads of all members read, side by side (B, F), of a prepared batch."""
+        members: Sequence[Any] = self.members
+        states = _advance(members, batch)
+        return torch.cat([member.head_vector(state) for member, state in zip(members, states, strict=True)], dim=1)
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) from `head_inputs`."""
+        return self.join(self.split_logits(vectors))
+
+    def probe_inputs(self, batch: Batch) -> torch.Tensor | None:  # noqa: ARG002
+        """Return what `head_inputs` has behind the vectors of the members, (B, F); None by default."""
+        return None
+
+    def split_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (M, B, classes) of all members from their vectors side by side."""
+        members: Sequence[Any] = self.members
+        parts = vectors.split([member.head_width for member in members], dim=1)  # type: ignore[no-untyped-call]
+        return torch.stack([member.vector_logits(part) for member, part in zip(members, parts, strict=True)])
+
+
+def _advance(members: Sequence[Member], batch: Batch, checkpointing: bool = False) -> list[Any]:
+    """Return the states of all members after the last layer."""
+    states = _begin(members, batch.side)
+    for layer in range(members[0].depth):
+        queries = [member.layer_queries(layer) for member in members]
+        contexts = contexts_of(queries, layer, batch.tokens, not checkpointing)
+        states = [
+            member.advance(layer, state, context_, checkpointing)
+            for member, state, context_ in zip(members, states, contexts, strict=True)
+        ]
+    return states
 
 
 def _begin(members: Sequence[Member], side: torch.Tensor | Callable[[], torch.Tensor] | None) -> list[Any]:
@@ -81,9 +133,10 @@ def _begin(members: Sequence[Member], side: torch.Tensor | Callable[[], torch.Te
     return again
 
 
-def _contexts(
+def contexts_of(
     queries: Sequence[torch.Tensor | None], layer: int, tokens: CachedTokens | None, keep: bool
 ) -> Sequence[torch.Tensor | None]:
+    """Return the context (B, P, D) of each member's queries of a layer; None for a member without queries."""
     given = [query for query in queries if query is not None]
     if not given:
         return queries

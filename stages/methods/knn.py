@@ -34,6 +34,7 @@ class KnnProbe(RowModel):
     """
 
     spec: KnnSpec
+    has_head = False
     rows: torch.Tensor
     labels: torch.Tensor
     class_weights: torch.Tensor

@@ -47,6 +47,7 @@ class TokenClassifier(Network):
     """A small transformer that classifies hidden tokens."""
 
     spec: LoffTaSpec
+    has_head = True
 
     def __init__(self, spec: LoffTaSpec) -> None:
         super().__init__()
@@ -88,6 +89,9 @@ class TokenClassifier(Network):
 
     def logits(self, prefix: torch.Tensor, grid: torch.Tensor, checkpointing: bool = False) -> torch.Tensor:
         """Compute logits (B, classes) of prefix tokens and pooled patch tokens, augmented in training."""
+        return self.head_logits(self._class_token(prefix, grid, checkpointing))
+
+    def _class_token(self, prefix: torch.Tensor, grid: torch.Tensor, checkpointing: bool) -> torch.Tensor:
         if self.training:
             grid = self.augmentation(grid, self.spec.pooled_grid)
         projected = self.project(self.input_norm(torch.cat([prefix, grid], dim=1)))
@@ -99,7 +103,15 @@ class TokenClassifier(Network):
                 tokens = checkpoint(block, tokens, kept, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, kept)
-        return cast("torch.Tensor", self.head(self.norm(tokens[:, 0])))
+        return cast("torch.Tensor", self.norm(tokens[:, 0]))
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute the normalised class token (B, width) of a prepared batch."""
+        return self._class_token(*self.pooled(required(batch.hidden, "hidden")["hidden"]), False)
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) of class tokens."""
+        return cast("torch.Tensor", self.head(vectors))
 
     def reseed(self, *entropy: int) -> None:
         """Draw augmentations from here on as these numbers determine."""

@@ -27,6 +27,7 @@ class PooledMlp(Network):
     """An MLP of the class token."""
 
     spec: PooledSpec
+    has_head = True
 
     def __init__(self, spec: PooledSpec) -> None:
         super().__init__()
@@ -49,9 +50,20 @@ class PooledMlp(Network):
 
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """Compute logits (B, classes) of class tokens (B, D)."""
+        return self.head_logits(self._last_hidden(pooled))
+
+    def _last_hidden(self, pooled: torch.Tensor) -> torch.Tensor:
         for layer in self.hidden:
             pooled = F.relu(layer(pooled))
-        return cast("torch.Tensor", self.head(pooled))
+        return pooled
+
+    def head_inputs(self, batch: Batch) -> torch.Tensor:
+        """Compute the last hidden layer (B, D) of a prepared batch."""
+        return self._last_hidden(required(batch.pooled, "pooled")[:, 0])
+
+    def head_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Compute logits (B, classes) of the last hidden layer."""
+        return cast("torch.Tensor", self.head(vectors))
 
 
 class Mlp3Method(GradientMethod):

@@ -5,7 +5,7 @@ Fine-grained Prompt Tuning, arXiv 2403.07576, section 2.2 (asymmetric input) and
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -103,5 +103,18 @@ class SideNetwork(nn.Module):
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> logits (B, classes), from the normalised class token."""
-        logits: torch.Tensor = self.head(self.norm(tokens[:, 0]))
+        logits: torch.Tensor = self.head(self.pooled(tokens))
         return logits
+
+    def pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> the normalised class token (B, width)."""
+        normed: torch.Tensor = self.norm(tokens[:, 0])
+        return normed
+
+    def normed_class_token(self, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the class token (B, width) of the output of a block, after the norm that comes next."""
+        if layer == len(self.blocks) - 1:
+            return self.pooled(tokens)
+        block: Any = self.blocks[layer + 1]
+        normed: torch.Tensor = block.norm1(tokens[:, 0])
+        return normed

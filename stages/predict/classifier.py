@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from schemas.methods import model_inputs
 from schemas.results import BundleSpec, Prediction
 from schemas.settings import LpmSettings
 from schemas.specs import Inputs
+from schemas.tasks import Task
 from stages.extract.features import Pixels, compute_features, to_pixels
 from stages.images import decoded_image, rgb_image
 from stages.lpm.loading import LoadedLpm
@@ -59,32 +61,27 @@ class Classifier:
                 progress(start + len(batch), len(images))
 
     def _batch(self, images: Sequence[Path | Image.Image]) -> list[npt.NDArray[np.float32] | ImageError]:
-        spec = _needed(self.bundle.spec)
-        read: list[Pixels | ImageError] = []
-        for image in images:
-            try:
-                with self._decoded(image) as decoded:
-                    read.append(to_pixels(decoded, spec))
-            except ImageError as error:
-                read.append(error)
+        read = [self.pixels(image) for image in images]
         pixels = [one for one in read if isinstance(one, Pixels)]
         found: Iterator[npt.NDArray[np.float32]] = iter(())
         if pixels:
-            arrays = (
-                _pixel_arrays(pixels, model_inputs(self.bundle.spec.network))
-                if self.lpm is None
-                else compute_features(self.lpm, spec, pixels, self.device).arrays
-            )
-            # In single precision like the probabilities of an evaluation.
-            p = probabilities(feature_logits(self.bundle, arrays), self.bundle.spec.task).float().numpy()
-            if not np.isfinite(p).all():
-                raise EvaluationError(
-                    "The outputs of the model are not finite.",
-                    "Its weights are damaged, or training diverged.",
-                    "Train again, with a lower rate: fpt train --set train.lr=1e-4",
-                )
-            found = iter(p)
+            found = iter(checked_probabilities(feature_logits(self.bundle, self.arrays(pixels)), self.bundle.spec.task))
         return [next(found) if isinstance(one, Pixels) else one for one in read]
+
+    def arrays(self, pixels: Sequence[Pixels]) -> dict[str, npt.NDArray[Any]]:
+        """Compute what the model reads of images, by array name: features by one pass of the LPM, or pixels."""
+        spec = self.bundle.spec
+        if self.lpm is None:
+            return pixel_arrays(pixels, model_inputs(spec.network))
+        return compute_features(self.lpm, needed_features(spec), pixels, self.device).arrays
+
+    def pixels(self, image: Path | Image.Image) -> Pixels | ImageError:
+        """Decode and resize an image, or return why it cannot be used."""
+        try:
+            with self._decoded(image) as decoded:
+                return to_pixels(decoded, needed_features(self.bundle.spec))
+        except ImageError as error:
+            return error
 
     def _decoded(self, image: Path | Image.Image) -> AbstractContextManager[Image.Image]:
         """RGB pixels within a block."""
@@ -96,13 +93,39 @@ class Classifier:
         return decoded_image(image, max_pixels=most, min_side=least, accept=accept, rendering=rendering)
 
 
-def as_row(path: str, p: npt.NDArray[np.float32] | ImageError, spec: BundleSpec) -> Prediction:
-    """Return the row of one image: its classes by `Classifier.probabilities`, or the reason why it cannot be used."""
+def as_row(
+    path: str,
+    p: npt.NDArray[np.float32] | ImageError,
+    spec: BundleSpec,
+    adapted: npt.NDArray[np.float32] | None = None,
+) -> Prediction:
+    """Return the row of one image: its classes, or the reason why it cannot be used.
+
+    Args:
+        path: As it was given.
+        p: From `Classifier.probabilities`.
+        spec: Of the model.
+        adapted: Probabilities with adaptation at test time; None: without it.
+    """
     if isinstance(p, ImageError):
         return Prediction(path=path, predicted=None, probabilities=None, error=p.reason)
-    predicted = texts(decide(p[None], spec.task), spec.classes)[0]
-    shares = dict(zip(spec.classes, p.tolist(), strict=True))
-    return Prediction(path=path, predicted=predicted, probabilities=shares, error=None)
+    predicted, shares = _named(p, spec)
+    if adapted is None:
+        return Prediction(path=path, predicted=predicted, probabilities=shares, error=None)
+    adapted_predicted, adapted_shares = _named(adapted, spec)
+    return Prediction(
+        path=path,
+        predicted=predicted,
+        probabilities=shares,
+        error=None,
+        adapted_predicted=adapted_predicted,
+        adapted_probabilities=adapted_shares,
+    )
+
+
+def _named(p: npt.NDArray[np.float32], spec: BundleSpec) -> tuple[str, dict[str, float]]:
+    """Return predicted class, and class -> probability."""
+    return texts(decide(p[None], spec.task), spec.classes)[0], dict(zip(spec.classes, p.tolist(), strict=True))
 
 
 def check_task(spec: BundleSpec, data: DataSettings | None) -> None:
@@ -137,14 +160,30 @@ def load_classifier(bundle: Bundle, lpm: LpmSettings | None, root: Path, data: D
     return Classifier(bundle, loaded, data, bundle.device)
 
 
-def _needed(spec: BundleSpec) -> FeatureSpec:
+def checked_probabilities(logits: torch.Tensor, task: Task) -> npt.NDArray[np.float32]:
+    """Return probabilities (B, C) of logits, in single precision like those of an evaluation.
+
+    Raises:
+        EvaluationError: They are not finite.
+    """
+    p: npt.NDArray[np.float32] = probabilities(logits, task).float().numpy()
+    if not np.isfinite(p).all():
+        raise EvaluationError(
+            "The outputs of the model are not finite.",
+            "Its weights are damaged, or training diverged.",
+            "Train again, with a lower rate: fpt train --set train.lr=1e-4",
+        )
+    return p
+
+
+def needed_features(spec: BundleSpec) -> FeatureSpec:
     """Return the features without the arrays that the model does not read and that no other array depends on."""
     inputs = model_inputs(spec.network)
     unread = {name: value for name, value in (("statistics", False), ("hidden", None)) if name not in inputs}
     return spec.features.model_copy(update=unread)
 
 
-def _pixel_arrays(pixels: Sequence[Pixels], inputs: Inputs) -> dict[str, npt.NDArray[np.uint8]]:
+def pixel_arrays(pixels: Sequence[Pixels], inputs: Inputs) -> dict[str, npt.NDArray[np.uint8]]:
     """Arrays for a model that reads pixels and no features."""
     arrays = {}
     if "side" in inputs:

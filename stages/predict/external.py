@@ -21,7 +21,9 @@ from schemas.rendering import Rendering
 from schemas.results import BundleSpec, Metrics
 from schemas.settings import LpmSettings
 from schemas.tasks import names_in, written
+from schemas.test_time import Adapted, AdaptOptions
 from schemas.text import counted
+from stages.evaluate.adapted import write_adapted
 from stages.evaluate.evaluator import evaluated_model, probabilities, write_evaluation
 from stages.evaluate.predictions import Predictions
 from stages.evaluate.report import confident_mistakes, render_report
@@ -30,6 +32,8 @@ from stages.extract.features import to_pixels
 from stages.fitted_images import count_fitted
 from stages.images import read_image
 from stages.lpm.matching import load_matching
+from stages.methods.batch import IMAGE, array_names
+from stages.predict.adapted import adapted_probabilities
 from stages.predict.classifier import check_task, load_classifier
 from stages.prepare import QUARANTINE_FILE
 from stages.prepare.dataset_listing import Listing, check_listing, read_listing
@@ -45,8 +49,11 @@ from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
+from stages.test_time.stream import AdaptContext, check_count, open_for, stream_logits
+from stages.test_time.targets import check_adaptable, runs_lpm
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import source_logits
+from stages.train.inputs import StudyFiles
 
 Probabilities = dict[str, npt.NDArray[np.float32]]
 """Image id -> (C,) probabilities."""
@@ -64,6 +71,8 @@ class ExternalResult:
     """Number of distinct images on which the LPM ran."""
     quarantined: int
     """Number of images and empty class folders that were set aside."""
+    adapted: Adapted | None
+    """Metrics without and with adaptation; None without `ExternalContext.adapt`."""
     notes: tuple[str, ...]
     """Choices made from the header or the layout, and skipped files."""
 
@@ -85,6 +94,10 @@ class ExternalContext:
     """Device of LPM and side network."""
     batch_size: int = 4
     """Images per forward pass of the LPM."""
+    adapt: AdaptOptions | None = None
+    """Adaptation at test time, in addition to the evaluation without it; None: no adaptation."""
+    files: StudyFiles | None = None
+    """Study of the model, for statistics of source images that the bundle lacks; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +141,32 @@ def evaluate_external(
     digests = _digests(listing, data, spec.features.rendering, progress.reading)
     rows = _rows(listing.items, digests, spec)
     paths = {row.id: listing.images / row.path for row in reversed(rows)}
-    probability_of, cached = _Source(bundle, data, context).probabilities(paths, progress.predicting)
+    if context.adapt is not None:
+        check_adaptable(context.adapt.name, spec, bundle.network)
+    loaded = _Source(bundle, data, context)
+    probability_of, cached = loaded.probabilities(paths, progress.predicting)
     p = np.stack([probability_of[row.id] for row in rows])
     predictions = Predictions(spec.classes, rows, p, evaluated_model(spec), spec.task, listing.unit)
     metrics = score(predictions, (*_overlap(rows, spec, context.study), *_absent(rows, spec)))
+    manifest = Manifest(classes=spec.classes, rows=rows, task=spec.task, unit=listing.unit)
     report = render_report(
         metrics,
         predictions,
-        Manifest(classes=spec.classes, rows=rows, task=spec.task, unit=listing.unit),
+        manifest,
         spec,
         thumbnails=_thumbnails(predictions, paths, spec.features, data),
         train_dir=bundle_dir.parent / "train",
     )
     write_evaluation(predictions, metrics, report, output)
+    adapted = None
+    if context.adapt is not None:
+        adapted_of = loaded.adapted(paths, bundle_dir, context.adapt)
+        again = np.stack([adapted_of[row.id] for row in rows])
+        adapted = write_adapted(predictions, again, manifest, spec, output, metrics, context.adapt)
     aside = listing.set_aside()
     write_quarantine(aside, listing.items, digests.failures, output / QUARANTINE_FILE)
     notes = (*listing.notes, *skipped_lines(listing.skipped, listing.images))
-    return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), notes)
+    return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), adapted, notes)
 
 
 def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
@@ -232,6 +254,26 @@ class _Source:
                     raise p
                 probability_of[image_id] = p
         return probability_of, len(paths) - len(missing)
+
+    def adapted(self, paths: Mapping[str, Path], bundle_dir: Path, options: AdaptOptions) -> Probabilities:
+        """Compute image id -> (C,) probabilities with adaptation; no image is opened if cached features are enough."""
+        spec, ids = self.bundle.spec, list(paths)
+        place = AdaptContext(bundle_dir, self.context.root, self.context.lpm, self.context.files)
+        with _local_store(self.context.cache_root, spec.features) as store:
+            names = array_names(model_inputs(spec.network))
+            cached = store is not None and IMAGE not in names and bool((store.find(ids) >= 0).all())
+            if store is not None and cached and not runs_lpm(options.name, spec):
+                check_count(options, len(ids))
+                logits = stream_logits(open_for(self.bundle, options, place), self.bundle, store, ids, options)
+                return dict(zip(ids, probabilities(logits, spec.task), strict=True))
+        classifier = load_classifier(self.bundle, self.context.lpm, self.context.root, self.data)
+        both = adapted_probabilities(classifier, list(paths.values()), options, place, self.context.batch_size)
+        found: Probabilities = {}
+        for image_id, one in zip(ids, both, strict=True):
+            if isinstance(one, ImageError):  # Unexpected, since the image was readable a moment ago.
+                raise one
+            found[image_id] = one[1]
+        return found
 
     def _from_cache(self, ids: list[str]) -> Probabilities:
         spec = self.bundle.spec

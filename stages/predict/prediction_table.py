@@ -1,4 +1,7 @@
-"""Write predictions as CSV, TSV, Parquet or Excel, with the columns path, predicted, p_<class> and error."""
+"""Write predictions as CSV, TSV, Parquet or Excel, with the columns path, predicted, p_<class> and error.
+
+With adaptation at test time, adapted_predicted and adapted_p_<class> come before error.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from schemas.errors import SettingsError
-from schemas.results import PROBABILITY, Prediction
+from schemas.results import ADAPTED, PROBABILITY, Prediction
 from stages.files import atomic_write
 from stages.tables import csv_text, safe_cell
 
@@ -25,13 +28,13 @@ def predictions_csv(rows: Sequence[Prediction], delimiter: str = ",") -> str:
     Probabilities have six digits; if no image is usable, these columns are missing. Text that a spreadsheet would run
     as a formula is escaped (`stages.tables.safe_cell`).
     """
-    classes = _classes(rows)
-    lines = [_header(classes)]
-    for row in rows:
-        probabilities = row.probabilities or {}
-        cells = [f"{probabilities[name]:.6f}" if name in probabilities else "" for name in classes]
-        texts = [safe_cell(_encodable(cell or "")) for cell in (row.path, row.predicted, row.error)]
-        lines.append([*texts[:2], *cells, texts[2]])
+    columns = _columns(rows)
+    lines = [[*columns]]
+    for at in range(len(rows)):
+        cells = (values[at] for values in columns.values())
+        lines.append(
+            [f"{cell:.6f}" if isinstance(cell, float) else safe_cell(_encodable(cell or "")) for cell in cells]
+        )
     return csv_text(lines, delimiter)
 
 
@@ -77,16 +80,15 @@ def _parquet(rows: Sequence[Prediction]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    classes = _classes(rows)
-    probabilities = [row.probabilities or {} for row in rows]
-    columns = [
-        pa.array([_encodable(row.path) for row in rows], pa.string()),
-        pa.array([row.predicted for row in rows], pa.string()),
-        *(pa.array([by_class.get(name) for by_class in probabilities], pa.float64()) for name in classes),
-        pa.array([None if row.error is None else _encodable(row.error) for row in rows], pa.string()),
+    columns = _columns(rows)
+    arrays = [
+        pa.array(values, pa.float64())
+        if _is_probability(name)
+        else pa.array([_encodable(value) if isinstance(value, str) else None for value in values], pa.string())
+        for name, values in columns.items()
     ]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(columns, names=_header(classes)), sink, compression="zstd")
+    pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), sink, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -110,11 +112,11 @@ def _excel(rows: Sequence[Prediction]) -> bytes:
         cell.data_type = "s" if value else "n"
         return cell
 
-    classes = _classes(rows)
-    sheet.append([text(name) for name in _header(classes)])
-    for row in rows:
-        probabilities = row.probabilities or {}
-        sheet.append([text(row.path), text(row.predicted), *map(probabilities.get, classes), text(row.error)])
+    columns = _columns(rows)
+    sheet.append([text(name) for name in columns])
+    for at in range(len(rows)):
+        cells = ((name, values[at]) for name, values in columns.items())
+        sheet.append([cell if _is_probability(name) else text(str(cell) if cell else None) for name, cell in cells])
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -125,12 +127,26 @@ def _escaped(match: re.Match[str]) -> str:
     return f"_x{ord(match.group()):04X}_"
 
 
-def _classes(rows: Sequence[Prediction]) -> list[str]:
-    return next((list(row.probabilities) for row in rows if row.probabilities is not None), [])
+def _columns(rows: Sequence[Prediction]) -> dict[str, list[str | float | None]]:
+    """Return the columns by name; without a usable image those of probabilities are missing."""
+    classes = next((list(row.probabilities) for row in rows if row.probabilities is not None), [])
+    columns: dict[str, list[str | float | None]] = {
+        "path": [row.path for row in rows],
+        "predicted": [row.predicted for row in rows],
+    }
+    for name in classes:
+        columns[f"{PROBABILITY}{name}"] = [(row.probabilities or {}).get(name) for row in rows]
+    if any(row.adapted_probabilities is not None for row in rows):
+        columns[f"{ADAPTED}predicted"] = [row.adapted_predicted for row in rows]
+        for name in classes:
+            own = [(row.adapted_probabilities or {}).get(name) for row in rows]
+            columns[f"{ADAPTED}{PROBABILITY}{name}"] = [*own]
+    columns["error"] = [row.error for row in rows]
+    return columns
 
 
-def _header(classes: Sequence[str]) -> list[str]:
-    return ["path", "predicted", *(f"{PROBABILITY}{name}" for name in classes), "error"]
+def _is_probability(column: str) -> bool:
+    return column.removeprefix(ADAPTED).startswith(PROBABILITY)
 
 
 def _encodable(text: str) -> str:

@@ -20,6 +20,7 @@ from schemas.methods import model_inputs
 from schemas.results import BundleSpec
 from stages.files import atomic_write, read_regular
 from stages.methods.base import Model, build_model
+from stages.train.source_statistics import SOURCE, Kind, Moments, encode
 
 WEIGHTS, SPEC = "model.safetensors", "model.json"
 RESTORE = "Restore the file (git, DVC or a backup), or run `fpt train` again."
@@ -47,13 +48,22 @@ def serialise(network: Model) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def save_bundle(folder: Path, spec: BundleSpec, weights: bytes) -> None:
-    """Write both files, the JSON last, so that a bundle with a JSON is complete.
+def save_bundle(folder: Path, spec: BundleSpec, weights: bytes, source: Mapping[Kind, Moments] | None = None) -> None:
+    """Write the files of a bundle, the JSON last, so that a bundle with a JSON is complete.
+
+    Args:
+        folder: Of the bundle.
+        spec: Content of the JSON.
+        weights: From `serialise`.
+        source: Statistics of the training images, for adaptation at test time; a file of an earlier model is removed.
 
     Raises:
         StorageError: If the folder cannot be written.
     """
+    (folder / SOURCE).unlink(missing_ok=True)
     atomic_write(folder / WEIGHTS, weights)
+    if source:
+        atomic_write(folder / SOURCE, encode(source, spec.weights_sha256))
     atomic_write(folder / SPEC, encode_spec(spec))
 
 

@@ -11,9 +11,11 @@ from schemas.methods import METHODS
 from schemas.results import EpochLog, TrainResult
 from schemas.views import train_views
 from stages.methods.base import FitInputs, RowModel, closed_form_method
+from stages.methods.fit_rows import FitRows
 from stages.threads import open_threads
-from stages.train.job import Job, rows_to_fit, save_model
+from stages.train.job import DESCRIBED, Job, rows_to_fit, save_model
 from stages.train.loop import score_logits
+from stages.train.source_statistics import Moments, moments_of
 
 MOST_THREADS = 64
 """Maximum number of threads that fits share; limited by the number of cores."""
@@ -49,11 +51,18 @@ def fit_job(job: Job) -> list[TrainResult]:
                     best=log,
                     epochs=(log,),
                     resumed_from=0,
-                    learnable=save_model(job, position, model, log),
+                    learnable=save_model(job, position, model, log, _source(model, train)),
                     chosen=dict(closed_form_method(settings.method).chosen(model.spec)),
                 )
             )
     return results
+
+
+def _source(model: RowModel, train: FitRows) -> dict[str, Moments]:
+    """Return the statistics of the vector that the head reads, which are those of the training rows."""
+    if not model.has_head:
+        return {}
+    return {"vectors": moments_of(torch.from_numpy(train.x).split(DESCRIBED))}  # type: ignore[no-untyped-call]
 
 
 def fit_rows(method: str, inputs: FitInputs) -> tuple[RowModel, EpochLog]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from schemas.manifest import Split
-from schemas.methods import METHODS
+from schemas.methods import METHODS, model_inputs
 from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
 from schemas.statistics import ProbeSource
@@ -29,6 +29,7 @@ from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading
 from stages.train.job import SPLITS, Job, rows_to_fit, run_key, save_model, taps_of
 from stages.train.loop import Recipe, Run, fit, make_optimizer
 from stages.train.parallel import begin_alike, sum_over_ranks
+from stages.train.source_statistics import MOST, Moments, model_moments
 
 Fits = dict[str | tuple[float, ...], tuple[StatisticsFit, torch.Tensor]]
 """Linear probes by `train.class_weights`, with their out-of-fold logits on the validation images."""
@@ -94,7 +95,7 @@ def _finish(job: Job, position: int, started: _Started) -> TrainResult:
     """Write the bundle of a variant."""
     run = started.run
     best = run.state.epochs[run.state.best - 1]
-    learnable = save_model(job, position, run.network, best)
+    learnable = save_model(job, position, run.network, best, _source_moments(job, run.network))
     return TrainResult(
         best=best,
         epochs=tuple(run.state.epochs),
@@ -221,6 +222,17 @@ def _train_batches(job: Job, source: RowSource) -> BatchLoader:
     reading = Reading(job.step_inputs, job.first.train.side_image_size)
     dataset = FeatureDataset(source, ids, job.labels["train"], reading)
     return batches(dataset, EpochSampler(len(ids), job.first.train.batch_size))
+
+
+def _source_moments(job: Job, network: Network) -> dict[str, Moments]:
+    """Compute the statistics of some training images, un-augmented; none where the LPM would have to run for them."""
+    if not job.ranks.first or METHODS[network.spec.method].adapts_lpm:
+        return {}
+    ids = sorted(views[0] for views in _views(job))[:MOST]
+    inputs = model_inputs(network.spec)
+    dataset = FeatureDataset(job.opened.source, ids, [0] * len(ids), Reading(inputs, network.spec.side_size))
+    found = batches(dataset, EpochSampler(len(ids), job.first.train.batch_size))
+    return model_moments(network.eval(), (batch.to(job.device).prepared(job.opened.features) for batch in found))
 
 
 def _source(job: Job) -> RowSource:

@@ -27,6 +27,7 @@ from stages.store.memory_rows import RowSource
 from stages.train.bundle import save_bundle, serialise
 from stages.train.checks import class_weights
 from stages.train.inputs import OpenInputs, StudyFiles
+from stages.train.source_statistics import Moments
 from stages.train.start import Start, own_images
 from stages.train.targets import Target
 
@@ -148,8 +149,18 @@ def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
     return settings.model_copy(update={"features": features})
 
 
-def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
-    """Write the bundle of a variant if this is rank 0; return the number of trained parameters."""
+def save_model(
+    job: Job, position: int, model: Model, best: EpochLog, source: Mapping[str, Moments] | None = None
+) -> int:
+    """Write the bundle of a variant if this is rank 0; return the number of trained parameters.
+
+    Args:
+        job: Job.
+        position: Position of the variant.
+        model: Trained model.
+        best: Epoch whose weights it has.
+        source: Statistics of the training images, for adaptation at test time; None: none.
+    """
     if not job.ranks.first:
         return learnable_parameters(model)
     weights, weights_sha256 = serialise(model)
@@ -167,7 +178,7 @@ def save_model(job: Job, position: int, model: Model, best: EpochLog) -> int:
         fitted_images=own_images(job.manifest),
         start=None if job.start is None else job.start.saved,
     )
-    save_bundle(job.outputs[position], bundle, weights)
+    save_bundle(job.outputs[position], bundle, weights, source)
     return bundle.learnable
 
 
