@@ -74,6 +74,8 @@ class MethodSettings(Section):
     """Approximated Prompt Tuning."""
     vpt: prompt_adaptations.VptSettings = prompt_adaptations.VptSettings()
     """Visual Prompt Tuning: vpt-shallow and vpt-deep."""
+    decomposed_prompts: prompt_adaptations.DecomposedPromptSettings = prompt_adaptations.DecomposedPromptSettings()
+    """Low-rank prompts."""
     vfpt: prompt_adaptations.VfptSettings = prompt_adaptations.VfptSettings()
     """Visual Fourier Prompt Tuning."""
     e2vpt: prompt_adaptations.E2vptSettings = prompt_adaptations.E2vptSettings()
