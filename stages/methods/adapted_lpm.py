@@ -58,7 +58,9 @@ class AdaptedLpm(Network):
             value.requires_grad_(name.startswith("head.") or adaptation.learns(name))
         trained = {name for name, value in self.named_parameters() if value.requires_grad}
         drawn = {f"lpm.{name}" for name, _ in model.named_parameters() if adaptation.saves(name)}
-        self._saved = frozenset(trained | drawn | {name for name in self.state_dict() if name.startswith("adaptation.")})
+        self._saved = frozenset(
+            trained | drawn | {name for name in self.state_dict() if name.startswith("adaptation.")}
+        )
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
 
