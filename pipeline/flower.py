@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stages.federate.messages import Failure, Replies, Reply, Request
     from stages.federate.site import Site
 
-__all__ = ["GridExchange", "client_app", "serve", "server_app", "site_of", "write_app"]
+__all__ = ["GridExchange", "client_app", "serve", "server_app", "site_of", "write_app"]  # noqa: F822 - made by __getattr__
 
 FAILED, KIND, NAME = "failed", "kind", "name"
 """Keys of the values of a message: reason of a failure, kind of a request, and its answer to a request for the name."""

@@ -141,7 +141,9 @@ def _average(server: Server, members: Members, plan: FederatedPlan) -> Federated
     )
 
 
-def _round(server: Server, members: Members, plan: FederatedPlan, number: int, start: State) -> tuple[RoundLog, State]:
+def _round(
+    server: Server, members: Members, spec: MethodSpec, plan: FederatedPlan, number: int, start: State
+) -> tuple[RoundLog, State]:
     """Train a round, and return its log and the averaged weights."""
     began, (first, last) = time.perf_counter(), plan.epochs_of(number)
     values = {**recipe(members.settings), "first": first, "last": last, "mu": plan.mu}
