@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def traffic_table(settings: Settings, lpm: LpmInfo, classes: int) -> list[Traffi
     for name, options in (*((name, {}) for name in METHODS), *VARIANTS):
         try:
             resolved = resolve(_changed(settings, name, options), lpm)
-            found.extend(_traffic(resolved, lpm, classes, options))
+            found.extend(traffic_of(resolved, lpm, classes, options))
         except (SettingsError, PlatformError):
             # It needs other features than those of the study, or a package that is not installed.
             continue
@@ -59,7 +59,7 @@ def _changed(settings: Settings, method: str, options: dict[str, Any]) -> Settin
     )
 
 
-def _traffic(settings: ResolvedSettings, lpm: LpmInfo, classes: int, options: dict[str, Any]) -> Iterator[Traffic]:
+def traffic_of(settings: ResolvedSettings, lpm: LpmInfo, classes: int, options: Mapping[str, Any]) -> Iterator[Traffic]:
     """Yield the row of resolved settings, unless the method cannot be federated."""
     row, features = METHODS[settings.method], feature_spec(settings, lpm, "0" * 64)
     title = ", ".join([row.title, *(f"{name}: {str(value).lower()}" for name, value in options.items())])
