@@ -37,7 +37,7 @@ from stages.federate.weights import (
     weighted_mean,
 )
 from stages.manifest import fitted_sha256
-from stages.methods.base import FitShape, Model, Network, learnable_parameters, summed_method
+from stages.methods.base import FitShape, Model, Network, Sums, learnable_parameters, summed_method
 from stages.train.bundle import save_bundle, serialise
 from stages.train.fit_cost import row_width
 from stages.train.gradient import initial_network, load_part
@@ -226,19 +226,10 @@ def _fit_sums(server: Server, members: Members) -> FederatedResult:
         sources=row.preset.probe_sources(members.features, "pooled" in row.inputs),
     )
     zeros: State = {name: torch.zeros(size, dtype=torch.float64) for name, size in method.sums_size(shape).items()}
-    replies = server.exchange(members.names, Request("sums", values=recipe(settings)))
-    used, failed = _usable(replies, zeros, members)
-    if not used:
-        raise TrainingError(
-            "No site sent its sums.",
-            "\n".join(f"  {name}: {reason}" for name, reason in failed.items()),
-            "Fix what the sites report, then run the same command again.",
-        )
-    sums = {name: np.sum([reply.tensors[name].numpy() for reply in used.values()], axis=0) for name in zeros}
+    sums, counts, failed = _added(server, members, zeros)
     model = method.fit_sums(sums, shape)
     state = state_of(model, tuple(model.state_dict()))
     loss, accuracy = _validated(server, members, state, model.saved_spec, failed)
-    counts = {site.name: site.train for site in members.sites if site.name in used}
     log = RoundLog(
         number=1,
         sites=counts,
@@ -259,6 +250,33 @@ def _fit_sums(server: Server, members: Members) -> FederatedResult:
         down_bytes=0,
         up_bytes=bytes_of(zeros),
     )
+
+
+def _added(server: Server, members: Members, zeros: State) -> tuple[Sums, dict[str, int], dict[str, str]]:
+    """Request the sums of all sites, and return their sum, training images by site, and why other sites failed.
+
+    Args:
+        server: Sites.
+        members: Their names and settings.
+        zeros: Sums over no rows.
+
+    Raises:
+        TrainingError: If no site sent sums, or a class has training images only at sites that did not.
+    """
+    replies = server.exchange(members.names, Request("sums", values=recipe(members.settings)))
+    used, failed = _usable(replies, zeros, members)
+    counts = {site.name: site.train for site in members.sites if site.name in used}
+    images = np.sum([site.counts for site in members.sites if site.name in used] or [[0]], axis=0)
+    if not used or not images.all():
+        classes = server.files.manifest.classes
+        absent = [name for name, count in zip(classes, images.tolist(), strict=False) if not count]
+        raise TrainingError(
+            f"No site that sent its sums has training images of {', '.join(absent)}." if used else "No site sent sums.",
+            "\n".join(f"  {name}: {reason}" for name, reason in failed.items()),
+            "Fix what the sites report, then run the same command again.",
+        )
+    sums = {name: np.sum([reply.tensors[name].numpy() for reply in used.values()], axis=0) for name in zeros}
+    return sums, counts, failed
 
 
 def _check_network(network: Network, settings: ResolvedSettings, plan: FederatedPlan) -> None:

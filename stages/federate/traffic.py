@@ -74,7 +74,7 @@ def traffic_of(settings: ResolvedSettings, lpm: LpmInfo, classes: int, options: 
             sources=row.preset.probe_sources(features, "pooled" in row.inputs),
         )
         numbers = sum(torch.Size(size).numel() for size in method.sums_size(shape).values())
-        learnable = sum(value.numel() for name, value in method.build(method.spec(shape)).state_dict().items())
+        learnable = learnable_parameters(method.build(method.spec(shape)))
         yield Traffic(method=row.name, title=title, learnable=learnable, bytes=FLOAT64 * numbers, exchanges="once")
         return
     if row.closed_form:

@@ -293,11 +293,7 @@ class SummedMethod(ClosedFormMethod):
 
     @abstractmethod
     def fit_sums(self, sums: Sums, shape: FitShape) -> RowModel:
-        """Fit the model to sums over all rows.
-
-        Raises:
-            TrainingError: If a class has no training rows.
-        """
+        """Fit the model to sums over all rows; a class without rows gets the smallest probability."""
 
     @abstractmethod
     def sums_size(self, shape: FitShape) -> Mapping[str, tuple[int, ...]]:

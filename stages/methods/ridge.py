@@ -30,6 +30,7 @@ from schemas.specs import MethodSpec, RidgeSpec
 from schemas.statistics import ProbeSource
 from stages.methods.base import Details, FitInputs, FitShape, RowModel, SummedMethod, Sums
 from stages.methods.least_squares import PENALTIES
+from stages.methods.linear import LinearProbe
 from stages.methods.regression import Floats
 from stages.methods.statistics import select
 from stages.tasks import positives
@@ -170,24 +171,17 @@ class RidgeModel(RowModel):
     """Averaged ridge regressions of several sources."""
 
     spec: RidgeSpec
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    scale: torch.Tensor
 
     def __init__(self, spec: RidgeSpec) -> None:
         super().__init__()
         self.spec = spec
-        width = sum(source.width for source in spec.sources)
-        self.register_buffer("weight", torch.zeros(spec.classes, width))
-        self.register_buffer("bias", torch.zeros(spec.classes))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        # The average of linear maps of the sources is one linear map of all of them.
+        self.probe = LinearProbe(sum(source.width for source in spec.sources), spec.classes)
 
     def row_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, F) of `describe_rows` -> (B, classes) logits."""
         values = torch.cat([select(rows, source) for source in self.spec.sources], dim=1)
-        p = ((values - self.mean) / self.scale) @ self.weight.T + self.bias
+        p: torch.Tensor = self.probe(values)
         return p.clamp(LEAST, 1 - LEAST).logit() if self.spec.task == "multilabel" else p.clamp(LEAST, 1.0).log()
 
 
@@ -223,12 +217,6 @@ class RidgeMethod(SummedMethod):
 
     def fit_sums(self, sums: Sums, shape: FitShape) -> RowModel:
         """Fit the regressions to sums, and weight them by their held-out squared losses."""
-        if (sums["labels"].sum(axis=0) <= 0).any():
-            raise TrainingError(
-                "A class has no training images.",
-                "The split left it out.",
-                "Change data.split_column, the shares or data.seed, then run `fpt prepare`.",
-            )
         with threadpool_limits(1):
             fits = [fit_source(moments_of(sums, number)) for number in range(len(shape.sources))]
         losses = np.array([max(fit.loss, 1e-12) for fit in fits])
@@ -246,7 +234,7 @@ class RidgeMethod(SummedMethod):
             "mean": np.concatenate([fit.mean for fit in fits]),
             "scale": np.concatenate([fit.scale for fit in fits]),
         }
-        model.load_state_dict(
+        model.probe.load_state_dict(
             {name: torch.from_numpy(np.ascontiguousarray(array, np.float32)) for name, array in arrays.items()}
         )
         return model.eval()

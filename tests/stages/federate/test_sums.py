@@ -39,7 +39,7 @@ def test_sums_of_sites_give_the_pooled_fit(
     train_study(study, receipt, "pooled")
     result = run(study, receipt, manifests, ONCE)
     pooled, found = weights(study.root / "pooled"), weights(study.root / "federated")
-    assert pooled.keys() == found.keys() == {"weight", "bias", "mean", "scale"}
+    assert pooled.keys() == found.keys() == {f"probe.{name}" for name in ("weight", "bias", "mean", "scale")}
     for name, value in pooled.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
         assert float(value.abs().max()) > 1e-3
@@ -90,7 +90,7 @@ def test_a_site_without_sums_is_named_and_a_class_that_only_it_had_is_an_error(
     halves = {name: study.manifest.model_copy(update={"rows": rows}) for name, rows in (("a", grids), ("b", others))}
     manifests = {"site-1": halves["a"], "site-2": halves["b"]}
     sites = in_process(sites_at(study, receipt, manifests, study.settings))
-    with pytest.raises(TrainingError, match="no training images"):
+    with pytest.raises(TrainingError, match="training images of grid"):
         run(study, receipt, manifests, ONCE, exchange=exchange)
 
 

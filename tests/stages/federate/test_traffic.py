@@ -34,12 +34,17 @@ BYTES: list[tuple[str, dict[str, Any], int]] = [
 """Method, its settings, and bytes from a site per exchange: ViT-B/16 at 224 pixels with 5 classes."""
 
 
+LEARNABLE = {"ridge": 42_245}
+"""Parameters of methods that send something else."""
+
+
 @pytest.mark.parametrize(("name", "options", "expected"), BYTES)
 def test_bytes_are_those_of_the_published_parameter_counts(name: str, options: dict[str, Any], expected: int) -> None:
     raw = {"method": name, "features": {"image_size": 224}, "lpm": {"name": VIT_B.name}}
     settings = resolve(parse_settings({**raw, "methods": {name.replace("-", "_"): options} if options else {}}), VIT_B)
     (found,) = traffic_of(settings, VIT_B, 5, options)
     assert found.bytes == expected
+    assert found.learnable == LEARNABLE.get(name, expected // 4)
     assert found.exchanges == ("once" if name == "ridge" else "each round")
 
 
