@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GridExchange", "client_app", "serve", "server_app", "site_of", "write_app"]  # noqa: F822 - made by __getattr__
 
 FAILED, KIND, NAME = "failed", "kind", "name"
-"""Keys of the values of a message: reason of a failure, kind of a request, and its answer to a request for the name."""
+"""Keys of the values of a message: reason of a failure, kind of a request, name of the site that replies."""
 POLL = 1.0
 """Seconds between two looks at the connected nodes."""
 
@@ -135,6 +135,11 @@ def _packed(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     return app.RecordDict({"tensors": app.ArrayRecord(dict(tensors)), "values": app.ConfigRecord(dict(values))})
 
 
+def _content(request: Request) -> Any:
+    """Return the record of a request."""
+    return _packed(request.tensors, {**request.values, KIND: request.kind})
+
+
 def _answered(content: Any, node: Mapping[str, Any]) -> Any:
     """Return the reply of a site to the content of a message."""
     from stages.federate.messages import Request, reason_of
@@ -142,16 +147,14 @@ def _answered(content: Any, node: Mapping[str, Any]) -> Any:
     try:
         values = dict(content["values"])
         kind = values.pop(KIND)
-        if kind == NAME:
-            return _packed({}, {NAME: str(node.get("site", ""))})
         site = site_of(node)
         try:
             reply = site.answer(Request(kind, content["tensors"].to_torch_state_dict(), values))
         finally:
             site.close()
     except Exception as error:
-        return _packed({}, {FAILED: reason_of(error)})
-    return _packed(reply.tensors, reply.values)
+        return _packed({}, {FAILED: reason_of(error), NAME: str(node.get("site", ""))})
+    return _packed(reply.tensors, {**reply.values, NAME: site.name})
 
 
 def _client_app() -> Any:
@@ -176,13 +179,14 @@ def _of_run(context: Any) -> dict[str, Any]:
 class GridExchange:
     """Requests to nodes of Flower, by the name of their site."""
 
-    def __init__(self, grid: Any, sites: int, seconds: float) -> None:
-        """Wait for the nodes and request their names.
+    def __init__(self, grid: Any, sites: int, seconds: float, first: Request) -> None:
+        """Wait for the nodes, and send them a first request, whose replies name their sites.
 
         Args:
             grid: Grid of Flower.
             sites: Nodes to wait for.
             seconds: How long to wait for nodes, and for each reply.
+            first: Request that is answered only once: a process of a node takes seconds to start.
 
         Raises:
             PlatformError: If there are not enough nodes in time.
@@ -196,7 +200,9 @@ class GridExchange:
         if len(nodes) < sites:
             raise PlatformError(f"{len(nodes)} of {sites} nodes are connected after {seconds:g} s.")
         self._node_of: dict[str, int] = {}
-        for node, content in self._send(dict.fromkeys(nodes, _packed({}, {KIND: NAME}))).items():
+        self._first = first
+        self._answered: dict[int, Any] = self._send(dict.fromkeys(nodes, _content(first)))
+        for node, content in self._answered.items():
             name = str(dict(content["values"]).get(NAME, "")) if content is not None else ""
             if not name or name in self._node_of:
                 raise SettingsError(f"Node {node} has no site name of its own (is {name!r}).")
@@ -224,8 +230,10 @@ class GridExchange:
         """Send a request to sites, and return their replies."""
         from stages.federate.messages import Failure, Reply
 
-        content = _packed(request.tensors, {**request.values, KIND: request.kind})
-        found = self._send({self._node_of[name]: content for name in names})
+        if request == self._first:
+            found = self._answered
+        else:
+            found = self._send({self._node_of[name]: _content(request) for name in names})
         replies: dict[str, Reply | Failure] = {}
         for name in names:
             record = found.get(self._node_of[name])
@@ -234,6 +242,7 @@ class GridExchange:
                 continue
             values = dict(record["values"])
             failed = values.pop(FAILED, None)
+            del values[NAME]
             replies[name] = (
                 Reply(record["tensors"].to_torch_state_dict(), values) if failed is None else Failure(str(failed))
             )
@@ -260,6 +269,8 @@ def serve(grid: Any, config: Mapping[str, Any]) -> None:
         config: Configuration of the run, as in `write_app`: `params` is a study with the classes and the LPM, whose
             images are not read; `output` gets `model/` and the summary.
     """
+    from stages.federate.handshake import recipe
+    from stages.federate.messages import Request
     from stages.federate.server import Server, federate
     from stages.files import atomic_write
     from stages.manifest import read_manifest
@@ -268,9 +279,12 @@ def serve(grid: Any, config: Mapping[str, Any]) -> None:
     folder = Path(str(config["output"])) if config["output"] else study.outputs / "federated"
     rounds = int(config["rounds"]) or None
     plan = plan_rounds(study.settings, rounds, int(config["local-epochs"]), float(config["mu"]))
-    exchange = GridExchange(grid, int(config["sites"]), float(config["wait-seconds"]))
+    train = study.settings.train.model_copy(update={"epochs": plan.epochs})
+    settings = study.settings.model_copy(update={"train": train})
+    first = Request("describe", values=recipe(settings))
+    exchange = GridExchange(grid, int(config["sites"]), float(config["wait-seconds"]), first)
     server = Server(
-        settings=study.settings,
+        settings=settings,
         files=study.files(read_manifest(study.manifest)),
         exchange=exchange,
         output=folder / "model",
@@ -279,8 +293,7 @@ def serve(grid: Any, config: Mapping[str, Any]) -> None:
         on_notice=say,
     )
     result = federate(server, exchange.names, plan)
-    epochs = study.settings.train.model_copy(update={"epochs": plan.epochs})
-    write_settings(study.settings.model_copy(update={"train": epochs}), folder / "model")
+    write_settings(settings, folder / "model")
     # Last: who waits for it finds a complete bundle.
     atomic_write(folder / "summary.json", (result.model_dump_json(indent=1) + "\n").encode())
 

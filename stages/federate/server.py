@@ -266,7 +266,7 @@ def _added(server: Server, members: Members, zeros: State) -> tuple[Sums, dict[s
     replies = server.exchange(members.names, Request("sums", values=recipe(members.settings)))
     used, failed = _usable(replies, zeros, members)
     counts = {site.name: site.train for site in members.sites if site.name in used}
-    images = np.sum([site.counts for site in members.sites if site.name in used] or [[0]], axis=0)
+    images = np.sum([site.counts for site in members.sites if site.name in used] or [(0,)], axis=0)
     if not used or not images.all():
         classes = server.files.manifest.classes
         absent = [name for name, count in zip(classes, images.tolist(), strict=False) if not count]

@@ -37,7 +37,7 @@ def traffic_table(settings: Settings, lpm: LpmInfo, classes: int) -> list[Traffi
         lpm: Shape of its LPM.
         classes: Outputs.
     """
-    found = []
+    found: list[Traffic] = []
     for name, options in (*((name, {}) for name in METHODS), *VARIANTS):
         try:
             resolved = resolve(_changed(settings, name, options), lpm)

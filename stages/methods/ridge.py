@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -48,10 +50,11 @@ def fold_of(patient: str) -> int:
     return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % FOLDS
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Weighted sums over rows (n, F) with targets (n, C)."""
 
-    count: float
+    weight: float
     """Sum of the row weights."""
     labels: Floats
     """(C,) sum of the targets, and of their squares: they are zeros and ones."""
@@ -62,24 +65,30 @@ class Moments(NamedTuple):
     cross: Floats
     """(F, C)."""
 
-    def minus(self, other: Moments) -> Moments:
-        """Return the sums over the rows of this one that are not among those of `other`."""
-        return Moments(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+    def plus(self, other: Moments, factor: float = 1.0) -> Moments:
+        """Return these sums plus `factor` times others; -1: without the rows of the others."""
+        return Moments(
+            self.weight + factor * other.weight,
+            self.labels + factor * other.labels,
+            self.total + factor * other.total,
+            self.gram + factor * other.gram,
+            self.cross + factor * other.cross,
+        )
 
     def standardised(self, mean: Floats, scale: Floats) -> Moments:
         """Return the sums over (x - mean) / scale / sqrt(F)."""
         length = scale * np.sqrt(len(scale))
-        total = self.total - self.count * mean
+        total = self.total - self.weight * mean
         shifted = self.gram - np.outer(self.total, mean) - np.outer(mean, total)
         cross = self.cross - np.outer(mean, self.labels)
         return Moments(
-            self.count, self.labels, total / length, shifted / np.outer(length, length), cross / length[:, None]
+            self.weight, self.labels, total / length, shifted / np.outer(length, length), cross / length[:, None]
         )
 
     def path(self) -> tuple[Floats, Floats]:
         """Return the ridge regressions of all penalties: weights (P, F, C) and biases (P, C)."""
-        mean, target = self.total / self.count, self.labels / self.count
-        squares, vectors = np.linalg.eigh(self.gram - self.count * np.outer(mean, mean))
+        mean, target = self.total / self.weight, self.labels / self.weight
+        squares, vectors = np.linalg.eigh(self.gram - self.weight * np.outer(mean, mean))
         projected = vectors.T @ (self.cross - np.outer(self.total, target))
         weights = vectors @ (projected / (np.maximum(squares, 0.0)[:, None] + np.reshape(PENALTIES, (-1, 1, 1))))
         return weights, target - mean @ weights
@@ -88,7 +97,7 @@ class Moments(NamedTuple):
         """Return the squared losses (P,), summed over rows and classes, of regressions of all penalties."""
         fitted = np.einsum("pfc,pfc->p", weights, self.gram @ weights) + 2 * ((self.total @ weights) * biases).sum(1)
         agreed = np.einsum("pfc,fc->p", weights, self.cross) + biases @ self.labels
-        return cast("Floats", self.labels.sum() + fitted + self.count * (biases**2).sum(1) - 2 * agreed)
+        return cast("Floats", self.labels.sum() + fitted + self.weight * (biases**2).sum(1) - 2 * agreed)
 
 
 class SourceFit(NamedTuple):
@@ -152,19 +161,19 @@ def moments_of(sums: Sums, number: int) -> list[Moments]:
 
 def fit_source(folds: Sequence[Moments]) -> SourceFit:
     """Fit the ridge regression of one source, with the penalty of the lowest squared loss on held-out folds."""
-    raw = Moments(*(sum(parts[1:], parts[0]) for parts in zip(*folds, strict=True)))
-    mean = raw.total / raw.count
-    scale = np.sqrt(np.maximum(np.diag(raw.gram) / raw.count - mean**2, 0.0))
+    raw = reduce(Moments.plus, folds)
+    mean = raw.total / raw.weight
+    scale = np.sqrt(np.maximum(np.diag(raw.gram) / raw.weight - mean**2, 0.0))
     scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
-    moments = [one.standardised(mean, scale) for one in folds if one.count > 0]
+    moments = [one.standardised(mean, scale) for one in folds if one.weight > 0]
     everything = raw.standardised(mean, scale)
     # With all rows in one fold nothing can be held out: the fit is scored on its own rows, and the strongest wins ties.
-    seen = [everything.minus(one) if len(moments) > 1 else everything for one in moments]
+    seen = [everything.plus(one, -1.0) if len(moments) > 1 else everything for one in moments]
     losses = np.sum([held.losses(*one.path()) for held, one in zip(moments, seen, strict=True)], axis=0)
     best = int(losses.argmin()) if len(moments) > 1 else len(PENALTIES) - 1
     weights, biases = everything.path()
     weight = weights[best] / np.sqrt(len(scale))
-    return SourceFit(weight, biases[best], mean, scale, PENALTIES[best], float(losses[best] / raw.count))
+    return SourceFit(weight, biases[best], mean, scale, PENALTIES[best], float(losses[best] / raw.weight))
 
 
 class RidgeModel(RowModel):
