@@ -44,13 +44,14 @@ from stages.train.leg import Leg
 from stages.train.targets import targets
 from stages.train.trainer import open_checked, train_leg
 
+QUICK = ["train.precision=bfloat16"]
 SETTINGS: dict[str, list[str]] = {
     "ridge": [],
     "fpt+": ["train.lr=1e-3"],
-    "lora": ["methods.lora.freeze_a=true", "train.lr=3e-3"],
-    "decomposed-prompts": ["train.lr=5e-3"],
-    "vpt-deep": ["train.lr=5e-3"],
-    "ept-lse": ["train.lr=2e-2"],
+    "lora": ["methods.lora.freeze_a=true", "train.lr=3e-3", *QUICK],
+    "decomposed-prompts": ["train.lr=5e-3", *QUICK],
+    "vpt-deep": ["train.lr=5e-3", *QUICK],
+    "ept-lse": ["train.lr=2e-2", *QUICK],
 }
 """Settings of each method; one learning rate for all of its models."""
 
@@ -71,7 +72,7 @@ class Bench:
     def settings(self, method: str) -> tuple[Study, ResolvedSettings]:
         """Return the study and the settings of a method; the last weights are kept."""
         words = [f"method={method}", "train.keep=last", f"train.epochs={self.plan.epochs}", *SETTINGS[method]]
-        study = open_study(self.work / "params.yaml", words)
+        study = open_study(self.work / kind_of(method) / "params.yaml", words)
         return study, study.settings
 
     def finished(self) -> dict[str, dict[str, Any]]:
@@ -90,24 +91,39 @@ class Bench:
         return line
 
 
-def prepared(data: Path, weights: Path, work: Path, hidden: int, lpm: str) -> None:
-    """Prepare a study and extract its features, once."""
-    work.mkdir(parents=True, exist_ok=True)
+FEATURES: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "hidden": {"tokens": False, "statistics": False},
+}
+"""Features of the two studies of a data set: what side networks and closed forms read, and what adaptations read."""
+
+
+def kind_of(method: str) -> str:
+    """Return which features a method reads."""
+    return "hidden" if METHODS[method].adapts_lpm else "cached"
+
+
+def prepared(data: Path, options: argparse.Namespace, method: str) -> None:
+    """Prepare a study with the features that a method reads, once."""
+    kind = kind_of(method)
+    folder = options.work.absolute() / data.name / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden = {"hidden": options.hidden} if kind == "hidden" else {}
     raw = {
-        "method": "fpt+",
+        "method": method,
         "data": {"images": str(data / "images"), "labels": str(data / "labels.csv"), "group_column": "patient"},
-        "lpm": {"name": lpm, "weights": str(weights)},
-        "features": {"image_size": 224, "hidden": hidden, "precision": "float32"},
+        "lpm": {"name": options.lpm, "weights": str(options.weights.absolute())},
+        "features": {"image_size": 224, "precision": options.precision, **FEATURES[kind], **hidden},
         "compute": {"device": "cpu", "threads": 1},
     }
-    (work / "params.yaml").write_text(yaml.safe_dump(raw))
-    study = open_study(work / "params.yaml")
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    study = open_study(folder / "params.yaml")
     if not study.manifest.exists():
         api.prepare(study)
     if not study.receipt.exists():
         began = time.perf_counter()
         api.extract(study)
-        say(f"Features of {data.name}: {time.perf_counter() - began:.0f} s")
+        say(f"Features of {data.name}, {kind}: {time.perf_counter() - began:.0f} s")
 
 
 def test_auc(bundle: Bundle, files: StudyFiles) -> float | None:
@@ -250,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local-epochs", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=11, help="first block that adaptations change")
+    parser.add_argument("--precision", default="bfloat16", help="of the LPM's forward pass")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the partitions")
     options = parser.parse_args(arguments)
     plan = FederatedPlan(rounds=options.rounds, local_epochs=options.local_epochs)
@@ -259,15 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for text in options.partitions
         for seed in options.seeds
     ]
-    benches = []
-    for data in options.data:
-        work = options.work.absolute() / data.name
-        prepared(data.absolute(), options.weights.absolute(), work, options.hidden, options.lpm)
-        benches.append(Bench(data.name, work, plan, options.work.absolute() / "results.jsonl"))
+    results = options.work.absolute() / "results.jsonl"
+    benches = {data: Bench(data.name, options.work.absolute() / data.name, plan, results) for data in options.data}
     for method in options.methods:
-        for bench in benches:
+        for data, bench in benches.items():
+            prepared(data.absolute(), options, method)
             run_method(bench, method, partitions, options.alone)
-    report(benches, options.methods, partitions)
+    report(list(benches.values()), options.methods, partitions)
 
 
 if __name__ == "__main__":

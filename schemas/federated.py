@@ -63,7 +63,7 @@ class Partition(Contract):
 
 
 class SiteSummary(Contract):
-    """What a site tells about its images."""
+    """Counts of the images of a site."""
 
     name: str
     """Name of the site."""

@@ -40,7 +40,7 @@ class Members:
 
 
 def recipe(settings: ResolvedSettings) -> Values:
-    """Return the values of a request that tell the recipe."""
+    """Return the values of a request with the recipe."""
     return {"train": settings.train.model_dump_json()}
 
 
