@@ -20,6 +20,7 @@ from pipeline.commands.demo import demo
 from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.extract import extract
+from pipeline.commands.federate import federate
 from pipeline.commands.init import init
 from pipeline.commands.lr_find import lr_find
 from pipeline.commands.predict import predict
@@ -64,7 +65,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, prepare, extract, train, sweep, bench, lr_find, evaluate, compare, predict, cost, doctor):
+for verb in (init, prepare, extract, train, federate, sweep, bench, lr_find, evaluate, compare, predict, cost, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(data, name="data")

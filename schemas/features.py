@@ -176,7 +176,11 @@ class FeatureSpec(Contract):
             with_pooled: Whether the rows of the method begin with the pooled outputs, where these are stored.
         """
         first = 2 * self.lpm.width if self.pooled and with_pooled else 0
-        pooled = (ProbeSource(name="pooled outputs", spans=((0, first),)),) if first and rule in ("all", "kept") else ()
+        pooled = (
+            (ProbeSource(name="pooled outputs", spans=((0, first),)),)
+            if first and rule in ("all", "kept", "central")
+            else ()
+        )
         if self.lpm.map_widths:
             return pooled + map_sources(self.segments, rule, first)
         return pooled + grouped(self.segments, self.lpm.depth, self.lpm.width, rule, first)

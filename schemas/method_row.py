@@ -73,6 +73,8 @@ class MethodRow:
     """What it reads, apart from what its settings add."""
     trained_by: Literal["gradient", "closed form"]
     """gradient: epochs over batches; closed form: one fit to all training rows."""
+    summed: bool = False
+    """Whether a closed form reads training rows only through sums, which several sites can add up."""
     preset: Preset = field(default=Preset())
     """Values of "auto"."""
     any_layers: bool = False

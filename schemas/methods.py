@@ -26,6 +26,7 @@ from schemas.specs import (
     LoffTaSpec,
     MethodSpec,
     PooledSpec,
+    RidgeSpec,
     SideNetworkSpec,
     StatisticsSpec,
 )
@@ -74,6 +75,8 @@ class MethodSettings(Section):
     """Approximated Prompt Tuning."""
     vpt: prompt_adaptations.VptSettings = prompt_adaptations.VptSettings()
     """Visual Prompt Tuning: vpt-shallow and vpt-deep."""
+    decomposed_prompts: prompt_adaptations.DecomposedPromptSettings = prompt_adaptations.DecomposedPromptSettings()
+    """Low-rank prompts."""
     vfpt: prompt_adaptations.VfptSettings = prompt_adaptations.VfptSettings()
     """Visual Fourier Prompt Tuning."""
     e2vpt: prompt_adaptations.E2vptSettings = prompt_adaptations.E2vptSettings()
@@ -227,6 +230,18 @@ _ROWS = (
         inputs=frozenset({"statistics", "pooled"}),
         trained_by="closed form",
         preset=Preset(least_squares=True, preference=0.5),
+    ),
+    MethodRow(
+        name="ridge",
+        title="ridge regression on sums",
+        help="ridge regressions on pooled outputs and central blocks; sites can add up what it reads",
+        paper="",
+        module="ridge",
+        spec=RidgeSpec,
+        inputs=frozenset({"statistics", "pooled"}),
+        trained_by="closed form",
+        summed=True,
+        preset=Preset(probes="central"),
     ),
     MethodRow(
         name="covariance",

@@ -27,6 +27,18 @@ class VptSettings(Section):
     """Prompts, of vpt-deep per block; the paper chooses among 1, 5, 10, 50, 100 and 200."""
 
 
+class DecomposedPromptSettings(Section):
+    """Settings of decomposed-prompts."""
+
+    prompts: Count = 10
+    """Prompts per block (m)."""
+    rank: Count = 4
+    """Rank of the matrix of prompts (r)."""
+    freeze_u: bool = False
+    """Keep the random factor U and train only V; the mean of the prompts U V of several sites is then exactly the
+    product of U and the mean of V (`fpt federate`)."""
+
+
 class VfptSettings(Section):
     """Settings of vfpt."""
 
@@ -111,6 +123,15 @@ ROWS = (
         "vpt",
         section="vpt",
         options=VptSettings,
+        rates=(1e-3, 5e-3, 2e-2),
+    ),
+    adaptation(
+        "decomposed-prompts",
+        "decomposed prompts",
+        "VPT-deep with a low-rank matrix of prompts per block",
+        "arXiv 2407.11573",
+        "decomposed_prompts",
+        options=DecomposedPromptSettings,
         rates=(1e-3, 5e-3, 2e-2),
     ),
     adaptation(

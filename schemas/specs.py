@@ -233,6 +233,23 @@ class StatisticsSpec(MethodSpec):
         return _covered(self.sources, features)
 
 
+class RidgeSpec(MethodSpec):
+    """Averaged ridge regressions, fitted to sums."""
+
+    method: Literal["ridge"] = "ridge"
+    """The kind of model."""
+    sources: tuple[ProbeSource, ...]
+    """What each regression reads."""
+    shares: tuple[float, ...]
+    """Ensemble weight of each source."""
+    penalties: tuple[float, ...]
+    """Penalty of each source, of the lowest held-out squared loss."""
+
+    def matches(self, features: FeatureSpec) -> bool:
+        """Whether the shape of the model is that of features of this spec."""
+        return _covered(self.sources, features)
+
+
 def _covered(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
     """Whether rows of these features have the sources, in the same places."""
     choices = product(get_args(ProbeRule), (True, False))

@@ -102,10 +102,11 @@ def map_segments(widths: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-ProbeRule = Literal["all", "kept", "covariance", "every block"]
+ProbeRule = Literal["all", "kept", "covariance", "every block", "central"]
 """What linear probes are fitted to, one source each: all (every kind of statistic of all middle blocks together, most
 kinds also of each central block), kept (each statistic of the kept tokens of each tapped block), covariance (of the
-outputs of each middle block), every block (class token and mean of all blocks together)."""
+outputs of each middle block), every block (class token and mean of all blocks together), central (outputs of each
+central block: few numbers)."""
 
 
 def _without_deviations(found: Sequence[Segment], width: int) -> list[Segment]:
@@ -165,6 +166,9 @@ def grouped(found: Sequence[Segment], depth: int, width: int, rule: ProbeRule, f
         return tuple(_source(one.name, [one], first) for one in found if one.kind == "output covariance")
     if rule == "every block":
         return (_source("class token and mean of every block", _without_deviations(found, width), first),)
+    if rule == "central":
+        inner = [one for one in found if one.kind == "outputs" and abs(one.block - depth // 2) <= 1]
+        return tuple(_source(one.name, [one], first) for one in inner)
     inner = [one for one in found if one.block in middle(depth)]
     return (*_joint(inner, depth, first), *_single(inner, depth, first))
 
@@ -194,6 +198,8 @@ def map_sources(found: Sequence[Segment], rule: ProbeRule, first: int) -> tuple[
         _source(f"{kind} of {unit}s {chosen[0]} to {chosen[-1]}", [one for one in inner if one.kind == kind], first)
         for kind in ("outputs", "output covariance")
     ]
+    if rule == "central":
+        inner, joint = outputs, []
     central = [one for one in inner if unit == "stage" or abs(one.block - depth // 2) <= 1]
     return (*joint, *(_source(one.name, [one], first) for one in central))
 

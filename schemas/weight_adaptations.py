@@ -35,6 +35,9 @@ class LoraSettings(Section):
 
     rank: Count = 8
     """Rank of the update of a weight matrix."""
+    freeze_a: bool = False
+    """Keep the random matrix A and train only B; the mean of the updates B A of several sites is then exactly that of
+    the mean of B (`fpt federate`)."""
 
 
 class VeraSettings(Section):

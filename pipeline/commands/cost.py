@@ -61,16 +61,16 @@ def cost(
     root = params.absolute().parent
     asked = parse_settings(override(raw, [*(assignments or []), *given]), source=params.name)
     settings, info = resolve_aloud(asked, root)
-    manifest = _manifest(params)
+    manifest = study_manifest(params)
     counts = None if manifest is None else count_rows(manifest, settings.features)
-    report = estimate_cost(settings, info, classes or _classes(settings, manifest), root, counts)
+    report = estimate_cost(settings, info, classes or count_classes(settings, manifest), root, counts)
     if as_json:
         show_json(report.model_dump(mode="json"))
     else:
         _show(report)
 
 
-def _manifest(params: Path) -> Manifest | None:
+def study_manifest(params: Path) -> Manifest | None:
     """Return the manifest of the study, if it was prepared."""
     from schemas.settings import OUTPUTS
     from stages.manifest import read_manifest
@@ -79,7 +79,8 @@ def _manifest(params: Path) -> Manifest | None:
     return read_manifest(path) if path.exists() else None
 
 
-def _classes(settings: ResolvedSettings, manifest: Manifest | None) -> int:
+def count_classes(settings: ResolvedSettings, manifest: Manifest | None) -> int:
+    """Return the classes of the settings or of the manifest, else `CLASSES`."""
     if settings.data.classes is not None:
         return len(settings.data.classes)
     return CLASSES if manifest is None else len(manifest.classes)

@@ -82,6 +82,10 @@ class Adaptation(nn.Module):
         """Whether this parameter of the LPM is trained. Its head always is."""
         return False
 
+    def saves(self, name: str) -> bool:
+        """Whether this parameter of the LPM is saved with the model: those that are trained, by default."""
+        return self.learns(name)
+
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Change the tokens (B, N, D) that enter the first adapted block, or add `added_tokens` behind the prefix."""
         return tokens

@@ -59,10 +59,11 @@ class AdaptedLpm(Network):
         model.requires_grad_(False)
         install(model, adaptation)
         for name, value in model.named_parameters():
-            if name.startswith("head.") or adaptation.learns(name):
-                value.requires_grad_(True)
+            # New parameters of an adaptation require a gradient until it says otherwise.
+            value.requires_grad_(name.startswith("head.") or adaptation.learns(name))
         trained = {name for name, value in self.named_parameters() if value.requires_grad}
-        self._saved = frozenset(trained | {name for name in self.state_dict() if name.startswith(_MINE)})
+        drawn = {f"lpm.{name}" for name, _ in model.named_parameters() if adaptation.saves(name)}
+        self._saved = frozenset(trained | drawn | {name for name in self.state_dict() if name.startswith(_MINE)})
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_ignore_frozen)  # type: ignore[no-untyped-call]
 

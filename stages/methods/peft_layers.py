@@ -9,7 +9,8 @@ of the layers to queries, keys and values in every adapted block; ia3 of fc2 as 
 to all three, so that lora and dora of rank r have 4 r D parameters per block as those of separate queries and values
 have, which peft cannot express on a fused layer. Where the layers are separate (EVA-02), each has its update. EVA and
 BEiT add their biases of queries and values after the layer, without the factor of ia3. The factor alpha / r of lora is
-1; dropout is left out. Layers are trained and computed as peft does, and folded into the LPM for prediction.
+1; dropout is left out. With `freeze_a`, A keeps its random values, which are saved, and 3 r D parameters per block are
+trained. Layers are trained and computed as peft does, and folded into the LPM for prediction.
 
 A bundle has none of the random projections of vera, which come again from a constant seed; their sums are saved, and
 compared.
@@ -61,6 +62,7 @@ class PeftLayers(Adaptation):
         super().__init__(spec.first_block)
         self._peft = _import_peft(spec.method)
         self._method, self._rank = spec.method, getattr(options, "rank", 0)
+        self._frozen = ("lora_A",) if getattr(options, "freeze_a", False) else ()
         if spec.method == "vera":
             self.register_buffer("projection_sums", torch.zeros(2))
 
@@ -89,6 +91,10 @@ class PeftLayers(Adaptation):
         self._peft.inject_adapter_in_model(config, lpm)
 
     def learns(self, name: str) -> bool:
+        """Whether this parameter is one of peft's that is trained."""
+        return self.saves(name) and not any(part in self._frozen for part in name.split("."))
+
+    def saves(self, name: str) -> bool:
         """Whether this parameter is one of peft's."""
         return any(part.startswith(_PARAMETERS) for part in name.split("."))
 
@@ -153,7 +159,10 @@ def _projection_sums(lpm: nn.Module) -> torch.Tensor:
 
 
 def _describe(_spec: AdaptationSpec, options: LoraSettings | VeraSettings | None) -> Details:
-    return () if options is None else (("Rank", f"{options.rank}"),)
+    if options is None:
+        return ()
+    frozen = ", first matrix frozen" if getattr(options, "freeze_a", False) else ""
+    return (("Rank", f"{options.rank}{frozen}"),)
 
 
 METHOD = AdaptationMethod(PeftLayers, _describe)

@@ -50,26 +50,19 @@ class ShallowPrompts(Adaptation):
         return insert_behind(tokens, self.prompts, self.prefix)
 
 
-class DeepPrompts(Adaptation):
-    """VPT-deep, and what its variants share: keys and values that do not depend on the image."""
+class ConstantTokens(Adaptation):
+    """What VPT-deep and its variants share: keys and values of prompts that every block replaces."""
 
     folded: torch.Tensor | None
 
-    def __init__(self, spec: AdaptationSpec, count: int) -> None:
-        """Draw initial prompts.
-
-        Args:
-            spec: Shape of the LPM, and its adapted blocks.
-            count: Prompts per block.
-        """
-        super().__init__(spec.first_block)
-        self.prompts = initial_prompts(spec, spec.blocks, count)
+    def __init__(self, first_block: int) -> None:
+        super().__init__(first_block)
         # Not saved: keys and values of all blocks, (blocks, 2, 1, H, m, d), once they do not change any more.
         self.register_buffer("folded", None, persistent=False)
 
     def tokens(self, row: int) -> torch.Tensor:
         """Return the prompts (m, D) of an adapted block."""
-        return self.prompts[row]
+        raise NotImplementedError
 
     def constants(self, number: int, block: Any) -> KeysValues:
         """Compute the keys and values (1, H, m, d) of a block."""
@@ -85,6 +78,24 @@ class DeepPrompts(Adaptation):
     def fold(self, lpm: Any) -> None:
         """Compute the keys and values of all adapted blocks."""
         self.folded = torch.stack([torch.stack(self.constants(number, block)) for number, block in self.adapted(lpm)])
+
+
+class DeepPrompts(ConstantTokens):
+    """VPT-deep."""
+
+    def __init__(self, spec: AdaptationSpec, count: int) -> None:
+        """Draw initial prompts.
+
+        Args:
+            spec: Shape of the LPM, and its adapted blocks.
+            count: Prompts per block.
+        """
+        super().__init__(spec.first_block)
+        self.prompts = initial_prompts(spec, spec.blocks, count)
+
+    def tokens(self, row: int) -> torch.Tensor:
+        """Return the prompts (m, D) of an adapted block."""
+        return self.prompts[row]
 
 
 def _make(spec: AdaptationSpec, options: VptSettings) -> Adaptation:

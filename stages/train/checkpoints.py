@@ -66,7 +66,7 @@ def save_checkpoint(state: Fit, path: Path, key: str) -> None:
         **{f"best.{name}": value for name, value in state.best_state.items()},
         **moments,
     }
-    _write(
+    write_tensors(
         path, {"key": key, "best": state.best, "epochs": [log.model_dump(mode="json") for log in state.epochs]}, tensors
     )
 
@@ -77,7 +77,7 @@ def save_weights(network: nn.Module, path: Path, key: str) -> None:
     Raises:
         StorageError: If they cannot be written.
     """
-    _write(path, {"key": key}, network.state_dict())
+    write_tensors(path, {"key": key}, network.state_dict())
 
 
 def load_weights(network: nn.Module, path: Path, key: str) -> None:
@@ -87,9 +87,9 @@ def load_weights(network: nn.Module, path: Path, key: str) -> None:
         StorageError: If the file is missing, damaged, or of another run.
     """
     try:
-        _, tensors = _read(path, key)
+        _, tensors = read_tensors(path, key)
         _check_shapes(tensors, network.state_dict())
-    except _UnusableError as error:
+    except UnusableError as error:
         problem = str(error)
     except FileNotFoundError:
         problem = "is missing"
@@ -117,9 +117,9 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
         Why an existing checkpoint cannot be resumed, or None if it was resumed or does not exist.
     """
     try:
-        progress, tensors = _read(path, key)
+        progress, tensors = read_tensors(path, key)
         epochs = [EpochLog.model_validate(log) for log in progress["epochs"]]
-        network, best, moments = (_below(f"{section}.", tensors) for section in ("network", "best", "optimizer"))
+        network, best, moments = (below(f"{section}.", tensors) for section in ("network", "best", "optimizer"))
         _check_shapes(network, state.network.state_dict())
         _check_shapes(best, state.network.state_dict())
         state.optimizer.load_state_dict(
@@ -127,7 +127,7 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
         )
     except FileNotFoundError:
         return None
-    except _UnusableError as error:
+    except UnusableError as error:
         return str(error)
     except (ValueError, KeyError, TypeError):
         return "was written by another version"
@@ -136,45 +136,51 @@ def load_checkpoint(state: Fit, path: Path, key: str) -> str | None:
     return None
 
 
-class _UnusableError(Exception):
+class UnusableError(Exception):
     """Why a file cannot be used."""
 
 
-def _write(path: Path, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors and what belongs to them, atomically; `progress` has the `key` of the run.
+
+    Raises:
+        StorageError: If they cannot be written.
+    """
     arrays = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     payload = canonical_json(progress).encode() + b"\n" + arrays
     atomic_write(path, HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
-def _read(path: Path, key: str) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
-    """Read a file of `_write`.
+def read_tensors(path: Path, key: str) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+    """Read a file of `write_tensors`.
 
     Raises:
         FileNotFoundError: If it does not exist.
-        _UnusableError: If it cannot be read, is damaged, or belongs to another run or version.
+        UnusableError: If it cannot be read, is damaged, or belongs to another run or version.
     """
     try:
         data = read_regular(path)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _UnusableError(f"cannot be read ({error.strerror})") from None
+        raise UnusableError(f"cannot be read ({error.strerror})") from None
     head, payload = data[:_LENGTH], data[_LENGTH:]
     if head != HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        raise _UnusableError("is damaged")
+        raise UnusableError("is damaged")
     # The bytes are intact: what does not fit now is from another run or version.
     line, _, arrays = payload.partition(b"\n")
     try:
         progress, tensors = json.loads(line), load_tensors(arrays)
         other = progress["key"] != key
     except (SafetensorError, ValueError, KeyError, TypeError):
-        raise _UnusableError("was written by another version") from None
+        raise UnusableError("was written by another version") from None
     if other:
-        raise _UnusableError("belongs to another training")
+        raise UnusableError("belongs to another training")
     return progress, tensors
 
 
-def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

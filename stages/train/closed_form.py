@@ -8,11 +8,12 @@ import torch
 
 from schemas.manifest import Split
 from schemas.methods import METHODS
+from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, TrainResult
 from schemas.views import train_views
-from stages.methods.base import FitInputs, RowModel, closed_form_method
+from stages.methods.base import FitInputs, RowModel, Sums, closed_form_method, summed_method
 from stages.methods.fit_rows import FitRows
-from stages.threads import open_threads
+from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.job import DESCRIBED, Job, rows_to_fit, save_model
 from stages.train.loop import score_logits
 from stages.train.source_statistics import Moments, moments_of
@@ -23,28 +24,11 @@ MOST_THREADS = 64
 
 def fit_job(job: Job) -> list[TrainResult]:
     """Fit every variant on the CPU, and write its bundle."""
-    # Every view of a training image is a row of its own.
-    ids: dict[Split, list[list[str]]] = {
-        "train": [[row.row_id for row in views] for views in train_views(job.manifest, job.first.features)],
-        "val": [[row.id] for row in job.manifest.of("val")],
-    }
     results = []
     with open_threads(MOST_THREADS, torch.device("cpu")) as threads:
-        inputs, preset = METHODS[job.first.method].inputs, METHODS[job.first.method].preset
-        train, val = rows_to_fit(job, job.opened.source, ids, inputs)
+        train, val = rows_to_fit(job, job.opened.source, _row_ids(job), METHODS[job.first.method].inputs)
         for position, settings in enumerate(job.variants):
-            weights = job.class_weights(settings, torch.device("cpu"))
-            fit_inputs = FitInputs(
-                train=train,
-                val=val,
-                task=job.manifest.task,
-                method=settings.method,
-                sources=preset.probe_sources(job.opened.features, "pooled" in inputs),
-                preference=preset.preference,
-                class_weights=None if weights is None else weights.tolist(),
-                threads=threads,
-            )
-            model, log = fit_rows(settings.method, fit_inputs)
+            model, log = fit_rows(settings.method, _fit_inputs(job, settings, train, val, threads))
             job.watch.on_epoch(position, log)
             results.append(
                 TrainResult(
@@ -63,6 +47,37 @@ def _source(model: RowModel, train: FitRows) -> dict[str, Moments]:
     if not model.has_head:
         return {}
     return {"vectors": moments_of(torch.from_numpy(train.x).split(DESCRIBED))}  # type: ignore[no-untyped-call]
+
+
+def sum_job(job: Job) -> Sums:
+    """Return the sums over the training rows of a job's first variant, a summed method; its classes may be absent."""
+    # Read first: a site without validation images has no other rows.
+    train = next(rows_to_fit(job, job.opened.source, _row_ids(job), METHODS[job.first.method].inputs))
+    inputs = _fit_inputs(job, job.first, train, train, CALLING_THREAD)
+    return summed_method(job.first.method).sums(inputs)
+
+
+def _row_ids(job: Job) -> dict[Split, list[list[str]]]:
+    """Return the row ids of each image; every view of a training image is a row of its own."""
+    return {
+        "train": [[row.row_id for row in views] for views in train_views(job.manifest, job.first.features)],
+        "val": [[row.id] for row in job.manifest.of("val")],
+    }
+
+
+def _fit_inputs(job: Job, settings: ResolvedSettings, train: FitRows, val: FitRows, threads: Threads) -> FitInputs:
+    row = METHODS[settings.method]
+    weights = job.class_weights(settings, torch.device("cpu"))
+    return FitInputs(
+        train=train,
+        val=val,
+        task=job.manifest.task,
+        method=settings.method,
+        sources=row.preset.probe_sources(job.opened.features, "pooled" in row.inputs),
+        preference=row.preset.preference,
+        class_weights=None if weights is None else weights.tolist(),
+        threads=threads,
+    )
 
 
 def fit_rows(method: str, inputs: FitInputs) -> tuple[RowModel, EpochLog]:

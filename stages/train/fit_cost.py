@@ -49,7 +49,7 @@ def closed_form_cost(
         method=settings.method,
         task=settings.data.task,
         classes=classes,
-        width=_width(row.inputs, features),
+        width=row_width(row.inputs, features),
         rows=0 if counts is None else counts.train,
         sources=row.preset.probe_sources(features, "pooled" in row.inputs),
     )
@@ -65,7 +65,7 @@ def probe_cost(
     probe, row = network.probe, METHODS[settings.method]
     if probe is None or row.probe_inputs is None:
         return None
-    width = _width(row.probe_inputs(settings), features)
+    width = row_width(row.probe_inputs(settings), features)
     return _cost(probe, probe.weight.numel() + probe.bias.numel(), width, counts)
 
 
@@ -85,7 +85,7 @@ def _cost(module: nn.Module, coefficients: int, width: int, counts: FitCounts | 
     )
 
 
-def _width(inputs: Inputs, features: FeatureSpec) -> int:
+def row_width(inputs: Inputs, features: FeatureSpec) -> int:
     """Return the numbers of a row of `describe_rows` with these inputs."""
     pooled = 2 * features.lpm.width if "pooled" in inputs else 0
     return pooled + (features.segments[-1].stop if "statistics" in inputs else 0)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from schemas.features import FeatureSpec, LpmInfo
 from schemas.manifest import Split
 from schemas.methods import METHODS, model_inputs
 from schemas.resolved import ResolvedSettings
@@ -17,7 +18,7 @@ from schemas.statistics import ProbeSource
 from schemas.text import counted
 from schemas.views import train_views
 from stages.groups import cluster_of
-from stages.methods.base import FitInputs, Network, gradient_method
+from stages.methods.base import FitInputs, Model, Network, gradient_method
 from stages.methods.batch import array_names
 from stages.methods.statistics import StatisticsFit, fit_statistics
 from stages.store.memory_rows import MemoryRows, RowSource, plan_memory
@@ -27,6 +28,7 @@ from stages.train.closed_form import MOST_THREADS
 from stages.train.compiling import compile_blocks
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, Reading, batches
 from stages.train.job import SPLITS, Job, rows_to_fit, run_key, save_model, taps_of
+from stages.train.leg import anchor_of
 from stages.train.loop import Recipe, Run, fit, make_optimizer
 from stages.train.parallel import begin_alike, sum_over_ranks
 from stages.train.source_statistics import MOST, Moments, model_moments
@@ -94,7 +96,7 @@ def _growing(job: Job, runs: Sequence[Run]) -> list[int]:
 def _finish(job: Job, position: int, started: _Started) -> TrainResult:
     """Write the bundle of a variant."""
     run = started.run
-    best = run.state.epochs[run.state.best - 1]
+    [best] = [log for log in run.state.epochs if log.epoch == run.state.best]
     learnable = save_model(job, position, run.network, best, _source_moments(job, run.network))
     return TrainResult(
         best=best,
@@ -131,7 +133,9 @@ def _start(job: Job, position: int, source: RowSource, fits: Fits, first: _Start
     probe_logits = fit_probe(job, network, settings, fits)
     if network.standardises:
         network.standardise(_train_batches(job, source))
-    key = run_key(settings, job.manifest, job.opened.key)
+    if job.leg is not None:
+        load_part(network, job.leg.start)
+    key = run_key(settings, job.manifest, job.opened.key, job.leg)
     network.to(job.device)
     run = Run(
         Fit(network, make_optimizer(nn.ModuleList(network.members[0 if first is None else 1 :]), settings.train)),
@@ -143,6 +147,8 @@ def _start(job: Job, position: int, source: RowSource, fits: Fits, first: _Start
         _patients(job),
         keeps_weights=adaptive,
         first=None if first is None else first.run,
+        leg=job.leg,
+        anchor=anchor_of(network, job.leg),
     )
     problem = load_checkpoint(run.state, run.checkpoint, key)
     if problem is not None and job.ranks.first:
@@ -175,15 +181,43 @@ def _patients(job: Job) -> torch.Tensor:
 
 def _network(job: Job, settings: ResolvedSettings) -> Network:
     """Build a network with the initial weights that its seed determines, or those of a bundle."""
-    method = gradient_method(settings.method)
-    spec = method.spec(taps_of(settings, job.opened), job.files.lpm, len(job.manifest.classes))
-    torch.manual_seed(settings.train.seed)
-    network = method.build(spec)
-    if job.opened.model is not None:
-        network.start_from(job.opened.model)
+    opened = job.opened
+    network = initial_network(settings, job.files.lpm, opened.features, opened.model, len(job.manifest.classes))
     if job.start is not None:
         job.start.apply(network, settings.train.epochs)
     return network
+
+
+def initial_network(
+    settings: ResolvedSettings, lpm: LpmInfo, features: FeatureSpec, model: nn.Module | None, classes: int
+) -> Network:
+    """Build a network with the initial weights that its seed determines.
+
+    Args:
+        settings: Settings of the run.
+        lpm: Shape of the LPM.
+        features: Spec of the extracted features.
+        model: The LPM, for methods that adapt it.
+        classes: Outputs.
+    """
+    method = gradient_method(settings.method)
+    torch.manual_seed(settings.train.seed)
+    network = method.build(method.spec(taps_of(settings, features), lpm, classes))
+    if model is not None:
+        network.start_from(model)
+    return network
+
+
+def load_part(network: Model, state: Mapping[str, torch.Tensor]) -> None:
+    """Load some of the weights of a network; the others stay.
+
+    Raises:
+        ValueError: If it has no such weights.
+    """
+    own = network.state_dict()
+    if unknown := [name for name, value in state.items() if name not in own or own[name].shape != value.shape]:
+        raise ValueError(f"the network has no {unknown[0]} of this shape")
+    network.load_state_dict({**own, **state})
 
 
 def fit_probe(job: Job, network: Network, settings: ResolvedSettings, fits: Fits) -> torch.Tensor | None:
@@ -226,7 +260,7 @@ def _train_batches(job: Job, source: RowSource) -> BatchLoader:
 
 def _source_moments(job: Job, network: Network) -> dict[str, Moments]:
     """Compute the statistics of some training images, un-augmented; none where the LPM would have to run for them."""
-    if not job.ranks.first or METHODS[network.spec.method].adapts_lpm:
+    if not job.ranks.first or job.leg is not None or METHODS[network.spec.method].adapts_lpm:
         return {}
     ids = sorted(views[0] for views in _views(job))[:MOST]
     inputs = model_inputs(network.spec)

@@ -12,6 +12,7 @@ import torch
 
 from schemas.base import digest
 from schemas.cost import StoreMemory
+from schemas.features import FeatureSpec
 from schemas.manifest import Manifest, Split
 from schemas.methods import METHODS, method_options
 from schemas.resolved import ResolvedSettings, ResolvedTrain
@@ -27,6 +28,7 @@ from stages.store.memory_rows import RowSource
 from stages.train.bundle import save_bundle, serialise
 from stages.train.checks import class_weights
 from stages.train.inputs import OpenInputs, StudyFiles
+from stages.train.leg import Leg
 from stages.train.source_statistics import Moments
 from stages.train.start import Start, own_images
 from stages.train.targets import Target
@@ -84,6 +86,8 @@ class Job:
     """Callbacks."""
     ranks: Ranks = ALONE
     """Position of this process among those that train together. Only rank 0 writes files."""
+    leg: Leg | None = None
+    """Epochs to train, from given weights; None: a training from its start to its end."""
 
     @property
     def first(self) -> ResolvedSettings:
@@ -102,16 +106,23 @@ class Job:
 
     def class_weights(self, settings: ResolvedSettings, device: torch.device) -> torch.Tensor | None:
         """Return the class weights (C,) in the loss of a variant, or None."""
+        if self.leg is not None:
+            # A site may lack classes that others have: weights were computed from the images of all sites.
+            chosen = settings.train.class_weights
+            return None if isinstance(chosen, str) else torch.tensor(chosen, dtype=torch.float32, device=device)
         return class_weights(settings, self.labels["train"], self.manifest.classes, device)
 
 
-def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[str, object]) -> str:
+def run_key(
+    settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[str, object], leg: Leg | None = None
+) -> str:
     """Return the key of a run; two runs share a key only if they train the same model.
 
     Args:
         settings: Settings of the run.
         manifest: Manifest written by `prepare`.
         inputs_key: Content of the row source, from `stages.train.inputs.inputs_key`.
+        leg: Epochs to train, from given weights; None: all of them.
     """
     method_settings = method_options(settings.methods, METHODS[settings.method])
     return digest(
@@ -122,6 +133,7 @@ def run_key(settings: ResolvedSettings, manifest: Manifest, inputs_key: Mapping[
             "views": settings.features.model_dump(mode="json", include={"views", "crops", "crop_scale"}),
             "manifest": manifest.model_dump(mode="json"),
             **({} if method_settings is None else {"methods": method_settings.model_dump(mode="json")}),
+            **({} if leg is None else {"leg": leg.key}),
             **inputs_key,
         }
     )
@@ -141,11 +153,11 @@ def _recipe(train: ResolvedTrain) -> dict[str, object]:
     return train.model_dump(mode="json", exclude=without_effect)
 
 
-def taps_of(settings: ResolvedSettings, opened: OpenInputs) -> ResolvedSettings:
+def taps_of(settings: ResolvedSettings, extracted: FeatureSpec) -> ResolvedSettings:
     """Return the settings with the extracted layers as tapped layers, if the method accepts any."""
     if not METHODS[settings.method].any_layers:
         return settings
-    features = settings.features.model_copy(update={"layers": opened.features.layers})
+    features = settings.features.model_copy(update={"layers": extracted.layers})
     return settings.model_copy(update={"features": features})
 
 

@@ -35,6 +35,7 @@ from stages.train.checkpoints import Fit, load_weights, save_checkpoint, save_we
 from stages.train.compiling import eager_unless
 from stages.train.data import BatchLoader, EpochSampler, FeatureDataset, batches
 from stages.train.extrapolation import Extrapolation, gather_workers
+from stages.train.leg import Anchor, Leg, pull
 from stages.train.micro_batches import MicroBatch, join_gradients, split_batch, split_workers
 from stages.train.parallel import copy_from_first, gather_rows
 from stages.train.sampling import make_sampler
@@ -93,6 +94,16 @@ class Run:
     """Whether the weights of every epoch of its first member are written to a file, for a run that adds members."""
     first: Run | None = None
     """Finished run of the first member, which this run does not train; None: it trains all members."""
+    leg: Leg | None = None
+    """Epochs to train, from given weights; None: all of them."""
+    anchor: Anchor = ()
+    """Parameters that are pulled to given weights; empty: none."""
+
+    def awaits(self, epoch: int) -> bool:
+        """Return whether this epoch is to be trained and not finished yet."""
+        if self.leg is None:
+            return len(self.state.epochs) < epoch
+        return max(self.leg.first, self.leg.first + len(self.state.epochs)) <= epoch <= self.leg.last
 
     @property
     def network(self) -> Network:
@@ -159,6 +170,8 @@ def _update(runs: Sequence[Run]) -> list[None]:
     """Clip the gradients of each member separately, and update the weights."""
     for run in runs:
         run.network.read_gradients()
+        if run.leg is not None:
+            pull(run.anchor, run.leg.mu)
         for member in run.trained:
             nn.utils.clip_grad_norm_(member.parameters(), run.recipe.settings.clip_norm)
         run.state.optimizer.step()
@@ -216,7 +229,7 @@ def fit(
             for run in runs:
                 run.network.begin_epoch(epoch, settings.epochs)
             # A kill between two checkpoints leaves some runs one epoch ahead; they skip it.
-            behind = [run for run in runs if len(run.state.epochs) < epoch]
+            behind = [run for run in runs if run.awaits(epoch)]
             if not behind:
                 continue
             start = time.perf_counter()

@@ -14,9 +14,10 @@ from stages.ranks import ALONE, Ranks
 from stages.train.checks import check_features, check_rows, check_shared, check_views, check_workers
 from stages.train.closed_form import fit_job
 from stages.train.gradient import train_job
-from stages.train.inputs import StudyFiles, open_inputs
+from stages.train.inputs import OpenInputs, StudyFiles, open_inputs
 from stages.train.job import SPLITS, Job, Watch
-from stages.train.start import open_start
+from stages.train.leg import Leg
+from stages.train.start import Start, open_start
 from stages.train.targets import check_task, targets
 
 
@@ -53,6 +54,92 @@ def train(
     return result
 
 
+def train_leg(
+    settings: ResolvedSettings, files: StudyFiles, opened: OpenInputs, output: Path, checkpoints: Path, leg: Leg
+) -> TrainResult:
+    """Train some epochs from given weights, and write the bundle of the last one.
+
+    Args:
+        settings: Settings of the complete training, with `train.keep: last`.
+        files: As for `train`.
+        opened: Inputs of `files`, checked with `open_checked`; left open.
+        output: Folder of the bundle.
+        checkpoints: As for `train`.
+        leg: Epochs and initial weights.
+
+    Raises:
+        TrainingError: If the loss is not finite.
+    """
+    inputs = METHODS[settings.method].reads(settings)
+    (result,) = train_job(_job([settings], files, inputs, opened, [output], checkpoints, leg=leg))
+    return result
+
+
+def summed_inputs(settings: ResolvedSettings, files: StudyFiles, opened: OpenInputs) -> Job:
+    """Return the job of a summed method on rows of which classes may be absent, for `stages.train.closed_form.sum_job`.
+
+    Args:
+        settings: Settings, with class weights as a list or none.
+        files: As for `train`.
+        opened: Inputs of `files`, checked with `open_checked`.
+    """
+    return _job([settings], files, METHODS[settings.method].inputs, opened, [], Path(), leg=Leg({}, 1, 1))
+
+
+def open_checked(variants: Sequence[ResolvedSettings], files: StudyFiles) -> tuple[Inputs, OpenInputs]:
+    """Open the inputs of variants, and check that they fit the settings and have all rows.
+
+    Raises:
+        Exception: As for `train`.
+    """
+    first = variants[0]
+    row = METHODS[first.method]
+    check_task(first, files.manifest)
+    inputs: Inputs = frozenset().union(*(row.reads(settings) for settings in variants))
+    if "image" not in inputs:
+        receipt = files.need_receipt(row.images_setting)
+        for settings in variants:
+            check_features(settings, files.lpm, receipt)
+        check_views(first, receipt)
+    opened = open_inputs(first, files, inputs)
+    try:
+        if opened.store is not None:
+            opened.store.require_complete()
+            check_rows(first, files.manifest, opened.store)
+    except BaseException:
+        opened.close()
+        raise
+    return inputs, opened
+
+
+def _job(
+    variants: Sequence[ResolvedSettings],
+    files: StudyFiles,
+    inputs: Inputs,
+    opened: OpenInputs,
+    outputs: Sequence[Path],
+    checkpoints: Path,
+    watch: Watch | None = None,
+    ranks: Ranks = ALONE,
+    leg: Leg | None = None,
+    start: Start | None = None,
+) -> Job:
+    return Job(
+        variants=variants,
+        outputs=outputs,
+        checkpoints=checkpoints,
+        files=files,
+        inputs=inputs,
+        opened=opened,
+        labels={split: targets(files.manifest, split) for split in SPLITS},
+        device=set_up(variants[0].compute),
+        watch=watch or Watch(),
+        ranks=ranks,
+        leg=leg,
+        start=start,
+    )
+
+
 def train_together(
     variants: Sequence[ResolvedSettings],
     files: StudyFiles,
@@ -78,35 +165,12 @@ def train_together(
         SettingsError: If the variants cannot share their batches, or the processes the workers of an extrapolation.
         Exception: As for `train`.
     """
-    first = variants[0]
-    row = METHODS[first.method]
     check_shared(variants)
-    check_workers(first, ranks)
-    check_task(first, files.manifest)
-    inputs: Inputs = frozenset().union(*(row.reads(settings) for settings in variants))
-    if "image" not in inputs:
-        receipt = files.need_receipt(row.images_setting)
-        for settings in variants:
-            check_features(settings, files.lpm, receipt)
-        check_views(first, receipt)
-    opened = open_inputs(first, files, inputs)
+    check_workers(variants[0], ranks)
+    inputs, opened = open_checked(variants, files)
     try:
-        if opened.store is not None:
-            opened.store.require_complete()
-            check_rows(first, files.manifest, opened.store)
-        job = Job(
-            variants=variants,
-            outputs=outputs,
-            checkpoints=checkpoints,
-            files=files,
-            inputs=inputs,
-            opened=opened,
-            labels={split: targets(files.manifest, split) for split in SPLITS},
-            device=set_up(first.compute),
-            start=open_start(first, files.root, files.manifest, opened.features),
-            watch=watch or Watch(),
-            ranks=ranks,
-        )
-        return fit_job(job) if row.closed_form else train_job(job)
+        start = open_start(variants[0], files.root, files.manifest, opened.features)
+        job = _job(variants, files, inputs, opened, outputs, checkpoints, watch, ranks, start=start)
+        return fit_job(job) if METHODS[variants[0].method].closed_form else train_job(job)
     finally:
         opened.close()

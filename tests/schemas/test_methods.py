@@ -28,6 +28,7 @@ from schemas.specs import (
     LoffTaSpec,
     MethodSpec,
     PooledSpec,
+    RidgeSpec,
     SideNetworkSpec,
     StatisticsSpec,
 )
@@ -76,6 +77,12 @@ EXAMPLES: dict[str, MethodSpec] = {
     "fpt-x-kept": side_network("fpt-x-kept", members=2, probe_weight=0.5, sources=FEATURES.probe_sources("kept")),
     "side": side_network("side"),
     "statistics": probes("statistics", "all"),
+    "ridge": RidgeSpec(
+        classes=3,
+        sources=(central := FEATURES.probe_sources("central")),
+        shares=(1 / len(central),) * len(central),
+        penalties=(0.1,) * len(central),
+    ),
     "covariance": probes("covariance", "covariance"),
     "all-block-linear": probes("all-block-linear", "every block"),
     "linear": LinearSpec(classes=3, features=128, c=0.1),
