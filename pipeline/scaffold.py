@@ -78,7 +78,7 @@ def check_inputs(data: DataSettings, study: Path) -> list[str]:
     if data.on_error == "fail":
         check_listing(listing)
         if data.labels_file is not None:
-            check_files(listing.items, listing.images, data.labels_file)
+            check_files(listing.every, listing.images, data.labels_file)
     return listing.notes
 
 

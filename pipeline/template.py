@@ -22,6 +22,8 @@ STAGES = """\
       - ${{data.images}}
 {labels}    params:
       - data
+      - features.window
+      - features.frame
     outs:
       - outputs/manifest
   extract:

@@ -14,6 +14,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
+TagColumns = Annotated[dict[Name, Name], Field(min_length=1, max_length=20)]
 TAGS = "tags"
 """Value of `data.labels` for labels from the headers of DICOM files."""
 
@@ -40,6 +41,10 @@ class DataSettings(Section):
     of columns."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
+    tag_columns: TagColumns | None = None
+    """DICOM element -> column of `labels` that has its value, in place of paths: {SOPInstanceUID: uid} for a row per
+    file, {PatientID: patient} or {PatientID: patient, Laterality: side} for a row that labels all files with these
+    values. null: rows have paths."""
     label_column: Name = "label"
     """Column of `labels` with the label; with tags, label means BodyPartExamined."""
     label_separator: Word = SEPARATOR
@@ -72,6 +77,9 @@ class DataSettings(Section):
     be listed."""
     class_names: ClassNames | None = None
     """Display names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: the labels."""
+    unlabelled: Literal["error", "allow"] = "error"
+    """Handling of images with a missing label: error (stop and list them) or allow (cache their features and predict
+    them, but never train or score on them)."""
     val_share: Share = 0.2
     """Fraction of the images for validation, which selects the best epoch."""
     test_share: Share = 0.2
@@ -104,6 +112,8 @@ class DataSettings(Section):
             raise ValueError("site_column and keep_columns need a labels table")
         if self.labels == TAGS and (self.split_column not in (None, "auto") or self.label_columns is not None):
             raise ValueError("split_column and label_columns need a labels table")
+        if self.tag_columns is not None and self.labels_file is None:
+            raise ValueError("tag_columns needs a labels table")
         if self.test_sites is not None and self.site_column is None:
             raise ValueError("test_sites needs site_column")
         return self

@@ -9,7 +9,7 @@ import typer
 
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
-from schemas.errors import UnreadableImagesError
+from schemas.errors import SettingsError, UnreadableImagesError
 from schemas.settings import OUTPUTS
 from schemas.text import counted
 
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
 def predict(
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
             show_default=False,
         ),
-    ],
+    ] = None,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled",
+            help="Predict the images of the study that have no label (data.unlabelled: allow), from cached features.",
+        ),
+    ] = False,
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     model: Annotated[
@@ -53,7 +60,17 @@ def predict(
 
     if output is not None:
         check_suffix(output)
+    if unlabelled == bool(images):
+        raise SettingsError(
+            "Images and --unlabelled exclude each other." if images else "No images are named.",
+            repair="Name images, or predict the images of the study without a label with --unlabelled.",
+        )
+    if not images:
+        from pipeline.evaluation import predict_unlabelled
+        from pipeline.project import open_study
 
+        _hand_over(predict_unlabelled(open_study(params, assignments or []), model)[0], output)
+        return
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
     inputs = find_images(images, settings.data, root)

@@ -38,7 +38,8 @@ class CountTable:
 
 def headline(check: DataCheck) -> str:
     """Return the number of images, groups and classes."""
-    return f"{images_of(check.images, check.groups, check.unit)}, {counted(len(check.classes), 'class')}"
+    without = f"; {counted(check.unlabelled, 'image')} without a label" if check.unlabelled else ""
+    return f"{images_of(check.images, check.groups, check.unit)}, {counted(len(check.classes), 'class')}{without}"
 
 
 def findings(check: DataCheck) -> list[Finding]:
