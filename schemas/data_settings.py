@@ -15,6 +15,9 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 TagColumns = Annotated[dict[Name, Name], Field(min_length=1, max_length=20)]
+SplitFiles = Annotated[dict[Literal["train", "val", "test"], Name], Field(min_length=1)]
+REST = "rest"
+"""Value of `data.split_files` for all images that the other lists do not have."""
 TAGS = "tags"
 """Value of `data.labels` for labels from the headers of DICOM files."""
 
@@ -59,6 +62,9 @@ class DataSettings(Section):
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
+    split_files: SplitFiles | None = None
+    """Split -> text file with an image per line, in place of `split_column`: {train: a.txt, val: b.txt, test: c.txt}.
+    Images in no list are left out, or are those of a split named rest: {train: a.txt, val: b.txt, test: rest}."""
     site_column: Name | None = None
     """Column of `labels` with the hospital or other site; null: none."""
     test_sites: Names | None = None
@@ -114,9 +120,18 @@ class DataSettings(Section):
             raise ValueError("split_column and label_columns need a labels table")
         if self.tag_columns is not None and self.labels_file is None:
             raise ValueError("tag_columns needs a labels table")
+        if self.split_files is not None:
+            self._check_lists()
         if self.test_sites is not None and self.site_column is None:
             raise ValueError("test_sites needs site_column")
         return self
+
+    def _check_lists(self) -> None:
+        names = list((self.split_files or {}).values())
+        if self.split_column not in (None, "auto") or self.test_sites is not None:
+            raise ValueError("split_files excludes split_column and test_sites")
+        if names.count(REST) > 1 or names == [REST]:
+            raise ValueError(f"only one split of split_files can be {REST}, next to a list")
 
     @property
     def labels_file(self) -> str | None:

@@ -18,6 +18,7 @@ from stages.prepare.label_table import read_table
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.patients import groups_spelled_alike
 from stages.prepare.pseudonyms import study_key
+from stages.prepare.split_lists import split_by_lists
 from stages.prepare.table_columns import AUTO, FOLDER, unit_of_column
 
 STRAY = "outside of the class folders, so it has no label"
@@ -115,6 +116,10 @@ def read_listing(data: DataSettings, root: Path, private: Path | None = None) ->
         listing = _with_patients(listing, private)
     check_names([*listing.every, *(item for item, _ in listing.set_aside())])
     listing.items[:] = hold_out_sites(name_classes(listing.items, data), data)
+    if data.split_files is not None:
+        lists = split_by_lists(listing.items, listing.unlabelled, data, root)
+        listing.items[:] = lists.items
+        listing.notes.extend(lists.notes)
     listing.notes.extend(groups_spelled_alike(item.group for item in listing.every if item.group is not None))
     return listing
 

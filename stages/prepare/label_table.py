@@ -112,6 +112,8 @@ def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
     _check_header(table, header, needed)
     taken = (*_place_keys(data).values(), *label_keys(data).values())
     group_column, split_column, notes = find_columns(data, table.name, header, taken)
+    # Lists take the place of a column, which they may contradict.
+    split_column = split_column if data.split_files is None else None
     wrong_length = [line for line, row in rows if len(row) != len(header)]
     _check_rows(table, "does not have as many cells as the header", wrong_length)
     columns = _Columns(table, header, rows)

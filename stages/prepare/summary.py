@@ -94,7 +94,7 @@ def describe(
 
 def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> list[str]:
     """Warn of each split that has become less than half as large as the settings request."""
-    if not known or summary.split_column is not None:
+    if not known or summary.split_column is not None or data.split_files is not None:
         return []
     shares = {"val": data.val_share, "test": data.test_share}
     return [
