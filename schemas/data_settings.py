@@ -15,6 +15,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
 TagColumns = Annotated[dict[Name, Name], Field(min_length=1, max_length=20)]
+TagFilter = Annotated[dict[Name, tuple[Name, ...]], Field(min_length=1, max_length=20)]
 SplitFiles = Annotated[dict[Literal["train", "val", "test"], Name], Field(min_length=1)]
 REST = "rest"
 """Value of `data.split_files` for all images that the other lists do not have."""
@@ -48,6 +49,9 @@ class DataSettings(Section):
     """DICOM element -> column of `labels` that has its value, in place of paths: {SOPInstanceUID: uid} for a row per
     file, {PatientID: patient} or {PatientID: patient, Laterality: side} for a row that labels all files with these
     values. null: rows have paths."""
+    tag_filter: TagFilter | None = None
+    """DICOM element -> accepted values, or values that are left out, with a ! in front: {Modality: [CT],
+    ImageType: ["!LOCALIZER"]}; files without the element have none of the values. null: all files."""
     label_column: Name = "label"
     """Column of `labels` with the label; with tags, label means BodyPartExamined."""
     label_separator: Word = SEPARATOR
@@ -142,6 +146,13 @@ class DataSettings(Section):
     @classmethod
     def _none_is_null(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+    @field_validator("tag_filter", mode="before")
+    @classmethod
+    def _single_values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {key: tuple(one) if isinstance(one, list | tuple) else (one,) for key, one in value.items()}
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -23,6 +23,10 @@ from stages.prepare.table_columns import AUTO, FOLDER, unit_of_column
 
 STRAY = "outside of the class folders, so it has no label"
 EMPTY = "class folder without images"
+_OTHER_LABELS = (
+    "name another element with data.label_column, or a table with data.labels, whose rows data.tag_columns matches with "
+    "patients, studies or files"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def read_listing(data: DataSettings, root: Path, private: Path | None = None) ->
         listing.unlabelled.extend(table.unlabelled)
         listing.unmatched.update(table.unmatched)
         listing.skipped.extend(table.skipped)
+    if data.tag_filter is not None and data.labels != TAGS and data.tag_columns is None:
+        _leave_out(listing, data)
     if listing.group_column is None and data.labels != TAGS and data.group_column in (AUTO, TAGS):
         listing = _with_patients(listing, private)
     check_names([*listing.every, *(item for item, _ in listing.set_aside())])
@@ -137,6 +143,16 @@ def _with_patients(listing: Listing, private: Path | None) -> Listing:
     return replace(listing, group_column=TAGS if patients else None, notes=[*listing.notes, *notes])
 
 
+def _leave_out(listing: Listing, data: DataSettings) -> None:
+    """Leave out the DICOM files that `data.tag_filter` does not accept."""
+    from stages.prepare.tag_labels import files_that_pass
+
+    passed, notes = files_that_pass([item.path for item in listing.every], listing.images, data)
+    for images in (listing.items, listing.unlabelled):
+        images[:] = [item for item in images if item.path in passed]
+    listing.notes.extend(notes)
+
+
 def check_listing(listing: Listing) -> None:
     """Refuse images without a label and empty class folders.
 
@@ -157,7 +173,7 @@ def layout_error(listing: Listing, unreadable: list[tuple[str, str]] | None = No
     counts += [counted(empty, "class") + " without images"] if empty else []
     counts += [counted(len(unusable), "image") + " that cannot be used"] if unusable else []
     repairs = ["Move stray images into a class folder"] if stray else []
-    repairs += ["name another element with data.label_column"] if unlabelled else []
+    repairs += [_OTHER_LABELS] if unlabelled else []
     repairs += ["correct data.tag_columns or the table, or remove these rows"] if unmatched else []
     repairs += [f"add images ({', '.join(sorted(SUFFIXES))}) to empty class folders or remove them"] if empty else []
     repairs += ["repair or remove images that cannot be used"] if unusable else []

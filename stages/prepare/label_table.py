@@ -164,7 +164,7 @@ def _places(data: DataSettings, columns: _Columns, images: Path) -> _Places:
             table, f"has no {name}", [line for line, cell in zip(lines, column, strict=True) if is_missing(cell)]
         )
     keys = list(zip(*cells, strict=True))
-    files = index_files(images, data.tag_columns)
+    files = index_files(images, data)
     paths, notes = match_rows(files, table.name, lines, keys, data.tag_columns)
     without = {line: key for line, key, some in zip(lines, keys, paths, strict=True) if not some}
     reasons = without_files(files, without, data.tag_columns)

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from schemas.data_settings import DataSettings
 from schemas.errors import DataError
 from schemas.text import counted
 from stages.prepare.error_text import listed
 from stages.prepare.image_files import SkippedFile, find_image_files
-from stages.prepare.tag_labels import check_keyword, header_values
+from stages.prepare.tag_filter import NO_IMAGE
+from stages.prepare.tag_labels import check_keyword, header_values, tag_filter
 
 INSTANCE = "SOPInstanceUID"
 """Element that no two files should share."""
@@ -29,36 +31,44 @@ class TaggedFiles:
     """Path of an image that no row can name -> reason."""
     skipped: list[SkippedFile]
     """Files that are not images."""
+    notes: list[str]
+    """What the filter left out, and remarks about the others."""
 
 
-def index_files(images: Path, tag_columns: Mapping[str, str]) -> TaggedFiles:
+def index_files(images: Path, data: DataSettings) -> TaggedFiles:
     """Read the elements of every DICOM image below a folder once; pixels and other elements are not read.
 
     Args:
         images: Folder.
-        tag_columns: `data.tag_columns`.
+        data: Settings, with `tag_columns`.
 
     Raises:
         DataError: A keyword is unknown, or two files have one SOPInstanceUID and the settings match by it.
         PlatformError: pydicom is not installed.
     """
-    keywords = tuple(tag_columns)
+    keywords = tuple(data.tag_columns or {})
     for keyword in keywords:
         check_keyword(f"data.tag_columns.{keyword}", keyword)
+    chosen = tag_filter(data)
     contents = find_image_files(images)
     paths: dict[Key, list[str]] = defaultdict(list)
     lacking: dict[str, str] = {}
-    for path, values in header_values(contents.images, keywords):
+    skipped = list(contents.skipped)
+    for path, values in header_values(contents.images, (*keywords, *chosen.keywords)):
         name = path.relative_to(images).as_posix()
         if isinstance(values, str):
             lacking[name] = values
+        elif not chosen.is_image(values):
+            skipped.append(SkippedFile(path, NO_IMAGE, True))
+        elif not chosen.passes(values):
+            continue
         elif absent := [keyword for keyword in keywords if not values[keyword]]:
             lacking[name] = f"its header has no {' and no '.join(absent)}"
         else:
             paths[tuple("\\".join(values[keyword]) for keyword in keywords)].append(name)
     if INSTANCE in keywords:
         _check_instances(images, paths, keywords.index(INSTANCE))
-    return TaggedFiles(paths, lacking, contents.skipped)
+    return TaggedFiles(paths, lacking, skipped, chosen.notes())
 
 
 def match_rows(
@@ -84,7 +94,7 @@ def match_rows(
         )
     matched = [files.paths.get(key, []) for key in keys]
     number = sum(map(len, matched))
-    notes = [f"{counted(number, 'DICOM file')} match {counted(len(keys), 'row')} of {table} by {names}."]
+    notes = [f"{counted(number, 'DICOM file')} match {counted(len(keys), 'row')} of {table} by {names}.", *files.notes]
     others = sorted(path for key, some in files.paths.items() if key not in first for path in some)
     if others:
         notes.append(_left_out(others, f"no row of {table} has their {names}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from stages.prepare.error_text import did_you_mean
 from stages.prepare.image_files import SkippedFile, find_image_files
 from stages.prepare.label_cells import is_missing
 from stages.prepare.labelled_image import LabelledImage
-from stages.prepare.pseudonyms import pseudonym, study_key
+from stages.prepare.pseudonyms import study_key
 from stages.prepare.table_columns import AUTO
+from stages.prepare.tag_filter import NO_IMAGE, TagFilter
+from stages.prepare.tag_patients import PATIENT, STUDY, HeaderGroups, Values, group_files
 
-LABEL, PATIENT = "BodyPartExamined", "PatientID"
-"""Keywords of the label and of the patient by default."""
+LABEL = "BodyPartExamined"
+"""Keyword of the label by default."""
 _DEFAULT_COLUMN = DataSettings.model_fields["label_column"].default
 _KEEP = "data.keep_columns"
 _THREADS = 4
@@ -83,28 +85,64 @@ def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
             keywords = (*keywords, named)
     if group is not None:
         check_keyword("data.group_column", group)
-        keywords = (*keywords, group)
-    contents = find_image_files(images)
+        keywords = (*keywords, group, STUDY)
+    chosen, contents = tag_filter(data), find_image_files(images)
     if not contents.images:
         raise DataError(f"{images} has no images.", "", "Correct data.images in params.yaml.")
+    skipped = list(contents.skipped)
     items: list[LabelledImage] = []
     unlabelled: list[LabelledImage] = []
     missing: dict[str, str] = {}
-    for path, read in header_values(contents.images, keywords):
+    headers: dict[str, Values] = {}
+    for path, read in header_values(contents.images, (*keywords, *chosen.keywords)):
         name, values = path.relative_to(images).as_posix(), {} if isinstance(read, str) else read
+        if values and not chosen.is_image(values):
+            skipped.append(SkippedFile(path, NO_IMAGE, True))
+            continue
+        if values and not chosen.passes(values):
+            continue
         text = _label(values.get(label, []), data)
         if text is None and (data.unlabelled == "error" or read == _DAMAGED):
             missing[name] = read if isinstance(read, str) else f"its header has no {label}"
             continue
-        identifier = "\\".join(values.get(group or "", []))
-        known = None if is_missing(identifier) else pseudonym(identifier, key)
+        headers[name] = values
         kept = {keyword: _joined(values.get(keyword, [])) for keyword in data.keep_columns}
         site = _joined(values.get(data.site_column or "", [])) or None
-        image = LabelledImage(name, text or "", known, site=site, others=kept)
+        image = LabelledImage(name, text or "", site=site, others=kept)
         (items if text is not None else unlabelled).append(image)
-    grouped = group is not None and any(item.group is not None for item in items)
-    notes = [f"The label of each image is {label} of its header.", *_group_notes(group, items)]
-    return TagScan(items, unlabelled, missing, contents.skipped, group if grouped else None, notes)
+    groups = HeaderGroups({}, []) if group is None else group_files(headers, group, key)
+    for images_of in (items, unlabelled):
+        images_of[:] = [replace(item, group=groups.of.get(item.path)) for item in images_of]
+    notes = [f"The label of each image is {label} of its header.", _group_note(group), *groups.notes, *chosen.notes()]
+    return TagScan(items, unlabelled, missing, skipped, group if groups.of else None, notes)
+
+
+def tag_filter(data: DataSettings) -> TagFilter:
+    """Return the filter of the settings.
+
+    Raises:
+        DataError: It names an element that is unknown.
+    """
+    for keyword in data.tag_filter or {}:
+        check_keyword(f"data.tag_filter.{keyword}", keyword)
+    return TagFilter.of(data)
+
+
+def files_that_pass(paths: Sequence[str], images: Path, data: DataSettings) -> tuple[set[str], list[str]]:
+    """Return the files that `data.tag_filter` accepts, and notes; files of other formats are accepted.
+
+    Args:
+        paths: Relative to `images`.
+        images: Image folder.
+        data: Settings.
+    """
+    chosen, passed = tag_filter(data), set(paths)
+    dicom = [path for path in paths if _kind(images / path) == "DICOM"]
+    read = header_values([images / path for path in dicom], chosen.keywords)
+    for path, (_, values) in zip(dicom, read, strict=True):
+        if isinstance(values, dict) and not chosen.passes(values):
+            passed.discard(path)
+    return passed, chosen.notes()
 
 
 def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None) -> tuple[dict[str, str], list[str]]:
@@ -116,15 +154,18 @@ def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None
         private: As for `stages.prepare.pseudonyms.study_key`, which makes a key only if it is needed.
     """
     dicom = [path for path in paths if _kind(images / path) == "DICOM"]
-    read = header_values([images / path for path in dicom], (PATIENT,))
-    values = {path: found[PATIENT] for path, (_, found) in zip(dicom, read, strict=True) if not isinstance(found, str)}
-    known = {path: "\\".join(texts) for path, texts in values.items() if texts and not is_missing(texts[0])}
-    if not known:
+    read = header_values([images / path for path in dicom], (PATIENT, STUDY))
+    headers: dict[str, Values] = {
+        path: found for path, (_, found) in zip(dicom, read, strict=True) if isinstance(found, dict)
+    }
+    number = sum(not is_missing("".join(values[PATIENT])) for values in headers.values())
+    if not any(values[PATIENT] or values[STUDY] for values in headers.values()):
         return {}, []
-    key = study_key(private)
-    return {path: pseudonym(identifier, key) for path, identifier in known.items()}, [
-        f"{counted(len(known), 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
-        "hashes are stored."
+    groups = group_files(headers, PATIENT, study_key(private))
+    return dict(groups.of), [
+        f"{counted(number, 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
+        "hashes are stored.",
+        *groups.notes,
     ]
 
 
@@ -215,11 +256,7 @@ def _label(values: list[str], data: DataSettings) -> str | None:
     return _joined(values)
 
 
-def _group_notes(group: str | None, items: list[LabelledImage]) -> list[str]:
+def _group_note(group: str | None) -> str:
     if group is None:
-        return ["PatientID is not used (data.group_column: null): images of one patient may be in different splits."]
-    missing = sum(item.group is None for item in items)
-    notes = [f"All images with the same {group} stay in one split; only its keyed hash is stored."]
-    if missing:
-        notes.append(f"{counted(missing, 'image')} without {group}: each counts as a group of its own.")
-    return notes
+        return "PatientID is not used (data.group_column: null): images of one patient may be in different splits."
+    return f"All images with the same {group} stay in one split; only its keyed hash is stored."
