@@ -24,8 +24,8 @@ from stages.prepare.table_columns import AUTO, FOLDER, unit_of_column
 STRAY = "outside of the class folders, so it has no label"
 EMPTY = "class folder without images"
 _OTHER_LABELS = (
-    "name another element with data.label_column, or a table with data.labels, whose rows data.tag_columns matches with "
-    "patients, studies or files"
+    "name another element with data.label_column, or a table with data.labels, whose rows data.tag_columns matches "
+    "with patients, studies or files"
 )
 
 
