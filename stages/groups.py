@@ -75,13 +75,17 @@ def find_clusters(
         Cluster(
             key=min(ids[item.path] for item in cluster),
             paths=tuple(item.path for item in cluster),
-            counts={
-                **Counter(name for item in cluster for name in names_in(item.label, task)),
-                ALL_IMAGES: len(cluster),
-            },
+            counts=_counts(cluster, task),
         )
         for cluster in members.values()
     ]
+
+
+def _counts(cluster: Sequence[Grouped], task: Task) -> dict[str, int]:
+    if len(cluster) == 1:
+        # Most clusters of a large study; a Counter takes ten times as long.
+        return {**dict.fromkeys(names_in(cluster[0].label, task), 1), ALL_IMAGES: 1}
+    return {**Counter(name for item in cluster for name in names_in(item.label, task)), ALL_IMAGES: len(cluster)}
 
 
 def _components(items: Sequence[Grouped], ids: Mapping[str, str], near: Mapping[str, str]) -> Sequence[int]:

@@ -119,3 +119,25 @@ def test_pseudonyms_of_a_check_are_those_of_the_study(tmp_path: Path, fpt: Fpt) 
     assert {item.group for item in read[0]} == {pseudonym(f"MRN{n}", study_key(study / ".fpt")) for n in range(16)}
     assert (study / ".fpt/key").read_bytes() == key
     assert private_folder(tmp_path) is None, "a folder that is no study gets no key"
+
+
+def test_init_names_options_for_what_it_refuses(tmp_path: Path, fpt: Fpt) -> None:
+    """A table of patients without paths, and headers without a label: each message ends in what to type."""
+    draw(tmp_path / "images", 16)
+    save(tmp_path / "images/plain", np.ones((20, 20), np.uint8), PatientID="MRN3")
+    rows = [f"MRN{number},{'ab'[number % 2]}" for number in range(16)]
+    (tmp_path / "labels.csv").write_text("\n".join(["Patient ID,Diagnosis", *rows]))
+    words = ("init", "study", "--images", "images")
+    _, err = fpt(*words, "--labels", "tags", cwd=tmp_path, code=2)
+    assert "1 image without a label" in err and "plain: its header has no BodyPartExamined" in err
+    assert "--set data.on_error=quarantine" in err and "--set data.unlabelled=allow" in err
+    table = ("--labels", "labels.csv", "--label-column", "Diagnosis")
+    _, err = fpt(*words, *table, cwd=tmp_path, code=2)
+    option = "data.tag_columns={PatientID: Patient ID}"
+    assert f"--set '{option}'" in err
+    assert not (tmp_path / "study").exists()
+    raw = {"images": "images", "labels": "labels.csv", "label_column": "Diagnosis"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"data": raw, "lpm": {"name": "test_vit"}}))
+    _, err = fpt("prepare", "--set", option, "--set", "features.precision=float32", cwd=tmp_path)
+    assert "17 DICOM files match 16 rows of labels.csv by PatientID." in err
+    assert len(read_manifest(tmp_path / "outputs/manifest/manifest.parquet").rows) == 17
