@@ -1,4 +1,4 @@
-"""Measure `prepare` on many small images: CPU seconds and memory of a first run, a second one, and one after changes.
+"""Measure `prepare` on many small images: CPU seconds and memory of a first run, a second one, and those after changes.
 
     python benchmarks/prepare_scale.py [--images 100000] [--folder FOLDER]
 
@@ -20,10 +20,12 @@ CLASSES = 4
 RUN = """\
 import sys
 from pathlib import Path
-from schemas.settings import DataSettings
+from schemas.data_settings import DataSettings
 from stages.prepare import prepare
 root = Path(sys.argv[1])
-result = prepare(DataSettings(images="images"), root, root / "out", None, root / "splits", False, root / "index")
+full = sys.argv[2] == "full"
+out = root / sys.argv[2]
+result = prepare(DataSettings(images="images"), root, out, None, root / "splits", False, root / "index", full)
 print(result.images, result.near, result.known)
 """
 
@@ -41,15 +43,22 @@ def draw(folder: Path, numbers: range) -> None:
         image.save(folder / f"class{number % CLASSES}" / f"{number:06}.png", compress_level=1)
 
 
-def measure(root: Path, what: str) -> None:
-    """Run `prepare` in a process of its own and print what it takes."""
+def measure(root: Path, what: str, output: str = "out") -> bytes:
+    """Run `prepare` in a process of its own, print what it takes, and return its manifest.
+
+    The output "full" reads every file again.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     code = f"import resource\n{RUN}print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code, root], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, root, output], check=True, capture_output=True, text=True)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     counts, peak = done.stdout.splitlines()
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{what:24} {cpu:8.1f} CPU s {wall:8.1f} s {int(peak) / 2**10:8.0f} MiB   images, near, known: {counts}")
+    print(
+        f"{what:24} {cpu:8.1f} CPU s {wall:8.1f} s {int(peak) / 2**10:8.0f} MiB   images, near, known: {counts}",
+        flush=True,
+    )
+    return (root / output / "manifest.parquet").read_bytes()
 
 
 def main() -> None:
@@ -66,7 +75,8 @@ def main() -> None:
         measure(root, "first run")
         measure(root, "second run")
         draw(root / "images", range(arguments.images, arguments.images + arguments.images // 100))
-        measure(root, "1% more images")
+        partial = measure(root, "1% more images")
+        print("the same manifest as a full run:", measure(root, "full run", "full") == partial)
 
 
 if __name__ == "__main__":

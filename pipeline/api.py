@@ -308,7 +308,7 @@ def evaluate(
 @quiet
 def predict(
     study_or_model: Study | Model | AnyPath,
-    images: ImageLike | Iterable[ImageLike],
+    images: ImageLike | Iterable[ImageLike] | None = None,
     *,
     on_error: Literal["raise", "keep"] = "raise",
     progress: Progress | None = None,
@@ -318,7 +318,7 @@ def predict(
 
     Args:
         study_or_model: A study after `train`, a loaded model, or the folder of a model.
-        images: As for `Model.predict`.
+        images: As for `Model.predict`; None: the images of a study that have no label (`data.unlabelled: allow`).
         on_error: As for `Model.predict`.
         progress: Called after each batch with (done, total) images.
         adapt: As for `Model.predict`.
@@ -326,6 +326,13 @@ def predict(
     Raises:
         FptError: As `load` and `Model.predict`.
     """
+    if images is None:
+        if not isinstance(study_or_model, Study):
+            raise SettingsError("A model has no images of its own.", repair="Name images, or pass the study.")
+        from pipeline.evaluation import predict_unlabelled
+
+        rows, classes = predict_unlabelled(study_or_model, None)
+        return Predictions(tuple(rows), classes)
     if isinstance(study_or_model, Study):
         model = load_study_model(study_or_model)
     else:

@@ -15,7 +15,7 @@ from schemas.settings import OUTPUTS
 if TYPE_CHECKING:
     from pipeline.project import Study
     from schemas.manifest import Manifest, Split
-    from schemas.results import BundleSpec, Metrics
+    from schemas.results import BundleSpec, Metrics, Prediction
     from schemas.settings import Settings
     from schemas.test_time import Adapted, AdaptOptions
     from stages.predict.external import ExternalProgress, ExternalResult
@@ -67,6 +67,29 @@ def _check_adaptable(bundle: Path, adapt: AdaptOptions) -> None:
     check_adaptable(adapt.name, loaded.spec, loaded.network)
 
 
+def predict_unlabelled(study: Study, model: Path | None) -> tuple[list[Prediction], tuple[str, ...]]:
+    """Predict the images of a study that have no label, from cached features.
+
+    Args:
+        study: With manifest and features.
+        model: Folder of the model; None: that of the study.
+
+    Returns:
+        A row per image, and the classes of the model.
+
+    Raises:
+        FptError: As `stages.predict.unlabelled.predict_unlabelled`.
+    """
+    from stages.device import set_up
+    from stages.manifest import read_manifest
+    from stages.predict.unlabelled import predict_unlabelled as run
+
+    bundle = study.outputs / "model" if model is None else model.absolute()
+    files, device = study.files(read_manifest(study.manifest)), set_up(study.settings.compute)
+    rows, spec = run(files, bundle, device)
+    return rows, spec.classes
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """Images outside of a study, with labels."""
@@ -103,7 +126,7 @@ def evaluate_images(
     Raises:
         FptError: As `stages.predict.external.evaluate_external`.
     """
-    from pipeline.project import cache_root, study_files
+    from pipeline.project import cache_root, private_folder, study_files
     from stages.device import set_up
     from stages.extract.shard_task import batch_size
     from stages.predict.external import ExternalContext, ExternalProgress, evaluate_external
@@ -128,6 +151,7 @@ def evaluate_images(
             batch_size=batch_size(settings.compute, device),
             adapt=adapt,
             files=None if adapt is None else study_files(params, assignments),
+            private=private_folder(root),
         ),
         progress or ExternalProgress(),
     )

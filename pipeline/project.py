@@ -109,6 +109,12 @@ def index_folder(root: Path) -> Path | None:
     return original / ".fpt" / "images" if original == root.resolve() else None
 
 
+def private_folder(root: Path) -> Path | None:
+    """Return the folder with the key of the study in `root`; None if there is no study, which gets no key."""
+    original = original_study(root)
+    return original / ".fpt" if (root / PARAMS).is_file() or (original / ".fpt").is_dir() else None
+
+
 def manifest_file(root: Path, data: DataSettings) -> Path:
     """Return the manifest of the study in `root`, or its last copy if the file is missing."""
     from stages.prepare.split_history import manifest_copy

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.template import DEMO_HEAD, demo_dvc_yaml, dvc_yaml, params_yaml, wrapped
-from schemas.data_settings import TAGS, DataSettings
+from schemas.data_settings import REST, TAGS, DataSettings
 from schemas.errors import ProjectError, StorageError
 from schemas.settings import OUTPUTS, Settings
 from stages.files import atomic_write
@@ -78,7 +78,7 @@ def check_inputs(data: DataSettings, study: Path) -> list[str]:
     if data.on_error == "fail":
         check_listing(listing)
         if data.labels_file is not None:
-            check_files(listing.items, listing.images, data.labels_file)
+            check_files(listing.every, listing.images, data.labels_file)
     return listing.notes
 
 
@@ -107,7 +107,10 @@ def write_study(folder: Path, settings: Settings, *, demo: bool = False, notes: 
     """
     if folder.exists() and not folder.is_dir():
         raise ProjectError(f"{folder} is a file.", "A study is a folder.", "Choose another name.")
-    pipeline = dvc_yaml(labels=settings.data.labels_file is not None, weights=settings.lpm.weights != "hub")
+    lists = [split for split, name in (settings.data.split_files or {}).items() if name != REST]
+    pipeline = dvc_yaml(
+        labels=settings.data.labels_file is not None, weights=settings.lpm.weights != "hub", lists=lists
+    )
     files = {
         folder / "params.yaml": params_yaml(settings, "\n".join([DEMO_HEAD if demo else PARAMS_HEAD, *wrapped(notes)])),
         folder / "dvc.yaml": demo_dvc_yaml() if demo else pipeline,

@@ -20,8 +20,10 @@ STAGES = """\
     cmd: fpt prepare
     deps:
       - ${{data.images}}
-{labels}    params:
+{labels}{lists}    params:
       - data
+      - features.window
+      - features.frame
     outs:
       - outputs/manifest
   extract:
@@ -137,15 +139,20 @@ DEMO = {
 """Settings of the demo study that are not defaults."""
 
 
-def four_stages(*, labels: bool, weights: bool) -> str:
+def four_stages(*, labels: bool, weights: bool, lists: Sequence[str] = ()) -> str:
     """Return the stages prepare, extract, train and evaluate as the YAML of `dvc.yaml`.
 
     Args:
         labels: Whether `data.labels` names a CSV that DVC should watch.
         weights: Whether `lpm.weights` names a local file that DVC should watch.
+        lists: Splits of which `data.split_files` names a file that DVC should watch.
     """
     # DVC would take a dependency that is null or "hub" for the name of a file.
-    return STAGES.format(labels=_dependency("data.labels", labels), weights=_dependency("lpm.weights", weights))
+    return STAGES.format(
+        labels=_dependency("data.labels", labels),
+        lists="".join(_dependency(f"data.split_files.{split}", True) for split in lists),
+        weights=_dependency("lpm.weights", weights),
+    )
 
 
 def _dependency(key: str, watched: bool) -> str:
@@ -153,9 +160,9 @@ def _dependency(key: str, watched: bool) -> str:
     return f"      {entry}\n" if watched else f"      # {entry}  # remove the first # once it names a file\n"
 
 
-def dvc_yaml(*, labels: bool, weights: bool) -> str:
+def dvc_yaml(*, labels: bool, weights: bool, lists: Sequence[str] = ()) -> str:
     """Return `dvc.yaml` of a study."""
-    return f"{HEAD}stages:\n{four_stages(labels=labels, weights=weights)}"
+    return f"{HEAD}stages:\n{four_stages(labels=labels, weights=weights, lists=lists)}"
 
 
 def demo_dvc_yaml() -> str:

@@ -29,15 +29,15 @@ class Copies(Contract):
 
     paths: tuple[str, ...]
     """Sorted."""
-    labels: tuple[str, ...]
-    """Label of each image."""
+    labels: tuple[str | None, ...]
+    """Label of each image, or None if it is unknown."""
     similarity: float = 1.0
     """Correlation of the thumbnails after removal of what all images share; or cosine of the features."""
 
     @property
     def conflict(self) -> bool:
-        """Whether the labels differ."""
-        return len(set(self.labels)) > 1
+        """Whether the known labels differ."""
+        return len(set(self.labels) - {None}) > 1
 
 
 class DataCheck(Contract):
@@ -48,7 +48,9 @@ class DataCheck(Contract):
     unit: GroupUnit | None
     """Kind of the groups, or None if no image has one."""
     images: int
-    """Listed images."""
+    """Listed images with a label, or of which the label is an error."""
+    unlabelled: int = 0
+    """Images without a label that `data.unlabelled` allows."""
     groups: int
     """Patients or other groups; an image without one counts as a group."""
     classes: tuple[str, ...]

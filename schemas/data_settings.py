@@ -14,6 +14,11 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
 ClassNames = Annotated[dict[Name, Name], Field(max_length=10_000)]
+TagColumns = Annotated[dict[Name, Name], Field(min_length=1, max_length=20)]
+TagFilter = Annotated[dict[Name, tuple[Name, ...]], Field(min_length=1, max_length=20)]
+SplitFiles = Annotated[dict[Literal["train", "val", "test"], Name], Field(min_length=1)]
+REST = "rest"
+"""Value of `data.split_files` for all images that the other lists do not have."""
 TAGS = "tags"
 """Value of `data.labels` for labels from the headers of DICOM files."""
 
@@ -40,6 +45,13 @@ class DataSettings(Section):
     of columns."""
     path_column: Name = "path"
     """Column of `labels` with the path of the image, relative to `images`."""
+    tag_columns: TagColumns | None = None
+    """DICOM element -> column of `labels` that has its value, in place of paths: {SOPInstanceUID: uid} for a row per
+    file, {PatientID: patient} or {PatientID: patient, Laterality: side} for a row that labels all files with these
+    values. null: rows have paths."""
+    tag_filter: TagFilter | None = None
+    """DICOM element -> accepted values, or values that are left out, with a ! in front: {Modality: [CT],
+    ImageType: ["!LOCALIZER"]}; files without the element have none of the values. null: all files."""
     label_column: Name = "label"
     """Column of `labels` with the label; with tags, label means BodyPartExamined."""
     label_separator: Word = SEPARATOR
@@ -54,6 +66,9 @@ class DataSettings(Section):
     split_column: Name | None = "auto"
     """Column of `labels` with a predefined split (train, val, test); empty entries are filled at random, and if no
     image is in val, validation images are drawn from train; auto: a column named split; null: all splits are random."""
+    split_files: SplitFiles | None = None
+    """Split -> text file with an image per line, in place of `split_column`: {train: a.txt, val: b.txt, test: c.txt}.
+    Images in no list are left out, or are those of a split named rest: {train: a.txt, val: b.txt, test: rest}."""
     site_column: Name | None = None
     """Column of `labels` with the hospital or other site; null: none."""
     test_sites: Names | None = None
@@ -72,6 +87,9 @@ class DataSettings(Section):
     be listed."""
     class_names: ClassNames | None = None
     """Display names of labels, such as {0: healthy, 1: ill}, used from the manifest to the report; null: the labels."""
+    unlabelled: Literal["error", "allow"] = "error"
+    """Handling of images with a missing label: error (stop and list them) or allow (cache their features and predict
+    them, but never train or score on them)."""
     val_share: Share = 0.2
     """Fraction of the images for validation, which selects the best epoch."""
     test_share: Share = 0.2
@@ -104,9 +122,20 @@ class DataSettings(Section):
             raise ValueError("site_column and keep_columns need a labels table")
         if self.labels == TAGS and (self.split_column not in (None, "auto") or self.label_columns is not None):
             raise ValueError("split_column and label_columns need a labels table")
+        if self.tag_columns is not None and self.labels_file is None:
+            raise ValueError("tag_columns needs a labels table")
+        if self.split_files is not None:
+            self._check_lists()
         if self.test_sites is not None and self.site_column is None:
             raise ValueError("test_sites needs site_column")
         return self
+
+    def _check_lists(self) -> None:
+        names = list((self.split_files or {}).values())
+        if self.split_column not in (None, "auto") or self.test_sites is not None:
+            raise ValueError("split_files excludes split_column and test_sites")
+        if names.count(REST) > 1 or names == [REST]:
+            raise ValueError(f"only one split of split_files can be {REST}, next to a list")
 
     @property
     def labels_file(self) -> str | None:
@@ -117,6 +146,13 @@ class DataSettings(Section):
     @classmethod
     def _none_is_null(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+    @field_validator("tag_filter", mode="before")
+    @classmethod
+    def _single_values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {key: tuple(one) if isinstance(one, list | tuple) else (one,) for key, one in value.items()}
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -10,10 +10,12 @@ from pydantic import Field
 from schemas.base import Contract
 from schemas.tasks import Task, names_in
 
-Split = Literal["train", "val", "test", "external"]
-"""Split of an image: train, val or test in a study, or external for images that are only evaluated."""
+Split = Literal["train", "val", "test", "external", "unlabelled"]
+"""Split of an image: train, val or test in a study, external for images that are only evaluated, or unlabelled."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 """Splits of a study."""
+UNLABELLED: Split = "unlabelled"
+"""In place of a split, for images without a label (`data.unlabelled: allow`)."""
 Leak = Literal["content", "patient", "near"]
 """What images of two splits may share: their content, their patient or other group, or nearly the same picture."""
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -27,11 +29,11 @@ class ManifestRow(Contract):
     path: str
     """Relative to `data.images`, with forward slashes."""
     label: str
-    """One of the classes of the manifest; multi-label: the labels of the image, joined by `|`."""
+    """One of the classes of the manifest; multi-label: the labels of the image, joined by `|`; empty if unknown."""
     group: str
     """Patient or other group, or the path of the image if no group is known."""
     split: Split
-    """One of `SPLITS`, or external for predictions of images outside of a study."""
+    """One of `SPLITS`, external for predictions of images outside of a study, or unlabelled."""
     site: str | None = None
     """Hospital or other site, or None if unknown."""
     kept: dict[str, str] = Field(default_factory=dict)
@@ -58,6 +60,8 @@ class Manifest(Contract):
     """Kind of the groups, or None if unknown or if no image has a group."""
     allow_leaks: tuple[Leak, ...] = ()
     """`data.allow_leaks` of the settings."""
+    unlabelled: tuple[ManifestRow, ...] = ()
+    """Images without a label, sorted by path: their features are cached, but nothing is trained or scored on them."""
 
     def names(self, row: ManifestRow) -> tuple[str, ...]:
         """Return the class names of a row: exactly one, or any number in a multi-label study."""
@@ -67,16 +71,22 @@ class Manifest(Contract):
         """Iterate over the rows of one split, in order."""
         return (row for row in self.rows if row.split == split)
 
+    def every(self) -> tuple[ManifestRow, ...]:
+        """Return the rows with and without a label, sorted by path."""
+        return tuple(sorted((*self.rows, *self.unlabelled), key=lambda row: row.path)) if self.unlabelled else self.rows
+
     def ids(self) -> tuple[str, ...]:
-        """Return each image id once, in order of first appearance."""
-        return tuple(dict.fromkeys(row.id for row in self.rows))
+        """Return the id of each image, with or without a label, once, in order of first appearance."""
+        return tuple(dict.fromkeys(row.id for row in self.every()))
 
 
 class PrepareSummary(Contract):
     """Summary of a prepared data set, as in `outputs/manifest/summary.json`."""
 
     images: int
-    """Rows of the manifest."""
+    """Rows of the manifest with a label."""
+    unlabelled: int = 0
+    """Rows without a label (`data.unlabelled: allow`)."""
     duplicates: int
     """Rows that share their content with another row."""
     near: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from schemas.manifest import Split
 from schemas.medmnist_recipes import MEDMNIST
 from schemas.recipes import DicomSides, Groups, Paths, Published, Recipe, Sheet, Tables
 
@@ -45,6 +46,10 @@ def _ddr(part: str, split: Any) -> Sheet:
         columns=("image", "label"),
         delimiter=" ",
     )
+
+
+def _few_shot(part: str) -> dict[Split, str]:
+    return {split: f"{part}_{{shots}}-shot_{split}_exp{{draw}}.txt" for split in ("train", "val")}
 
 
 def _medfmc(part: str, labels: tuple[str, ...]) -> Tables:
@@ -223,8 +228,9 @@ _OTHERS = (
         task="multilabel",
         group="study",
         patients="images of one study stay together",
-        splits=f"{DRAWN} among the labelled images (MedFMC_train)",
+        splits=f"{DRAWN} among the labelled images (MedFMC_train), or few-shot lists (`--shots`)",
         published=(Published(images=2140),),
+        lists=_few_shot("chest"),
     ),
     Recipe(
         name="medfmc-colon",
@@ -237,7 +243,8 @@ _OTHERS = (
         labels={"0": "no tumour", "1": "tumour"},
         group="study",
         patients="patches of one study stay together",
-        splits=f"{DRAWN} among the labelled images (MedFMC_train)",
+        splits=f"{DRAWN} among the labelled images (MedFMC_train), or few-shot lists (`--shots`)",
+        lists=_few_shot("colon"),
     ),
     Recipe(
         name="medfmc-endo",
@@ -251,8 +258,9 @@ _OTHERS = (
         task="multilabel",
         group="study",
         patients="images of one study stay together",
-        splits=f"{DRAWN} among the labelled images (MedFMC_train)",
+        splits=f"{DRAWN} among the labelled images (MedFMC_train), or few-shot lists (`--shots`)",
         published=(Published(images=1810),),
+        lists=_few_shot("endo"),
     ),
     Recipe(
         name="busi",

@@ -127,6 +127,9 @@ class Recipe(Contract):
     """Verified counts; empty: none."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Published settings, by dotted name."""
+    lists: dict[Split, str] = Field(default_factory=dict)
+    """Split -> end of the path of the published list of its images, with {shots} and {draw} in place of numbers; empty:
+    none. Images in no list are test images."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ def find_clusters(
     ids: Mapping[str, str],
     task: Task = "multiclass",
     near: Mapping[str, str] | None = None,
+    links: Sequence[Grouped] = (),
 ) -> list[Cluster]:
     """Join images that share a group, a content or a set of near-duplicates, directly or through others.
 
@@ -61,24 +62,30 @@ def find_clusters(
         ids: Path -> content id.
         task: Task of the study; a multi-label image counts for each of its labels.
         near: Path -> key of its set of near-duplicates, for images that have any.
+        links: Images that join others, but are in no cluster themselves: those without a label.
 
     Returns:
         The clusters (connected components), in the order of their first images.
     """
     members: dict[int, list[Grouped]] = defaultdict(list)
-    for item, component in zip(items, _components(items, ids, near or {}), strict=True):
+    # Those of the links, at the end, are left out.
+    for item, component in zip(items, _components([*items, *links], ids, near or {}), strict=False):
         members[component].append(item)
     return [
         Cluster(
             key=min(ids[item.path] for item in cluster),
             paths=tuple(item.path for item in cluster),
-            counts={
-                **Counter(name for item in cluster for name in names_in(item.label, task)),
-                ALL_IMAGES: len(cluster),
-            },
+            counts=_counts(cluster, task),
         )
         for cluster in members.values()
     ]
+
+
+def _counts(cluster: Sequence[Grouped], task: Task) -> dict[str, int]:
+    if len(cluster) == 1:
+        # Most clusters of a large study; a Counter takes ten times as long.
+        return {**dict.fromkeys(names_in(cluster[0].label, task), 1), ALL_IMAGES: 1}
+    return {**Counter(name for item in cluster for name in names_in(item.label, task)), ALL_IMAGES: len(cluster)}
 
 
 def _components(items: Sequence[Grouped], ids: Mapping[str, str], near: Mapping[str, str]) -> Sequence[int]:
@@ -106,9 +113,13 @@ def _components(items: Sequence[Grouped], ids: Mapping[str, str], near: Mapping[
 
 def manifest_clusters(manifest: Manifest) -> list[Cluster]:
     """Find the clusters of a manifest, where an image without a group has its path as group."""
-    rows = [_Row(row.path, row.label, None if row.group == row.path else row.group) for row in manifest.rows]
-    near = {row.path: row.near for row in manifest.rows if row.near is not None}
-    return find_clusters(rows, {row.path: row.id for row in manifest.rows}, manifest.task, near)
+    rows, links = (
+        [_Row(row.path, row.label, None if row.group == row.path else row.group) for row in some]
+        for some in (manifest.rows, manifest.unlabelled)
+    )
+    every = manifest.every()
+    near = {row.path: row.near for row in every if row.near is not None}
+    return find_clusters(rows, {row.path: row.id for row in every}, manifest.task, near, links)
 
 
 def cluster_of(manifest: Manifest) -> dict[str, str]:

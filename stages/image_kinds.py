@@ -20,11 +20,15 @@ _CLASS = rb"(?s)(\x02\x00\x02\x00|\x08\x00\x16\x00|\x00\x08\x00\x16)(UI..|....)1
 _WITHOUT_PIXELS = {
     "DICOMDIR": re.compile(_CLASS + rb"1\.3\.10"),
     "DICOM without an image": re.compile(
-        _CLASS + rb"5\.1\.4\.(39\.|1\.1\.(88\.|11\.|104\.|9\.|481\.[3-9]|66\.[12356]|66[^.0-9]))"
+        _CLASS
+        + rb"5\.1\.4\.(3[4-9]\.|4[3-5]\.|1\.1\.(88\.|11\.|104\.|9\.|481\.([3-9]|1[0-9]|2[0-9])|66\.[12356]|66[^.0-9]"
+        rb"|67[^.0-9]|68\.|7[89]\.|80\.|90\.|200\.|77\.1\.5\.3))"
     ),
+    "DICOM segmentation, map or dose": re.compile(_CLASS + rb"5\.1\.4\.1\.1\.(66\.[478]|30[^.0-9]|481\.2[^0-9])"),
 }
-"""Kind of DICOM file without pixels -> its class: directories; palettes, structured reports, presentation states,
-documents, waveforms, contours and plans of radiotherapy, raw data."""
+"""Kind of DICOM file that is no image -> its class: directories; palettes, protocols, structured reports, presentation
+states, documents, waveforms, contours and plans of radiotherapy, raw data, measurements; results whose pixels are no
+picture."""
 
 HEAD_BYTES = 1024
 """Bytes that `kind_of_bytes` needs to recognise every format."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from schemas.errors import ManifestError
-from schemas.manifest import SPLITS, Manifest, ManifestRow
+from schemas.manifest import SPLITS, UNLABELLED, Manifest, ManifestRow
 from stages.parquet import read_table, write_table
 
 _COLUMNS = ("id", "path", "label", "group", "split")
@@ -43,7 +43,8 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     """
     import pyarrow as pa
 
-    columns = {name: [getattr(row, name) for row in manifest.rows] for name in _COLUMNS}
+    every = manifest.every()
+    columns = {name: [getattr(row, name) for row in every] for name in _COLUMNS}
     optional = {} if manifest.task == "multiclass" else {_TASK: manifest.task.encode()}
     if manifest.unit is not None:
         optional[_UNIT] = manifest.unit.encode()
@@ -51,11 +52,11 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         optional[_LEAKS] = json.dumps(manifest.allow_leaks).encode()
     fields = [pa.field(name, pa.string(), nullable=False) for name in _COLUMNS]
     for name in _OPTIONAL:
-        if any(getattr(row, name) is not None for row in manifest.rows):
-            columns[name] = [getattr(row, name) for row in manifest.rows]
+        if any(getattr(row, name) is not None for row in every):
+            columns[name] = [getattr(row, name) for row in every]
             fields.append(pa.field(name, pa.string()))
-    for name in manifest.rows[0].kept if manifest.rows else ():
-        columns[_KEPT + name] = [row.kept[name] for row in manifest.rows]
+    for name in every[0].kept if every else ():
+        columns[_KEPT + name] = [row.kept[name] for row in every]
         fields.append(pa.field(_KEPT + name, pa.string(), nullable=False))
     schema = pa.schema(fields, metadata={_CLASSES: json.dumps(manifest.classes).encode(), **optional})
     write_table(pa.table(columns, schema=schema), path)
@@ -83,11 +84,13 @@ def read_manifest(path: Path) -> Manifest:
         rows = tuple(_row(row) for row in table.to_pylist())
         unit = metadata[_UNIT].decode() if _UNIT in metadata else None
         leaks = tuple(json.loads(metadata.get(_LEAKS, b"[]")))
-        fields = {"classes": tuple(classes), "rows": rows, "task": task, "unit": unit, "allow_leaks": leaks}
+        fields = {"classes": tuple(classes), "task": task, "unit": unit, "allow_leaks": leaks}
+        fields["rows"] = tuple(row for row in rows if row.split != UNLABELLED)
+        fields["unlabelled"] = tuple(row for row in rows if row.split == UNLABELLED)
         manifest = Manifest.model_validate(fields)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, ValidationError) as error:
         raise ManifestError(f"The manifest {path} is damaged.", f"{type(error).__name__}: {error}", _REPAIR) from error
-    problem = _contradiction(manifest)
+    problem = _contradiction(manifest, [row.path for row in rows])
     if problem:
         raise ManifestError(f"The manifest {path} is damaged.", problem, _REPAIR)
     return manifest
@@ -99,8 +102,7 @@ def _row(cells: dict[str, str | None]) -> ManifestRow:
     return ManifestRow.model_validate({**others, "kept": kept} if kept else others)
 
 
-def _contradiction(manifest: Manifest) -> str | None:
-    paths = [row.path for row in manifest.rows]
+def _contradiction(manifest: Manifest, paths: list[str]) -> str | None:
     if paths != sorted(set(paths)):
         return "Its rows are not sorted by path, each path once."
     unknown = {name for row in manifest.rows for name in manifest.names(row)} - set(manifest.classes)

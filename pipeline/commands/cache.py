@@ -92,7 +92,7 @@ def verify(
     mine = study_use(study, study / OUTPUTS / "features" / "receipt.json")
     file = study / OUTPUTS / "manifest" / "manifest.parquet"
     manifest = read_manifest(file) if file.is_file() else None
-    paths = {} if manifest is None else {row.id: row.path for row in manifest.rows}
+    paths = {} if manifest is None else {row.id: row.path for row in manifest.every()}
     needed_rows = {}
     if manifest is not None and mine is not None and mine.receipt is not None:
         needed_rows = {row.row_id: row.image for row in manifest_rows(manifest, mine.receipt)}

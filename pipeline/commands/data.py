@@ -44,7 +44,7 @@ def check(
     """
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
-    from pipeline.project import index_folder, manifest_file
+    from pipeline.project import index_folder, manifest_file, private_folder
     from stages.data_check.check import check_data, read_data
     from stages.data_check.page import render_check
     from stages.files import atomic_write
@@ -54,7 +54,8 @@ def check(
     page = output or root / OUTPUTS / "data_check.html"
     with ImageBar("Reading images") as bar:
         manifest = _manifest(manifest_file(root, settings.data))
-        read = read_data(settings.data, root, manifest, bar, index_folder(root), settings.features.rendering)
+        rendering, private = settings.features.rendering, private_folder(root)
+        read = read_data(settings.data, root, manifest, bar, index_folder(root), rendering, private)
     result = check_data(read, settings.features.image_size)
     result = result.model_copy(update={"similar_features": _similar_features(read, root)})
     atomic_write(page, render_check(result, read, pixels=not no_pixels).encode())

@@ -30,6 +30,11 @@ def recipe(
     study: Annotated[
         Path | None, typer.Option("--study", help="Folder of the new study; by default, NAME.", show_default=False)
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", help="Use the published few-shot lists of this many shots.", show_default=False),
+    ] = None,
+    draw: Annotated[int, typer.Option("--draw", help="Number of the few-shot draw, with --shots.")] = 1,
     assignments: Assignments = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the known data sets.")] = False,
 ) -> None:
@@ -50,7 +55,7 @@ def recipe(
             f"Download it from {chosen.source}",
         )
     folder = study or Path(chosen.name)
-    settings = _settings(chosen, source, assignments or [])
+    settings = _settings(chosen, source, assignments or [], None if shots is None else (shots, draw))
     _check_apart(folder, source)
     if chosen.writes_images:
         say(f"Writing the images of {chosen.title} as PNG files into {folder}.")
@@ -81,13 +86,15 @@ def _chosen(name: str | None) -> Recipe:
     )
 
 
-def _settings(chosen: Recipe, source: Path, assignments: list[str]) -> Settings:
+def _settings(chosen: Recipe, source: Path, assignments: list[str], few: tuple[int, int] | None) -> Settings:
     from pipeline.params import override
     from schemas.parse import parse_settings
-    from stages.prepare.recipes.study import data_settings
+    from stages.prepare.recipes.study import data_settings, find_lists
 
     published = [f"{key}={value}" for key, value in chosen.settings.items()]
     raw: dict[str, Any] = {"data": data_settings(chosen, source)}
+    if few is not None:
+        raw["data"]["split_files"] = find_lists(chosen, source, *few)
     return parse_settings(override(override(raw, published), assignments), source=f"fpt data recipe {chosen.name}")
 
 

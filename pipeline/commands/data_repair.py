@@ -36,7 +36,7 @@ def repair(
     """
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
-    from pipeline.project import index_folder
+    from pipeline.project import index_folder, private_folder
     from stages.data_check.check import read_data
     from stages.data_check.repair import default_output, plan_repair, write_repair
     from stages.prepare.exports import check_free
@@ -49,7 +49,8 @@ def repair(
         check_free(path)
     with ImageBar("Reading images") as bar:
         rendering = settings.features.rendering
-        read = read_data(data, root, progress=bar, index=index_folder(root), rendering=rendering)
+        index, private = index_folder(root), private_folder(root)
+        read = read_data(data, root, progress=bar, index=index, rendering=rendering, private=private)
     result = plan_repair(read)
     if result.dropped:
         write_repair(result, read, root, table, report)

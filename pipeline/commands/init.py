@@ -18,6 +18,8 @@ from schemas.settings import Settings
 
 _KEY = re.compile(r"\bdata\.(images|labels|path_column|label_column|group_column|split_column)\b")
 """Settings with an option of their own."""
+_SETTING = re.compile(r"(?:\bset )?\b(data\.\w+): ([\w.]+|\[[^\]]*\]|\{[^}]*\})")
+"""A setting with a value, as messages write it for params.yaml."""
 _COLUMN = re.compile(r"\b(path_column|label_column|group_column|split_column)\b")
 
 
@@ -107,7 +109,13 @@ def _settings(raw: dict[str, Any], assignments: list[str]) -> Settings:
 def _as_options(text: str) -> str:
     """Replace keys of `params.yaml`, which does not exist yet, by options of `fpt init` in a message."""
     text = text.replace("the folder of params.yaml", "the working directory").replace(" in params.yaml", "")
-    return _KEY.sub(_option, text)
+    # The options of their own come first: what is left has none.
+    return _SETTING.sub(_as_set, _KEY.sub(_option, text))
+
+
+def _as_set(setting: re.Match[str]) -> str:
+    """Return the option for a setting and its value, quoted for a shell."""
+    return f"--set {shlex.quote(f'{setting[1]}={setting[2]}')}"
 
 
 def _option(key: re.Match[str]) -> str:

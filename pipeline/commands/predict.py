@@ -10,7 +10,7 @@ import typer
 from pipeline import adapt_options
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
-from schemas.errors import UnreadableImagesError
+from schemas.errors import SettingsError, UnreadableImagesError
 from schemas.settings import OUTPUTS
 from schemas.test_time import remarks
 from schemas.text import counted
@@ -23,12 +23,19 @@ if TYPE_CHECKING:
 
 def predict(
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
             show_default=False,
         ),
-    ],
+    ] = None,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled",
+            help="Predict the images of the study that have no label (data.unlabelled: allow), from cached features.",
+        ),
+    ] = False,
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
     model: Annotated[
@@ -60,7 +67,17 @@ def predict(
     options = adapt_options.adapt_options(None if adapt is None else adapt.value, adapt_batch, adapt_seed)
     if output is not None:
         check_suffix(output)
+    if unlabelled == bool(images):
+        raise SettingsError(
+            "Images and --unlabelled exclude each other." if images else "No images are named.",
+            repair="Name images, or predict the images of the study without a label with --unlabelled.",
+        )
+    if not images:
+        from pipeline.evaluation import predict_unlabelled
+        from pipeline.project import open_study
 
+        _hand_over(predict_unlabelled(open_study(params, assignments or []), model)[0], output)
+        return
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
     inputs = find_images(images, settings.data, root)

@@ -9,7 +9,7 @@ import typer
 
 from pipeline.console import say, say_next, show_json, show_table
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
-from schemas.data_settings import DataSettings
+from schemas.data_settings import REST, DataSettings
 from schemas.manifest import SPLITS, PrepareResult
 from schemas.text import counted
 
@@ -47,6 +47,9 @@ def prepare(
     data = study.settings.data
     if data.labels_file is not None:
         remind_to_watch(study, "data.labels", data.labels_file)
+    for split, name in (data.split_files or {}).items():
+        if name != REST:
+            remind_to_watch(study, f"data.split_files.{split}", name)
     with ImageBar("Reading images") as bar:
         result = run(study, redraw=redraw, full=full, write_split=write_split, progress=bar)
     if as_json:

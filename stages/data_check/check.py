@@ -45,11 +45,28 @@ class ReadData:
     """The images; with the splits of the manifest, if the table has none."""
     digests: Digests
     """What was read of them."""
+    rendering: Rendering = DEFAULT_RENDERING
+    """Window and frame with which they were read."""
 
     @cached_property
     def usable(self) -> list[LabelledImage]:
-        """Images that were decoded."""
+        """Images with a label that were decoded."""
         return [item for item in self.listing.items if item.path in self.digests.records]
+
+    @cached_property
+    def unlabelled(self) -> list[LabelledImage]:
+        """Images without a label that were decoded."""
+        return [item for item in self.listing.unlabelled if item.path in self.digests.records]
+
+    @cached_property
+    def every(self) -> list[LabelledImage]:
+        """Images with and without a label that were decoded, sorted by path."""
+        return [item for item in self.listing.every if item.path in self.digests.records]
+
+    @cached_property
+    def known_labels(self) -> dict[str, str]:
+        """Path -> label, for the decoded images that have one."""
+        return {item.path: item.label for item in self.usable}
 
     @cached_property
     def headers(self) -> dict[str, Header]:
@@ -70,6 +87,7 @@ def read_data(
     progress: Progress | None = None,
     index: Path | None = None,
     rendering: Rendering = DEFAULT_RENDERING,
+    private: Path | None = None,
 ) -> ReadData:
     """List and decode all images.
 
@@ -80,17 +98,17 @@ def read_data(
         progress: Called with (images read, images).
         index: Folder that remembers what was read of each file (`stages.prepare.image_index`), or None to read all.
         rendering: Window and frame as `prepare` reads them; with others neither could use the index of the other.
+        private: The study's folder `.fpt`, so that pseudonyms are those of `prepare`; None: they differ at each call.
 
     Raises:
         DataError: The folder or table is missing, unreadable or malformed.
     """
-    listing = read_listing(data, root)
+    listing = read_listing(data, root, private)
     if manifest is not None and all(item.split is None for item in listing.items):
         split_of = {row.path: row.split for row in manifest.rows}
         listing.items[:] = [replace(item, split=split_of.get(item.path)) for item in listing.items]
-    return ReadData(
-        data, listing, read_images(listing.items, listing.images, data, progress, index, rendering=rendering)
-    )
+    digests = read_images(listing.every, listing.images, data, progress, index, rendering=rendering)
+    return ReadData(data, listing, digests, rendering)
 
 
 def check_data(read: ReadData, lpm_size: int) -> DataCheck:
@@ -108,6 +126,7 @@ def check_data(read: ReadData, lpm_size: int) -> DataCheck:
         task=read.data.task,
         unit=listing.unit,
         images=len(listing.items),
+        unlabelled=len(listing.unlabelled),
         groups=len({item.path if item.group is None else (item.group,) for item in listing.items}),
         classes=read.classes,
         by_class=_by_class(read),
@@ -121,7 +140,7 @@ def check_data(read: ReadData, lpm_size: int) -> DataCheck:
         blank=tuple(path for path, record in records.items() if is_blank(record.thumbnail)),
         duplicates=_duplicates(read),
         near=_near(read),
-        leaks=tuple(map(str, find_leaks(read.usable, digests.ids, digests.near, listing.unit))),
+        leaks=tuple(map(str, find_leaks(read.every, digests.ids, digests.near, listing.unit))),
         probes=_probes(read),
     )
 
@@ -183,22 +202,22 @@ def find_copies(read: ReadData) -> tuple[Copies, ...]:
 
 
 def _duplicates(read: ReadData) -> tuple[Copies, ...]:
-    same: dict[str, list[LabelledImage]] = defaultdict(list)
-    for item in read.usable:
-        same[read.digests.ids[item.path]].append(item)
+    same: dict[str, list[str]] = defaultdict(list)
+    for item in read.every:
+        same[read.digests.ids[item.path]].append(item.path)
+    label_of = read.known_labels
     return tuple(
-        Copies(paths=tuple(item.path for item in items), labels=tuple(item.label for item in items))
-        for items in same.values()
-        if len(items) > 1
+        Copies(paths=tuple(paths), labels=tuple(label_of.get(path) for path in paths))
+        for paths in same.values()
+        if len(paths) > 1
     )
 
 
 def _near(read: ReadData) -> tuple[Copies, ...]:
-    label_of = {item.path: item.label for item in read.usable}
+    label_of = read.known_labels
     return tuple(
-        Copies(paths=(one, other), labels=(label_of[one], label_of[other]), similarity=round(similarity, 4))
+        Copies(paths=(one, other), labels=(label_of.get(one), label_of.get(other)), similarity=round(similarity, 4))
         for one, other, similarity in read.digests.near.pairs
-        if one in label_of and other in label_of
     )
 
 
@@ -208,7 +227,7 @@ def _probes(read: ReadData) -> tuple[Probe, ...]:
     items = [item for item in read.usable if item.label or not exclusive]
     if len({item.label for item in items}) < 2:
         return ()
-    clusters = find_clusters(read.usable, read.digests.ids, near=read.digests.near.key_of)
+    clusters = find_clusters(read.usable, read.digests.ids, near=read.digests.near.key_of, links=read.unlabelled)
     cluster_of = {path: number for number, cluster in enumerate(clusters) for path in cluster.paths}
     order = sample(len(items))
     chosen: Sequence[LabelledImage] = [items[at] for at in order]

@@ -54,7 +54,7 @@ def _sheets(read: ReadData) -> list[dict[str, object]]:
 def _picture(read: ReadData, path: str) -> str:
     data = read.data
     accept = None if data.on_warning == "error" else lambda _: None
-    image = read_image(read.listing.images / path, max_pixels=data.max_pixels, accept=accept)
+    image = read_image(read.listing.images / path, max_pixels=data.max_pixels, accept=accept, rendering=read.rendering)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BOX)
     # From mode F, which medical formats may have, only by way of L.
     small = image if image.mode == "RGB" else image.convert("L").convert("RGB")

@@ -41,6 +41,13 @@ def plan_repair(read: ReadData) -> Repair:
         DataError: No split is given, so that nothing can leak.
     """
     data, listing, digests = read.data, read.listing, read.digests
+    if data.tag_columns is not None:
+        raise DataError(
+            "The table has a row for all files with the same elements of the header (data.tag_columns).",
+            "Leaving out an image would leave out all images of its row.",
+            "Write a table with a row per file, with `fpt prepare --write-split` and data.split_column: null, and "
+            "repair that.",
+        )
     if all(item.split is None for item in listing.items):
         raise DataError(
             "There is nothing to repair: no split is given.",
@@ -51,7 +58,7 @@ def plan_repair(read: ReadData) -> Repair:
     gone = {image.path for image in dropped}
     items = [item for item in listing.items if item.path not in gone]
     return Repair(
-        rows=len(items),
+        rows=len(items) + len(listing.unlabelled),
         dropped=dropped,
         conflicts=_conflicts(data, listing, digests, items),
         missing=tuple(_missing(data, items, read.classes)),
@@ -86,7 +93,10 @@ def write_repair(repair: Repair, read: ReadData, root: Path, output: Path, repor
 def _dropped(read: ReadData) -> tuple[DroppedImage, ...]:
     data, digests = read.data, read.digests
     # As `check_leaks`: allowed kinds connect nothing.
-    items = [replace(item, group=None) for item in read.usable] if "patient" in data.allow_leaks else read.usable
+    items, links = (
+        [replace(item, group=None) for item in some] if "patient" in data.allow_leaks else some
+        for some in (read.usable, read.unlabelled)
+    )
     ids = {
         path: f"{content}{path}" if "content" in data.allow_leaks else content for path, content in digests.ids.items()
     }
@@ -94,7 +104,7 @@ def _dropped(read: ReadData) -> tuple[DroppedImage, ...]:
     reasons = _reasons(read)
     item_of = {item.path: item for item in read.usable}
     dropped = []
-    for cluster in find_clusters(items, ids, near=near):
+    for cluster in find_clusters(items, ids, near=near, links=links):
         kept = _kept_split(cluster, item_of)
         for path in cluster.paths if kept is not None else ():
             item = item_of[path]
@@ -117,7 +127,7 @@ def _kept_split(cluster: Cluster, item_of: dict[str, LabelledImage]) -> Split | 
 def _reasons(read: ReadData) -> dict[str, str]:
     """Return path -> the first leak that it is in."""
     reasons: dict[str, str] = {}
-    for leak in find_leaks(read.usable, read.digests.ids, read.digests.near, read.listing.unit):
+    for leak in find_leaks(read.every, read.digests.ids, read.digests.near, read.listing.unit):
         for path in leak.paths if leak.kind not in read.data.allow_leaks else ():
             reasons.setdefault(path, str(leak))
     return reasons

@@ -42,7 +42,7 @@ def find_similar_features(read: ReadData, cache_root: Path, receipt: ExtractionR
     if not receipt.spec.pooled:
         return None
     first: dict[str, LabelledImage] = {}
-    for item in read.usable:
+    for item in read.every:
         first.setdefault(read.digests.ids[item.path], item)
     reader = open_store(cache_root, receipt)
     contents = sorted(first)
@@ -50,11 +50,13 @@ def find_similar_features(read: ReadData, cache_root: Path, receipt: ExtractionR
     if len(ids) < _FEW:
         return None
     pairs, cosines = similar_rows(remainders(_vectors(reader, ids))[0], _SIMILAR)
-    found = []
+    found, label_of = [], read.known_labels
     for (one, other), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True):
         a, b = sorted((first[ids[one]], first[ids[other]]), key=lambda item: item.path)
         likeness = round(min(float(cosine), 1.0), 4)
-        found.append(Copies(paths=(a.path, b.path), labels=(a.label, b.label), similarity=likeness))
+        found.append(
+            Copies(paths=(a.path, b.path), labels=(label_of.get(a.path), label_of.get(b.path)), similarity=likeness)
+        )
     return tuple(sorted(found, key=lambda copies: (-copies.similarity, copies.paths)))
 
 

@@ -38,7 +38,8 @@ class CountTable:
 
 def headline(check: DataCheck) -> str:
     """Return the number of images, groups and classes."""
-    return f"{images_of(check.images, check.groups, check.unit)}, {counted(len(check.classes), 'class')}"
+    without = f"; {counted(check.unlabelled, 'image')} without a label" if check.unlabelled else ""
+    return f"{images_of(check.images, check.groups, check.unit)}, {counted(len(check.classes), 'class')}{without}"
 
 
 def findings(check: DataCheck) -> list[Finding]:
@@ -73,8 +74,8 @@ def _serious(check: DataCheck) -> list[Finding | None]:
             suspected,
             "suspected shortcut",
             "",
-            "These predict the class of patients that they have not seen. If that is not part of the finding, a model "
-            "may learn the acquisition instead: compare within one site, scanner and format.",
+            "Each of these predicts the class of unseen patients better than chance. If it is not part of the finding, "
+            "a model may learn how the images were acquired: compare images of one site, scanner and format.",
         ),
         _finding(
             [f"{path}: {warning}" for path, warning in check.corrupt.items()],
@@ -118,8 +119,8 @@ def count_tables(check: DataCheck) -> list[CountTable]:
     if check.probes:
         tables.append(
             CountTable(
-                "What else tells the class",
-                ("read", "balanced accuracy", "by chance (99% interval)"),
+                "What predicts the class apart from the finding",
+                ("property", "balanced accuracy", "by chance (99% interval)"),
                 tuple(
                     (
                         probe.name,
@@ -142,8 +143,12 @@ def count_tables(check: DataCheck) -> list[CountTable]:
             (value or "empty", *(f"{counts.get(label, 0):,}" for label in check.classes))
             for value, counts in values.items()
         )
-        tables.append(CountTable(f"Classes by {name}", (name, *check.classes), by_value))
-    return tables
+        if len(values) > 1:
+            tables.append(CountTable(f"Classes by {name}", (name, *check.classes), by_value))
+    same = tuple(
+        (name, value or "empty") for name, values in check.columns.items() for value in values if len(values) == 1
+    )
+    return [*tables, CountTable("The same for all images", ("property", "value"), same)] if same else tables
 
 
 def _finding(lines: Iterable[str], noun: str, rest: str, meaning: str, *, serious: bool = True) -> Finding | None:

@@ -71,7 +71,7 @@ def evaluate(
     rows = _rows(manifest, split)
     source = open_source(bundle, files)
     try:
-        found = _probabilities(bundle, source, rows)
+        found = row_probabilities(bundle, source, rows)
         predictions = Predictions(
             manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
         )
@@ -171,8 +171,8 @@ def evaluated_model(spec: BundleSpec) -> EvaluatedModel:
     )
 
 
-def _probabilities(bundle: Bundle, source: RowSource, rows: tuple[ManifestRow, ...]) -> npt.NDArray[np.float32]:
-    """(n, C). A file under two names is computed once."""
+def row_probabilities(bundle: Bundle, source: RowSource, rows: Sequence[ManifestRow]) -> npt.NDArray[np.float32]:
+    """Return the probabilities of the rows, (n, C). A file under two names is computed once."""
     position = {image_id: number for number, image_id in enumerate(dict.fromkeys(row.id for row in rows))}
     logits = source_logits(bundle, source, list(position))
     return probabilities(logits, bundle.spec.task)[[position[row.id] for row in rows]]

@@ -177,7 +177,7 @@ class _Extraction:
     def _compute(self, missing: Sequence[str], execute: Execute) -> None:
         job, rows = self._job, self._rows
         # If several files have one content, the first of the manifest.
-        paths = {row.id: str(job.images / row.path) for row in reversed(job.manifest.rows)}
+        paths = {row.id: str(job.images / row.path) for row in reversed(job.manifest.every())}
         images = [(rows[name].image, paths[rows[name].image], rows[name].view) for name in missing]
         tasks = plan_tasks(self._store, images)
         results = execute(job.settings, job.root, self._store, tasks, self._count)

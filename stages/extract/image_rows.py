@@ -33,7 +33,7 @@ class ImageRows:
             data: Limits of an image's size.
             spec: Gives the input size, the resize rule, the filter and the padding colour.
         """
-        self._paths: Mapping[str, Path] = {row.id: folder / row.path for row in manifest.rows}
+        self._paths: Mapping[str, Path] = {row.id: folder / row.path for row in manifest.every()}
         self._data, self._spec = data, spec
 
     @property

@@ -98,6 +98,8 @@ class ExternalContext:
     """Adaptation at test time, in addition to the evaluation without it; None: no adaptation."""
     files: StudyFiles | None = None
     """Study of the model, for statistics of source images that the bundle lacks; None: unknown."""
+    private: Path | None = None
+    """Folder with the key of the study, so that patients of DICOM files have its pseudonyms; None: new ones."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def evaluate_external(
     # What belongs to the splits of the study means nothing here.
     study_only = {"split_column": None, "site_column": None, "test_sites": None, "keep_columns": ()}
     data = data.model_copy(update={"task": spec.task, **study_only})
-    listing = _list_labelled(data, context.root, spec)
+    listing = _list_labelled(data, context, spec)
     digests = _digests(listing, data, spec.features.rendering, progress.reading)
     rows = _rows(listing.items, digests, spec)
     paths = {row.id: listing.images / row.path for row in reversed(rows)}
@@ -165,13 +167,15 @@ def evaluate_external(
         adapted = write_adapted(predictions, again, manifest, spec, output, metrics, context.adapt)
     aside = listing.set_aside()
     write_quarantine(aside, listing.items, digests.failures, output / QUARANTINE_FILE)
-    notes = (*listing.notes, *skipped_lines(listing.skipped, listing.images))
+    without = counted(len(listing.unlabelled), "image")
+    unlabelled = [f"{without} without a label, not evaluated (data.unlabelled: allow)."] if listing.unlabelled else []
+    notes = (*listing.notes, *unlabelled, *skipped_lines(listing.skipped, listing.images))
     return ExternalResult(metrics, cached, len(paths) - cached, len(aside) + len(digests.failures), adapted, notes)
 
 
-def _list_labelled(data: DataSettings, root: Path, spec: BundleSpec) -> Listing:
+def _list_labelled(data: DataSettings, context: ExternalContext, spec: BundleSpec) -> Listing:
     """List the images, and check that the model was trained on their labels."""
-    listing = read_listing(data, root)
+    listing = read_listing(data, context.root, context.private)
     if data.on_error == "fail":
         check_listing(listing)
     _check_labels(listing.items, spec)

@@ -27,10 +27,10 @@ def describe_changes(before: Manifest, now: Manifest) -> tuple[str, ...]:
 
 def _count(before: Manifest, now: Manifest) -> dict[str, int]:
     old, new = _by_content(before), _by_content(now)
-    old_paths, new_paths = ({row.path: row.id for row in manifest.rows} for manifest in (before, now))
+    old_paths, new_paths = ({row.path: row.id for row in manifest.every()} for manifest in (before, now))
     edited = sum(old_paths[path] != one for path, one in new_paths.items() if path in old_paths)
-    fresh = [row for row in now.rows if row.id not in old and row.path not in old_paths]
-    gone = [row for row in before.rows if row.id not in new and row.path not in new_paths]
+    fresh = [row for row in now.every() if row.id not in old and row.path not in old_paths]
+    gone = [row for row in before.every() if row.id not in new and row.path not in new_paths]
     both = old.keys() & new.keys()
     copies = {one: len(new[one]) - len(old[one]) for one in both}
     return {
@@ -68,7 +68,7 @@ def _used(manifest: Manifest, *splits: str) -> tuple[object, ...]:
 
 def _by_content(manifest: Manifest) -> Rows:
     rows: Rows = defaultdict(list)
-    for row in manifest.rows:
+    for row in manifest.every():
         rows[row.id].append(row)
     return rows
 

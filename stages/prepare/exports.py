@@ -10,12 +10,15 @@ from pathlib import Path
 
 from schemas.data_settings import TAGS, DataSettings
 from schemas.errors import DataError
-from schemas.manifest import Manifest, PrepareSummary
+from schemas.manifest import UNLABELLED, Manifest, PrepareSummary
 from stages.files import atomic_write, storage_errors
 from stages.prepare.class_names import given_labels
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.table_columns import AUTO, FOLDER
 from stages.tables import safe_cell
+
+_MISSING = "NaN"
+"""Label of an image without one: an empty cell of a multi-label study means that the image has none of the labels."""
 
 
 def write_quarantine(
@@ -72,14 +75,15 @@ def write_splits(manifest: Manifest, summary: PrepareSummary, data: DataSettings
     split_column = summary.split_column or (data.split_column if data.split_column not in (None, AUTO) else "split")
     columns = list(data.label_columns or (data.label_column,))
     rows = []
-    for row in manifest.rows:
-        labels = given_labels(row.label, data)
+    for row in manifest.every():
+        known = row.split != UNLABELLED
+        labels = given_labels(row.label, data) if known else (_MISSING,)
         if data.label_columns is None:
             cells = [data.label_separator.join(labels)]
         else:
-            cells = [str(int(name in labels)) for name in data.label_columns]
+            cells = [str(int(name in labels)) if known else "" for name in data.label_columns]
         group = [] if group_column is None else ["" if row.group == row.path else row.group]
-        rows.append([row.path, *cells, *group, row.split])
+        rows.append([row.path, *cells, *group, row.split if known else ""])
     groups = [] if group_column is None else [group_column]
     _write(path, [data.path_column, *columns, *groups, split_column or "split"], rows)
 

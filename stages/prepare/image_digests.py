@@ -99,8 +99,9 @@ def digest_images(
     """
     records: dict[str, ImageRecord] = {}
     if index is not None:
+        folder = str(images)
         for item in items:
-            if (known := index.find(item.path, FileState.of(images / item.path))) is not None:
+            if (known := index.find(item.path, FileState.of(os.path.join(folder, item.path)))) is not None:  # noqa: PTH118
                 records[item.path] = known
         if records and progress is not None:
             progress(len(records), len(items))

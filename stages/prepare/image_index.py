@@ -7,6 +7,7 @@ damaged or was made with other limits or another version, every image is read ag
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,10 +42,10 @@ class FileState(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> FileState | None:
+    def of(cls, path: Path | str) -> FileState | None:
         """Return the state of a file, links followed; None if there is none."""
         try:
-            status = path.stat()
+            status = os.stat(path)  # noqa: PTH116, because 100,000 paths as text take 2 s less
         except OSError:
             return None
         # Parquet has signed numbers only.

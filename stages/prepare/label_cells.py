@@ -34,7 +34,9 @@ def label_keys(data: DataSettings) -> dict[str, str]:
     return {f"data.label_columns.{number}": name for number, name in enumerate(data.label_columns)}
 
 
-def join_labels(data: DataSettings, table: str, lines: Sequence[int], columns: Sequence[Sequence[str]]) -> list[str]:
+def join_labels(
+    data: DataSettings, table: str, lines: Sequence[int], columns: Sequence[Sequence[str]]
+) -> list[str | None]:
     """Combine the label cells of each row into one label in the notation of manifests.
 
     Args:
@@ -43,9 +45,40 @@ def join_labels(data: DataSettings, table: str, lines: Sequence[int], columns: S
         lines: Line number of each row.
         columns: Cells of each column of `label_keys`.
 
+    Returns:
+        Label of each row, or None if it is missing and `data.unlabelled` is allow. With a column per label, all of them
+        have to be missing: of a row with some, neither a 0 nor leaving out the others would be right.
+
     Raises:
         DataError: A label is missing, a flag is neither 0 nor 1, or a label contains the separator of manifests.
     """
+    labelled = [
+        position for position in range(len(lines)) if not _is_unlabelled(data, [one[position] for one in columns])
+    ]
+    joined: list[str | None] = [None] * len(lines)
+    found = _join([lines[at] for at in labelled], [[one[at] for at in labelled] for one in columns], data, table)
+    for position, label in zip(labelled, found, strict=True):
+        joined[position] = label
+    return joined
+
+
+def _is_unlabelled(data: DataSettings, cells: Sequence[str]) -> bool:
+    """Whether a row has no label, and this is allowed. Labels that are listed in the settings are never missing."""
+    if data.unlabelled == "error":
+        return False
+    if data.label_columns is not None:
+        return all(map(is_missing, cells))
+    if not cells[0]:
+        # An image of a multi-label study may have none of the labels.
+        return data.task != "multilabel"
+    return is_missing(cells[0]) and cells[0] not in _class_words(data)
+
+
+def _class_words(data: DataSettings) -> set[str]:
+    return {*(data.classes or ()), *(data.class_names or {})}
+
+
+def _join(lines: Sequence[int], columns: Sequence[Sequence[str]], data: DataSettings, table: str) -> list[str]:
     if data.task != "multilabel":
         _check_missing(data, table, lines, [[cell] for cell in columns[0]])
         return list(columns[0])
@@ -65,7 +98,7 @@ def join_labels(data: DataSettings, table: str, lines: Sequence[int], columns: S
 
 def _check_missing(data: DataSettings, table: str, lines: Sequence[int], rows: Iterable[Iterable[str]]) -> None:
     """Refuse missing labels in any spelling; the user has to list a class with such a name."""
-    listed_names = {*(data.classes or ()), *(data.class_names or {})}
+    listed_names = _class_words(data)
     missing = [
         (line, label)
         for line, labels in zip(lines, rows, strict=True)
@@ -78,7 +111,8 @@ def _check_missing(data: DataSettings, table: str, lines: Sequence[int], rows: I
         raise DataError(
             f"{counted(len(missing), 'row')} of {table} {'has' if len(missing) == 1 else 'have'} no label.",
             listed(f"line {line}: {repr(label) if label else 'empty'}" for line, label in missing),
-            f"Fill in these labels or remove the rows.{hint}",
+            "Fill in these labels, remove the rows, or set data.unlabelled: allow to cache and predict these images "
+            f"without training on them.{hint}",
         )
 
 
@@ -93,7 +127,8 @@ def _flags(table: str, name: str, lines: Sequence[int], cells: Sequence[str]) ->
             f"{counted(len(invalid), 'cell')} of column {name!r} in {table} {'are' if len(invalid) > 1 else 'is'} "
             "neither 0 nor 1.",
             listed(invalid) + "\nIt is unknown whether these images have the label.",
-            "Fill in 0 or 1, remove the rows, or leave the column out of data.label_columns.",
+            "Fill in 0 or 1, remove the rows, or leave the column out of data.label_columns. With data.unlabelled: "
+            "allow, a row in which all of these cells are empty is an image without a label.",
         )
     return [_FLAGS[cell.lower()] for cell in cells]
 

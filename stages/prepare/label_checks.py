@@ -26,6 +26,8 @@ def check_classes(
         DataError: There are fewer than two classes, a label is not listed, or a listed class has no image.
     """
     counts = Counter(name for item in items for name in names_in(item.label, task))
+    if not items:
+        raise DataError("No image has a label.", "", "Correct data.images, data.labels or data.label_column.")
     if classes is not None:
         problems = [
             f"{label!r}, {counted(counts[label], 'image')}: not in data.classes{did_you_mean(label, classes)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from schemas.data_settings import DataSettings
@@ -14,11 +14,18 @@ from schemas.manifest import SPLITS, Split
 from schemas.text import counted
 from stages.prepare.error_text import did_you_mean, listed
 from stages.prepare.excel_cells import Row
+from stages.prepare.image_files import SkippedFile
 from stages.prepare.label_cells import is_missing, join_labels, label_keys
 from stages.prepare.labelled_image import LabelledImage
 from stages.prepare.table_cells import check_known, known, read_cells
 from stages.prepare.table_columns import AUTO, SPLIT_WORDS, find_columns, split_of_word
 from stages.tables import plain_cell
+
+_ELEMENTS = {
+    name.casefold(): name
+    for name in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID")
+}
+"""Columns, in lower case, that probably have elements of DICOM headers."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,29 @@ class TableRows:
 
     items: list[LabelledImage]
     """Sorted by path."""
+    unlabelled: list[LabelledImage]
+    """Images without a label or split, where the settings allow them; sorted by path."""
     group_column: str | None
     """Column with the groups, or None if no group is known."""
     split_column: str | None
     """Column with predefined splits, or None if all splits are drawn."""
     notes: list[str]
     """Choices made from the header, as notes for the user."""
+    unmatched: dict[str, str] = field(default_factory=dict)
+    """Row of which there is no DICOM file -> reason."""
+    skipped: list[SkippedFile] = field(default_factory=list)
+    """Files that are not images, where the folder was searched."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The images of each row."""
+
+    paths: list[list[str]]
+    """Relative to the image folder; several of a row only if it names them by elements of DICOM."""
+    notes: list[str] = field(default_factory=list)
+    unmatched: dict[str, str] = field(default_factory=dict)
+    skipped: list[SkippedFile] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -86,30 +110,65 @@ def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
     needed = needed_columns(data)
     header, rows = read_cells(table, tuple(needed.values()))
     _check_header(table, header, needed)
-    taken = (data.path_column, *label_keys(data).values())
+    taken = (*_place_keys(data).values(), *label_keys(data).values())
     group_column, split_column, notes = find_columns(data, table.name, header, taken)
+    # Lists take the place of a column, which they may contradict.
+    split_column = split_column if data.split_files is None else None
     wrong_length = [line for line, row in rows if len(row) != len(header)]
     _check_rows(table, "does not have as many cells as the header", wrong_length)
     columns = _Columns(table, header, rows)
     lines = columns.lines
-    paths = _paths(table, lines, columns.raw(data.path_column), images, data.path_column)
+    places = _places(data, columns, images)
     labels = join_labels(data, str(table), lines, [columns.plain(name) for name in label_keys(data).values()])
     splits = _splits(table, lines, columns.plain(split_column), split_column)
     groups, sites = columns.plain(group_column), columns.plain(data.site_column)
     others = columns.others({*taken, group_column, split_column, data.site_column})
-    items = [
-        LabelledImage(
-            path=path,
-            label=labels[at],
+    items: list[LabelledImage] = []
+    unlabelled: list[LabelledImage] = []
+    for at, label in enumerate(labels):
+        row = LabelledImage(
+            path="",
+            label=label or "",
             group=None if is_missing(groups[at]) else groups[at],
-            split=splits[at],
+            split=None if label is None else splits[at],
             site=None if is_missing(sites[at]) else sites[at],
             others={name: cells[at] for name, cells in others.items()},
             line=lines[at],
         )
-        for at, path in enumerate(paths)
-    ]
-    return TableRows(sorted(items, key=lambda item: item.path), group_column, split_column, notes)
+        (items if label is not None else unlabelled).extend(replace(row, path=path) for path in places.paths[at])
+    for some in (items, unlabelled):
+        some.sort(key=lambda item: item.path)
+    notes = [*notes, *places.notes]
+    return TableRows(items, unlabelled, group_column, split_column, notes, places.unmatched, places.skipped)
+
+
+def _place_keys(data: DataSettings) -> dict[str, str]:
+    """Return setting -> column, for all columns that tell which images a row is about."""
+    if data.tag_columns is None:
+        return {"data.path_column": data.path_column}
+    return {f"data.tag_columns.{keyword}": name for keyword, name in data.tag_columns.items()}
+
+
+def _places(data: DataSettings, columns: _Columns, images: Path) -> _Places:
+    table, lines = columns.table, columns.lines
+    if data.tag_columns is None:
+        return _Places(
+            [[path] for path in _paths(table, lines, columns.raw(data.path_column), images, data.path_column)]
+        )
+    # Imported late, with the package that reads DICOM files.
+    from stages.prepare.tag_keys import index_files, match_rows, without_files
+
+    cells = [[" ".join(cell.split()) for cell in columns.plain(name)] for name in data.tag_columns.values()]
+    for name, column in zip(data.tag_columns.values(), cells, strict=True):
+        _check_rows(
+            table, f"has no {name}", [line for line, cell in zip(lines, column, strict=True) if is_missing(cell)]
+        )
+    keys = list(zip(*cells, strict=True))
+    files = index_files(images, data)
+    paths, notes = match_rows(files, table.name, lines, keys, data.tag_columns)
+    without = {line: key for line, key, some in zip(lines, keys, paths, strict=True) if not some}
+    reasons = without_files(files, without, data.tag_columns)
+    return _Places(paths, notes, {f"line {n} of {table.name}": why for n, why in reasons.items()}, files.skipped)
 
 
 def needed_columns(data: DataSettings) -> dict[str, str]:
@@ -121,7 +180,7 @@ def needed_columns(data: DataSettings) -> dict[str, str]:
         **{f"data.keep_columns.{number}": name for number, name in enumerate(data.keep_columns)},
     }
     chosen = {key: name for key, name in named.items() if name is not None}
-    return {"data.path_column": data.path_column, **label_keys(data), **chosen}
+    return {**_place_keys(data), **label_keys(data), **chosen}
 
 
 def check_files(items: Sequence[LabelledImage], images: Path, table: str) -> None:
@@ -155,10 +214,13 @@ def _check_header(table: Path, header: list[str], column_of: dict[str, str]) -> 
         if header.count(name) != 1
     ]
     if problems:
+        named = next((name for name in header if "".join(name.split()).casefold() in _ELEMENTS), None)
+        element = None if named is None else _ELEMENTS["".join(named.split()).casefold()]
+        hint = f" If rows are about DICOM files: data.tag_columns: {{{element}: {named}}}" if element else ""
         raise DataError(
             f"{table} does not have the columns named in the settings.",
             listed([*problems, f"existing columns: {', '.join(header)}"]),
-            "Correct the column names in params.yaml.",
+            f"Correct the column names in params.yaml.{hint if 'data.path_column' in column_of else ''}",
         )
 
 

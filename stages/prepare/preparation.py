@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schemas.data_settings import DataSettings
 from schemas.errors import DataError, ManifestError, UnreadableImagesError
-from schemas.manifest import GroupUnit, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
+from schemas.manifest import UNLABELLED, Manifest, ManifestRow, PrepareResult, PrepareSummary, Split
 from schemas.rendering import DEFAULT_RENDERING, Rendering
 from schemas.tasks import Task, names_in, written
 from stages.files import atomic_write
@@ -72,23 +72,23 @@ def prepare(
     classes = check_classes(items, class_order(data), data.task)
     check_named(data, items)
     if data.labels_file is not None and data.on_error == "fail":
-        check_files(items, listing.images, data.labels_file)
-    digests = read_images(items, listing.images, data, progress, index, full, rendering)
+        check_files(listing.every, listing.images, data.labels_file)
+    digests = read_images(listing.every, listing.images, data, progress, index, full, rendering)
     if data.on_error == "fail":
         _check_all(listing, digests)
-    usable = [item for item in items if item.path in digests.ids]
+    usable = _usable(items, digests)
     check_left(usable, classes, len(digests.failures), data.task)
     check_conflicts(usable, digests.ids)
     with locked(history, data):
         before = KnownSplits() if history is None else _earlier_splits(history, data, redraw)
         known = KnownSplits() if redraw else before
         split_of = _splits(data, listing, usable, digests, classes, known)
-        complete = _manifest(data, usable, classes, digests, split_of, listing.unit)
+        complete = _manifest(data, listing, classes, digests, split_of)
         manifest = complete if data.shots is None else draw_shots(complete, data.shots, data.seed)
         listing.notes.extend(digests.remark_lines())
         summary = summarise(manifest, listing, digests)
         result = _compare(_last_manifest(output, history), before, summary, data, listing, manifest)
-        write_quarantine(listing.set_aside(), items, digests.failures, output / QUARANTINE_FILE)
+        write_quarantine(listing.set_aside(), listing.every, digests.failures, output / QUARANTINE_FILE)
         atomic_write(output / SUMMARY_FILE, (summary.model_dump_json(indent=2) + "\n").encode())
         write_manifest(manifest, output / MANIFEST_FILE)
         if history is not None:
@@ -153,7 +153,9 @@ def _splits(
     known: KnownSplits,
 ) -> dict[str, Split]:
     try:
-        return assign_splits(items, digests.ids, classes, data, known, listing.unit, digests.near)
+        return assign_splits(
+            items, digests.ids, classes, data, known, listing.unit, digests.near, _usable(listing.unlabelled, digests)
+        )
     except DataError as error:
         # The error may be due to columns that were chosen automatically.
         if AUTO not in (data.group_column, data.split_column) or not listing.notes:
@@ -165,30 +167,40 @@ def _splits(
         raise DataError(error.state, cause, repair) from None
 
 
+def _usable(items: Sequence[LabelledImage], digests: Digests) -> list[LabelledImage]:
+    return [item for item in items if item.path in digests.ids]
+
+
 def _manifest(
-    data: DataSettings,
-    items: Sequence[LabelledImage],
-    classes: tuple[str, ...],
-    digests: Digests,
-    split_of: dict[str, Split],
-    unit: GroupUnit | None,
+    data: DataSettings, listing: Listing, classes: tuple[str, ...], digests: Digests, split_of: dict[str, Split]
 ) -> Manifest:
     near = {} if "near" in data.allow_leaks else digests.near.key_of
-    # `items` are sorted by path, as a manifest has to be.
-    rows = (
-        ManifestRow(
+
+    def row(item: LabelledImage, label: str, split: Split) -> ManifestRow:
+        return ManifestRow(
             id=digests.ids[item.path],
             path=item.path,
-            label=_in_order(item.label, classes, data.task),
+            label=label,
             group=item.path if item.group is None else item.group,
-            split=split_of[item.path],
+            split=split,
             site=item.site,
-            kept={name: item.others[name] for name in data.keep_columns},
+            kept={name: item.others.get(name, "") for name in data.keep_columns},
             near=near.get(item.path),
         )
-        for item in items
+
+    # Both are sorted by path, as a manifest has to be.
+    labelled = (
+        row(item, _in_order(item.label, classes, data.task), split_of[item.path])
+        for item in _usable(listing.items, digests)
     )
-    return Manifest(classes=classes, rows=tuple(rows), task=data.task, unit=unit, allow_leaks=data.allow_leaks)
+    return Manifest(
+        classes=classes,
+        rows=tuple(labelled),
+        task=data.task,
+        unit=listing.unit,
+        allow_leaks=data.allow_leaks,
+        unlabelled=tuple(row(item, "", UNLABELLED) for item in _usable(listing.unlabelled, digests)),
+    )
 
 
 def _in_order(label: str, classes: Sequence[str], task: Task) -> str:

@@ -38,6 +38,7 @@ def assign_splits(
     known: KnownSplits,
     unit: GroupUnit | None = None,
     near: NearDuplicates = NO_NEAR,
+    unlabelled: Sequence[LabelledImage] = (),
 ) -> dict[str, Split]:
     """Assign a split to every image.
 
@@ -49,6 +50,7 @@ def assign_splits(
         known: Splits of earlier draws.
         unit: Kind of the groups, or None if no group is known.
         near: Near-duplicates; ignored if `data.allow_leaks` has near.
+        unlabelled: Images that get no split, but join those of their patient, their copies and near-duplicates.
 
     Returns:
         Path -> split.
@@ -57,12 +59,13 @@ def assign_splits(
         DataError: The splits of the table leak, or a class cannot be in every split.
     """
     given = {item.path: item.split for item in items if item.split is not None}
-    leaks = check_leaks(items, ids, near, unit, data.allow_leaks)
+    leaks = check_leaks([*items, *unlabelled], ids, near, unit, data.allow_leaks)
     has_val = "val" in given.values()
     if len(given) == len(items) and has_val:
         check_gaps(items, classes, data.task)
         return given
-    clusters = find_clusters(items, ids, data.task, near={} if "near" in data.allow_leaks else near.key_of)
+    near_of = {} if "near" in data.allow_leaks else near.key_of
+    clusters = find_clusters(items, ids, data.task, near_of, unlabelled)
     group_of = {item.path: item.group for item in items}
     placements = {}
     for cluster in clusters:

@@ -26,6 +26,7 @@ def summarise(manifest: Manifest, listing: Listing, digests: Digests) -> Prepare
     grouped = [row.group for row in manifest.rows if row.group != row.path]
     return PrepareSummary(
         images=len(manifest.rows),
+        unlabelled=len(manifest.unlabelled),
         duplicates=sum(copies[row.id] > 1 for row in manifest.rows),
         near=sum(row.near is not None for row in manifest.rows),
         groups=len(set(grouped)),
@@ -33,7 +34,7 @@ def summarise(manifest: Manifest, listing: Listing, digests: Digests) -> Prepare
         unit=listing.unit,
         group_column=listing.group_column,
         split_column=listing.split_column,
-        quarantined=len(digests.failures) + len(listing.stray) + len(listing.unlabelled),
+        quarantined=len(digests.failures) + len(listing.stray) + len(listing.missing_labels) + len(listing.unmatched),
         passed_over=dict(sorted(Counter(file.reason for file in listing.skipped).items())),
         leaks=_allowed_leaks(manifest, listing, digests),
         warned=len(digests.warnings),
@@ -47,6 +48,7 @@ def _allowed_leaks(manifest: Manifest, listing: Listing, digests: Digests) -> di
         return {}
     split_of = {row.path: row.split for row in manifest.rows}
     items = [replace(item, split=split_of[item.path]) for item in listing.items if item.path in split_of]
+    items += [item for item in listing.unlabelled if item.path in digests.ids]
     return check_leaks(items, digests.ids, digests.near, listing.unit, manifest.allow_leaks)
 
 
@@ -79,6 +81,7 @@ def describe(
     notes = [
         *listing.notes,
         *numbers_hint(data, manifest.classes),
+        *_unlabelled_notes(manifest),
         *_leak_notes(summary),
         *_large_sets(manifest),
         *_small_splits(summary, data, len(known)),
@@ -91,7 +94,7 @@ def describe(
 
 def _small_splits(summary: PrepareSummary, data: DataSettings, known: int) -> list[str]:
     """Warn of each split that has become less than half as large as the settings request."""
-    if not known or summary.split_column is not None:
+    if not known or summary.split_column is not None or data.split_files is not None:
         return []
     shares = {"val": data.val_share, "test": data.test_share}
     return [
@@ -112,6 +115,18 @@ def _large_sets(manifest: Manifest) -> list[str]:
     return [
         f"Warning: {largest:,} images are nearly the same, directly or through others, and stay in one split. If they "
         "are different pictures that look alike, set data.allow_leaks: [near] to compare contents and patients only."
+    ]
+
+
+def _unlabelled_notes(manifest: Manifest) -> list[str]:
+    if not manifest.unlabelled:
+        return []
+    labelled = {row.id for row in manifest.rows}
+    copies = sum(row.id in labelled for row in manifest.unlabelled)
+    same = f" {copies:,} of them are copies of images with a label." if copies else ""
+    return [
+        f"{counted(len(manifest.unlabelled), 'image')} without a label (data.unlabelled: allow): `fpt extract` caches "
+        f"their features, `fpt predict --unlabelled` predicts them; nothing is trained or scored on them.{same}"
     ]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from stages.prepare.error_text import did_you_mean
 from stages.prepare.image_files import SkippedFile, find_image_files
 from stages.prepare.label_cells import is_missing
 from stages.prepare.labelled_image import LabelledImage
-from stages.prepare.pseudonyms import pseudonym, study_key
+from stages.prepare.pseudonyms import study_key
 from stages.prepare.table_columns import AUTO
+from stages.prepare.tag_filter import NO_IMAGE, TagFilter
+from stages.prepare.tag_patients import PATIENT, STUDY, HeaderGroups, Values, group_files
 
-LABEL, PATIENT = "BodyPartExamined", "PatientID"
-"""Keywords of the label and of the patient by default."""
+LABEL = "BodyPartExamined"
+"""Keyword of the label by default."""
 _DEFAULT_COLUMN = DataSettings.model_fields["label_column"].default
 _KEEP = "data.keep_columns"
 _THREADS = 4
+_DAMAGED = "its header is damaged"
 
 _IDENTIFYING = ("Patient", "Accession", "Physician", "Operator", "BirthDate", "Address", "Telephone", "InstanceUID")
 """Parts of keywords whose values may identify a patient or a person, as names of persons do; they are never labels."""
@@ -43,8 +46,10 @@ class TagScan:
 
     items: list[LabelledImage]
     """Sorted by path; groups are pseudonyms."""
-    unlabelled: dict[str, str]
-    """Path of an image without a label -> reason."""
+    unlabelled: list[LabelledImage]
+    """Images without a label, if the settings allow them; sorted by path."""
+    missing_labels: dict[str, str]
+    """Path of any other image without a label -> reason."""
     skipped: list[SkippedFile]
     """Files that are not images."""
     group_column: str | None
@@ -70,39 +75,74 @@ def scan_tags(data: DataSettings, images: Path, key: bytes) -> TagScan:
     """
     label = LABEL if data.label_column == _DEFAULT_COLUMN else data.label_column
     group = PATIENT if data.group_column == AUTO else data.group_column
-    _check_keyword("data.label_column", label)
+    check_keyword("data.label_column", label)
     _check_harmless("data.label_column", label)
     keywords: tuple[str, ...] = (label,)
     for setting, named in (("data.site_column", data.site_column), *((_KEEP, name) for name in data.keep_columns)):
         if named is not None:
-            _check_keyword(setting, named)
+            check_keyword(setting, named)
             _check_harmless(setting, named)
             keywords = (*keywords, named)
     if group is not None:
-        _check_keyword("data.group_column", group)
-        keywords = (*keywords, group)
-    contents = find_image_files(images)
+        check_keyword("data.group_column", group)
+        keywords = (*keywords, group, STUDY)
+    chosen, contents = tag_filter(data), find_image_files(images)
     if not contents.images:
         raise DataError(f"{images} has no images.", "", "Correct data.images in params.yaml.")
+    skipped = list(contents.skipped)
     items: list[LabelledImage] = []
-    unlabelled: dict[str, str] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        read = pool.map(lambda path: _values(path, keywords), contents.images)
-        for path, values in zip(contents.images, read, strict=True):
-            name = path.relative_to(images).as_posix()
-            if isinstance(values, str):
-                unlabelled[name] = values
-            elif (text := _label(values[label], data)) is None:
-                unlabelled[name] = f"its header has no {label}"
-            else:
-                identifier = "\\".join(values[group]) if group is not None else ""
-                known = None if is_missing(identifier) else pseudonym(identifier, key)
-                kept = {keyword: _joined(values[keyword]) for keyword in data.keep_columns}
-                site = None if data.site_column is None else _joined(values[data.site_column]) or None
-                items.append(LabelledImage(name, text, known, site=site, others=kept))
-    grouped = group is not None and any(item.group is not None for item in items)
-    notes = [f"The label of each image is {label} of its header.", *_group_notes(group, items)]
-    return TagScan(items, unlabelled, contents.skipped, group if grouped else None, notes)
+    unlabelled: list[LabelledImage] = []
+    missing: dict[str, str] = {}
+    headers: dict[str, Values] = {}
+    for path, read in header_values(contents.images, (*keywords, *chosen.keywords)):
+        name, values = path.relative_to(images).as_posix(), {} if isinstance(read, str) else read
+        if values and not chosen.is_image(values):
+            skipped.append(SkippedFile(path, NO_IMAGE, True))
+            continue
+        if values and not chosen.passes(values):
+            continue
+        text = _label(values.get(label, []), data)
+        if text is None and (data.unlabelled == "error" or read == _DAMAGED):
+            missing[name] = read if isinstance(read, str) else f"its header has no {label}"
+            continue
+        headers[name] = values
+        kept = {keyword: _joined(values.get(keyword, [])) for keyword in data.keep_columns}
+        site = _joined(values.get(data.site_column or "", [])) or None
+        image = LabelledImage(name, text or "", site=site, others=kept)
+        (items if text is not None else unlabelled).append(image)
+    groups = HeaderGroups({}, []) if group is None else group_files(headers, group, key)
+    for images_of in (items, unlabelled):
+        images_of[:] = [replace(item, group=groups.of.get(item.path)) for item in images_of]
+    notes = [f"The label of each image is {label} of its header.", _group_note(group), *groups.notes, *chosen.notes()]
+    return TagScan(items, unlabelled, missing, skipped, group if groups.of else None, notes)
+
+
+def tag_filter(data: DataSettings) -> TagFilter:
+    """Return the filter of the settings.
+
+    Raises:
+        DataError: It names an element that is unknown.
+    """
+    for keyword in data.tag_filter or {}:
+        check_keyword(f"data.tag_filter.{keyword}", keyword)
+    return TagFilter.of(data)
+
+
+def files_that_pass(paths: Sequence[str], images: Path, data: DataSettings) -> tuple[set[str], list[str]]:
+    """Return the files that `data.tag_filter` accepts, and notes; files of other formats are accepted.
+
+    Args:
+        paths: Relative to `images`.
+        images: Image folder.
+        data: Settings.
+    """
+    chosen, passed = tag_filter(data), set(paths)
+    dicom = [path for path in paths if _kind(images / path) == "DICOM"]
+    read = header_values([images / path for path in dicom], chosen.keywords)
+    for path, (_, values) in zip(dicom, read, strict=True):
+        if isinstance(values, dict) and not chosen.passes(values):
+            passed.discard(path)
+    return passed, chosen.notes()
 
 
 def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None) -> tuple[dict[str, str], list[str]]:
@@ -114,16 +154,18 @@ def patients_of_headers(paths: Sequence[str], images: Path, private: Path | None
         private: As for `stages.prepare.pseudonyms.study_key`, which makes a key only if it is needed.
     """
     dicom = [path for path in paths if _kind(images / path) == "DICOM"]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        read = pool.map(lambda path: _values(images / path, (PATIENT,)), dicom)
-        values = {path: found[PATIENT] for path, found in zip(dicom, read, strict=True) if not isinstance(found, str)}
-    known = {path: "\\".join(texts) for path, texts in values.items() if texts and not is_missing(texts[0])}
-    if not known:
+    read = header_values([images / path for path in dicom], (PATIENT, STUDY))
+    headers: dict[str, Values] = {
+        path: found for path, (_, found) in zip(dicom, read, strict=True) if isinstance(found, dict)
+    }
+    number = sum(not is_missing("".join(values[PATIENT])) for values in headers.values())
+    if not any(values[PATIENT] or values[STUDY] for values in headers.values()):
         return {}, []
-    key = study_key(private)
-    return {path: pseudonym(identifier, key) for path, identifier in known.items()}, [
-        f"{counted(len(known), 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
-        "hashes are stored."
+    groups = group_files(headers, PATIENT, study_key(private))
+    return dict(groups.of), [
+        f"{counted(number, 'DICOM file')} with a PatientID: all images of a patient stay in one split; only keyed "
+        "hashes are stored.",
+        *groups.notes,
     ]
 
 
@@ -134,7 +176,13 @@ def _kind(path: Path) -> str | None:
         return None
 
 
-def _check_keyword(setting: str, keyword: str) -> None:
+def check_keyword(setting: str, keyword: str) -> None:
+    """Refuse a keyword of no short element of DICOM.
+
+    Raises:
+        DataError: Names similar keywords.
+        PlatformError: pydicom is not installed.
+    """
     names = pydicom().datadict
     tag = names.tag_for_keyword(keyword)
     if tag is None or names.dictionary_VR(tag) not in _TEXT:
@@ -158,11 +206,26 @@ def _check_harmless(setting: str, keyword: str) -> None:
         )
 
 
+def header_values(
+    paths: Sequence[Path], keywords: tuple[str, ...]
+) -> Iterator[tuple[Path, dict[str, list[str]] | str]]:
+    """Read elements of the header of each file, in threads; pixels and other elements are not read.
+
+    Args:
+        paths: Files.
+        keywords: Elements.
+
+    Yields:
+        Path, and keyword -> values as text, or the reason why the file has no header.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from zip(paths, pool.map(lambda path: _values(path, keywords), paths), strict=True)
+
+
 def _values(path: Path, keywords: tuple[str, ...]) -> dict[str, list[str]] | str:
-    """Return the values of elements as text, or the reason why the file has no header."""
     try:
         if _kind(path) != "DICOM":
-            return "is not a DICOM file, so it has no header with a label"
+            return "is not a DICOM file, so it has no header"
         with path.open("rb") as file:
             _, header, _ = open_header(file, path.stat().st_size, keywords)
             return {keyword: _texts(header.get(keyword)) for keyword in keywords}
@@ -172,7 +235,7 @@ def _values(path: Path, keywords: tuple[str, ...]) -> dict[str, list[str]] | str
         return (error.strerror or "cannot be read").lower()
     # pydicom raises nearly anything on damaged bytes.
     except Exception:
-        return "its header is damaged"
+        return _DAMAGED
 
 
 def _texts(value: Any) -> list[str]:
@@ -193,11 +256,7 @@ def _label(values: list[str], data: DataSettings) -> str | None:
     return _joined(values)
 
 
-def _group_notes(group: str | None, items: list[LabelledImage]) -> list[str]:
+def _group_note(group: str | None) -> str:
     if group is None:
-        return ["PatientID is not used (data.group_column: null): images of one patient may be in different splits."]
-    missing = sum(item.group is None for item in items)
-    notes = [f"All images with the same {group} stay in one split; only its keyed hash is stored."]
-    if missing:
-        notes.append(f"{counted(missing, 'image')} without {group}: each counts as a group of its own.")
-    return notes
+        return "PatientID is not used (data.group_column: null): images of one patient may be in different splits."
+    return f"All images with the same {group} stay in one split; only its keyed hash is stored."

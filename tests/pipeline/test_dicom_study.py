@@ -14,7 +14,11 @@ from command_line import Fpt
 from dicom_files import CR, CT, ULTRASOUND, save, save_compressed
 from study_tools import Run
 
+from pipeline.params import load_settings
+from pipeline.project import private_folder
+from stages.data_check.check import read_data
 from stages.manifest import read_manifest
+from stages.prepare.pseudonyms import pseudonym, study_key
 
 PARTS = ("CHEST", "HAND")
 
@@ -95,3 +99,45 @@ def test_another_window_is_another_store(tmp_path: Path, weights: Path, fpt: Fpt
         prints.add(receipt["fingerprint"])
         assert receipt["images"] == 16
     assert len(prints) == 3
+
+
+def test_pseudonyms_of_a_check_are_those_of_the_study(tmp_path: Path, fpt: Fpt) -> None:
+    """Two checks print the same, before and after `fpt prepare`; the key is in the study."""
+    draw(tmp_path / "images", 16)
+    study = tmp_path / "study"
+    study.mkdir()
+    raw = {"data": {"images": "../images", "labels": "tags"}, "features": {"image_size": 64}}
+    (study / "params.yaml").write_text(yaml.safe_dump(raw))
+    first, _ = fpt("data", "check", "--json", cwd=study)
+    key = (study / ".fpt/key").read_bytes()
+    assert fpt("data", "check", "--json", cwd=study)[0] == first
+    read = [
+        read_data(load_settings(study / "params.yaml", []).data, study, private=private_folder(study)).listing.items
+        for _ in range(2)
+    ]
+    assert read[0] == read[1]
+    assert {item.group for item in read[0]} == {pseudonym(f"MRN{n}", study_key(study / ".fpt")) for n in range(16)}
+    assert (study / ".fpt/key").read_bytes() == key
+    assert private_folder(tmp_path) is None, "a folder that is no study gets no key"
+
+
+def test_init_names_options_for_what_it_refuses(tmp_path: Path, fpt: Fpt) -> None:
+    """A table of patients without paths, and headers without a label: each message ends in what to type."""
+    draw(tmp_path / "images", 16)
+    save(tmp_path / "images/plain", np.ones((20, 20), np.uint8), PatientID="MRN3")
+    rows = [f"MRN{number},{'ab'[number % 2]}" for number in range(16)]
+    (tmp_path / "labels.csv").write_text("\n".join(["Patient ID,Diagnosis", *rows]))
+    words = ("init", "study", "--images", "images")
+    _, err = fpt(*words, "--labels", "tags", cwd=tmp_path, code=2)
+    assert "1 image without a label" in err and "plain: its header has no BodyPartExamined" in err
+    assert "--set data.on_error=quarantine" in err and "--set data.unlabelled=allow" in err
+    table = ("--labels", "labels.csv", "--label-column", "Diagnosis")
+    _, err = fpt(*words, *table, cwd=tmp_path, code=2)
+    option = "data.tag_columns={PatientID: Patient ID}"
+    assert f"--set '{option}'" in err
+    assert not (tmp_path / "study").exists()
+    raw = {"images": "images", "labels": "labels.csv", "label_column": "Diagnosis"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"data": raw, "lpm": {"name": "test_vit"}}))
+    _, err = fpt("prepare", "--set", option, "--set", "features.precision=float32", cwd=tmp_path)
+    assert "17 DICOM files match 16 rows of labels.csv by PatientID." in err
+    assert len(read_manifest(tmp_path / "outputs/manifest/manifest.parquet").rows) == 17

@@ -42,6 +42,13 @@ def receipts(study: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.parametrize(("key", "value"), [("window", "percentile"), ("frame", 0)])
+def test_window_and_frame_change_what_prepare_reads(study: Path, run: Run, key: str, value: object) -> None:
+    """Thumbnails for near-duplicates, warnings and unusable images depend on them; training on the features."""
+    change(study, "features", key, value)
+    assert ran(run(["dvc", "repro", "--dry"], cwd=study).stdout) == ["prepare", "extract"]
+
+
 def test_the_whole_pipeline_leaves_what_it_promises(finished: Path, run: Run) -> None:
     study = finished / "study"
     files = {str(path.relative_to(study / "outputs")) for path in (study / "outputs").rglob("*") if path.is_file()}

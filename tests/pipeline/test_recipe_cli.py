@@ -44,6 +44,23 @@ def test_a_study_is_made_and_compared(tmp_path: Path, fpt: Fpt) -> None:
     assert "overwrites nothing" in err
 
 
+def test_published_few_shot_lists(tmp_path: Path, fpt: Fpt) -> None:
+    BUILDERS["medfmc-colon"](tmp_path / "download")
+    lists = tmp_path / "download/MedFMC"
+    lists.mkdir()
+    (lists / "colon_1-shot_train_exp2.txt").write_text("0.png 0\n2.png 1\n")
+    (lists / "colon_1-shot_val_exp2.txt").write_text("1.png 0\n")
+    words = ("data", "recipe", "medfmc-colon", "--source", "download", "--shots", 1)
+    _, err = fpt(*words, cwd=tmp_path, code=2)
+    assert "colon_1-shot_train_exp1.txt" in err and not (tmp_path / "medfmc-colon").exists()
+    fpt(*words, "--draw", 2, cwd=tmp_path)
+    study = tmp_path / "medfmc-colon"
+    found = yaml.safe_load((study / "params.yaml").read_text())["data"]["split_files"]
+    assert found == {**{one: str(lists / f"colon_1-shot_{one}_exp2.txt") for one in ("train", "val")}, "test": "rest"}
+    deps = yaml.safe_load((study / "dvc.yaml").read_text())["stages"]["prepare"]["deps"]
+    assert deps[2:] == ["${data.split_files.train}", "${data.split_files.val}"]
+
+
 def test_half_a_download_makes_nothing(tmp_path: Path, fpt: Fpt) -> None:
     BUILDERS["busi"](tmp_path / "download")
     for path in (tmp_path / "download").rglob("malignant*.png"):

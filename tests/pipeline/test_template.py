@@ -62,6 +62,7 @@ def test_labels_and_weights_are_watched_where_they_are_files() -> None:
     assert "${lpm.weights}" in stages["extract"]["deps"]
     stages = yaml.safe_load(dvc_yaml(labels=False, weights=False))["stages"]
     assert stages["prepare"]["deps"] == ["${data.images}"]
+    assert stages["prepare"]["params"] == ["data", "features.window", "features.frame"]
     assert stages["extract"]["deps"] == ["outputs/manifest/manifest.parquet"]
 
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from schemas.data_settings import REST
+from schemas.errors import DataError
+from schemas.manifest import Split
 from schemas.recipes import Arrays, DicomSides, Recipe, Tables
 from stages.files import atomic_write
 from stages.prepare.labelled_image import LabelledImage
@@ -42,6 +45,30 @@ def read_download(recipe: Recipe, source: Path, study: Path) -> Found:
     download.check_complete()
     found.images.sort(key=lambda image: image.path)
     return found
+
+
+def find_lists(recipe: Recipe, source: Path, shots: int, draw: int) -> dict[Split, str]:
+    """Return split -> file of a published few-shot draw, or rest, for `data.split_files`.
+
+    Args:
+        recipe: Of which data set.
+        source: Folder of the download.
+        shots: Patients or images per class, as in the names of the files.
+        draw: Number of the draw.
+
+    Raises:
+        DataError: The recipe has no lists, or their files are missing.
+    """
+    if not recipe.lists:
+        raise DataError(
+            f"No few-shot lists of {recipe.title} are known.", "", "Set data.shots, which draws the images per class."
+        )
+    download, found = Download(source, recipe), dict[Split, str]()
+    for split, end in recipe.lists.items():
+        if (path := download.find(end.format(shots=shots, draw=draw))) is not None:
+            found[split] = str(path.resolve())
+    download.check_complete()
+    return {**found, "test": REST}
 
 
 def write_labels(study: Path, recipe: Recipe, images: Sequence[LabelledImage]) -> None:

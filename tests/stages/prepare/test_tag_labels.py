@@ -162,3 +162,78 @@ def test_settings_that_need_a_table() -> None:
     for keys in ({"split_column": "SeriesDescription"}, {"label_columns": ["a"], "task": "multilabel"}):
         with pytest.raises(SettingsError, match="need a labels table"):
             parse_settings({"data": {"labels": "tags", **keys}})
+
+
+def test_a_filter_leaves_out_files(study: Path) -> None:
+    """Localizers and other modalities are named, and left out where the settings say so; so are lists of files."""
+    for number, path in enumerate(sorted((study / "images").glob("series*/*"))):
+        header = pydicom.dcmread(path)
+        header.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER" if number % 2 else "AXIAL"]
+        header.Modality = "US" if number == 0 else "CT"
+        header.save_as(path)
+    notes = "\n".join(run(study)[1].notes)
+    assert "Images of several modalities: 15 CT, 1 US. To use one: data.tag_filter: {Modality: [CT]}" in notes
+    assert (
+        'Warning: 8 images for planning a scan (localizers). To leave them out: data.tag_filter: {ImageType: ["!'
+        in notes
+    )
+    chosen = {"Modality": "ct", "ImageType": ["!LOCALIZER"]}
+    manifest, result = run(study, tag_filter=chosen)
+    assert {int(row.path.split("/")[1][:2]) % 2 for row in manifest.rows} == {0} and len(manifest.rows) == 7
+    assert "1 image left out, because Modality is US (data.tag_filter)." in result.notes
+    assert not any("localizers" in note for note in result.notes)
+    rows = [f"{path.relative_to(study / 'images')},{number % 4 // 2}" for number, path in
+            enumerate(sorted((study / "images").glob("series*/*")))]  # fmt: skip
+    (study / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    assert {row.path for row in run(study, labels="labels.csv", tag_filter=chosen)[0].rows} == {
+        row.path for row in manifest.rows
+    }
+    with pytest.raises(DataError, match=r"data.tag_filter.Modalty: .*did you mean 'Modality'"):
+        run(study, tag_filter={"Modalty": ["CT"]})
+
+
+def test_files_without_a_patient_belong_to_their_study(study: Path) -> None:
+    for path in sorted((study / "images").glob("series*/*")):
+        header, patient = pydicom.dcmread(path), int(path.parent.name[-1])
+        header.StudyInstanceUID = f"1.2.{patient}"
+        if patient == 7 or (patient == 6 and path.name.startswith("12")):
+            header.PatientID = ""
+        header.save_as(path)
+    manifest, result = run(study)
+    group_of = {row.path.split("/")[1][:2]: row.group for row in manifest.rows}
+    assert group_of["12"] == group_of["13"] == pseudonym("MRN-6", study_key(study / ".fpt"))
+    assert group_of["14"] == group_of["15"] and len(set(group_of.values())) == result.groups == 8
+    assert "3 images without PatientID: those of one examination (StudyInstanceUID) stay together." in result.notes
+
+
+def test_one_patient_for_all_after_anonymisation(study: Path) -> None:
+    for path in sorted((study / "images").glob("series*/*")):
+        header = pydicom.dcmread(path)
+        header.PatientID, header.StudyInstanceUID = "ANON", f"1.2.{path.parent.name[-1]}"
+        header.save_as(path)
+    with pytest.raises(DataError) as caught:
+        run(study)
+    assert "all files have the same PatientID, as after anonymisation" in caught.value.cause
+    assert run(study, group_column="StudyInstanceUID")[1].groups == 8
+
+
+def test_objects_without_a_picture_are_skipped_by_name(study: Path) -> None:
+    """Segmentations and doses have pixels, but are results; objects of unknown classes may have none."""
+    kinds = {
+        "481.3": "DICOM without an image",
+        "481.2": "DICOM segmentation, map or dose",
+        "66.4": "DICOM segmentation, map or dose",
+        "30": "DICOM segmentation, map or dose",
+        "67": "DICOM without an image",
+        "104.1": "DICOM without an image",
+        "481.12": "DICOM without an image",
+    }
+    for uid in kinds:
+        dataset(np.zeros((4, 4), np.uint8), sop=f"1.2.840.10008.5.1.4.1.1.{uid}").save_as(study / f"images/{uid}")
+    private = dataset(np.zeros((4, 4), np.uint8), sop="1.3.46.670589.11.0.0.12.1")
+    del private.PixelData, private.Rows, private.Columns
+    private.save_as(study / "images/private")
+    manifest, result = run(study)
+    assert len(manifest.rows) == 16
+    assert result.passed_over == {"DICOM segmentation, map or dose": 3, "DICOM without an image": 6}
+    assert all(row.path.startswith("series") for row in manifest.rows)
