@@ -35,7 +35,8 @@ from stages.federate.partition import simulate
 from stages.federate.server import Server, federate
 from stages.federate.site import Site, in_process
 from stages.manifest import read_manifest
-from stages.methods.base import FitShape, summed_method
+from stages.methods.base import FitShape
+from stages.methods.summed import summed_method
 from stages.scores import macro_auc, probabilities
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import source_logits

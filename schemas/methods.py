@@ -16,20 +16,8 @@ from schemas import cross_adaptations, prompt_adaptations, weight_adaptations
 from schemas.base import Section
 from schemas.errors import SettingsError
 from schemas.method_row import MethodRow, Preset, Problems
-from schemas.specs import (
-    AlfSpec,
-    AttentiveSpec,
-    FinetuneSpec,
-    Inputs,
-    KnnSpec,
-    LinearSpec,
-    LoffTaSpec,
-    MethodSpec,
-    PooledSpec,
-    RidgeSpec,
-    SideNetworkSpec,
-    StatisticsSpec,
-)
+from schemas.probe_specs import KnnSpec, LinearSpec, PooledSpec, RidgeSpec, StatisticsSpec
+from schemas.specs import AlfSpec, AttentiveSpec, FinetuneSpec, Inputs, LoffTaSpec, MethodSpec, SideNetworkSpec
 
 if TYPE_CHECKING:
     from schemas.resolved import ResolvedSettings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from schemas.errors import SettingsError
 from schemas.features import FeatureSpec, LpmInfo
-from schemas.method_row import MethodRow
+from schemas.method_row import MethodRow, Preset
 from schemas.methods import METHODS
 from schemas.resolved import ResolvedExtrapolation, ResolvedFeatures, ResolvedSettings, ResolvedTrain
-from schemas.settings import Precision, Settings
+from schemas.settings import FeatureSettings, Precision, Settings, TrainSettings
 
 ATTENTIVE_WEIGHT = 0.1
 """Default ensemble weight of the attentive probes."""
@@ -46,9 +47,7 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
         problems += method_problems
     if problems:
         raise SettingsError(f"The settings do not fit {lpm.name}.", problems, "Correct params.yaml.")
-    start = (features.hidden or 0) if train.start_block == "auto" else train.start_block
     side = preset.side_image_size if train.side_image_size == "auto" else train.side_image_size
-    stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
     resolved = ResolvedSettings(
         **{
             name: getattr(settings, name)
@@ -56,34 +55,39 @@ def resolve(settings: Settings, lpm: LpmInfo, choose_precision: ChoosePrecision 
             if name not in ("features", "train", "methods")
         },
         methods=methods,
-        features=ResolvedFeatures(
-            **{
-                **features.model_dump(),
-                "image_size": lpm.image_size,
-                "filter": lpm.interpolation if features.filter == "auto" else features.filter,
-                "layers": layers,
-                "side_image_size": stored,
-                "precision": "float32" if features.precision == "auto" else features.precision,
-            }
-        ),
-        train=ResolvedTrain(
-            **{
-                **train.model_dump(),
-                **ensemble,
-                "extrapolation": ResolvedExtrapolation(
-                    **{**train.extrapolation.model_dump(), "rate": train.extrapolation.relative_rate}
-                ),
-                "side_image_size": side,
-                "start_block": start,
-                "keep": preset.keep if train.keep == "auto" else train.keep,
-                "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
-            }
-        ),
+        features=_features(features, lpm, layers, side),
+        train=_train(train, preset, ensemble, features.hidden or 0, side),
     )
     if features.precision != "auto" or choose_precision is None:
         return resolved
     chosen = resolved.features.model_copy(update={"precision": choose_precision(resolved)})
     return resolved.model_copy(update={"features": chosen})
+
+
+def _features(features: FeatureSettings, lpm: LpmInfo, layers: tuple[int, ...], side: int) -> ResolvedFeatures:
+    """Resolve the features of an LPM; `side` is the size of the small image that the method reads, in pixels."""
+    stored = stored_side_size(side) if features.side_image_size == "auto" else features.side_image_size
+    resolved = {
+        "image_size": lpm.image_size,
+        "filter": lpm.interpolation if features.filter == "auto" else features.filter,
+        "layers": layers,
+        "side_image_size": stored,
+        "precision": "float32" if features.precision == "auto" else features.precision,
+    }
+    return ResolvedFeatures(**{**features.model_dump(), **resolved})
+
+
+def _train(train: TrainSettings, preset: Preset, ensemble: dict[str, Any], hidden: int, side: int) -> ResolvedTrain:
+    """Resolve stage two; `hidden` is the block of the cached hidden tokens, 0 without, `side` as for `_features`."""
+    extrapolation = {**train.extrapolation.model_dump(), "rate": train.extrapolation.relative_rate}
+    resolved = {
+        "extrapolation": ResolvedExtrapolation(**extrapolation),
+        "side_image_size": side,
+        "start_block": hidden if train.start_block == "auto" else train.start_block,
+        "keep": preset.keep if train.keep == "auto" else train.keep,
+        "order_seed": train.seed if train.order_seed == "auto" else train.order_seed,
+    }
+    return ResolvedTrain(**{**train.model_dump(), **ensemble, **resolved})
 
 
 def _misfits(settings: Settings, lpm: LpmInfo, last_layer: int) -> list[tuple[str, str]]:

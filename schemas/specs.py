@@ -175,82 +175,10 @@ class SideNetworkSpec(MethodSpec):
         """Whether the shape of the model is that of features of this spec."""
         depth = len(features.layers) if self.reads_tokens else self.layers
         shape = (self.layers, self.lpm_width, self.heads)
-        return shape == (depth, features.lpm.width, features.lpm.heads) and _covered(self.sources, features)
+        return shape == (depth, features.lpm.width, features.lpm.heads) and has_sources(self.sources, features)
 
 
-class PooledSpec(MethodSpec):
-    """A model of the pooled outputs."""
-
-    features: int
-    """Inputs: both pooled outputs, 2 D."""
-
-    def matches(self, features: FeatureSpec) -> bool:
-        """Whether the shape of the model is that of features of this spec."""
-        return self.features == 2 * features.lpm.width
-
-
-class LinearSpec(PooledSpec):
-    """Logistic regression on the pooled outputs."""
-
-    method: Literal["linear"] = "linear"
-    """The kind of model."""
-    c: float
-    """Inverse of the L2 penalty, of the lowest out-of-fold log-loss."""
-
-
-class KnnSpec(PooledSpec):
-    """Nearest-neighbour classifier on the pooled outputs."""
-
-    method: Literal["knn"] = "knn"
-    """The kind of model."""
-    rows: int
-    """Training rows that vote."""
-    neighbours: int
-    """k, of the lowest out-of-fold log-loss."""
-
-
-class StatisticsSpec(MethodSpec):
-    """Linear probes of the token statistics."""
-
-    sources: tuple[ProbeSource, ...]
-    """What each linear probe reads."""
-    shares: tuple[float, ...]
-    """Ensemble weight of each source."""
-
-    @property
-    def ranked(self) -> tuple[tuple[str, float], ...]:
-        """Sources by name with their ensemble weights, the largest first."""
-        named = zip((source.title for source in self.sources), self.shares, strict=True)
-        return tuple(sorted(named, key=lambda pair: -pair[1]))
-
-    @property
-    def fitted_splits(self) -> tuple[Split, ...]:
-        """Splits whose images the weights were fitted to."""
-        return ("train", "val")
-
-    def matches(self, features: FeatureSpec) -> bool:
-        """Whether the shape of the model is that of features of this spec."""
-        return _covered(self.sources, features)
-
-
-class RidgeSpec(MethodSpec):
-    """Averaged ridge regressions, fitted to sums."""
-
-    method: Literal["ridge"] = "ridge"
-    """The kind of model."""
-    sources: tuple[ProbeSource, ...]
-    """What each regression reads."""
-    shares: tuple[float, ...]
-    """Ensemble weight of each source."""
-    penalties: tuple[float, ...]
-    """Penalty of each source, of the lowest held-out squared loss."""
-
-    def matches(self, features: FeatureSpec) -> bool:
-        """Whether the shape of the model is that of features of this spec."""
-        return _covered(self.sources, features)
-
-
-def _covered(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
+def has_sources(sources: tuple[ProbeSource, ...], features: FeatureSpec) -> bool:
     """Whether rows of these features have the sources, in the same places."""
     choices = product(get_args(ProbeRule), (True, False))
     read = {(source.name, source.spans) for source in sources}

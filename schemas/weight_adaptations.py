@@ -5,7 +5,7 @@ from __future__ import annotations
 from schemas.adaptation_row import Count, adaptation
 from schemas.base import Section
 from schemas.method_row import MethodRow
-from schemas.specs import PooledSpec
+from schemas.probe_specs import PooledSpec
 
 
 class SsfSettings(Section):

@@ -58,6 +58,15 @@ Memory: TypeAlias = Annotated[
         "--memory", metavar="GIB", min=0.001, help="Limit of a training step; else the device.", show_default=False
     ),
 ]
+Output: TypeAlias = Annotated[
+    Path | None, typer.Option("--output", help="Folder of the runs; else outputs/bench.", show_default=False)
+]
+Cluster: TypeAlias = Annotated[
+    bool, typer.Option("--cluster", help="Train on the Dask workers of the section cluster of the settings.")
+]
+Shift: TypeAlias = Annotated[
+    bool, typer.Option("--shift", help="Then evaluate the runs on corrupted test images and held-out sites.")
+]
 
 
 def bench(
@@ -71,16 +80,10 @@ def bench(
     rates: Rates = None,
     epochs: Epochs = None,
     memory: Memory = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the runs; else outputs/bench.", show_default=False)
-    ] = None,
+    output: Output = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print runs, memory and time, and train nothing.")] = False,
-    cluster: Annotated[
-        bool, typer.Option("--cluster", help="Train on the Dask workers of the section cluster of the settings.")
-    ] = False,
-    shift: Annotated[
-        bool, typer.Option("--shift", help="Then evaluate the runs on corrupted test images and held-out sites.")
-    ] = False,
+    cluster: Cluster = False,
+    shift: Shift = False,
     shifts: shift_options.Shifts = None,
     strengths: shift_options.Strengths = "1,2,3,4,5",
     adapts: shift_options.Adapts = "foa-shift",
@@ -103,12 +106,8 @@ def bench(
     if reference is not None and reference not in names:
         raise SettingsError(f"The reference {reference} is not among the methods.", repair=f"Use {', '.join(names)}.")
     study = open_study(params, [*(assignments or []), *([] if epochs is None else [f"train.epochs={epochs}"])])
-    if cluster and study.settings.cluster.kind == "inline":
-        raise SettingsError(
-            "The settings name no cluster.",
-            [("cluster.kind", "is inline")],
-            "Add --set cluster.kind=local, or another.",
-        )
+    if cluster:
+        _check_cluster(study)
     manifest = read_manifest(study.manifest)
     files = study.files(manifest)
     folder = study.outputs / "bench" if output is None else output.absolute()
@@ -129,6 +128,15 @@ def bench(
         return
     _show(result)
     say(f"Everything is in {folder / 'bench.json'}, the tables and plots in {folder / 'bench.html'}")
+
+
+def _check_cluster(study: Study) -> None:
+    if study.settings.cluster.kind == "inline":
+        raise SettingsError(
+            "The settings name no cluster.",
+            [("cluster.kind", "is inline")],
+            "Add --set cluster.kind=local, or another.",
+        )
 
 
 def _methods(text: str | None) -> tuple[str, ...]:

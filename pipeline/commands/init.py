@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -21,19 +21,18 @@ _KEY = re.compile(r"\bdata\.(images|labels|path_column|label_column|group_column
 _SETTING = re.compile(r"(?:\bset )?\b(data\.\w+): ([\w.]+|\[[^\]]*\]|\{[^}]*\})")
 """A setting with a value, as messages write it for params.yaml."""
 _COLUMN = re.compile(r"\b(path_column|label_column|group_column|split_column)\b")
+Labels: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels", help="CSV with a row per image, or tags (DICOM headers); else class folders.", show_default=False
+    ),
+]
 
 
 def init(
     study: Annotated[Path, typer.Argument(help="Folder of the new study.", show_default=False)],
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.", show_default=False)],
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--labels",
-            help="CSV with a row per image, or tags (DICOM headers); else class folders.",
-            show_default=False,
-        ),
-    ] = None,
+    labels: Labels = None,
     path_column: Annotated[str, typer.Option("--path-column", help="Column with the image's path.")] = "path",
     label_column: Annotated[str, typer.Option("--label-column", help="Column with the label.")] = "label",
     group_column: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -21,32 +21,38 @@ if TYPE_CHECKING:
     from schemas.results import Prediction
 
 
+Images: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
+        show_default=False,
+    ),
+]
+Unlabelled: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--unlabelled",
+        help="Predict the images of the study that have no label (data.unlabelled: allow), from cached features.",
+    ),
+]
+ModelFolder: TypeAlias = Annotated[
+    Path | None, typer.Option("--model", help="Folder of the model; else outputs/model.", show_default=False)
+]
+Output: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", help="Table to write: .csv, .tsv, .parquet or .xlsx; else CSV is printed.", show_default=False
+    ),
+]
+
+
 def predict(
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Images, folders, patterns ('images/*.png'), lists (@list.txt) or tables with paths (.csv).",
-            show_default=False,
-        ),
-    ] = None,
-    unlabelled: Annotated[
-        bool,
-        typer.Option(
-            "--unlabelled",
-            help="Predict the images of the study that have no label (data.unlabelled: allow), from cached features.",
-        ),
-    ] = False,
+    images: Images = None,
+    unlabelled: Unlabelled = False,
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Folder of the model; else outputs/model.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="Table to write: .csv, .tsv, .parquet or .xlsx; else CSV is printed.", show_default=False
-        ),
-    ] = None,
+    model: ModelFolder = None,
+    output: Output = None,
     adapt: adapt_options.Name = None,
     adapt_batch: adapt_options.Batch = adapt_options.DEFAULTS.batch,
     adapt_seed: adapt_options.Seed = adapt_options.DEFAULTS.seed,
@@ -73,6 +79,8 @@ def predict(
             repair="Name images, or predict the images of the study without a label with --unlabelled.",
         )
     if not images:
+        if options is not None:
+            raise SettingsError("--adapt is for images that are named.", repair="Leave out --adapt or --unlabelled.")
         from pipeline.evaluation import predict_unlabelled
         from pipeline.project import open_study
 

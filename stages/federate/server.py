@@ -37,7 +37,8 @@ from stages.federate.weights import (
     weighted_mean,
 )
 from stages.manifest import fitted_sha256
-from stages.methods.base import FitShape, Model, Network, Sums, learnable_parameters, summed_method
+from stages.methods.base import FitShape, Model, Network, learnable_parameters
+from stages.methods.summed import Sums, summed_method
 from stages.train.bundle import save_bundle, serialise
 from stages.train.fit_cost import row_width
 from stages.train.gradient import initial_network, load_part

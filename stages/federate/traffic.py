@@ -15,7 +15,8 @@ from schemas.resolve import feature_spec, resolve
 from schemas.resolved import ResolvedSettings
 from schemas.settings import Settings
 from stages.federate.weights import travelling
-from stages.methods.base import FitShape, gradient_method, learnable_parameters, summed_method
+from stages.methods.base import FitShape, gradient_method, learnable_parameters
+from stages.methods.summed import summed_method
 from stages.train.fit_cost import row_width
 
 FLOAT32, FLOAT64 = 4, 8

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -21,7 +19,7 @@ from schemas.specs import HeldOut, MethodSpec
 from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.batch import Batch
-from stages.methods.fit_rows import FitRows, check_rows_to_fit, describe_rows
+from stages.methods.fit_rows import FitRows, describe_rows
 from stages.phases import Phase
 from stages.threads import CALLING_THREAD, Threads
 
@@ -340,35 +338,6 @@ class ClosedFormMethod(ABC):
         return {}
 
 
-Sums = Mapping[str, npt.NDArray[np.float64]]
-"""Sums over rows, by name. Those of several sets of rows are added array by array."""
-
-
-class SummedMethod(ClosedFormMethod):
-    """A closed form that reads training rows only through sums, which several sites can add up."""
-
-    @abstractmethod
-    def sums(self, inputs: FitInputs) -> Sums:
-        """Return the sums over the training rows; classes may be absent, and validation rows are not read.
-
-        Raises:
-            TrainingError: If a feature is not finite, or options do not fit the task.
-        """
-
-    @abstractmethod
-    def fit_sums(self, sums: Sums, shape: FitShape) -> RowModel:
-        """Fit the model to sums over all rows; a class without rows gets the smallest probability."""
-
-    @abstractmethod
-    def sums_size(self, shape: FitShape) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of the sums, by name."""
-
-    def fit(self, inputs: FitInputs) -> tuple[RowModel, torch.Tensor | None]:
-        """Fit to the sums of the training rows."""
-        check_rows_to_fit(inputs.train, inputs.val)
-        return self.fit_sums(self.sums(inputs), inputs.shape), None
-
-
 def method_of(name: str) -> GradientMethod | ClosedFormMethod:
     """Return the implementation of a method of the registry."""
     row = METHODS[name]
@@ -398,18 +367,6 @@ def closed_form_method(name: str) -> ClosedFormMethod:
     method = method_of(name)
     if not isinstance(method, ClosedFormMethod):
         raise TypeError(f"{name} is not fitted in closed form")
-    return method
-
-
-def summed_method(name: str) -> SummedMethod:
-    """Return the implementation of a method that is fitted to sums.
-
-    Raises:
-        TypeError: If it is not.
-    """
-    method = method_of(name)
-    if not isinstance(method, SummedMethod):
-        raise TypeError(f"{name} is not fitted to sums")
     return method
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from schemas.specs import KnnSpec, MethodSpec
+from schemas.probe_specs import KnnSpec
+from schemas.specs import MethodSpec
 from schemas.tasks import Task
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import FitRows, check_rows_to_fit, held_out

@@ -10,7 +10,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from schemas.specs import LinearSpec, MethodSpec
+from schemas.probe_specs import LinearSpec
+from schemas.specs import MethodSpec
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import FitRows, check_rows_to_fit
 from stages.methods.regression import LinearFit, fit_regression

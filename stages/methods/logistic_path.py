@@ -64,6 +64,15 @@ def fit_path(
     return rows.linear_fit(weight[0, 0], bias[0, 0], held_out[best], STRENGTHS[best], losses[best])
 
 
+def _targets(y: Labels, class_weights: npt.NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return targets (n, C) of zeros and ones, and row weights (n, 1), or (n, C) for multi-label."""
+    weights, targets = torch.from_numpy(class_weights.astype(np.float32)), torch.from_numpy(y)
+    if y.ndim == 2:
+        return targets.float(), torch.where(targets > 0, weights, torch.ones(()))
+    truth = torch.nn.functional.one_hot(targets, len(weights)).float()
+    return truth, (truth @ weights)[:, None]
+
+
 def _solve(
     z: Rows,
     y: Labels,
@@ -72,12 +81,8 @@ def _solve(
     strengths: Sequence[float],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Fit to the rows `seen` (K, n) with P penalties; return weights (K, P, r, C) and biases (K, P, C)."""
-    rows, (count, rank), classes = torch.from_numpy(z), z.shape, len(class_weights)
-    softmax = y.ndim == 1
-    weights = torch.from_numpy(class_weights.astype(np.float32))
-    targets = torch.from_numpy(y)
-    truth = torch.nn.functional.one_hot(targets, classes).float() if softmax else targets.float()
-    row_weights = (truth @ weights)[:, None] if softmax else torch.where(truth > 0, weights, torch.ones(()))
+    rows, (count, rank), classes, softmax = torch.from_numpy(z), z.shape, len(class_weights), y.ndim == 1
+    truth, row_weights = _targets(y, class_weights)
     c = torch.tensor(strengths).repeat(len(seen))
     problems = len(c)
     # Problems come last: a softmax over the few classes is several times as fast if these are not.

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from schemas.features import LpmInfo
+from schemas.probe_specs import PooledSpec
 from schemas.resolved import ResolvedSettings
-from schemas.specs import MethodSpec, PooledSpec
+from schemas.specs import MethodSpec
 from stages.methods.base import Details, GradientMethod, Network
 from stages.methods.batch import Batch, required
 

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from schemas.specs import MethodSpec, PooledSpec
+from schemas.probe_specs import PooledSpec
+from schemas.specs import MethodSpec
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import check_rows_to_fit
 from stages.tasks import positives

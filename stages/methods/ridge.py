@@ -28,13 +28,15 @@ from threadpoolctl import threadpool_limits
 
 from schemas.errors import TrainingError
 from schemas.methods import METHODS
-from schemas.specs import MethodSpec, RidgeSpec
+from schemas.probe_specs import RidgeSpec
+from schemas.specs import MethodSpec
 from schemas.statistics import ProbeSource
-from stages.methods.base import Details, FitInputs, FitShape, RowModel, SummedMethod, Sums
+from stages.methods.base import Details, FitInputs, FitShape, RowModel
 from stages.methods.least_squares import PENALTIES
 from stages.methods.linear import LinearProbe
 from stages.methods.regression import Floats
 from stages.methods.statistics import select
+from stages.methods.summed import SummedMethod, Sums
 from stages.tasks import positives
 
 FOLDS = 3

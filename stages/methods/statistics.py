@@ -21,7 +21,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from schemas.specs import MethodSpec, StatisticsSpec
+from schemas.probe_specs import StatisticsSpec
+from schemas.specs import MethodSpec
 from schemas.statistics import ProbeSource
 from schemas.tasks import Task
 from stages.methods.base import ClosedFormMethod, Details, FitInputs, FitShape, RowModel

@@ -11,8 +11,9 @@ from schemas.methods import METHODS
 from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog, TrainResult
 from schemas.views import train_views
-from stages.methods.base import FitInputs, RowModel, Sums, closed_form_method, summed_method
+from stages.methods.base import FitInputs, RowModel, closed_form_method
 from stages.methods.fit_rows import FitRows
+from stages.methods.summed import Sums, summed_method
 from stages.threads import CALLING_THREAD, Threads, open_threads
 from stages.train.job import DESCRIBED, Job, rows_to_fit, save_model
 from stages.train.loop import score_logits

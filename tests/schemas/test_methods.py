@@ -15,6 +15,7 @@ from schemas.errors import BundleError, SettingsError
 from schemas.features import FeatureSpec, LpmInfo
 from schemas.methods import METHODS, METHODS_HELP, model_inputs
 from schemas.parse import parse_settings
+from schemas.probe_specs import KnnSpec, LinearSpec, PooledSpec, RidgeSpec, StatisticsSpec
 from schemas.resolve import feature_spec, resolve
 from schemas.results import BundleSpec
 from schemas.specs import (
@@ -23,14 +24,9 @@ from schemas.specs import (
     AlfSpec,
     AttentiveSpec,
     FinetuneSpec,
-    KnnSpec,
-    LinearSpec,
     LoffTaSpec,
     MethodSpec,
-    PooledSpec,
-    RidgeSpec,
     SideNetworkSpec,
-    StatisticsSpec,
 )
 from schemas.statistics import ProbeRule, output_vectors
 from stages.methods.base import ClosedFormMethod, GradientMethod, build_model, method_of

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from study import evaluated_and_predicted, make_study
 from torch import nn
 
-from schemas.specs import AdaptationSpec, PooledSpec
+from schemas.probe_specs import PooledSpec
+from schemas.specs import AdaptationSpec
 from stages.methods.adapted_lpm import AdaptedLpm, _options
 from stages.methods.adapters import SCALE
 from stages.methods.base import gradient_method
