@@ -81,10 +81,7 @@ def predict(
     if not images:
         if options is not None:
             raise SettingsError("--adapt is for images that are named.", repair="Leave out --adapt or --unlabelled.")
-        from pipeline.evaluation import predict_unlabelled
-        from pipeline.project import open_study
-
-        _hand_over(predict_unlabelled(open_study(params, assignments or []), model)[0], output)
+        _hand_over(_unlabelled(params, assignments or [], model), output)
         return
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
@@ -98,6 +95,13 @@ def predict(
     with ImageBar("Predicting") as bar:
         predictions = loaded.predict_files(inputs.images, progress=bar, adapt=options)
     _hand_over(predictions.rows, output)
+
+
+def _unlabelled(params: Path, assignments: list[str], model: Path | None) -> Sequence[Prediction]:
+    from pipeline.evaluation import predict_unlabelled
+    from pipeline.project import open_study
+
+    return predict_unlabelled(open_study(params, assignments), model)[0]
 
 
 def _hand_over(rows: Sequence[Prediction], output: Path | None) -> None:

@@ -95,8 +95,10 @@ def _title(result: PrepareResult) -> str:
 
 
 def _show_written(path: Path, data: DataSettings) -> None:
-    null = " and data.split_column: auto" if data.split_column is None else ""
+    others = ["data.split_column: auto"] if data.split_column is None else []
+    others += [f"data.{name}: null" for name in ("split_files", "tag_columns") if getattr(data, name) is not None]
+    also = "".join(f" and {setting}" for setting in others)
     say(
-        f"The splits are in {path}. To use them, set data.labels: {path.resolve()}{null} in params.yaml; "
+        f"The splits are in {path}. To use them, set data.labels: {path.resolve()}{also} in params.yaml; "
         "rows added without a split get one by drawing."
     )

@@ -38,15 +38,20 @@ def plan_repair(read: ReadData) -> Repair:
         read: The data set with its given splits.
 
     Raises:
-        DataError: No split is given, so that nothing can leak.
+        DataError: No split is given, so that nothing can leak; or rows of the table are not single images.
     """
     data, listing, digests = read.data, read.listing, read.digests
+    if data.split_files is not None:
+        raise DataError(
+            "The splits are those of the lists of data.split_files.",
+            "A table without images that they list would not fit them.",
+            "Remove the images that leak from the lists; `fpt data check` prints them.",
+        )
     if data.tag_columns is not None:
         raise DataError(
             "The table has a row for all files with the same elements of the header (data.tag_columns).",
             "Leaving out an image would leave out all images of its row.",
-            "Write a table with a row per file, with `fpt prepare --write-split` and data.split_column: null, and "
-            "repair that.",
+            "Correct the splits of the table, or set data.split_column: null: drawn splits do not leak.",
         )
     if all(item.split is None for item in listing.items):
         raise DataError(

@@ -122,7 +122,9 @@ def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
     labels = join_labels(data, str(table), lines, [columns.plain(name) for name in label_keys(data).values()])
     splits = _splits(table, lines, columns.plain(split_column), split_column)
     groups, sites = columns.plain(group_column), columns.plain(data.site_column)
-    others = columns.others({*taken, group_column, split_column, data.site_column})
+    roles = {*taken, group_column, split_column, data.site_column}
+    _check_kept(table, [name for name in data.keep_columns if name in roles])
+    others = columns.others(roles)
     items: list[LabelledImage] = []
     unlabelled: list[LabelledImage] = []
     for at, label in enumerate(labels):
@@ -140,6 +142,16 @@ def read_table(data: DataSettings, root: Path, images: Path) -> TableRows:
         some.sort(key=lambda item: item.path)
     notes = [*notes, *places.notes]
     return TableRows(items, unlabelled, group_column, split_column, notes, places.unmatched, places.skipped)
+
+
+def _check_kept(table: Path, names: list[str]) -> None:
+    """Refuse columns that the manifest has in another place, or that are not to be stored."""
+    if names:
+        raise DataError(
+            f"data.keep_columns names {counted(len(names), 'column')} of {table} that have another role.",
+            listed(map(repr, names)),
+            "Labels, patients, splits and sites are in the manifest without it; remove them from data.keep_columns.",
+        )
 
 
 def _place_keys(data: DataSettings) -> dict[str, str]:

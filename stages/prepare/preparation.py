@@ -184,7 +184,7 @@ def _manifest(
             group=item.path if item.group is None else item.group,
             split=split,
             site=item.site,
-            kept={name: item.others.get(name, "") for name in data.keep_columns},
+            kept={name: item.others[name] for name in data.keep_columns},
             near=near.get(item.path),
         )
 

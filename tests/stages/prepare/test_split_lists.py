@@ -13,6 +13,8 @@ from schemas.errors import DataError, SettingsError
 from schemas.manifest import Manifest, PrepareResult
 from schemas.parse import parse_settings
 from schemas.recipe_rows import RECIPES
+from stages.data_check.check import check_data, read_data
+from stages.data_check.repair import plan_repair
 from stages.manifest import read_manifest
 from stages.prepare import prepare
 from stages.prepare.dataset_listing import read_listing
@@ -76,6 +78,11 @@ def test_leaks_between_lists_are_refused(study: Path) -> None:
     with pytest.raises(DataError, match=r"patient 'p0': a/00.png .train., a/02.png .val."):
         run(study, labels="labels.csv")
     assert len(run(study, labels="labels.csv", allow_leaks=["patient"])[0].rows) == 7
+    data = parse_settings({"data": {"images": "images", "labels": "labels.csv", "split_files": LISTS}}).data
+    read = read_data(data, study)
+    assert any("patient 'p0'" in leak for leak in check_data(read, 64).leaks)
+    with pytest.raises(DataError, match="splits are those of the lists"):
+        plan_repair(read)
 
 
 def test_wrong_lists(study: Path) -> None:

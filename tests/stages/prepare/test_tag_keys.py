@@ -176,6 +176,9 @@ def test_wrong_settings(study: Path) -> None:
     with pytest.raises(DataError, match="has no Patient ID"):
         table(study, ["Patient ID", "label"], [["", "a"]])
         read_listing(settings_of(tag_columns={"PatientID": "Patient ID"}), study)
+    with pytest.raises(DataError, match="keep_columns names 1 column"):
+        table(study, ["Patient ID", "label"], [["0004711", "a"]])
+        read_listing(settings_of(tag_columns={"PatientID": "Patient ID"}, keep_columns=["Patient ID"]), study)
     for labels in (None, "tags"):
         with pytest.raises(SettingsError, match="needs a labels table"):
             settings_of(labels=labels, tag_columns={"PatientID": "x"})
