@@ -26,7 +26,7 @@ PYTHON_VARIABLE = "FPT_FLWR_PYTHON"
 """Python of an environment with flwr and the dependencies of fpt, where flwr is not in the one of the tests."""
 HAS_FLOWER = importlib.util.find_spec("flwr") is not None
 PYTHON = os.environ.get(PYTHON_VARIABLE) or (sys.executable if HAS_FLOWER else "")
-SECONDS = 900
+SECONDS = 1800
 """Most of the time processes start: one per message and node, each of which imports torch."""
 
 
