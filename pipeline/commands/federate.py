@@ -40,6 +40,10 @@ def federate(
     traffic: Annotated[
         bool, typer.Option("--traffic", help="Only print the bytes that a site sends, for every method.")
     ] = False,
+    flower: Annotated[
+        Path | None,
+        typer.Option("--flower", help="Only write the folder that `flwr run` starts.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Folder of model/; else outputs/federated.", show_default=False),
@@ -53,6 +57,9 @@ def federate(
     from pipeline.federation import plan_rounds, run_federation
     from pipeline.project import open_study
 
+    if flower is not None:
+        _write_app(flower)
+        return
     study = open_study(params, [*(assignments or []), *([f"method={method}"] if method else [])])
     if traffic:
         _show_traffic(study, as_json)
@@ -69,6 +76,12 @@ def federate(
     _show(result, study)
     say(f"Model of round {result.best}: {folder / 'model'}")
     say_next(f"fpt evaluate --model {folder / 'model'} --output {folder / 'evaluation'}")
+
+
+def _write_app(folder: Path) -> None:
+    from pipeline.flower import write_app
+
+    say(f"Folder for `flwr run`: {write_app(folder)}. Nodes, names and certificates: docs/federated.md.")
 
 
 def _say_round(log: RoundLog, rounds: int) -> None:

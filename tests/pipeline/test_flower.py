@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ PYTHON_VARIABLE = "FPT_FLWR_PYTHON"
 """Python of an environment with flwr and the dependencies of fpt, where flwr is not in the one of the tests."""
 HAS_FLOWER = importlib.util.find_spec("flwr") is not None
 PYTHON = os.environ.get(PYTHON_VARIABLE) or (sys.executable if HAS_FLOWER else "")
-SECONDS = 900
+SECONDS = 1800
 """Most of the time processes start: one per message and node, each of which imports torch."""
 
 
@@ -112,6 +113,14 @@ def test_three_nodes_over_loopback_give_the_weights_of_one_process(prepared: Pat
     here, there = (load_file(tmp_path / name / "model/model.safetensors") for name in ("here", "there"))
     assert here.keys() == there.keys()
     assert all((here[name] == there[name]).all() for name in here)
+
+
+def test_the_app_names_the_functions_of_this_module(tmp_path: Path, fpt: Fpt) -> None:
+    fpt("federate", "--flower", "app", cwd=tmp_path)
+    app = tomllib.loads((tmp_path / "app/pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    module = app["components"]["clientapp"].partition(":")[0]
+    assert module == app["components"]["serverapp"].partition(":")[0] == write_app.__module__
+    assert {"params", "sites", "rounds", "local-epochs", "mu", "wait-seconds"} <= app["config"].keys()
 
 
 def test_a_node_names_its_site_and_study(prepared: Path) -> None:
