@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -34,6 +34,30 @@ class SplitName(StrEnum):
     test = "test"
 
 
+Images: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        help="Evaluate images outside of the study: a folder per class, or any folder with --labels.",
+        show_default=False,
+        exists=True,
+        file_okay=False,
+    ),
+]
+Labels: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        metavar="TABLE",
+        help="Labels of --images; columns as in the settings, such as --set data.label_column=NAME.",
+        show_default=False,
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
+
 def evaluate(
     params: Params = PARAMS_FILE,
     assignments: Assignments = None,
@@ -51,28 +75,8 @@ def evaluate(
     split: Annotated[
         SplitName | None, typer.Option("--split", help="Images of the study; else test.", show_default=False)
     ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Evaluate images outside of the study: a folder per class, or any folder with --labels.",
-            show_default=False,
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--labels",
-            metavar="TABLE",
-            help="Labels of --images; columns as in the settings, such as --set data.label_column=NAME.",
-            show_default=False,
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    images: Images = None,
+    labels: Labels = None,
     adapt: adapt_options.Name = None,
     adapt_batch: adapt_options.Batch = adapt_options.DEFAULTS.batch,
     adapt_seed: adapt_options.Seed = adapt_options.DEFAULTS.seed,
