@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from schemas.settings import Settings
     from schemas.test_time import Adapted, AdaptOptions
     from stages.predict.external import ExternalProgress, ExternalResult
-    from stages.train.inputs import StudyFiles
 
 
 def evaluate_split(
@@ -104,7 +103,7 @@ def evaluate_images(
     Raises:
         FptError: As `stages.predict.external.evaluate_external`.
     """
-    from pipeline.project import cache_root
+    from pipeline.project import cache_root, study_files
     from stages.device import set_up
     from stages.extract.shard_task import batch_size
     from stages.predict.external import ExternalContext, ExternalProgress, evaluate_external
@@ -134,26 +133,6 @@ def evaluate_images(
     )
     _keep_settings(bundle, settings, folder)
     return result, folder
-
-
-def study_files(params: Path, assignments: Sequence[str]) -> StudyFiles | None:
-    """Return the files of the study of a `params.yaml`, for what is computed from its training images; None without it.
-
-    Args:
-        params: Settings of the study.
-        assignments: `key.path=value` overrides; those of the images are left out, which belong to others.
-    """
-    from pipeline.project import open_study
-    from schemas.errors import FptError
-    from stages.manifest import read_manifest
-
-    if not params.exists():
-        return None
-    try:
-        study = open_study(params, [one for one in assignments if not one.startswith("data.")])
-        return study.files(read_manifest(study.manifest))
-    except FptError:
-        return None
 
 
 def _external_settings(params: Path, assignments: Sequence[str], spec: BundleSpec, images: LabelledImages) -> Settings:

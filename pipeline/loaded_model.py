@@ -227,7 +227,7 @@ class Model:
         adapt: AdaptOptions,
         size: int,
     ) -> Predictions:
-        from pipeline.evaluation import study_files
+        from pipeline.project import study_files
         from schemas.errors import ImageError
         from stages.predict.adapted import adapted_probabilities
         from stages.predict.classifier import as_row

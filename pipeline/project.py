@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.console import say
 from pipeline.params import PARAMS, load_settings
 from schemas.data_settings import DataSettings
+from schemas.errors import FptError
 from schemas.features import LpmInfo
 from schemas.resolved import ResolvedSettings
 from schemas.settings import OUTPUTS, Precision, Settings
@@ -152,6 +153,24 @@ def open_study(params: Path, assignments: Sequence[str] = ()) -> Study:
         params=params.absolute(),
         assignments=tuple(assignments),
     )
+
+
+def study_files(params: Path, assignments: Sequence[str]) -> StudyFiles | None:
+    """Return the files of the study of a `params.yaml`, for what is computed from its training images; None without it.
+
+    Args:
+        params: Settings of the study.
+        assignments: `key.path=value` overrides; those of the images are left out, which belong to others.
+    """
+    from stages.manifest import read_manifest
+
+    if not params.exists():
+        return None
+    try:
+        study = open_study(params, [one for one in assignments if not one.startswith("data.")])
+        return study.files(read_manifest(study.manifest))
+    except FptError:
+        return None
 
 
 def resolve_aloud(
