@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 NAMES = (*get_args(ShiftName), SITE)
 
+Shift: TypeAlias = Annotated[
+    bool, typer.Option("--shift", help="Then evaluate the runs on corrupted test images and held-out sites.")
+]
 Shifts: TypeAlias = Annotated[
     str | None,
     typer.Option("--shifts", metavar="NAME,NAME", help=f"Of {', '.join(NAMES)}; else all.", show_default=False),

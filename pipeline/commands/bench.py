@@ -61,11 +61,9 @@ Memory: TypeAlias = Annotated[
 Output: TypeAlias = Annotated[
     Path | None, typer.Option("--output", help="Folder of the runs; else outputs/bench.", show_default=False)
 ]
+ShowPlan: TypeAlias = Annotated[bool, typer.Option("--plan", help="Print runs, memory and time, and train nothing.")]
 Cluster: TypeAlias = Annotated[
     bool, typer.Option("--cluster", help="Train on the Dask workers of the section cluster of the settings.")
-]
-Shift: TypeAlias = Annotated[
-    bool, typer.Option("--shift", help="Then evaluate the runs on corrupted test images and held-out sites.")
 ]
 
 
@@ -81,9 +79,9 @@ def bench(
     epochs: Epochs = None,
     memory: Memory = None,
     output: Output = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print runs, memory and time, and train nothing.")] = False,
+    plan: ShowPlan = False,
     cluster: Cluster = False,
-    shift: Shift = False,
+    shift: shift_options.Shift = False,
     shifts: shift_options.Shifts = None,
     strengths: shift_options.Strengths = "1,2,3,4,5",
     adapts: shift_options.Adapts = "foa-shift",
@@ -123,6 +121,10 @@ def bench(
     if shifted is not None:
         shift_options.run_shift_bench(study, files, planned.groups, result, shifted, folder, as_json)
         return
+    _hand_over(result, folder, as_json)
+
+
+def _hand_over(result: BenchResult, folder: Path, as_json: bool) -> None:
     if as_json:
         show_json(result.model_dump(mode="json"))
         return
