@@ -101,7 +101,7 @@ class ExtrapolatedStep:
             return past
         state, (_, beta) = self._optimizer.state[parameter], group["betas"]
         root: torch.Tensor = (state["exp_avg_sq"] / (1 - beta ** state["step"])).sqrt()
-        # The estimate is that of clipped gradients: without a bound, one that was clipped a hundredfold would move every
+        # The estimate is that of clipped gradients: without a bound, one that was clipped a hundredfold would move each
         # number by a hundred steps.
         return (past / root.add_(group["eps"])).clamp_(-1.0, 1.0)
 
