@@ -6,7 +6,8 @@ DATA are folders with `images/` and `labels.csv` (columns path, label, patient).
 the first folds of a cross-validation by patient, and finished runs are files below DIR, which are not trained again.
 
 Learning rates follow the batch: with its square root for AdamW, in proportion for SGD. With extrapolation a batch is
-divided among workers of 16 images, each at an extrapolated point of its own (docs/large-batches.md).
+divided among workers of 16 images, each at an extrapolated point of its own (docs/large-batches.md). The column
+"difference" is the AUC minus that of the inner optimiser, paired by split and seed.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main() -> None:
         for folder in options.data:
             _measure(folder, chosen, options)
     except FptError as error:
-        print_error(error)
+        print_error(str(error))
         raise SystemExit(2) from None
 
 
@@ -122,17 +123,21 @@ def _measure(folder: Path, chosen: dict[str, Trained], options: argparse.Namespa
     """Print the table of a data set."""
     lpm = {"name": options.lpm, "weights": options.weights}
     data, rows = open_data(folder, options.work, lpm, options.image_size), []
+    plain: dict[tuple[int, str], Sequence[float]] = {}
     for batch in map(int, options.batches.split(",")):
         for name, one in chosen.items():
             recipe = one.recipe(options.method, batch, options.epochs, options.seeds)
             runs = list(runs_of(prepare_recipe(recipe, data), options.splits))
             aucs, losses = zip(*map(scores, runs), strict=True)
             rate = one.rate * (batch / SMALL) ** one.exponent
-            seconds = statistics.mean(run.seconds for run in runs)
-            rows.append([str(batch), name, f"{rate:.3g}", spread(aucs), spread(losses), f"{seconds:.0f}"])
+            plain.setdefault((batch, one.optimizer), aucs)
+            inner = plain.get((batch, one.optimizer.removeprefix("extrap-")), aucs)
+            gains = [auc - other for auc, other in zip(aucs, inner, strict=True)]
+            gain = "" if inner is aucs else spread(gains)
+            rows.append([str(batch), name, f"{rate:.3g}", spread(aucs), gain, spread(losses)])
             say(f"{data.name}: {', '.join(rows[-1])}")
     title = f"{data.name}: {options.method}, {options.epochs} epochs, {options.splits} splits x {options.seeds} seeds"
-    show_table(title, ["batch", "optimiser", "rate", "test AUC", "log loss", "seconds"], rows)
+    show_table(title, ["batch", "optimiser", "rate", "test AUC", "difference", "log loss"], rows)
 
 
 if __name__ == "__main__":

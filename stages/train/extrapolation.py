@@ -11,7 +11,7 @@ rate of the step: by default eta / K, the rate of a small batch. Symbols, this d
 inner step only are UNVERIFIED, as the paper's algorithm was not available. AdamW as the inner optimiser is ours. Its
 steps are longer than eta times a gradient by orders of magnitude: `direction: preconditioned` takes
 
-    w_k = w - eta_hat g_k / (sqrt(v_hat) + eps)
+    w_k = w - eta_hat g_k / (sqrt(v_hat) + eps)          each number of the quotient at most 1
 
 with AdamW's estimate v_hat of the squared gradient, which is ours as well.
 
@@ -101,7 +101,9 @@ class ExtrapolatedStep:
             return past
         state, (_, beta) = self._optimizer.state[parameter], group["betas"]
         root: torch.Tensor = (state["exp_avg_sq"] / (1 - beta ** state["step"])).sqrt()
-        return past / root.add_(group["eps"])
+        # The estimate is that of clipped gradients: without a bound, one that was clipped a hundredfold would move each
+        # number by a hundred steps.
+        return (past / root.add_(group["eps"])).clamp_(-1.0, 1.0)
 
     @torch.no_grad()
     def _take(self, worker: int, weight: torch.Tensor | None) -> None:

@@ -134,6 +134,24 @@ def test_the_preconditioned_direction_is_divided_by_the_root_mean_square_of_adam
     torch.testing.assert_close(points[1], torch.tensor([-0.1, 0.1], dtype=torch.double), rtol=1e-4, atol=0)
 
 
+def test_a_clipped_gradient_does_not_make_the_preconditioned_extrapolation_longer() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.double))
+    train = settings("extrap-adamw", lr=0.1, extrapolation={"workers": 1, "direction": "preconditioned"})
+    optimizer = make_optimizer(nn.ParameterList([weight]), train)
+    for number in range(2):
+        optimizer.zero_grad()
+        step = ExtrapolatedStep(optimizer, train)
+        before = weight.detach().clone()
+        with step.at(0, None):
+            # AdamW knows the gradient only as it is after clipping, a thousandth.
+            assert number == 0 or (weight.detach() - before).tolist() == pytest.approx([-0.1, 0.1])
+            (weight * torch.tensor([800.0, -600.0])).sum().backward()
+        step.join()
+        nn.utils.clip_grad_norm_(weight, 1.0)
+        optimizer.step()
+        step.remember()
+
+
 def test_weights_are_restored_exactly_where_the_backward_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run("fpt+", optimizer="extrap-sgd", extrapolation={"workers": 2, "rate": 10.0}, lr=0.1)
     steps(run, (8,))
