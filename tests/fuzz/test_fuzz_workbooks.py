@@ -145,9 +145,13 @@ def read(folder: Path, raw: bytes) -> Rows:
     return [(item.path, item.label, item.group) for item in table.items]
 
 
-def reference(raw: bytes) -> list[str]:
-    """All values of the visible sheets, as openpyxl's reader for editing finds them."""
-    book = load_workbook(io.BytesIO(raw), data_only=True)
+def reference(raw: bytes) -> list[str] | None:
+    """All values of the visible sheets by openpyxl's reader for editing; None if it refuses another part."""
+    try:
+        book = load_workbook(io.BytesIO(raw), data_only=True)
+    # It raises nearly anything, also for sheets that are hidden.
+    except Exception:
+        return None
     cells = (
         cell for sheet in book.worksheets if sheet.sheet_state == "visible" for row in sheet.iter_rows() for cell in row
     )
@@ -187,7 +191,10 @@ def test_mutants_are_refused_or_have_the_rows_of_the_file(tmp_path: Path, level:
             continue
         outcomes["other rows"] += 1
         assert level == "xml", f"case {case} of seed {SEED}: changed bytes change rows"
-        values = {value.strip() for value in reference(mutant)}
+        if (cells := reference(mutant)) is None:
+            outcomes["not compared"] += 1
+            continue
+        values = {value.strip() for value in cells}
         for path, label, group in rows:
             found = all(known(text, values) for text in (path, label, group) if text is not None)
             assert found, f"case {case} of seed {SEED}: {path}, {label}, {group}"
