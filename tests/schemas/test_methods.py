@@ -278,7 +278,7 @@ def test_a_model_of_other_features_is_refused(spec: MethodSpec, tmp_path: Path) 
         others = {"hidden": 3}
     if isinstance(spec, AlfSpec):
         others = {"statistics": False}
-    if isinstance(spec, StatisticsSpec):
+    if isinstance(spec, StatisticsSpec | RidgeSpec):
         # Statistics of every block begin elsewhere without a class token; tapped layers do not matter to them.
         others = {"lpm": LPM.model_copy(update={"has_class_token": False})}
     (tmp_path / "model.json").write_bytes(encode_spec(bundle(spec, **others)))
