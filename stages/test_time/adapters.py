@@ -43,7 +43,7 @@ class ShiftAdapter:
         model = self._bundle.network
         vectors = model.head_inputs(_prepared(self._bundle, batch))
         logits = model.head_logits(self._shift.shifted(vectors))
-        self._shift.update(vectors.double().mean(dim=0))
+        self._shift.update(vectors.cpu().double().mean(dim=0))
         return logits.float().cpu()
 
 

@@ -98,8 +98,8 @@ def _norms(target: LpmTarget, bundle: Bundle, files: StudyFiles, ids: list[str])
     found = [
         target.norms(required(batch.image, "image")) for batch in _batches(bundle, files, ids, target.reads, size=1)
     ]
-    means = torch.stack([mean for mean, _ in found]).double().cpu()
-    variances = torch.stack([variance for _, variance in found]).double().cpu()
+    means = torch.stack([mean for mean, _ in found]).cpu().double()
+    variances = torch.stack([variance for _, variance in found]).cpu().double()
     # Images have equally many tokens: the variance of all is the mean variance and the variance of the means.
     total = variances.mean(dim=0) + means.var(dim=0, correction=0)
     return Moments(means.mean(dim=0).float(), total.float(), len(ids))

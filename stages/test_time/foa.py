@@ -77,10 +77,11 @@ def fitness(logits: torch.Tensor, activations: torch.Tensor, source: Moments, ta
         source: Mean and standard deviation (A,) over source images.
         task: Meaning of the logits.
     """
-    batch = activations.double().cpu()
+    # On the CPU first: some devices have no double precision.
+    batch = activations.cpu().double()
     apart = (batch.mean(dim=0) - source.mean.double()).square().sum()
     spread = (batch.std(dim=0) - source.spread.double()).square().sum()
-    value = entropies(logits, task).sum().cpu() + WEIGHT * len(batch) / REFERENCE_BATCH * (apart + spread)
+    value = entropies(logits.cpu(), task).sum() + WEIGHT * len(batch) / REFERENCE_BATCH * (apart + spread)
     return float(value)
 
 
@@ -100,11 +101,11 @@ class ActivationShift:
         """Return vectors (B, F) plus mu - h, h from the batches before; the first batch is not shifted."""
         if self._running is None:
             return vectors
-        return vectors + (self._target - self._running).to(vectors)
+        return vectors + (self._target - self._running).float().to(vectors)
 
     def update(self, mean: torch.Tensor) -> None:
         """Take the mean (F,) of a batch into the running mean, which starts as that of the first batch."""
-        mean = mean.double().cpu()
+        mean = mean.cpu().double()
         self._running = mean if self._running is None else KEPT * self._running + (1.0 - KEPT) * mean
 
 
@@ -151,7 +152,7 @@ class Foa:
                 chosen = vectors
                 self._best = np.asarray(candidate, np.float64)
             values.append(value if np.isfinite(value) else np.inf)
-            own = vectors.double().mean(dim=0) / len(candidates)
+            own = vectors.cpu().double().mean(dim=0) / len(candidates)
             mean = own if mean is None else mean + own
         if chosen is None or mean is None:
             raise EvaluationError(

@@ -53,7 +53,7 @@ def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for part in parts:
-        rows = part.double().cpu()
+        rows = part.cpu().double()
         own, total = rows.mean(dim=0), count + len(rows)
         apart = own - mean
         squares = squares + (rows - own).square().sum(dim=0) + apart.square() * (count * len(rows) / total)
