@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from federated_studies import run, sites_at, weights
+from sklearn.linear_model import Ridge
 from study import Study, evaluated_and_predicted, make_study, train_study
 
 from schemas.errors import TrainingError
@@ -17,6 +18,7 @@ from schemas.federated import FederatedPlan, Partition
 from stages.federate.messages import Failure, Replies, Request
 from stages.federate.partition import simulate
 from stages.federate.site import in_process
+from stages.methods.least_squares import PENALTIES
 from stages.methods.ridge import Moments, fit_source, moments_of
 from stages.train.bundle import read_spec
 
@@ -108,13 +110,11 @@ def test_losses_and_regressions_of_sums_are_those_of_rows() -> None:
     one = moments(x, t, u).standardised(mean, scale)
     for mine, other in zip(vars(one).values(), vars(moments(z, t, u)).values(), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-10)
-    from stages.methods.least_squares import PENALTIES, _path
-
-    path_weights, path_biases = _path(z, t, u[:, None])
     found_weights, found_biases = one.path()
-    np.testing.assert_allclose(found_weights, path_weights, atol=1e-9)
-    np.testing.assert_allclose(found_biases, path_biases, atol=1e-9)
-    held = moments(z[:20], t[:20], u[:20])
-    for number in range(len(PENALTIES)):
-        error = t[:20] - z[:20] @ path_weights[number] - path_biases[number]
-        assert held.losses(found_weights, found_biases)[number] == pytest.approx(float((u[:20] @ error**2).sum()))
+    losses = moments(z[:20], t[:20], u[:20]).losses(found_weights, found_biases)
+    for penalty, weight, bias, loss in zip(PENALTIES, found_weights, found_biases, losses, strict=True):
+        regression = Ridge(penalty).fit(z, t, sample_weight=u)
+        np.testing.assert_allclose(weight, regression.coef_.T, atol=1e-9)
+        np.testing.assert_allclose(bias, regression.intercept_, atol=1e-9)
+        error = t[:20] - regression.predict(z[:20])
+        assert loss == pytest.approx(float((u[:20] @ error**2).sum()))
