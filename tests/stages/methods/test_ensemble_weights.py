@@ -70,19 +70,22 @@ def test_what_the_networks_added_is_reported(tmp_path: Path) -> None:
 def test_training_steps_do_not_read_what_only_the_probes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make_study(tmp_path, method="fpt-x", train={"epochs": 1, "members": 1})
     read: list[set[str]] = []
+    layouts: list[set[str]] = []
     plain = FeatureDataset.__init__
 
     def noted(self: FeatureDataset, source: Any, ids: Any, labels: Any, reading: Reading, *rest: Any) -> None:
         plain(self, source, ids, labels, reading, *rest)
         read.append(set(self._names))
-        assert not {"statistics", "pooled"} & set(source.layouts), "held in memory for nothing"
+        layouts.append(set(source.layouts))
 
     monkeypatch.setattr(FeatureDataset, "__init__", noted)
     train_study(study, study.extract())
-    assert len(read) == 2
-    for names in read:
+    # The last one is read once after training, from the store, for the statistics of source images.
+    assert len(read) == 3
+    for names, held in zip(read[:2], layouts[:2], strict=True):
         assert {"keys", "values", "side"} <= names
         assert not {"statistics", "pooled"} & names
+        assert not {"statistics", "pooled"} & held, "held in memory for nothing"
 
 
 def test_with_fitted_weights_only_networks_have_a_temperature() -> None:
