@@ -44,6 +44,11 @@ _READERS: dict[str, tuple[type[ImageFile], int]] = {
 """Format by the first bytes of a file -> its reader, and the most bytes per pixel that decoding takes: decoded pixels,
 RGB image and buffers of the library. Suffixes are ignored: a PNG named .jpg is a valid image."""
 
+_NOT_READ = {
+    "DICOMDIR": NEVER_FOLLOWED,
+    "DICOM segmentation, map or dose": "is a DICOM segmentation, map or dose, whose pixels are no picture",
+}
+"""Kind of DICOM file -> why it is refused, where it has more than no image."""
 _PROGRESSIVE_BYTES = 8
 """Additional bytes per pixel for the coefficients of a JPEG with several scans."""
 
@@ -198,7 +203,7 @@ class _OpenImage:
             if kind is None:
                 raise RefusalError("is not a PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI image")
             if kind.startswith("DICOM"):
-                raise RefusalError(NEVER_FOLLOWED if kind == "DICOMDIR" else "is a DICOM file without an image")
+                raise RefusalError(_NOT_READ.get(kind, "is a DICOM file without an image"))
             raise RefusalError(f"is {'an' if kind in _AN else 'a'} {kind} file, which is not read yet")
         reader, bytes_per_pixel = _READERS[kind]
         bytes_per_pixel += self._check_structure(kind, bytes_per_pixel)
