@@ -10,7 +10,7 @@
 PYTHON ?= python3
 TORCH ?=
 LOCK ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

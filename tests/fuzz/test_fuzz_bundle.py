@@ -18,7 +18,7 @@ from stages.train.bundle import load_bundle, read_spec
 from stages.train.trainer import train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "1000"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "500"))
 
 
 @pytest.fixture(scope="module")

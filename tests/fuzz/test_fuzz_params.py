@@ -21,7 +21,7 @@ from schemas.errors import FptError
 from schemas.settings import Settings
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "120"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "60"))
 
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What must not reach a terminal: everything but line breaks and tabs."""

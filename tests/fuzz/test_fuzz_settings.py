@@ -18,7 +18,7 @@ from schemas.resolve import resolve
 from schemas.settings import Settings
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "1500"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "700"))
 
 LPM = LpmInfo(
     name="vit", depth=12, width=384, heads=6, patch=16, prefix_tokens=1, has_class_token=True, image_size=512,

@@ -24,7 +24,7 @@ from stages.store.memory_rows import MemoryRows
 from stages.store.reader import StoreReader, open_store
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "150"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "70"))
 SPECS = {
     "int8": SPEC.model_copy(update={"dtype": "int8", "pooled": False}),
     "only statistics": FORMS["only statistics"],

@@ -19,7 +19,7 @@ from stages.evaluate.predictions import Predictions, read_predictions, write_pre
 from stages.manifest import read_manifest, write_manifest
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("FPT_FUZZ_CASES", "1500"))
+CASES = int(os.environ.get("FPT_FUZZ_CASES", "700"))
 
 SPLITS = ("train", "val", "test")
 ROWS = tuple(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from study import Study, make_study, predict, train_study
 
 from schemas.errors import BundleError, CacheMismatchError, TrainingError
+from schemas.features import ExtractionReceipt
 from schemas.methods import METHODS, Method
 from schemas.resolved import ResolvedSettings
 from schemas.results import EpochLog
@@ -212,19 +213,27 @@ def test_the_attentive_probe_costs_less_than_a_side_network(study: Study) -> Non
     assert attentive.fit is None
 
 
+@pytest.fixture(scope="module")
+def viewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, ExtractionReceipt]:
+    """A study with two views of each training image, and its features."""
+    study = make_study(tmp_path_factory.mktemp("viewed"), features={"views": ("identity", "hflip")})
+    return study, study.extract()
+
+
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.closed_form])
-def test_the_cost_of_a_fit_is_what_the_bundle_holds(tmp_path: Path, method: Method) -> None:
-    study = make_study(tmp_path, method=method, features={"views": ("identity", "hflip")})
-    counts = count_rows(study.manifest, study.settings.features)
-    cost = estimate_cost(study.settings, study.lpm, 3, study.root, counts)
-    result = train_study(study, study.extract())
-    tensors = load_file(tmp_path / "model/model.safetensors").values()
+def test_the_cost_of_a_fit_is_what_the_bundle_holds(viewed: tuple[Study, ExtractionReceipt], method: Method) -> None:
+    study, receipt = viewed
+    settings = as_method(study, method)
+    counts = count_rows(study.manifest, settings.features)
+    cost = estimate_cost(settings, study.lpm, 3, study.root, counts)
+    result = train_study(study, receipt, method, settings)
+    tensors = load_file(study.root / method / "model.safetensors").values()
     assert cost.fit is not None
     assert cost.learnable == cost.fit.coefficients == result.learnable
     assert cost.fit.kept_mib == pytest.approx(sum(one.nbytes for one in tensors) / 2**20)
     assert cost.fit.rows == 2 * len(list(study.manifest.of("train"))) + len(list(study.manifest.of("val")))
     assert (cost.train_tensor_mib, cost.pme_factor) == (None, None)
-    unknown = estimate_cost(study.settings, study.lpm, 3, study.root).fit
+    unknown = estimate_cost(settings, study.lpm, 3, study.root).fit
     assert unknown == cost.fit.model_copy(update={"rows": None, "read_mib": None, "kept_mib": None})
 
 

@@ -39,7 +39,7 @@ from stages.train.infer import source_logits
 from stages.train.job import Watch
 from stages.train.trainer import train, train_together
 
-METHODS: tuple[Method, ...] = ("fpt+", "fpt-x", "side", "statistics", "linear", "knn", "attentive")
+METHODS: tuple[Method, ...] = ("fpt-x", "side", "statistics", "knn", "attentive")
 
 
 def run(
