@@ -27,6 +27,8 @@ from stages.methods.batch import Batch
 from stages.methods.side_prompts import SidePrompts
 
 SOURCE = "source.safetensors"
+WRITTEN = "source"
+"""Key of the metadata of the file: its model, images and digest, as JSON."""
 MOST = 256
 """Training images whose vectors are computed at the end of a training by gradient; FOA is published to need 32."""
 
@@ -69,7 +71,9 @@ def encode(moments: Mapping[Kind, Moments], weights_sha256: str) -> bytes:
         tensors |= {f"{kind}.mean": one.mean.contiguous(), f"{kind}.spread": one.spread.contiguous()}
     images = json.dumps({kind: one.images for kind, one in sorted(moments.items())})
     own = {"model": weights_sha256, "images": images}
-    data: bytes = save_tensors(tensors, metadata={**own, "sha256": _digest(tensors, own)})
+    # One entry: safetensors writes several in random order, and equal trainings would write other bytes.
+    written = json.dumps({**own, "sha256": _digest(tensors, own)}, sort_keys=True)
+    data: bytes = save_tensors(tensors, metadata={WRITTEN: written})
     return data
 
 
@@ -106,7 +110,7 @@ def _decode(data: bytes, path: Path, weights_sha256: str) -> dict[Kind, Moments]
 def _metadata(data: bytes) -> dict[str, str]:
     """Return the metadata of a file of safetensors, which starts with the length of its JSON header."""
     header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    written: dict[str, str] = header["__metadata__"]
+    written: dict[str, str] = json.loads(header["__metadata__"][WRITTEN])
     return written
 
 
