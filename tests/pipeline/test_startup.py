@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules(folder: Path, *words: str) -> set[str]:
     # Of a verb that ended without writing it, the list of the verb before would be read.
     (folder / "modules.json").unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, "modules.json", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+    # A command in the process of the tests leaves its plugins there for the processes that it starts.
+    environment = {name: value for name, value in os.environ.items() if name != "FPT_PLUGINS"}
+    command = [sys.executable, "-c", PROBE, "modules.json", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (folder / "modules.json").exists(), (done.returncode, done.stderr)
     code, names = json.loads((folder / "modules.json").read_text())
     assert code == 0, done.stderr
