@@ -197,8 +197,8 @@ def write_result(result: BenchResult, folder: Path) -> None:
     from stages.evaluate.bench_report import render_bench
     from stages.files import atomic_write
 
-    atomic_write(folder / "bench.csv", _as_csv(table_rows(result)))
-    atomic_write(folder / "runs.csv", _as_csv(run_rows(result)))
+    atomic_write(folder / "bench.csv", rows_as_csv(table_rows(result)))
+    atomic_write(folder / "runs.csv", rows_as_csv(run_rows(result)))
     atomic_write(folder / "bench.html", render_bench(result).encode())
     atomic_write(folder / "bench.json", (result.model_dump_json(indent=1) + "\n").encode())
 
@@ -259,7 +259,8 @@ def run_rows(result: BenchResult) -> list[dict[str, Any]]:
     ]
 
 
-def _as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a table as CSV, with the names of the first row as header."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")

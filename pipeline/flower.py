@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import say
-from pipeline.federation import plan_rounds
-from pipeline.params import write_settings
+from pipeline.federation import conduct, plan_rounds, site_at
 from pipeline.project import open_study
-from schemas.base import digest
 from schemas.errors import PlatformError, SettingsError
 from schemas.federated import Partition, RoundLog
 
@@ -102,7 +99,6 @@ def site_of(node: Mapping[str, Any]) -> Site:
         SettingsError: If `params` or `site` is missing, or the manifest has no such site.
     """
     from stages.federate.partition import simulate, sites_of
-    from stages.federate.site import Site
     from stages.manifest import read_manifest
 
     missing = [name for name in ("params", "site") if not node.get(name)]
@@ -120,8 +116,7 @@ def site_of(node: Mapping[str, Any]) -> Site:
         manifests = sites_of(manifest) if any(row.site is not None for row in manifest.rows) else {name: manifest}
     if name not in manifests:
         raise SettingsError(f"The manifest has no site {name!r}.", [("sites", ", ".join(manifests))])
-    files = replace(study.files(manifest), manifest=manifests[name])
-    return Site(name, study.settings, files, study.checkpoints / f"site-{digest(name)[:16]}")
+    return site_at(study, study.files(manifest), name, manifests[name])
 
 
 def _assignments(config: Mapping[str, Any]) -> list[str]:
@@ -271,8 +266,6 @@ def serve(grid: Any, config: Mapping[str, Any]) -> None:
     """
     from stages.federate.handshake import recipe
     from stages.federate.messages import Request
-    from stages.federate.server import Server, federate
-    from stages.files import atomic_write
     from stages.manifest import read_manifest
 
     study = open_study(Path(str(config["params"])), _assignments(config))
@@ -283,19 +276,8 @@ def serve(grid: Any, config: Mapping[str, Any]) -> None:
     settings = study.settings.model_copy(update={"train": train})
     first = Request("describe", values=recipe(settings))
     exchange = GridExchange(grid, int(config["sites"]), float(config["wait-seconds"]), first)
-    server = Server(
-        settings=settings,
-        files=study.files(read_manifest(study.manifest)),
-        exchange=exchange,
-        output=folder / "model",
-        checkpoints=study.checkpoints,
-        on_round=_say_round,
-        on_notice=say,
-    )
-    result = federate(server, exchange.names, plan)
-    write_settings(settings, folder / "model")
-    # Last: who waits for it finds a complete bundle.
-    atomic_write(folder / "summary.json", (result.model_dump_json(indent=1) + "\n").encode())
+    files = study.files(read_manifest(study.manifest))
+    conduct(study, files, exchange, exchange.names, plan, folder, _say_round)
 
 
 def _say_round(log: RoundLog) -> None:

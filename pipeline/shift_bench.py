@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bench_plan import Group
+from pipeline.bench_result import rows_as_csv
 from pipeline.bench_runs import chosen
 from pipeline.console import say
 from schemas.errors import EvaluationError, FptError
@@ -122,15 +121,14 @@ def describe_shift(
 
 
 def run_shift(
-    study: Study, files: StudyFiles, groups: Sequence[Group], conditions: Sequence[Condition], asked: ShiftAsked
-) -> dict[str, str]:
-    """Compute what is missing; return method and adaptation -> why it is left out.
+    study: Study, files: StudyFiles, wanted: Sequence[Wanted], conditions: Sequence[Condition], asked: ShiftAsked
+) -> None:
+    """Compute what is missing.
 
     Raises:
-        EvaluationError: No run can be evaluated, or the runs have different features.
+        EvaluationError: The runs have different features.
         FptError: As reading the images and loading the LPM.
     """
-    wanted, left_out = _wanted(groups, asked)
     images = _images(study, files, asked)
     for number, condition in enumerate(conditions, start=1):
         rows = test_rows(files.manifest, condition)
@@ -143,11 +141,14 @@ def run_shift(
         found = images.probabilities(list(_entries(files, missing, images)), rows, condition, asked.batch)
         for one, p in zip(missing, found, strict=True):
             _note(one, condition, rows, p, asked)
-    return left_out
 
 
-def _wanted(groups: Sequence[Group], asked: ShiftAsked) -> tuple[list[Wanted], dict[str, str]]:
-    """Return the runs with each adaptation that they can have."""
+def wanted_runs(groups: Sequence[Group], asked: ShiftAsked) -> tuple[list[Wanted], dict[str, str]]:
+    """Return the runs with each adaptation that they can have, and method and adaptation -> why it is left out.
+
+    Raises:
+        EvaluationError: No run can be evaluated.
+    """
     from stages.test_time.targets import check_adaptable
     from stages.train.bundle import load_bundle
 
@@ -246,7 +247,7 @@ def _note(one: Wanted, condition: Condition, rows: Sequence[ManifestRow], p: Any
 
 
 def collect_shift(
-    groups: Sequence[Group],
+    wanted: Sequence[Wanted],
     conditions: Sequence[Condition],
     asked: ShiftAsked,
     manifest: Manifest,
@@ -256,7 +257,7 @@ def collect_shift(
     """Collect the numbers of all runs.
 
     Args:
-        groups: Of the bench.
+        wanted: From `wanted_runs`.
         conditions: From `conditions_of`.
         asked: Options.
         manifest: Of the study.
@@ -265,7 +266,6 @@ def collect_shift(
     """
     from stages.evaluate.sweep_statistics import spread_known
 
-    wanted, _ = _wanted(groups, asked)
     rows = []
     for condition in conditions:
         tested = test_rows(manifest, condition)
@@ -308,7 +308,7 @@ def write_shift(result: ShiftResult, folder: Path) -> None:
     from stages.evaluate.shift_table import render_shift
     from stages.files import atomic_write
 
-    atomic_write(folder / "shift.csv", _as_csv(_table(result)))
+    atomic_write(folder / "shift.csv", rows_as_csv(_table(result)))
     atomic_write(folder / "shift.html", render_shift(result).encode())
     atomic_write(folder / "shift.json", (result.model_dump_json(indent=1) + "\n").encode())
 
@@ -330,12 +330,3 @@ def _table(result: ShiftResult) -> list[dict[str, Any]]:
         }
         for row in result.rows
     ]
-
-
-def _as_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    lines, text = list(rows), io.StringIO()
-    if lines:
-        writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    return text.getvalue().encode()

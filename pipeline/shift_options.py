@@ -87,13 +87,14 @@ def run_shift_bench(
     Raises:
         FptError: As `pipeline.shift_bench.run_shift`.
     """
-    from pipeline.shift_bench import collect_shift, conditions_of, run_shift, write_shift
+    from pipeline.shift_bench import collect_shift, conditions_of, run_shift, wanted_runs, write_shift
 
     show_shift_plan(groups, files, asked)
     conditions, sites = conditions_of(files.manifest, asked)
-    left_out = {**sites, **run_shift(study, files, groups, conditions, asked)}
+    wanted, left_out = wanted_runs(groups, asked)
+    run_shift(study, files, wanted, conditions, asked)
     place = (trained.machine, trained.versions)
-    result = collect_shift(groups, conditions, asked, files.manifest, left_out, place)
+    result = collect_shift(wanted, conditions, asked, files.manifest, {**sites, **left_out}, place)
     write_shift(result, folder)
     if as_json:
         show_json(result.model_dump(mode="json"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from schemas.manifest import Split
+from schemas.specs import MethodSpec, has_sources
 from schemas.statistics import ProbeSource
 
 if TYPE_CHECKING:
     from schemas.features import FeatureSpec
-from schemas.specs import MethodSpec, has_sources
 
 
 class PooledSpec(MethodSpec):

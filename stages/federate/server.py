@@ -30,20 +30,20 @@ from stages.federate.weights import (
     State,
     bytes_of,
     constants_digest,
-    digest_of,
     spoiled,
     state_of,
     travelling,
     weighted_mean,
 )
 from stages.manifest import fitted_sha256
-from stages.methods.base import FitShape, Model, Network, learnable_parameters
+from stages.methods.base import Model, Network, learnable_parameters
 from stages.methods.summed import Sums, summed_method
 from stages.train.bundle import save_bundle, serialise
-from stages.train.fit_cost import row_width
+from stages.train.fit_cost import fit_shape
 from stages.train.gradient import initial_network, load_part
 from stages.train.inputs import StudyFiles, load_weights
 from stages.train.job import ignore
+from stages.train.leg import digest_of
 from stages.train.start import own_images
 
 VERSION = 1
@@ -217,16 +217,8 @@ def _validated(
 def _fit_sums(server: Server, members: Members) -> FederatedResult:
     """Fit a summed method to the sums of all sites, in one round."""
     began, settings = time.perf_counter(), members.settings
-    row, manifest = METHODS[settings.method], server.files.manifest
-    method = summed_method(settings.method)
-    shape = FitShape(
-        method=settings.method,
-        task=manifest.task,
-        classes=len(manifest.classes),
-        width=row_width(row.inputs, members.features),
-        rows=sum(site.train for site in members.sites),
-        sources=row.preset.probe_sources(members.features, "pooled" in row.inputs),
-    )
+    method, rows = summed_method(settings.method), sum(site.train for site in members.sites)
+    shape = fit_shape(settings, members.features, len(server.files.manifest.classes), rows)
     zeros: State = {name: torch.zeros(size, dtype=torch.float64) for name, size in method.sums_size(shape).items()}
     sums, counts, failed = _added(server, members, zeros)
     model = method.fit_sums(sums, shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,13 +30,12 @@ from stages.methods.base import Model, build_model
 from stages.scores import probabilities
 from stages.tasks import decide, hits
 from stages.train.bundle import WEIGHTS
-from stages.train.closed_form import sum_job
 from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 from stages.train.gradient import initial_network, load_part
 from stages.train.inputs import OpenInputs, StudyFiles
 from stages.train.leg import Leg
 from stages.train.targets import Target, class_counts, targets
-from stages.train.trainer import open_checked, summed_inputs, train_leg
+from stages.train.trainer import open_checked, sum_rows, train_leg
 
 BATCH = 64
 """Validation images per forward pass."""
@@ -139,7 +138,7 @@ def _with_validation(files: StudyFiles) -> StudyFiles:
     rows = [row for row in manifest.rows if row.split == "train"]
     again = [row.model_copy(update={"split": "val", "path": f"{row.path}#val"}) for row in rows]
     every = sorted([*manifest.rows, *again], key=lambda row: row.path)
-    return StudyFiles(**{**vars(files), "manifest": manifest.model_copy(update={"rows": tuple(every)})})
+    return replace(files, manifest=manifest.model_copy(update={"rows": tuple(every)}))
 
 
 def method_key(settings: ResolvedSettings) -> str:
@@ -185,7 +184,7 @@ def _train(site: Site, request: Request) -> Reply:
 
 def _sums(site: Site, request: Request) -> Reply:
     """Reply with the sums of a closed form over the training images."""
-    sums = sum_job(summed_inputs(_settings(site, request), site.files, site.opened))
+    sums = sum_rows(_settings(site, request), site.files, site.opened)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in sums.items()}
     return Reply(tensors, {"examples": site.examples})
 

@@ -15,9 +15,9 @@ from schemas.resolve import feature_spec, resolve
 from schemas.resolved import ResolvedSettings
 from schemas.settings import Settings
 from stages.federate.weights import travelling
-from stages.methods.base import FitShape, gradient_method, learnable_parameters
+from stages.methods.base import gradient_method, learnable_parameters
 from stages.methods.summed import summed_method
-from stages.train.fit_cost import row_width
+from stages.train.fit_cost import fit_shape
 
 FLOAT32, FLOAT64 = 4, 8
 """Bytes of a number."""
@@ -66,14 +66,7 @@ def traffic_of(settings: ResolvedSettings, lpm: LpmInfo, classes: int, options: 
     title = ", ".join([row.title, *(f"{name}: {str(value).lower()}" for name, value in options.items())])
     if row.summed:
         method = summed_method(settings.method)
-        shape = FitShape(
-            method=settings.method,
-            task=settings.data.task,
-            classes=classes,
-            width=row_width(row.inputs, features),
-            rows=0,
-            sources=row.preset.probe_sources(features, "pooled" in row.inputs),
-        )
+        shape = fit_shape(settings, features, classes, rows=0)
         numbers = sum(torch.Size(size).numel() for size in method.sums_size(shape).values())
         learnable = learnable_parameters(method.build(method.spec(shape)))
         yield Traffic(method=row.name, title=title, learnable=learnable, bytes=FLOAT64 * numbers, exchanges="once")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from schemas.errors import TrainingError
+from stages.train.leg import digest_of
 
 State = dict[str, torch.Tensor]
 """Tensors by name, on the CPU."""
@@ -27,14 +27,6 @@ def state_of(network: nn.Module, names: Sequence[str]) -> State:
     """Return a copy of some of the weights of a network."""
     state = network.state_dict()
     return {name: state[name].detach().cpu().clone() for name in names}
-
-
-def digest_of(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the sha256 (hex) of names and values."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def constants_digest(network: nn.Module) -> str:

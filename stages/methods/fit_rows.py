@@ -109,7 +109,17 @@ def check_rows_to_fit(train: FitRows, val: FitRows) -> None:
             "The split left none.",
             "Raise data.val_share, then run `fpt prepare`.",
         )
-    if not (np.isfinite(train.x).all() and np.isfinite(val.x).all()):
+    check_finite(train)
+    check_finite(val)
+
+
+def check_finite(rows: FitRows) -> None:
+    """Refuse rows with numbers that are not finite.
+
+    Raises:
+        TrainingError: If there is one.
+    """
+    if not np.isfinite(rows.x).all():
         raise TrainingError(
             "The features of the LPM are not finite.",
             "The features are damaged.",

@@ -5,32 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from schemas.resolve import SIDE_PATCH
-from schemas.specs import MethodSpec, SideNetworkSpec
+from schemas.specs import SideNetworkSpec
 from stages.methods.fusion import Fusion
 from stages.methods.joint_attention import TokenNetwork
-from stages.methods.positions import resample_embeddings
 from stages.methods.side_network import SideNetwork
-
-
-def resample_side(
-    saved: MethodSpec, spec: SideNetworkSpec, state: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """Resample the position embeddings of side networks to the size of their small image.
-
-    Args:
-        saved: Spec of the model with these weights.
-        spec: Spec of the other size.
-        state: Weights.
-    """
-    return resample_embeddings(state, saved.side_size // SIDE_PATCH, spec.image_size // SIDE_PATCH)
 
 
 class PromptedSideNetwork(TokenNetwork):
@@ -57,10 +42,6 @@ class PromptedSideNetwork(TokenNetwork):
         if image is None:
             raise ValueError("this model needs the input side")
         return self.side.embed(image)
-
-    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Resample the position embedding to the size of the small image."""
-        return resample_side(saved, self.spec, state)
 
     def layer_queries(self, layer: int) -> torch.Tensor | None:
         """Return the queries (P, D) of the prompts of a layer; None without prompts."""

@@ -25,7 +25,7 @@ from stages.methods.attentive import AttentiveProbe
 from stages.methods.batch import Batch
 from stages.methods.calibration import FIRST_PRIOR, PRIOR, fit_shares, inverse_temperatures
 from stages.methods.fit_rows import describe_rows
-from stages.methods.fpt import PromptedSideNetwork, resample_side
+from stages.methods.fpt import PromptedSideNetwork
 from stages.methods.held_out_gain import group_folds, paired_losses
 from stages.methods.joint_attention import TokenNetwork
 from stages.methods.statistics import StatisticsProbe
@@ -77,10 +77,6 @@ class Ensemble(TokenNetwork):
     def kinds(self) -> int:  # type: ignore[override]
         """Number of experts: side networks, attentive probes and linear probes, as far as the spec has them."""
         return len(self.shares)
-
-    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Resample the position embeddings to the size of the small image."""
-        return resample_side(saved, self.spec, state)
 
     def continued(self, saved: MethodSpec, names: Iterable[str]) -> Sequence[str]:
         """Leave out members that the saved model does not have: they start from new weights."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from schemas.resolve import SIDE_PATCH
+from schemas.specs import MethodSpec
 from stages.methods.base import Network
 from stages.methods.batch import Batch
 from stages.methods.cached_tokens import CachedTokens
 from stages.methods.fusion import context
+from stages.methods.positions import resample_embeddings
 
 
 class Member(Protocol):
@@ -50,6 +53,9 @@ class Member(Protocol):
     def prompt_width(self) -> int:
         """Width of the tokens that `PromptedMember.insert` takes; 0: it takes none."""
 
+    def reseed(self, *entropy: int) -> None:
+        """Draw whatever is random in training from here on as these numbers determine."""
+
 
 class PromptedMember(Member, Protocol):
     """A member with tokens of its own, among which prompts can stand."""
@@ -60,14 +66,15 @@ class PromptedMember(Member, Protocol):
     def activation(self, layer: int, state: Any, /) -> torch.Tensor:
         """Return the class token (B, width) after a layer and the next norm."""
 
-    def reseed(self, *entropy: int) -> None:
-        """Draw whatever is random in training from here on as these numbers determine."""
-
 
 class TokenNetwork(Network):
     """A network whose members read the cached tokens layer by layer."""
 
     has_head = True
+
+    def resampled(self, saved: MethodSpec, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Resample the position embeddings of side networks to the size of their small image."""
+        return resample_embeddings(state, saved.side_size // SIDE_PATCH, self.spec.side_size // SIDE_PATCH)
 
     @staticmethod
     def member_logits(members: Sequence[Member], batch: Batch, checkpointing: bool = False) -> torch.Tensor:

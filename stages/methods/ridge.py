@@ -32,6 +32,7 @@ from schemas.probe_specs import RidgeSpec
 from schemas.specs import MethodSpec
 from schemas.statistics import ProbeSource
 from stages.methods.base import Details, FitInputs, FitShape, RowModel
+from stages.methods.fit_rows import check_finite
 from stages.methods.least_squares import PENALTIES
 from stages.methods.linear import LinearProbe
 from stages.methods.regression import Floats
@@ -206,12 +207,7 @@ class RidgeMethod(SummedMethod):
             TrainingError: If a feature is not finite, or labels of a multi-label study are weighted.
         """
         train = inputs.train
-        if not np.isfinite(train.x).all():
-            raise TrainingError(
-                "The features of the LPM are not finite.",
-                "The features are damaged.",
-                "Check them with `fpt cache verify`.",
-            )
+        check_finite(train)
         if train.y.ndim == 2 and inputs.class_weights is not None:
             raise TrainingError(
                 "ridge cannot weight the labels of a multi-label study.",

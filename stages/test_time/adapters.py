@@ -87,7 +87,7 @@ def open_adapter(
         lpm: Frozen LPM, where `runs_lpm`.
 
     Raises:
-        BundleError: The statistics are of another shape than the model's.
+        BundleError: Statistics that the adaptation needs are missing.
     """
     missing = [kind for kind in SOURCE_KINDS[options.name] if kind not in source]
     if missing:

@@ -36,14 +36,14 @@ def fit_job(job: Job) -> list[TrainResult]:
                     best=log,
                     epochs=(log,),
                     resumed_from=0,
-                    learnable=save_model(job, position, model, log, _source(model, train)),
+                    learnable=save_model(job, position, model, log, _source_moments(model, train)),
                     chosen=dict(closed_form_method(settings.method).chosen(model.spec)),
                 )
             )
     return results
 
 
-def _source(model: RowModel, train: FitRows) -> dict[str, Moments]:
+def _source_moments(model: RowModel, train: FitRows) -> dict[str, Moments]:
     """Return the statistics of the vector that the head reads, which are those of the training rows."""
     if not model.has_head:
         return {}

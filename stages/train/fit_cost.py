@@ -44,15 +44,8 @@ def closed_form_cost(
         classes: Outputs.
         counts: Rows of the study; None: not known.
     """
-    row, method = METHODS[settings.method], closed_form_method(settings.method)
-    shape = FitShape(
-        method=settings.method,
-        task=settings.data.task,
-        classes=classes,
-        width=row_width(row.inputs, features),
-        rows=0 if counts is None else counts.train,
-        sources=row.preset.probe_sources(features, "pooled" in row.inputs),
-    )
+    method = closed_form_method(settings.method)
+    shape = fit_shape(settings, features, classes, 0 if counts is None else counts.train)
     with torch.device("meta"):
         model = method.build(method.spec(shape))
     return _cost(model, learnable_parameters(model), shape.width, counts)
@@ -65,7 +58,7 @@ def probe_cost(
     probe, row = network.probe, METHODS[settings.method]
     if probe is None or row.probe_inputs is None:
         return None
-    width = row_width(row.probe_inputs(settings), features)
+    width = _width(row.probe_inputs(settings), features)
     return _cost(probe, probe.weight.numel() + probe.bias.numel(), width, counts)
 
 
@@ -85,7 +78,20 @@ def _cost(module: nn.Module, coefficients: int, width: int, counts: FitCounts | 
     )
 
 
-def row_width(inputs: Inputs, features: FeatureSpec) -> int:
+def fit_shape(settings: ResolvedSettings, features: FeatureSpec, classes: int, rows: int) -> FitShape:
+    """Return the shape of the fit of a closed form to a number of rows."""
+    row = METHODS[settings.method]
+    return FitShape(
+        method=settings.method,
+        task=settings.data.task,
+        classes=classes,
+        width=_width(row.inputs, features),
+        rows=rows,
+        sources=row.preset.probe_sources(features, "pooled" in row.inputs),
+    )
+
+
+def _width(inputs: Inputs, features: FeatureSpec) -> int:
     """Return the numbers of a row of `describe_rows` with these inputs."""
     pooled = 2 * features.lpm.width if "pooled" in inputs else 0
     return pooled + (features.segments[-1].stop if "statistics" in inputs else 0)

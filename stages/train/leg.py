@@ -30,10 +30,15 @@ class Leg:
     @property
     def key(self) -> dict[str, Any]:
         """What identifies it in the key of a run."""
-        start = hashlib.sha256()
-        for name in sorted(self.start):
-            start.update(name.encode() + self.start[name].detach().cpu().contiguous().numpy().tobytes())
-        return {"start": start.hexdigest(), "first": self.first, "last": self.last, "mu": self.mu}
+        return {"start": digest_of(self.start), "first": self.first, "last": self.last, "mu": self.mu}
+
+
+def digest_of(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the sha256 (hex) of names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode() + state[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 Anchor = Sequence[tuple[nn.Parameter, torch.Tensor]]

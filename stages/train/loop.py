@@ -101,9 +101,10 @@ class Run:
 
     def awaits(self, epoch: int) -> bool:
         """Return whether this epoch is to be trained and not finished yet."""
+        finished = len(self.state.epochs)
         if self.leg is None:
-            return len(self.state.epochs) < epoch
-        return max(self.leg.first, self.leg.first + len(self.state.epochs)) <= epoch <= self.leg.last
+            return finished < epoch
+        return self.leg.first + finished <= epoch <= self.leg.last
 
     @property
     def network(self) -> Network:

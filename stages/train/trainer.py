@@ -10,9 +10,10 @@ from schemas.resolved import ResolvedSettings
 from schemas.results import TrainResult
 from schemas.specs import Inputs
 from stages.device import set_up
+from stages.methods.summed import Sums
 from stages.ranks import ALONE, Ranks
 from stages.train.checks import check_features, check_rows, check_shared, check_views, check_workers
-from stages.train.closed_form import fit_job
+from stages.train.closed_form import fit_job, sum_job
 from stages.train.gradient import train_job
 from stages.train.inputs import OpenInputs, StudyFiles, open_inputs
 from stages.train.job import SPLITS, Job, Watch
@@ -75,15 +76,15 @@ def train_leg(
     return result
 
 
-def summed_inputs(settings: ResolvedSettings, files: StudyFiles, opened: OpenInputs) -> Job:
-    """Return the job of a summed method on rows of which classes may be absent, for `stages.train.closed_form.sum_job`.
+def sum_rows(settings: ResolvedSettings, files: StudyFiles, opened: OpenInputs) -> Sums:
+    """Return the sums of a summed method over training rows, of which classes may be absent.
 
     Args:
         settings: Settings, with class weights as a list or none.
         files: As for `train`.
         opened: Inputs of `files`, checked with `open_checked`.
     """
-    return _job([settings], files, METHODS[settings.method].inputs, opened, [], Path(), leg=Leg({}, 1, 1))
+    return sum_job(_job([settings], files, METHODS[settings.method].inputs, opened, [], Path(), leg=Leg({}, 1, 1)))
 
 
 def open_checked(variants: Sequence[ResolvedSettings], files: StudyFiles) -> tuple[Inputs, OpenInputs]:
