@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from pipeline import adapt_options
-from pipeline.console import say, score, show, show_json, show_pairs, show_table
+from pipeline.console import say, score, show, show_json, show_table
 from pipeline.evaluation import LabelledImages
-from pipeline.metric_names import MARKS, metric_name
+from pipeline.metric_names import metric_name
+from pipeline.metric_tables import show_metrics
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError
 from schemas.tasks import METRICS
 from schemas.test_time import remarks
-from schemas.text import counted, images_of
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from schemas.results import Metrics
@@ -106,7 +107,7 @@ def evaluate(
     if as_json:
         show_json((metrics if adapted is None else adapted).model_dump(mode="json"))
         return
-    _show(metrics)
+    show_metrics(metrics)
     if adapted is not None:
         _show_adapted(adapted)
     say(f"Report: {folder / 'report.html'}")
@@ -174,28 +175,3 @@ def _show_adapted(adapted: Adapted) -> None:
     show_table(f"Adapted by {adapted.adapt.name}", ["metric", "without", "with adaptation"], rows)
     for warning in remarks(adapted.adapt, adapted.without.images):
         show(f"Warning: {warning}")
-
-
-def _show(metrics: Metrics) -> None:
-
-    for warning in metrics.warnings:
-        show(f"Warning: {warning}")
-    intervals = {}
-    if metrics.auc_interval is not None:
-        intervals["auc"] = f"  (95%: {metrics.auc_interval[0]:.3f} to {metrics.auc_interval[1]:.3f})"
-    show_pairs(
-        f"{metrics.split}: {images_of(metrics.images, metrics.groups, metrics.unit)}",
-        [
-            (metric_name(field, metrics.task, start=True), score(getattr(metrics, field)) + intervals.get(field, ""))
-            for field in METRICS[metrics.task]
-        ],
-    )
-    classes = [f'"{name}"' for name in metrics.auc_per_class]
-    rows = [
-        [name, *(str(count) for count in counts), score(auc)]
-        for name, counts, auc in zip(classes, metrics.confusion, metrics.auc_per_class.values(), strict=True)
-    ]
-    if metrics.task == "multilabel":
-        show_table("Images by label, at a probability of 0.5", ["label", *MARKS, "AUC"], rows)
-    else:
-        show_table("Labels (rows) and predictions (columns)", ["label", *classes, "AUC"], rows)

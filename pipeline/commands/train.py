@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import say, say_next, score, show_json, size
+from pipeline.metric_tables import show_metrics
 from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
 from schemas.text import counted
 
 if TYPE_CHECKING:
+    from pipeline.project import Study
     from schemas.cost import StoreMemory
+    from schemas.results import Metrics
 
 
 def train(
@@ -25,6 +28,9 @@ def train(
         Path | None,
         typer.Option("--output", help="Folder of model/ and train/; else the study's outputs.", show_default=False),
     ] = None,
+    then_evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Then evaluate the model on the test split, as fpt evaluate does.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a method on the cached features, or an adaptation of the LPM on them or on the images.
@@ -45,7 +51,8 @@ def train(
         return
     model = (study.outputs if output is None else output.absolute()) / "model"
     if as_json:
-        show_json({"model": str(model), **result.model_dump(mode="json")})
+        metrics = {"metrics": _evaluate(study, output)[0].model_dump(mode="json")} if then_evaluate else {}
+        show_json({"model": str(model), **result.model_dump(mode="json"), **metrics})
         return
     if result.resumed_from:
         say(f"Epochs 1 to {result.resumed_from} are from the run that was interrupted.")
@@ -55,8 +62,22 @@ def train(
     say(f"Best: {best}, validation AUC {score(result.best.val_auc)}. Model: {model}")
     if result.conclusion:
         say(result.conclusion)
+    if then_evaluate:
+        found, folder = _evaluate(study, output)
+        show_metrics(found)
+        say(f"Report: {folder / 'report.html'}")
+        return
     to = "" if output is None else f" --model {output / 'model'} --output {output / 'evaluation'}"
     say_next(f"fpt evaluate{to}")
+
+
+def _evaluate(study: Study, output: Path | None) -> tuple[Metrics, Path]:
+    """Evaluate the trained model on the test split: in this process torch and the features are there already."""
+    from pipeline.evaluation import evaluate_split
+
+    folders = (None, None) if output is None else (output / "model", output / "evaluation")
+    metrics, _, folder = evaluate_split(study, "test", *folders)
+    return metrics, folder
 
 
 def _say_memory(memory: StoreMemory) -> None:

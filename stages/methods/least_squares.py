@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.methods.principal_axes import PrincipalAxes
-from stages.methods.regression import Floats, Labels, LinearFit, logit_loss
+from stages.methods.regression import Floats, Labels, LinearFit, logit_losses
 from stages.tasks import positives
 
 PENALTIES: tuple[float, ...] = tuple(10.0 ** (half / 2) for half in range(-6, 5))
@@ -43,9 +43,8 @@ def fit_least_squares(
     weights = targets @ class_weights[:, None] if y.ndim == 1 else np.where(targets > 0, class_weights, 1.0)
     solution = _solve(z, targets, weights, folds)
     some = np.any(folds, axis=0)
-    losses = np.array(
-        [[logit_loss(s * one[some], y[some], class_weights) for s in SHARPNESS] for one in solution.held_out]
-    )
+    sharpened = np.reshape(SHARPNESS, (-1, 1, 1))
+    losses = np.stack([logit_losses(sharpened * one[some], y[some], class_weights) for one in solution.held_out])
     best, sharpest = np.unravel_index(losses.argmin(), losses.shape)
     s, penalty = SHARPNESS[sharpest], PENALTIES[best]
     weight, bias, held_out = (part[best] for part in solution)

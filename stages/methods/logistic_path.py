@@ -11,7 +11,7 @@ solver call per penalty and fold, with the same optimum (tests/stages/methods/te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ STEPS = 400
 """Gradient steps at most."""
 TOLERANCE = 3e-5
 """Length of the gradient relative to that of the weights at which a regression has converged."""
+ROUGH = 3e-4
+"""The same while penalties are compared; the regressions of the best one then continue to `TOLERANCE`."""
 CHECKED = 10
 """Steps between two checks of the gradients."""
 
@@ -47,21 +49,46 @@ def fit_path(
     """
     seen, some = np.stack([~fold for fold in folds]), np.any(folds, axis=0)
     losses: list[float] = []
-    held_out = []
+    solutions: list[_Solution] = []
     for strengths in filter(None, (STRENGTHS[:-WEAKEST], STRENGTHS[-WEAKEST:])):
         if losses and losses[-1] > min(losses):
             break
-        weight, bias = _solve(rows.z, y, class_weights, seen, strengths)
-        for one in range(len(strengths)):
-            logits = np.full((len(y), len(class_weights)), np.nan)
-            for position, fold in enumerate(folds):
-                logits[fold] = rows.z[fold] @ weight[position, one] + bias[position, one]
-            losses.append(logit_loss(logits[some], y[some], class_weights))
-            held_out.append(logits)
+        found = _solve(rows.z, y, class_weights, seen, strengths, ROUGH)
+        for number in range(len(strengths)):
+            solutions.append(found.at(number))
+            losses.append(logit_loss(_held_out(rows.z, solutions[-1], folds)[some], y[some], class_weights))
     best = min(range(len(losses)), key=losses.__getitem__)
-    everything = np.ones((1, len(y)), bool)
-    weight, bias = _solve(rows.z, y, class_weights, everything, STRENGTHS[best : best + 1])
-    return rows.linear_fit(weight[0, 0], bias[0, 0], held_out[best], STRENGTHS[best], losses[best])
+    start = solutions[best].with_mean()
+    every = np.concatenate([seen, np.ones((1, len(y)), bool)])
+    solution = _solve(rows.z, y, class_weights, every, STRENGTHS[best : best + 1], TOLERANCE, start)
+    held_out = _held_out(rows.z, solution, folds)
+    loss = logit_loss(held_out[some], y[some], class_weights)
+    return rows.linear_fit(solution.weight[-1, 0], solution.bias[-1, 0], held_out, STRENGTHS[best], loss)
+
+
+class _Solution(NamedTuple):
+    """Regressions on K choices of rows with P penalties each."""
+
+    weight: npt.NDArray[np.float32]
+    """(K, P, r, C)."""
+    bias: npt.NDArray[np.float32]
+    """(K, P, C)."""
+
+    def at(self, penalty: int) -> _Solution:
+        """Return those of one penalty, (K, 1, ...)."""
+        return _Solution(self.weight[:, penalty : penalty + 1], self.bias[:, penalty : penalty + 1])
+
+    def with_mean(self) -> _Solution:
+        """Return them and their mean, (K + 1, P, ...): near the regression on all rows."""
+        return _Solution(*(np.concatenate([part, part.mean(axis=0, keepdims=True)]) for part in self))
+
+
+def _held_out(z: Rows, solution: _Solution, folds: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.float64]:
+    """Return logits (n, C) of each row by the regression without its fold, NaN for rows in no fold; of one penalty."""
+    logits = np.full((len(z), solution.bias.shape[-1]), np.nan)
+    for fold, weight, bias in zip(folds, solution.weight[:, 0], solution.bias[:, 0], strict=False):
+        logits[fold] = z[fold] @ weight + bias
+    return logits
 
 
 def _targets(y: Labels, class_weights: npt.NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +106,10 @@ def _solve(
     class_weights: npt.NDArray[np.float64],
     seen: npt.NDArray[np.bool_],
     strengths: Sequence[float],
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Fit to the rows `seen` (K, n) with P penalties; return weights (K, P, r, C) and biases (K, P, C)."""
+    tolerance: float,
+    start: _Solution | None = None,
+) -> _Solution:
+    """Fit to the rows `seen` (K, n) with P penalties each, from `start` or from zeros."""
     rows, (count, rank), classes, softmax = torch.from_numpy(z), z.shape, len(class_weights), y.ndim == 1
     truth, row_weights = _targets(y, class_weights)
     c = torch.tensor(strengths).repeat(len(seen))
@@ -96,7 +125,11 @@ def _solve(
 
     solved = torch.zeros(rank, classes, problems), torch.zeros(classes, problems)
     active = torch.arange(problems)
-    v, bias = solved[0].clone(), solved[1].clone()
+    if start is None:
+        v, bias = solved[0].clone(), solved[1].clone()
+    else:
+        v = torch.from_numpy(start.weight).permute(2, 3, 0, 1).reshape(rank, classes, problems) / step
+        bias = torch.from_numpy(start.bias).permute(2, 0, 1).reshape(classes, problems) / bias_step
     ahead, bias_ahead, t = v, bias, torch.ones(problems)
     for number in range(1, STEPS + 1):
         w = ahead * step
@@ -114,7 +147,7 @@ def _solve(
         v, bias, t = v_next, bias_next, t_next
         if number % CHECKED == 0 or number == STEPS:
             length = slope.square().sum(dim=(0, 1)) + bias_slope.square().sum(dim=0)
-            done = length <= TOLERANCE**2 * v.square().sum(dim=(0, 1)).clamp_min(1e-12)
+            done = length <= tolerance**2 * v.square().sum(dim=(0, 1)).clamp_min(1e-12)
             if number == STEPS:
                 done[:] = True
             # Strong penalties converge in a few dozen steps; those of the weakest are not spent on all.
@@ -128,7 +161,7 @@ def _solve(
                     one[..., left] for one in (v, ahead, bias, bias_ahead, step, factors)
                 )
     shape = (len(seen), len(strengths))
-    return (
+    return _Solution(
         solved[0].reshape(rank, classes, *shape).permute(2, 3, 0, 1).numpy(),
         solved[1].reshape(classes, *shape).permute(1, 2, 0).numpy(),
     )

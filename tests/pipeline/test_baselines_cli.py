@@ -52,6 +52,17 @@ def test_the_time_of_another_training_is_not_shown(study: Path, fpt: Fpt) -> Non
     assert found[0]["model"]["method"] == "knn"
 
 
+def test_train_with_evaluate_gives_the_results_of_both_verbs(study: Path, fpt: Fpt) -> None:
+    out, _ = fpt("train", "--method", "knn", "--output", "outputs/both", "--evaluate", "--json", cwd=study)
+    assert json.loads(out)["metrics"] == json.loads((study / "outputs/both/evaluation/metrics.json").read_text())
+    fpt("evaluate", "--model", "outputs/both/model", "--output", "outputs/after", cwd=study)
+    for name in ("metrics.json", "predictions.parquet"):
+        assert (study / "outputs/both/evaluation" / name).read_bytes() == (study / "outputs/after" / name).read_bytes()
+    shown, err = fpt("train", "--method", "knn", "--output", "outputs/both", "--evaluate", cwd=study)
+    assert "Labels (rows) and predictions (columns)" in shown + err
+    assert "Report: " in shown + err
+
+
 def test_predict_works_on_a_baseline(study: Path, fpt: Fpt, tmp_path: Path) -> None:
     images = draw_images(tmp_path / "new", per_class=1, seed=5)
     for method in ("statistics", "linear", "knn", "attentive"):
