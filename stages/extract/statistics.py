@@ -25,8 +25,11 @@ from stages.lpm.attention import value_weight
 
 SEED = 64
 """Seed of the signs of the directions."""
-SOME = 64
-"""Tokens that are added up at a time: those of wide MLPs fit the processor's cache, which is several times as fast."""
+FIRST = 64
+"""Tokens whose mean is subtracted from all tokens of an image before they are squared."""
+CACHED = 2**17
+"""Numbers that are summed at a time: several passes over half a MiB stay in the processor's cache, and are enough work
+for each call. It does not depend on the batch size or the number of threads, so that sums do not either."""
 
 
 @cache
@@ -93,7 +96,6 @@ class _BlockRecorder:
             # Values times directions is the input of the attention times these.
             self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
             self._output_axes = directions(width).to(device)
-        self._upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=device)
         self._parts: dict[str, torch.Tensor] = {}
         self._activations: list[_Moments] = []
 
@@ -119,7 +121,7 @@ class _BlockRecorder:
             patches = self._patches(inputs[0])
             self._parts["value means"] = torch.stack([image.mean(dim=0) for image in patches]) @ self._weight.T
             if self._complete:
-                self._parts["value covariance"] = self._covariances(image @ self._value_axes for image in patches)
+                self._parts["value covariance"] = _covariances(image @ self._value_axes for image in patches)
 
     def _leave_activation(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Record the moments of the MLP's activations, which may come in chunks of tokens."""
@@ -134,20 +136,11 @@ class _BlockRecorder:
             first = [output[:, 0].float()] if self._class_token else []
             self._parts["outputs"] = torch.cat([*first, mean, deviation], dim=1)
             if self._complete:
-                self._parts["output covariance"] = self._covariances(image @ self._output_axes for image in patches)
+                self._parts["output covariance"] = _covariances(image @ self._output_axes for image in patches)
 
     def _patches(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         # Image by image: what one image takes stays in the processor's cache.
         return [image[self._prefix :].float() for image in tokens]
-
-    def _covariances(self, projected: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Return the signed roots of the upper triangles of covariance matrices: of (N, 64) each -> (B, 2080)."""
-        rows = []
-        for image in projected:
-            centred = image - image.mean(dim=0)
-            triangle = (centred.T @ centred / len(centred))[self._upper[0], self._upper[1]]
-            rows.append(triangle.sign() * triangle.abs().sqrt())
-        return torch.stack(rows)
 
 
 class _Moments(NamedTuple):
@@ -168,15 +161,36 @@ def _moments(images: Sequence[torch.Tensor]) -> _Moments:
 
 def _mean_and_deviation(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and deviation (F,) of tokens (N, F): sums about the mean of the first ones, which loses no digits."""
-    about = tokens[:SOME].float().mean(dim=0)
+    about = tokens[:FIRST].float().mean(dim=0)
     total, squares = torch.zeros_like(about), torch.zeros_like(about)
-    buffer = about.new_empty(SOME, len(about))
-    for part in torch.split(tokens, SOME):
-        centred = buffer[: len(part)].copy_(part).sub_(about)
+    step = max(1, CACHED // len(about))
+    buffer = about.new_empty(step, len(about))
+    for part in torch.split(tokens, step):
+        centred = buffer[: len(part)]
+        if part.dtype == torch.float32:
+            torch.sub(part, about, out=centred)
+        else:  # subtracting mixed types takes longer than converting first
+            centred.copy_(part).sub_(about)
         total += centred.sum(dim=0)
         squares += centred.square_().sum(dim=0)
     shift = total / len(tokens)
     return about + shift, (squares / len(tokens) - shift.square()).clamp_min_(0.0).sqrt_()
+
+
+def _covariances(projected: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the signed roots of covariance matrices of projected tokens (N, 64) per image, overwritten: (B, 2080)."""
+    matrices = []
+    for image in projected:
+        image -= image.mean(dim=0)
+        matrices.append(image.T @ image / len(image))
+    return _signed_roots(torch.stack(matrices))
+
+
+def _signed_roots(matrices: torch.Tensor) -> torch.Tensor:
+    """Return sign(c) sqrt(|c|) of the upper triangles of matrices, row by row: (B, 64, 64) -> (B, 2080)."""
+    upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=matrices.device)
+    triangle = matrices[:, upper[0], upper[1]]
+    return triangle.sign() * triangle.abs().sqrt()
 
 
 def merged(parts: Sequence[_Moments]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,18 +213,19 @@ def map_statistics(maps: Sequence[torch.Tensor]) -> torch.Tensor:
         variance, mean = torch.var_mean(tokens, dim=2, correction=0)
         projected = directions(tokens.shape[1]).T.to(tokens.device) @ tokens
         centred = projected - projected.mean(dim=2, keepdim=True)
-        upper = torch.triu_indices(DIRECTIONS, DIRECTIONS, device=tokens.device)
-        triangle = (centred @ centred.mT / tokens.shape[2])[:, upper[0], upper[1]]
-        parts += [mean, variance.sqrt(), triangle.sign() * triangle.abs().sqrt()]
+        parts += [mean, variance.sqrt(), _signed_roots(centred @ centred.mT / tokens.shape[2])]
     return checked(torch.cat(parts, dim=1))
 
 
 def kept_moments(tokens: torch.Tensor) -> torch.Tensor:
     """Return mean and standard deviation of the kept tokens of one layer: (B, H, T, d) -> (B, 2 H d) float32."""
-    tokens = tokens.float()
-    mean = tokens.mean(dim=2, keepdim=True)
-    deviation = (tokens - mean).square().mean(dim=2).sqrt()
-    return torch.cat([mean.flatten(1), deviation.flatten(1)], dim=1)
+    rows = []
+    for image in tokens:  # what one image takes stays in the processor's cache
+        kept = image.float()
+        mean = kept.mean(dim=1, keepdim=True)
+        deviation = (kept - mean).square_().mean(dim=1).sqrt_()
+        rows.append(torch.cat([mean.flatten(), deviation.flatten()]))
+    return torch.stack(rows)
 
 
 def checked(rows: torch.Tensor) -> torch.Tensor:
