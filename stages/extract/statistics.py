@@ -97,7 +97,7 @@ class _BlockRecorder:
             self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
             self._output_axes = directions(width).to(device)
         self._parts: dict[str, torch.Tensor] = {}
-        self._activations: list[_Moments] = []
+        self._activations: list[Moments] = []
 
     def register(self) -> Iterator[Any]:
         """Register the hooks, and yield their handles."""
@@ -126,13 +126,13 @@ class _BlockRecorder:
     def _leave_activation(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Record the moments of the MLP's activations, which may come in chunks of tokens."""
         first = self._prefix if not self._activations else 0
-        self._activations.append(_moments([image[first:] for image in inputs[0]]))
+        self._activations.append(moments([image[first:] for image in inputs[0]]))
 
     def _leave_block(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         """Record class token, mean, deviation and covariance of the output."""
         with torch.autocast(self._weight.device.type, enabled=False):
             patches = self._patches(output)
-            _, mean, deviation = _moments(patches)
+            _, mean, deviation = moments(patches)
             first = [output[:, 0].float()] if self._class_token else []
             self._parts["outputs"] = torch.cat([*first, mean, deviation], dim=1)
             if self._complete:
@@ -143,7 +143,7 @@ class _BlockRecorder:
         return [image[self._prefix :].float() for image in tokens]
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Moments of some tokens of each image."""
 
     tokens: int
@@ -153,10 +153,10 @@ class _Moments(NamedTuple):
     """(B, F)."""
 
 
-def _moments(images: Sequence[torch.Tensor]) -> _Moments:
+def moments(images: Sequence[torch.Tensor]) -> Moments:
     """Return the moments of tokens (N, F) of each image, computed in float32."""
     found = [_mean_and_deviation(image) for image in images]
-    return _Moments(len(images[0]), *(torch.stack(rows) for rows in zip(*found, strict=True)))
+    return Moments(len(images[0]), *(torch.stack(rows) for rows in zip(*found, strict=True)))
 
 
 def _mean_and_deviation(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +193,7 @@ def _signed_roots(matrices: torch.Tensor) -> torch.Tensor:
     return triangle.sign() * triangle.abs().sqrt()
 
 
-def merged(parts: Sequence[_Moments]) -> tuple[torch.Tensor, torch.Tensor]:
+def merged(parts: Sequence[Moments]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and deviation of all tokens, from the moments of chunks of them (Chan et al. 1979)."""
     total = sum(part.tokens for part in parts)
     mean = torch.stack([part.mean * (part.tokens / total) for part in parts]).sum(dim=0)

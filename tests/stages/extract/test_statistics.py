@@ -17,7 +17,7 @@ from schemas.features import FeatureSpec, LpmInfo
 from schemas.statistics import middle
 from stages.extract import taps
 from stages.extract.features import Pixels, compute_features
-from stages.extract.statistics import DIRECTIONS, directions
+from stages.extract.statistics import DIRECTIONS, directions, moments
 from stages.lpm.attention import project
 from stages.lpm.loading import LoadedLpm, describe_lpm
 from stages.pixels import normalise
@@ -178,6 +178,37 @@ def test_a_batch_gives_what_single_images_give() -> None:
     for position, image in enumerate(images):
         single = compute_features(lpm, spec, [image])["statistics"][0]
         assert_close(together[position], single.astype(np.float64), 2e-3, f"image {position}")
+
+
+def test_a_large_common_offset_does_not_change_deviations() -> None:
+    lpm = tiny("test_vit")
+    spec, images = spec_of(lpm.info, layers=(), kept=0), pixels_of(lpm.info)
+    last = next(one for one in spec.segments if one.name == f"outputs of block {lpm.info.depth - 1}")
+    deviations = slice(last.stop - lpm.info.width, last.stop)
+    plain = compute_features(lpm, spec, images)["statistics"][:, deviations].astype(np.float64)
+    model: Any = lpm.model
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.bias += 2.0**12
+    moved = compute_features(lpm, spec, images)["statistics"]
+    assert moved[:, last.stop - 2 * lpm.info.width : deviations.start].min() > 2.0**11
+    assert_close(moved[:, deviations], plain, 2e-3, "deviations")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_moments_do_not_depend_on_the_batch_or_the_size_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    tokens = torch.randn(3, 100, 40, generator=torch.manual_seed(0)).to(dtype)
+    monkeypatch.setattr("stages.extract.statistics.CACHED", rows * 40)
+    found = moments(list(tokens))
+    wide = tokens.double()
+    torch.testing.assert_close(found.mean.double(), wide.mean(dim=1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.deviation.double(), wide.std(dim=1, correction=0), rtol=1e-5, atol=1e-6)
+    for position, image in enumerate(tokens):
+        single = moments([image])
+        assert torch.equal(single.mean[0], found.mean[position])
+        assert torch.equal(single.deviation[0], found.deviation[position])
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
