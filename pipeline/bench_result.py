@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -17,6 +15,7 @@ from schemas.errors import FptError
 from schemas.methods import METHODS
 from schemas.results import Metrics
 from schemas.version import DISTRIBUTION, __version__
+from stages.tables import csv_text, safe_cell
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -260,10 +259,14 @@ def run_rows(result: BenchResult) -> list[dict[str, Any]]:
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a table as CSV, with the names of the first row as header."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue().encode()
+    """Return a table as CSV, with the names of the first row as header and text escaped (`safe_cell`)."""
+    if not rows:
+        return b""
+    names = list(rows[0])
+    return csv_text([names, *([_cell(row[name]) for name in names] for row in rows)]).encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return safe_cell(value) if isinstance(value, str) else str(value)
