@@ -21,3 +21,8 @@ METHOD_NAMES = ", ".join(METHODS)
 """Every method, for help texts."""
 
 PARAMS_FILE = Path(PARAMS)
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Return the words of a list such as `a, b,c`, each once, without empty ones."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -10,6 +10,7 @@ import typer
 
 from pipeline.adapt_options import adapt_options
 from pipeline.console import say, show_json, show_table
+from pipeline.options import comma_separated
 from schemas.errors import SettingsError
 from schemas.shift import SITE, STRENGTHS, ShiftName
 from schemas.test_time import ADAPTS
@@ -56,7 +57,7 @@ def shift_asked(shifts: str | None, strengths: str, adapts: str, batch: int, see
 
 
 def _some(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    words = comma_separated(text)
     wrong = [(word, f"is not one of {', '.join(known)}") for word in words if word not in known]
     if wrong or not words:
         raise SettingsError(f"{option} cannot be read.", wrong, f"Use some of {', '.join(known)}.")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.options import comma_separated
 from schemas.errors import SettingsError
 from schemas.methods import FITTED_BY, METHODS
 from schemas.sweeps import METHOD_AXIS, SEED_AXIS
@@ -106,7 +107,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, tuple[str, ...] | Range]:
     for word in words:
         key, separator, values = word.partition("=")
         key = key.strip().removeprefix("train.")
-        texts = tuple(dict.fromkeys(text.strip() for text in values.split(",") if text.strip()))
+        texts = comma_separated(values)
         if not separator or not key or not texts:
             problems.append((word, "must be key=value,value, such as lr=2e-4,5e-4"))
             continue

@@ -10,7 +10,7 @@ import typer
 
 from pipeline import adapt_options, shift_options
 from pipeline.console import duration, say, show_json, show_table
-from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params, comma_separated
 from schemas.bench import ALL_SHOTS
 from schemas.errors import SettingsError, TrainingError
 from schemas.methods import METHODS
@@ -142,7 +142,7 @@ def _check_cluster(study: Study) -> None:
 
 
 def _methods(text: str | None) -> tuple[str, ...]:
-    names = tuple(METHODS) if text is None else _words(text)
+    names = tuple(METHODS) if text is None else comma_separated(text)
     unknown = [(name, "is no method") for name in names if name not in METHODS]
     if unknown or not names:
         raise SettingsError("--methods cannot be read.", unknown, f"Use some of {', '.join(METHODS)}.")
@@ -150,7 +150,7 @@ def _methods(text: str | None) -> tuple[str, ...]:
 
 
 def _shots(text: str) -> tuple[int | None, ...]:
-    words = _words(text)
+    words = comma_separated(text)
     wrong = [(word, "is neither a number of patients from 1 nor all") for word in words if not _is_shots(word)]
     if wrong or not words:
         raise SettingsError("--shots cannot be read.", wrong, "Write them like 5,10,all.")
@@ -163,7 +163,7 @@ def _is_shots(word: str) -> bool:
 
 def _rates(text: str | None) -> tuple[float, ...]:
     rates, wrong = [], []
-    for word in _words(text or ""):
+    for word in comma_separated(text or ""):
         try:
             rates.append(float(word))
         except ValueError:
@@ -171,10 +171,6 @@ def _rates(text: str | None) -> tuple[float, ...]:
     if wrong or (text is not None and not rates):
         raise SettingsError("--rates cannot be read.", wrong, "Write them like 1e-4,1e-3.")
     return tuple(dict.fromkeys(rates))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _limit(study: Study, memory: float | None, cluster: bool) -> float | None:
