@@ -130,9 +130,8 @@ def prepared(data: Path, options: argparse.Namespace, method: str) -> None:
 def test_auc(bundle: Bundle, files: StudyFiles) -> float | None:
     """Return the macro AUC of a model on the test images."""
     rows = list(files.manifest.of("test"))
-    source = open_source(bundle, files)
-    logits = source_logits(bundle, source, [row.id for row in rows])
-    source.close() if hasattr(source, "close") else None
+    with open_source(bundle, files) as source:
+        logits = source_logits(bundle, source, [row.id for row in rows])
     found = probabilities(logits, files.manifest.task).numpy()
     return macro_auc(torch.tensor(targets(files.manifest, "test")).numpy(), found)
 

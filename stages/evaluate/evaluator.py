@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from schemas.errors import BundleError, CacheMismatchError, EvaluationError
-from schemas.features import ExtractionReceipt
+from schemas.errors import BundleError, EvaluationError
 from schemas.manifest import Manifest, ManifestRow, Split
 from schemas.methods import model_inputs
 from schemas.results import BundleSpec, EvaluatedModel, Metrics
@@ -23,14 +23,12 @@ from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score, split_warnings
 from stages.files import atomic_write
-from stages.methods.batch import IMAGE
+from stages.methods.batch import IMAGE, array_names
 from stages.pixels import to_size
 from stages.store.memory_rows import RowSource
-from stages.store.reader import StoreReader
-from stages.store.remote_rows import open_rows
 from stages.train.bundle import Bundle, load_bundle
 from stages.train.infer import source_logits, source_maps
-from stages.train.inputs import StudyFiles, image_rows
+from stages.train.inputs import StudyFiles, open_arrays
 
 THUMBNAIL = 144
 """Side of an image in the report, in pixels, where no small image is stored."""
@@ -69,8 +67,7 @@ def evaluate(
     bundle, manifest = load_bundle(bundle_dir, device), files.manifest
     check_fit(bundle.spec, manifest)
     rows = _rows(manifest, split)
-    source = open_source(bundle, files)
-    try:
+    with open_source(bundle, files) as source:
         found = row_probabilities(bundle, source, rows)
         predictions = Predictions(
             manifest.classes, rows, found, evaluated_model(bundle.spec), manifest.task, manifest.unit
@@ -86,26 +83,23 @@ def evaluate(
             maps={name: values.numpy() for name, values in maps.items()},
             train_dir=bundle_dir.parent / "train" if train_dir is None else train_dir,
         )
-    finally:
-        if isinstance(source, StoreReader):
-            source.close()
     write_evaluation(predictions, metrics, report, output)
     return metrics
 
 
-def open_source(bundle: Bundle, files: StudyFiles) -> RowSource:
-    """Open what the model reads: the store of its features, or the images of the study with the LPM at hand."""
+def open_source(bundle: Bundle, files: StudyFiles) -> AbstractContextManager[RowSource]:
+    """Open what the model reads, until the block ends, and give it the LPM if it needs it.
+
+    Raises:
+        FptError: As `stages.train.inputs.open_arrays` and `stages.lpm.matching.load_matching`.
+    """
     spec = bundle.spec.features
     if bundle.network.needs_lpm:
         # Imported late: models of cached features need no code of the LPM.
         from stages.lpm.matching import load_matching
 
         bundle.network.use_lpm(load_matching(spec, files.weights_source, files.root, bundle.device).model)
-    if "image" in model_inputs(bundle.spec.network):
-        return image_rows(files, spec)
-    receipt = files.need_receipt()
-    check_same_features(bundle.spec, receipt)
-    return open_rows(files.cache_root, receipt, files.remote)
+    return open_arrays(files, spec, array_names(model_inputs(bundle.spec.network)))
 
 
 def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, output: Path) -> None:
@@ -136,17 +130,6 @@ def check_fit(spec: BundleSpec, manifest: Manifest) -> None:
             f"the manifest has {', '.join(manifest.classes)}.",
             "The labels, or data.classes, changed after the model was trained.",
             "Run `fpt train` again.",
-        )
-
-
-def check_same_features(spec: BundleSpec, receipt: ExtractionReceipt) -> None:
-    """Refuse a bundle that was trained on other features than those that are extracted."""
-    if differing := spec.features.differing(receipt.spec):
-        raise CacheMismatchError(
-            "The model was trained on other features than those that are extracted.",
-            differing,
-            "The features were extracted again after the model was trained, with other settings.",
-            "Run `fpt train` again, or extract the features of the model: `fpt extract` with its settings.",
         )
 
 

@@ -14,12 +14,10 @@ from schemas.manifest import Manifest
 from schemas.sweeps import Separation
 from stages.evaluate.effective_rank import effective_rank
 from stages.evaluate.evaluator import open_source
-from stages.store.reader import StoreReader
-from stages.store.remote_rows import open_rows
 from stages.tasks import label_array
 from stages.train.bundle import load_bundle
 from stages.train.infer import source_features
-from stages.train.inputs import StudyFiles
+from stages.train.inputs import StudyFiles, open_arrays
 
 MOST = 2000
 """Images of which the silhouette is computed, which compares all pairs; of more, this many are drawn."""
@@ -91,12 +89,8 @@ def separation_of_model(files: StudyFiles, bundle_dir: Path, device: torch.devic
     """
     bundle = load_bundle(bundle_dir, device)
     ids, labels = _test_images(files.manifest)
-    source = open_source(bundle, files)
-    try:
+    with open_source(bundle, files) as source:
         features = source_features(bundle, source, ids)
-    finally:
-        if isinstance(source, StoreReader):
-            source.close()
     return None if features is None else separate(features.numpy(), labels)
 
 
@@ -115,11 +109,8 @@ def separation_of_lpm(files: StudyFiles) -> Separation | None:
     from stages.lpm.catalogue import build_on_meta
 
     ids, labels = _test_images(files.manifest)
-    store = open_rows(files.cache_root, receipt, files.remote)
-    try:
+    with open_arrays(files, receipt.spec, frozenset({"pooled"})) as store:
         pooled = store.read_rows(store.locate(ids), ids, ["pooled"])["pooled"]
-    finally:
-        store.close()
     lpm: Any = build_on_meta(files.weights_source.name, 2, files.root, img_size=files.lpm.image_size)
     return separate(pooled[:, 1 if lpm.global_pool == "avg" else 0], labels)
 

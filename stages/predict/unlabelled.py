@@ -10,7 +10,6 @@ from schemas.errors import EvaluationError
 from schemas.results import BundleSpec, Prediction
 from stages.evaluate.evaluator import check_fit, open_source, row_probabilities
 from stages.predict.classifier import as_row
-from stages.store.reader import StoreReader
 from stages.train.bundle import load_bundle
 from stages.train.inputs import StudyFiles
 
@@ -40,11 +39,7 @@ def predict_unlabelled(
             "The manifest lists them only if data.unlabelled is allow.",
             "Set data.unlabelled: allow in params.yaml and run `dvc repro`; or name the images to predict.",
         )
-    source = open_source(bundle, files)
-    try:
+    with open_source(bundle, files) as source:
         found = row_probabilities(bundle, source, manifest.unlabelled)
-    finally:
-        if isinstance(source, StoreReader):
-            source.close()
     rows = [as_row(row.path, p, bundle.spec) for row, p in zip(manifest.unlabelled, found, strict=True)]
     return rows, bundle.spec

@@ -17,11 +17,9 @@ from stages.manifest import fitted_sha256
 from stages.methods.batch import Batch, array_names, required
 from stages.pixels import to_size
 from stages.store.memory_rows import RowSource
-from stages.store.reader import StoreReader
-from stages.store.remote_rows import open_rows
 from stages.test_time.targets import LpmTarget, open_target
 from stages.train.bundle import Bundle
-from stages.train.inputs import StudyFiles, image_rows
+from stages.train.inputs import StudyFiles, open_arrays
 from stages.train.source_statistics import Kind, Moments, add_source, model_moments, moments_of, read_source
 
 IMAGES = 32
@@ -109,21 +107,10 @@ def _batches(
     bundle: Bundle, files: StudyFiles, ids: list[str], names: frozenset[str], size: int = CHUNK
 ) -> Iterator[Batch]:
     """Yield prepared batches of training images."""
-    source = open_arrays(bundle, files, names)
-    try:
+    with open_arrays(files, bundle.spec.features, names) as source:
         for start in range(0, len(ids), size):
             batch = read_batch(source, ids[start : start + size], names, bundle.spec.network.side_size)
             yield batch.to(bundle.device).prepared(bundle.spec.features)
-    finally:
-        if isinstance(source, StoreReader):
-            source.close()
-
-
-def open_arrays(bundle: Bundle, files: StudyFiles, names: frozenset[str]) -> RowSource:
-    """Open what has these arrays: the images of the study, or the store of its features."""
-    if "image" in names:
-        return image_rows(files, bundle.spec.features)
-    return open_rows(files.cache_root, files.need_receipt(), files.remote)
 
 
 def read_batch(source: RowSource, ids: list[str], names: frozenset[str], side_size: int) -> Batch:

@@ -16,12 +16,11 @@ from schemas.test_time import LEAST_BATCH, AdaptOptions
 from stages.lpm.loading import LoadedLpm
 from stages.lpm.matching import load_matching
 from stages.store.memory_rows import RowSource
-from stages.store.reader import StoreReader
 from stages.test_time.adapters import Adapter, open_adapter
-from stages.test_time.collect import ensure_source, open_arrays, read_batch
+from stages.test_time.collect import ensure_source, read_batch
 from stages.test_time.targets import check_adaptable, runs_lpm
 from stages.train.bundle import Bundle
-from stages.train.inputs import StudyFiles
+from stages.train.inputs import StudyFiles, open_arrays
 
 T = TypeVar("T")
 
@@ -125,12 +124,8 @@ def adapted_logits(
     """
     check_count(options, len(ids))
     adapter = open_for(bundle, options, AdaptContext(bundle_dir, files.root, files.weights_source, files))
-    source = open_arrays(bundle, files, adapter.reads)
-    try:
+    with open_arrays(files, bundle.spec.features, adapter.reads) as source:
         return stream_logits(adapter, bundle, source, ids, options)
-    finally:
-        if isinstance(source, StoreReader):
-            source.close()
 
 
 def stream_logits(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +176,35 @@ def _image_key(spec: FeatureSpec) -> dict[str, Any]:
     lpm = spec.lpm.model_dump(mode="json")
     rendering = {} if spec.rendering == DEFAULT_RENDERING else {"rendering": spec.rendering.model_dump(mode="json")}
     return {"lpm": lpm, "weights": spec.weights_sha256, "resize": spec.resize, **chosen_filter, **rendering}
+
+
+@contextmanager
+def open_arrays(files: StudyFiles, spec: FeatureSpec, names: frozenset[str]) -> Iterator[RowSource]:
+    """Open the images of a study, or the store of its features, for the arrays that a trained model reads.
+
+    Args:
+        files: The study.
+        spec: Features of the model.
+        names: Arrays to be read. Images are opened if `image` is one of them.
+
+    Raises:
+        CacheIncompleteError: Nothing was extracted, or the store lacks shards.
+        CacheMismatchError: The model was trained on other features than the extracted ones.
+        FptError: As `stages.store.remote_rows.open_rows` and `image_rows`.
+    """
+    if "image" in names:
+        yield image_rows(files, spec)
+        return
+    receipt = files.need_receipt()
+    if differing := spec.differing(receipt.spec):
+        raise CacheMismatchError(
+            "The model was trained on other features than those that are extracted.",
+            differing,
+            "The features were extracted again after the model was trained, with other settings.",
+            "Run `fpt train` again, or extract the features of the model: `fpt extract` with its settings.",
+        )
+    with closing(open_rows(files.cache_root, receipt, files.remote)) as store:
+        yield store
 
 
 def image_rows(files: StudyFiles, spec: FeatureSpec) -> RowSource:

@@ -14,7 +14,7 @@ from study import Study, make_images, make_study
 
 import stages.methods.joint_attention as joint_attention
 import stages.predict.classifier as classifier
-from schemas.errors import BundleError, EvaluationError
+from schemas.errors import BundleError, CacheMismatchError, EvaluationError
 from schemas.features import ExtractionReceipt
 from schemas.methods import METHODS, model_inputs
 from schemas.parse import parse_settings
@@ -29,7 +29,7 @@ from stages.methods.fpt import PromptedSideNetwork
 from stages.predict.adapted import adapted_probabilities
 from stages.predict.classifier import load_classifier
 from stages.store.reader import open_store
-from stages.test_time.collect import read_batch
+from stages.test_time.collect import ensure_source, read_batch
 from stages.test_time.stream import AdaptContext, adapted_logits
 from stages.test_time.targets import LpmTarget, SideTarget, check_adaptable, open_target
 from stages.train.bundle import Bundle, load_bundle
@@ -268,6 +268,17 @@ def test_cached_vectors_are_shifted_without_images_and_without_the_lpm(trained: 
             bundle.spec.network.side_size))  # fmt: skip
         changed = (found - plain).abs().amax(dim=1) > 1e-6
         assert int((~changed).sum()) == 16, "the first batch is not shifted"
+
+
+def test_statistics_are_not_computed_from_other_features(trained: Trained, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained.model("fpt+"), model)
+    (model / SOURCE).unlink()
+    spec = trained.receipt.spec.model_copy(update={"kept": 1})
+    receipt = trained.receipt.model_copy(update={"spec": spec, "fingerprint": spec.fingerprint})
+    with pytest.raises(CacheMismatchError, match="kept"):
+        ensure_source("foa-shift", model, load_bundle(model), None, trained.study.files(receipt))
+    assert not later_folder(model).exists()
 
 
 def test_too_few_images_are_refused(trained: Trained) -> None:
