@@ -14,6 +14,7 @@ from stages.data_check.wording import count_tables, findings, headline
 from stages.evaluate.pages import page_template
 from stages.evaluate.pictures import thumbnail_uri
 from stages.images import read_image
+from stages.study_images import accepted
 
 _PER_CLASS = 24
 """Images of a class on the contact sheet."""
@@ -53,8 +54,8 @@ def _sheets(read: ReadData) -> list[dict[str, object]]:
 
 def _picture(read: ReadData, path: str) -> str:
     data = read.data
-    accept = None if data.on_warning == "error" else lambda _: None
-    image = read_image(read.listing.images / path, max_pixels=data.max_pixels, accept=accept, rendering=read.rendering)
+    file, accept = read.listing.images / path, accepted(data)
+    image = read_image(file, max_pixels=data.max_pixels, accept=accept, rendering=read.rendering)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BOX)
     # From mode F, which medical formats may have, only by way of L.
     small = image if image.mode == "RGB" else image.convert("L").convert("RGB")

@@ -16,6 +16,7 @@ from schemas.manifest import Manifest
 from stages.extract.resize import to_lpm_square
 from stages.images import read_image
 from stages.store.layout import ArrayLayout
+from stages.study_images import accepted
 
 
 class ImageRows:
@@ -73,8 +74,7 @@ class ImageRows:
         if "image" not in set(names):
             return {}
         pixels = np.empty((len(rows), 3, size, size), np.uint8) if out is None else out["image"][: len(ids)]
-        accept = None if self._data.on_warning == "error" else lambda _: None
-        most, rendering = self._data.max_pixels, self._spec.rendering
+        most, accept, rendering = self._data.max_pixels, accepted(self._data), self._spec.rendering
         for row, image_id in enumerate(ids):
             image = read_image(self._paths[image_id], max_pixels=most, accept=accept, rendering=rendering)
             pixels[row] = to_lpm_square(image, self._spec).transpose(2, 0, 1)

@@ -22,12 +22,13 @@ from schemas.settings import LpmSettings
 from schemas.specs import Inputs
 from schemas.tasks import Task
 from stages.extract.features import Pixels, compute_features, to_pixels
-from stages.images import decoded_image, rgb_image
+from stages.images import rgb_image
 from stages.lpm.loading import LoadedLpm
 from stages.lpm.matching import load_matching
 from stages.methods.batch import IMAGE
 from stages.progress import Progress
 from stages.scores import probabilities
+from stages.study_images import within_limits
 from stages.tasks import decide, texts
 from stages.train.bundle import Bundle
 from stages.train.infer import feature_logits
@@ -85,12 +86,11 @@ class Classifier:
 
     def _decoded(self, image: Path | Image.Image) -> AbstractContextManager[Image.Image]:
         """RGB pixels within a block."""
-        most, least = self.data.max_pixels, self.data.min_side
         rendering = self.bundle.spec.features.rendering
-        if isinstance(image, Image.Image):
-            return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least, rendering=rendering))
-        accept = None if self.data.on_warning == "error" else lambda _: None
-        return decoded_image(image, max_pixels=most, min_side=least, accept=accept, rendering=rendering)
+        if not isinstance(image, Image.Image):
+            return within_limits(image, self.data, rendering)
+        most, least = self.data.max_pixels, self.data.min_side
+        return nullcontext(rgb_image(image, "image", max_pixels=most, min_side=least, rendering=rendering))
 
 
 def as_row(

@@ -49,6 +49,7 @@ from stages.progress import Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
+from stages.study_images import accepted
 from stages.test_time.stream import AdaptContext, check_count, open_for, stream_logits
 from stages.test_time.targets import check_adaptable, runs_lpm
 from stages.train.bundle import Bundle, load_bundle
@@ -344,10 +345,9 @@ def _thumbnails(
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """Return the side images of the misclassified rows in the report, by image id."""
     ids = {predictions.rows[row].id for row in confident_mistakes(predictions)}
-    accept = None if data.on_warning == "error" else lambda _: None
 
     def side(path: Path) -> npt.NDArray[np.uint8]:
-        image = read_image(path, max_pixels=data.max_pixels, accept=accept, rendering=spec.rendering)
+        image = read_image(path, max_pixels=data.max_pixels, accept=accepted(data), rendering=spec.rendering)
         return to_pixels(image, spec).side
 
     return {image_id: side(paths[image_id]) for image_id in sorted(ids)}

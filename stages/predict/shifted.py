@@ -20,11 +20,11 @@ from schemas.shift import Condition
 from schemas.specs import Inputs
 from schemas.test_time import AdaptOptions
 from stages.extract.features import Pixels, compute_features, to_pixels
-from stages.images import decoded_image
 from stages.lpm.loading import LoadedLpm
 from stages.lpm.matching import load_matching
 from stages.predict.classifier import checked_probabilities, needed_features, pixel_arrays
 from stages.progress import Progress
+from stages.study_images import within_limits
 from stages.test_time.adapters import Adapter
 from stages.test_time.collect import as_batch
 from stages.test_time.corruptions import SHIFTS, corrupted
@@ -122,10 +122,7 @@ class ShiftedImages:
         return open_for(entry.bundle, entry.adapt, entry.context, self.load(spec))
 
     def _pixels(self, row: ManifestRow, condition: Condition, spec: FeatureSpec) -> Pixels:
-        accept = None if self.data.on_warning == "error" else lambda _: None
-        most, least = self.data.max_pixels, self.data.min_side
-        path = self.folder / row.path
-        with decoded_image(path, max_pixels=most, min_side=least, accept=accept, rendering=spec.rendering) as image:
+        with within_limits(self.folder / row.path, self.data, spec.rendering) as image:
             for kind in SHIFTS:
                 if kind == condition.shift:
                     size = spec.lpm.image_size
