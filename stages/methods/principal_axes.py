@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.methods.regression import CONSTANT, Floats, LinearFit
+from stages.methods.regression import Floats, LinearFit, scale_of
 
 RANK = 256
 """Principal axes at most; on real images all 512 of them were no better (docs/lab-notes.md)."""
@@ -54,8 +54,7 @@ def principal_axes(x: Rows) -> PrincipalAxes:
     """Standardise rows (n, F), and turn them to their principal axes, the longest first."""
     mean = x.mean(axis=0, dtype=np.float64)
     centred = x - mean.astype(np.float32)
-    scale = np.sqrt(np.square(centred).mean(axis=0, dtype=np.float64))
-    scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
+    scale = scale_of(mean, np.sqrt(np.square(centred).mean(axis=0, dtype=np.float64)))
     centred /= (scale * np.sqrt(x.shape[1])).astype(np.float32)
     axes, z = _decompose(centred)
     return PrincipalAxes(z, axes, mean, scale)

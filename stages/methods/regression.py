@@ -29,7 +29,7 @@ LEARNT = 0.99
 """Patience starts once the held-out loss is below this share of that of the strongest penalty, which predicts little
 but class frequencies: on few rows the loss can rise by chance before it falls."""
 CONSTANT = 1e-7
-"""Deviation relative to the mean below which a column is constant: it varies by rounding only."""
+"""Deviation relative to 1 + |mean| up to which a column is constant: it varies by rounding only."""
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -133,10 +133,21 @@ def _regression(y: Labels, weights: Floats, tolerance: float) -> Softmax | OneVs
 
 def spread(x: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation (F,) of rows (n, F); the deviation 1 where they do not vary."""
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    # What varies only by rounding is constant: divided by its deviation it would be noise of size 1.
-    scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
-    return mean, scale
+    mean = x.mean(axis=0)
+    return mean, scale_of(mean, x.std(axis=0))
+
+
+def scale_of(mean: Floats, deviation: Floats, rounding: float = CONSTANT) -> Floats:
+    """Return what standardises columns (F,): the deviation, or 1 where it is rounding.
+
+    A constant divided by the deviation that rounding gives it would be noise of size 1.
+
+    Args:
+        mean: (F,) means of the columns.
+        deviation: (F,) standard deviations.
+        rounding: Deviation, relative to 1 + |mean|, up to which a column is constant.
+    """
+    return np.where(deviation <= rounding * (1.0 + np.abs(mean)), 1.0, deviation)
 
 
 def log_loss(log_probabilities: Floats, labels: Labels, class_weights: Floats) -> float:

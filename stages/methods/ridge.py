@@ -35,7 +35,7 @@ from stages.methods.base import Details, FitInputs, FitShape, RowModel
 from stages.methods.fit_rows import check_finite
 from stages.methods.least_squares import PENALTIES
 from stages.methods.linear import LinearProbe
-from stages.methods.regression import Floats
+from stages.methods.regression import Floats, scale_of
 from stages.methods.statistics import select
 from stages.methods.summed import SummedMethod, Sums
 from stages.tasks import positives
@@ -45,7 +45,8 @@ FOLDS = 3
 LEAST = 0.01
 """Smallest probability of a class."""
 CONSTANT = 1e-6
-"""Deviation, relative to the mean, below which a number does not vary: that of a constant is rounding."""
+"""Deviation, relative to 1 + |mean|, up to which a number is constant: a difference of sums is rounded more than one of
+rows."""
 
 
 def fold_of(patient: str) -> int:
@@ -166,8 +167,8 @@ def fit_source(folds: Sequence[Moments]) -> SourceFit:
     """Fit the ridge regression of one source, with the penalty of the lowest squared loss on held-out folds."""
     raw = reduce(Moments.plus, folds)
     mean = raw.total / raw.weight
-    scale = np.sqrt(np.maximum(np.diag(raw.gram) / raw.weight - mean**2, 0.0))
-    scale[scale <= CONSTANT * (1.0 + np.abs(mean))] = 1.0
+    deviation = np.sqrt(np.maximum(np.diag(raw.gram) / raw.weight - mean**2, 0.0))
+    scale = scale_of(mean, deviation, CONSTANT)
     moments = [one.standardised(mean, scale) for one in folds if one.weight > 0]
     everything = raw.standardised(mean, scale)
     # With all rows in one fold nothing can be held out: the fit is scored on its own rows, and the strongest wins ties.

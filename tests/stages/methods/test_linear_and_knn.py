@@ -14,7 +14,7 @@ from stages.methods.batch import Batch
 from stages.methods.fit_rows import FitRows
 from stages.methods.knn import NEIGHBOURS, KnnProbe, fit_knn
 from stages.methods.linear import fit_linear_probe
-from stages.methods.regression import PATIENCE, STRENGTHS, LinearFit, log_loss
+from stages.methods.regression import PATIENCE, STRENGTHS, LinearFit, log_loss, scale_of
 
 
 def blobs(n: int, classes: int, features: int = 12, distance: float = 3.0, seed: int = 0) -> tuple[Any, Any]:
@@ -129,6 +129,14 @@ def test_constant_features_are_harmless() -> None:
     fit = fit_linear_probe(rows(x, y, 2), rows(x, y, 2))
     assert fit.scale[0] == 1.0
     assert torch.isfinite(logits(fit, x)).all()
+
+
+def test_deviations_up_to_rounding_are_those_of_constants() -> None:
+    mean = np.array([0.0, 0.0, 1e3, 1e3, -1e3, 5.0])
+    deviation = np.array([0.0, 2e-7, 5e-5, 2e-4, 5e-5, 3.0])
+    np.testing.assert_array_equal(scale_of(mean, deviation), [1.0, 2e-7, 1.0, 2e-4, 1.0, 3.0])
+    np.testing.assert_array_equal(scale_of(mean, deviation, 1e-6), [1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
+    assert deviation[0] == 0.0, "the deviations themselves are not changed"
 
 
 def test_class_weights_move_the_border() -> None:
