@@ -97,7 +97,7 @@ class _BlockRecorder:
             self._value_axes = (self._weight.T @ directions(values).to(device)).contiguous()
             self._output_axes = directions(width).to(device)
         self._parts: dict[str, torch.Tensor] = {}
-        self._activations: list[Moments] = []
+        self._activations: list[TokenMoments] = []
 
     def register(self) -> Iterator[Any]:
         """Register the hooks, and yield their handles."""
@@ -143,8 +143,8 @@ class _BlockRecorder:
         return [image[self._prefix :].float() for image in tokens]
 
 
-class Moments(NamedTuple):
-    """Moments of some tokens of each image."""
+class TokenMoments(NamedTuple):
+    """TokenMoments of some tokens of each image."""
 
     tokens: int
     mean: torch.Tensor
@@ -153,10 +153,10 @@ class Moments(NamedTuple):
     """(B, F)."""
 
 
-def moments(images: Sequence[torch.Tensor]) -> Moments:
+def moments(images: Sequence[torch.Tensor]) -> TokenMoments:
     """Return the moments of tokens (N, F) of each image, computed in float32."""
     found = [_mean_and_deviation(image) for image in images]
-    return Moments(len(images[0]), *(torch.stack(rows) for rows in zip(*found, strict=True)))
+    return TokenMoments(len(images[0]), *(torch.stack(rows) for rows in zip(*found, strict=True)))
 
 
 def _mean_and_deviation(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +193,7 @@ def _signed_roots(matrices: torch.Tensor) -> torch.Tensor:
     return triangle.sign() * triangle.abs().sqrt()
 
 
-def merged(parts: Sequence[Moments]) -> tuple[torch.Tensor, torch.Tensor]:
+def merged(parts: Sequence[TokenMoments]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and deviation of all tokens, from the moments of chunks of them (Chan et al. 1979)."""
     total = sum(part.tokens for part in parts)
     mean = torch.stack([part.mean * (part.tokens / total) for part in parts]).sum(dim=0)

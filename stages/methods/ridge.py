@@ -55,7 +55,7 @@ def fold_of(patient: str) -> int:
 
 
 @dataclass(frozen=True)
-class Moments:
+class RowSums:
     """Weighted sums over rows (n, F) with targets (n, C)."""
 
     weight: float
@@ -69,9 +69,9 @@ class Moments:
     cross: Floats
     """(F, C)."""
 
-    def plus(self, other: Moments, factor: float = 1.0) -> Moments:
+    def plus(self, other: RowSums, factor: float = 1.0) -> RowSums:
         """Return these sums plus `factor` times others; -1: without the rows of the others."""
-        return Moments(
+        return RowSums(
             self.weight + factor * other.weight,
             self.labels + factor * other.labels,
             self.total + factor * other.total,
@@ -79,13 +79,13 @@ class Moments:
             self.cross + factor * other.cross,
         )
 
-    def standardised(self, mean: Floats, scale: Floats) -> Moments:
+    def standardised(self, mean: Floats, scale: Floats) -> RowSums:
         """Return the sums over (x - mean) / scale / sqrt(F)."""
         length = scale * np.sqrt(len(scale))
         total = self.total - self.weight * mean
         shifted = self.gram - np.outer(self.total, mean) - np.outer(mean, total)
         cross = self.cross - np.outer(mean, self.labels)
-        return Moments(
+        return RowSums(
             self.weight, self.labels, total / length, shifted / np.outer(length, length), cross / length[:, None]
         )
 
@@ -149,7 +149,7 @@ def sums_of(
     return sums
 
 
-def moments_of(sums: Sums, number: int) -> list[Moments]:
+def row_sums(sums: Sums, number: int) -> list[RowSums]:
     """Return the sums of one source, fold by fold."""
     width = sums[f"total.{number}"].shape[1]
     upper = np.triu_indices(width)
@@ -159,22 +159,22 @@ def moments_of(sums: Sums, number: int) -> list[Moments]:
         gram[upper] = sums[f"gram.{number}"][fold]
         gram = gram + np.triu(gram, 1).T
         total, cross = sums[f"total.{number}"][fold], sums[f"cross.{number}"][fold]
-        found.append(Moments(float(sums["count"][fold]), sums["labels"][fold], total, gram, cross))
+        found.append(RowSums(float(sums["count"][fold]), sums["labels"][fold], total, gram, cross))
     return found
 
 
-def fit_source(folds: Sequence[Moments]) -> SourceFit:
+def fit_source(folds: Sequence[RowSums]) -> SourceFit:
     """Fit the ridge regression of one source, with the penalty of the lowest squared loss on held-out folds."""
-    raw = reduce(Moments.plus, folds)
+    raw = reduce(RowSums.plus, folds)
     mean = raw.total / raw.weight
     deviation = np.sqrt(np.maximum(np.diag(raw.gram) / raw.weight - mean**2, 0.0))
     scale = scale_of(mean, deviation, CONSTANT)
-    moments = [one.standardised(mean, scale) for one in folds if one.weight > 0]
+    standardised = [one.standardised(mean, scale) for one in folds if one.weight > 0]
     everything = raw.standardised(mean, scale)
     # With all rows in one fold nothing can be held out: the fit is scored on its own rows, and the strongest wins ties.
-    seen = [everything.plus(one, -1.0) if len(moments) > 1 else everything for one in moments]
-    losses = np.sum([held.losses(*one.path()) for held, one in zip(moments, seen, strict=True)], axis=0)
-    best = int(losses.argmin()) if len(moments) > 1 else len(PENALTIES) - 1
+    seen = [everything.plus(one, -1.0) if len(standardised) > 1 else everything for one in standardised]
+    losses = np.sum([held.losses(*one.path()) for held, one in zip(standardised, seen, strict=True)], axis=0)
+    best = int(losses.argmin()) if len(standardised) > 1 else len(PENALTIES) - 1
     weights, biases = everything.path()
     weight = weights[best] / np.sqrt(len(scale))
     return SourceFit(weight, biases[best], mean, scale, PENALTIES[best], float(losses[best] / raw.weight))
@@ -226,7 +226,7 @@ class RidgeMethod(SummedMethod):
     def fit_sums(self, sums: Sums, shape: FitShape) -> RowModel:
         """Fit the regressions to sums, and weight them by their held-out squared losses."""
         with threadpool_limits(1):
-            fits = [fit_source(moments_of(sums, number)) for number in range(len(shape.sources))]
+            fits = [fit_source(row_sums(sums, number)) for number in range(len(shape.sources))]
         losses = np.array([max(fit.loss, 1e-12) for fit in fits])
         held_rows = METHODS[shape.method].preset.preference * sums["count"].sum()
         preferred = (losses / losses.min()) ** -held_rows

@@ -19,7 +19,7 @@ from stages.federate.messages import Failure, Replies, Request
 from stages.federate.partition import simulate
 from stages.federate.site import in_process
 from stages.methods.least_squares import PENALTIES
-from stages.methods.ridge import Moments, fit_source, moments_of
+from stages.methods.ridge import RowSums, fit_source, row_sums
 from stages.train.bundle import read_spec
 
 ONCE = FederatedPlan(rounds=1)
@@ -59,7 +59,7 @@ def test_sums_agree_in_float64_to_rounding(ridge: tuple[Study, ExtractionReceipt
     pooled = states.pop("all")
     summed = {name: sum(state[name].numpy() for state in states.values()) for name in pooled}
     for number in range(3):
-        fits = [fit_source(moments_of(one, number)) for one in ({k: v.numpy() for k, v in pooled.items()}, summed)]
+        fits = [fit_source(row_sums(one, number)) for one in ({k: v.numpy() for k, v in pooled.items()}, summed)]
         assert fits[0].penalty == fits[1].penalty
         for mine, other in zip(fits[0], fits[1], strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-9)
@@ -96,9 +96,9 @@ def test_a_site_without_sums_is_named_and_a_class_that_only_it_had_is_an_error(
         run(study, receipt, manifests, ONCE, exchange=exchange)
 
 
-def moments(x: np.ndarray, t: np.ndarray, u: np.ndarray) -> Moments:
+def sums_over(x: np.ndarray, t: np.ndarray, u: np.ndarray) -> RowSums:
     weighted = u[:, None] * x
-    return Moments(float(u.sum()), (u[:, None] * t).sum(0), weighted.sum(0), x.T @ weighted, weighted.T @ t)
+    return RowSums(float(u.sum()), (u[:, None] * t).sum(0), weighted.sum(0), x.T @ weighted, weighted.T @ t)
 
 
 def test_losses_and_regressions_of_sums_are_those_of_rows() -> None:
@@ -107,11 +107,11 @@ def test_losses_and_regressions_of_sums_are_those_of_rows() -> None:
     t = np.eye(3)[rng.integers(0, 3, 60)]
     mean, scale = np.average(x, axis=0, weights=u), x.std(axis=0)
     z = (x - mean) / scale / np.sqrt(7)
-    one = moments(x, t, u).standardised(mean, scale)
-    for mine, other in zip(vars(one).values(), vars(moments(z, t, u)).values(), strict=True):
+    one = sums_over(x, t, u).standardised(mean, scale)
+    for mine, other in zip(vars(one).values(), vars(sums_over(z, t, u)).values(), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-10)
     found_weights, found_biases = one.path()
-    losses = moments(z[:20], t[:20], u[:20]).losses(found_weights, found_biases)
+    losses = sums_over(z[:20], t[:20], u[:20]).losses(found_weights, found_biases)
     for penalty, weight, bias, loss in zip(PENALTIES, found_weights, found_biases, losses, strict=True):
         regression = Ridge(penalty).fit(z, t, sample_weight=u)
         np.testing.assert_allclose(weight, regression.coef_.T, atol=1e-9)
