@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn import functional as F
+
+from stages.vision import compiler_left_out
 
 
 def resample_positions(values: torch.Tensor, side: int, new_side: int, new_prefix: int | None = None) -> torch.Tensor:
-    """Resample numbers of token positions bicubically on the grid of patches, as timm does for ViTs.
+    """Resample numbers of token positions on the grid of patches by timm (bicubic, antialiased, in float32).
 
     Args:
         values: (..., N, F), prefix tokens (class token, registers) in front of side x side patches.
@@ -25,11 +26,16 @@ def resample_positions(values: torch.Tensor, side: int, new_side: int, new_prefi
     count = prefix if new_prefix is None else new_prefix
     if (side, prefix) == (new_side, count):
         return values
+    # Imported late: only models of another image size need it.
+    with compiler_left_out():
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
     *leading, _, width = values.shape
-    grid = values[..., prefix:, :].reshape(-1, side, side, width).permute(0, 3, 1, 2).float()
-    if side != new_side:
-        grid = F.interpolate(grid, (new_side, new_side), mode="bicubic", antialias=True, align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).reshape(*leading, new_side**2, width).to(values.dtype)
+    # timm takes one grid at a time.
+    grids = values[..., prefix:, :].reshape(-1, 1, side**2, width)
+    sizes = [new_side, new_side], [side, side]
+    resampled = torch.cat([resample_abs_pos_embed(grid, *sizes, num_prefix_tokens=0) for grid in grids])
+    patches = resampled.reshape(*leading, new_side**2, width)
     kept = values[..., : min(prefix, count), :]
     added = values.new_zeros(*leading, count - kept.shape[-2], width)
     return torch.cat([kept, added, patches], dim=-2)

@@ -39,11 +39,24 @@ def test_a_constant_map_stays_constant_and_the_prefix_is_kept(prefix: int) -> No
 
 
 def test_it_is_how_timm_resamples_position_embeddings() -> None:
-    values = torch.randn(1, 1 + SMALL**2, 8)
+    values = torch.randn(3, 1 + SMALL**2, 8)
     for side in (LARGE, 7):
-        expected = resample_abs_pos_embed(values, [side, side], num_prefix_tokens=1)
-        torch.testing.assert_close(resample_positions(values, SMALL, side), expected)
+        found = resample_positions(values, SMALL, side)
+        for row in range(3):
+            expected = resample_abs_pos_embed(values[row : row + 1], [side, side], num_prefix_tokens=1)
+            assert torch.equal(found[row : row + 1], expected)
     assert resample_positions(values, SMALL, SMALL) is values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grids_are_resampled_as_channels_of_one_image_are(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 3, 1 + 4**2, 5).to(dtype)
+    grid = values[..., 1:, :].reshape(6, 4, 4, 5).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, (7, 7), mode="bicubic", antialias=True)
+    expected = grid.permute(0, 2, 3, 1).reshape(2, 3, 49, 5).to(dtype)
+    assert torch.equal(resample_positions(values, 4, 7)[..., 1:, :], expected)
+    fewer = resample_positions(values, 4, 7, 0)
+    assert fewer.dtype == dtype and torch.equal(fewer, expected)
 
 
 def test_rows_and_columns_keep_their_places() -> None:
