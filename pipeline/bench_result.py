@@ -142,7 +142,7 @@ def _run(group: Group, job: Job, folder: Path) -> BenchRun:
     from stages.evaluate.predictions import read_predictions
     from stages.evaluate.sweep_statistics import metric_values
     from stages.files import read_regular
-    from stages.train.bundle import read_spec
+    from stages.train.bundle_spec import read_spec
 
     record = job.record
     if record is None:

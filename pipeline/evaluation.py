@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from schemas.results import BundleSpec, Metrics, Prediction
     from schemas.settings import Settings
     from schemas.test_time import Adapted, AdaptOptions
-    from stages.predict.external import ExternalProgress, ExternalResult
+    from stages.predict.external import ExternalResult
+    from stages.progress import ExternalProgress
 
 
 def evaluate_split(
@@ -127,16 +128,18 @@ def evaluate_images(
         FptError: As `stages.predict.external.evaluate_external`.
     """
     from pipeline.project import cache_root, private_folder, study_files
-    from stages.device import set_up
-    from stages.extract.shard_task import batch_size
-    from stages.predict.external import ExternalContext, ExternalProgress, evaluate_external
-    from stages.train.bundle import read_spec
+    from stages.train.bundle_spec import read_spec
 
     root = params.absolute().parent
     bundle = root / OUTPUTS / "model" if model is None else model.absolute()
     folder = root / OUTPUTS / "external" / images.folder.resolve().name if output is None else output.absolute()
     spec = read_spec(bundle)
     settings = _external_settings(params, assignments, spec, images)
+    # Imported late, because they load torch: a missing model is an error at once.
+    from stages.device import set_up
+    from stages.extract.shard_task import batch_size
+    from stages.predict.external import ExternalContext, evaluate_external
+
     device = set_up(settings.compute)
     result = evaluate_external(
         bundle,
@@ -153,7 +156,7 @@ def evaluate_images(
             files=None if adapt is None else study_files(params, assignments),
             private=private_folder(root),
         ),
-        progress or ExternalProgress(),
+        progress,
     )
     _keep_settings(bundle, settings, folder)
     return result, folder

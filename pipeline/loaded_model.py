@@ -305,6 +305,10 @@ def load_study_model(study: Study) -> Model:
 
 def load_with(folder: Path, settings: Settings, root: Path) -> Model:
     """Load a model by settings: weights of the LPM, device, batch size, limits of an image's size."""
+    from stages.train.bundle_spec import read_spec
+
+    # Before torch is imported: a missing model is an error at once.
+    read_spec(folder)
     from stages.device import set_up
     from stages.predict.classifier import check_task, load_classifier
     from stages.train.bundle import load_bundle

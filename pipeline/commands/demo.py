@@ -64,8 +64,6 @@ def data(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
     """Draw the images, and download the weights, at the paths in params.yaml."""
     from pipeline.params import load_settings
     from pipeline.progress import ImageBar
-    from stages.demo.images import make_demo_images
-    from stages.demo.weights import fetch_demo_weights
 
     if params == PARAMS_FILE and not params.exists():
         raise ProjectError(
@@ -74,6 +72,10 @@ def data(params: Params = PARAMS_FILE, assignments: Assignments = None) -> None:
             "Run `fpt demo run`, which creates the study and runs all stages.",
         )
     settings, root = load_settings(params, assignments or []), params.absolute().parent
+    # Imported late, because it loads torch: a folder without a study is an error at once.
+    from stages.demo.images import make_demo_images
+    from stages.demo.weights import fetch_demo_weights
+
     images, weights = root / settings.data.images, root / settings.lpm.weights
     with ImageBar("Drawing images") as bar:
         make_demo_images(images, progress=bar)

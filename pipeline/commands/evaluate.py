@@ -136,8 +136,8 @@ def _evaluate_images(
     adapt: AdaptOptions | None,
 ) -> tuple[Metrics, Adapted | None, Path]:
     from pipeline.evaluation import evaluate_images
-    from stages.predict.external import ExternalProgress
     from stages.prepare import QUARANTINE_FILE
+    from stages.progress import ExternalProgress
 
     with ExitStack() as stack:
         progress = ExternalProgress(_bar(stack, "Reading"), _bar(stack, "Predicting"))

@@ -40,12 +40,13 @@ def extract(
 ) -> None:
     """Run the LPM once over every image that the cache does not hold yet."""
     from pipeline.project import open_study, remind_to_watch
-    from stages.extract.plan import plan_extraction
-    from stages.manifest import read_manifest
 
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
     settings = study.settings
     if plan:
+        from stages.extract.plan import plan_extraction
+        from stages.manifest import read_manifest
+
         planned = plan_extraction(settings, study.root, study.cache, read_manifest(study.manifest), all_views)
         _show_plan(planned, settings.features.dtype, as_json)
         return

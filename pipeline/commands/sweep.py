@@ -69,12 +69,14 @@ def sweep(
     """
     from pipeline.project import open_study
     from pipeline.sweep_jobs import plan_jobs, train_jobs
-    from stages.evaluate.sweep_summary import summarise
     from stages.files import atomic_write
     from stages.manifest import read_manifest
 
     combinations = _combinations(axes or [], random, random_seed, splits, folds)
     study = open_study(params, assignments or [])
+    # Imported late, because it loads torch: a folder without a study is an error at once.
+    from stages.evaluate.sweep_summary import summarise
+
     manifest = read_manifest(study.manifest)
     files = study.files(manifest)
     folder = study.outputs / "sweep" if output is None else output.absolute()

@@ -18,7 +18,7 @@ from stages.evaluate.predictions import Predictions, read_predictions
 from stages.evaluate.scoring import score
 from stages.files import read_regular
 from stages.tasks import decide, hits, positives, scored_columns
-from stages.train.bundle import read_spec
+from stages.train.bundle_spec import read_spec
 
 PAIRED: dict[Task, tuple[str, ...]] = {
     "multiclass": ("auc", "accuracy", "balanced_accuracy", "brier"),

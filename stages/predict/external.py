@@ -45,7 +45,7 @@ from stages.prepare.image_record import ReadLimits
 from stages.prepare.label_checks import check_conflicts
 from stages.prepare.label_table import check_files
 from stages.prepare.labelled_image import LabelledImage
-from stages.progress import Progress
+from stages.progress import ExternalProgress, Progress
 from stages.store.index import refresh_index
 from stages.store.layout import open_store_layout
 from stages.store.reader import StoreReader
@@ -103,22 +103,12 @@ class ExternalContext:
     """Folder with the key of the study, so that patients of DICOM files have its pseudonyms; None: new ones."""
 
 
-@dataclass(frozen=True)
-class ExternalProgress:
-    """Progress of the two parts of an external evaluation."""
-
-    reading: Progress | None = None
-    """Called with (images read, images)."""
-    predicting: Progress | None = None
-    """Called with (images predicted, images without cached features)."""
-
-
 def evaluate_external(
     bundle_dir: Path,
     data: DataSettings,
     output: Path,
     context: ExternalContext,
-    progress: ExternalProgress = ExternalProgress(),
+    progress: ExternalProgress | None = None,
 ) -> ExternalResult:
     """Evaluate a model on other images and write the files of `stages.evaluate.evaluator.evaluate`.
 
@@ -134,6 +124,7 @@ def evaluate_external(
     Raises:
         FptError: As `prepare` and `predict`; also DataError if a label is not one of the bundle's classes.
     """
+    progress = progress or ExternalProgress()
     bundle = load_bundle(bundle_dir, context.device)
     spec = bundle.spec
     check_task(spec, data)

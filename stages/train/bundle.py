@@ -1,9 +1,8 @@
-"""The model bundle: `model.safetensors` with the trained weights, `model.json` with everything else."""
+"""The model bundle: `model.safetensors` with the trained weights, `model.json` with everything else (`bundle_spec`)."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -14,16 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from schemas.base import digest
 from schemas.errors import BundleError
-from schemas.methods import model_inputs
 from schemas.results import BundleSpec
-from stages.files import atomic_write, read_regular
+from stages.files import atomic_write
 from stages.methods.base import Model, build_model
+from stages.train.bundle_spec import SPEC, encode_spec, read_part, read_spec
 from stages.train.source_statistics import SOURCE, Kind, Moments, encode
 
-WEIGHTS, SPEC = "model.safetensors", "model.json"
-RESTORE = "Restore the file (git, DVC or a backup), or run `fpt train` again."
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,84 +64,13 @@ def save_bundle(folder: Path, spec: BundleSpec, weights: bytes, source: Mapping[
     atomic_write(folder / SPEC, encode_spec(spec))
 
 
-def encode_spec(spec: BundleSpec) -> bytes:
-    """Return the content of `model.json`: the spec, and the digest of its canonical JSON as `sha256`."""
-    content = spec.model_dump(mode="json")
-    return (json.dumps({**content, "sha256": digest(content)}, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _decode_spec(data: bytes, path: Path) -> BundleSpec:
-    """Parse the output of `encode_spec`.
-
-    Raises:
-        BundleError: If it was changed.
-        ValueError, RecursionError: If it is not a spec.
-    """
-    content = json.loads(data)
-    if not isinstance(content, dict) or "sha256" not in content:
-        raise ValueError("has no digest")
-    if content.pop("sha256") != digest(content):
-        raise BundleError(
-            f"{path} is not what training wrote: its content differs from its digest.",
-            "It was edited or damaged. Classes and features belong to the weights and cannot be changed by hand.",
-            RESTORE,
-        )
-    spec = BundleSpec.model_validate(content)
-    if not _consistent(spec):
-        raise ValueError("classes, features and network do not fit each other")
-    return spec
-
-
-def _consistent(spec: BundleSpec) -> bool:
-    """Return whether the network fits the classes and features of the spec."""
-    network, features = spec.network, spec.features
-    inputs = model_inputs(network)
-    missing = ("pooled" in inputs and not features.pooled) or ("statistics" in inputs and not features.statistics)
-    if network.classes != len(spec.classes) or missing:
-        return False
-    return network.matches(features)
-
-
-def read_spec(folder: Path) -> BundleSpec:
-    """Read the spec of a bundle and check its digest; the weights are not read.
-
-    Raises:
-        BundleError: If the file is missing, changed, or of another version.
-    """
-    data, path = _read(folder, SPEC), folder / SPEC
-    try:
-        return _decode_spec(data, path)
-    except BundleError:
-        raise
-    except (ValueError, RecursionError):
-        raise BundleError(
-            f"{path} cannot be understood.",
-            "It was damaged, or written by another version of fpt, or its method is that of a plugin (--plugin FILE).",
-            RESTORE,
-        ) from None
-
-
-def _read(folder: Path, name: str) -> bytes:
-    try:
-        return read_regular(folder / name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"There is no model bundle in {folder}: {name} is missing.", repair="Run `fpt train`."
-        ) from None
-    except OSError as error:
-        raise BundleError(
-            f"{folder / name} cannot be read: {error.strerror}.",
-            repair="Make it readable, or run `fpt train` again.",
-        ) from None
-
-
 def read_weights(folder: Path, spec: BundleSpec) -> Mapping[str, torch.Tensor]:
     """Read the weights of a bundle, and check them against the digest in its spec.
 
     Raises:
         BundleError: If the file is missing or damaged, or is not that of the spec.
     """
-    data = _read(folder, WEIGHTS)
+    data = read_part(folder, WEIGHTS)
     if hashlib.sha256(data).hexdigest() != spec.weights_sha256:
         raise BundleError(
             f"{folder / WEIGHTS} is not the file that {SPEC} describes.",

@@ -19,7 +19,8 @@ from schemas.text import counted
 from stages.fitted_images import count_fitted, encode, union
 from stages.manifest import fitted_sha256
 from stages.methods.base import Network
-from stages.train.bundle import read_spec, read_weights
+from stages.train.bundle import read_weights
+from stages.train.bundle_spec import read_spec
 
 NEW = "or train from new weights (train.start_from: null)."
 """End of the repair of every error."""

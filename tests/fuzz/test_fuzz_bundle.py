@@ -14,7 +14,8 @@ import pytest
 from study import make_study
 
 from schemas.errors import BundleError
-from stages.train.bundle import load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import read_spec
 from stages.train.trainer import train
 
 SEED = int(os.environ.get("FPT_FUZZ_SEED", "0"))

@@ -29,7 +29,7 @@ from stages.evaluate.predictions import read_predictions
 from stages.manifest import read_manifest
 from stages.prepare.shots import draw_shots
 from stages.scores import macro_auc
-from stages.train.bundle import read_spec
+from stages.train.bundle_spec import read_spec
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -30,7 +30,8 @@ from schemas.specs import (
 )
 from schemas.statistics import ProbeRule, output_vectors
 from stages.methods.base import ClosedFormMethod, GradientMethod, build_model, method_of
-from stages.train.bundle import encode_spec, load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import encode_spec, read_spec
 
 LPM = LpmInfo(
     name="test_vit", depth=6, width=64, heads=2, patch=16, prefix_tokens=1, has_class_token=True, image_size=64,

@@ -20,7 +20,7 @@ from stages.federate.partition import simulate
 from stages.federate.site import in_process
 from stages.methods.least_squares import PENALTIES
 from stages.methods.ridge import RowSums, fit_source, row_sums
-from stages.train.bundle import read_spec
+from stages.train.bundle_spec import read_spec
 
 ONCE = FederatedPlan(rounds=1)
 

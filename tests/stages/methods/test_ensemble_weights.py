@@ -17,7 +17,8 @@ from stages.methods.base import gradient_method
 from stages.methods.calibration import CONCENTRATION, fit_shares
 from stages.methods.fpt_x import Ensemble
 from stages.scores import log_pool_terms
-from stages.train.bundle import load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import read_spec
 from stages.train.data import FeatureDataset, Reading
 
 

@@ -15,7 +15,7 @@ from study import Study, blind_fit, make_study
 from schemas.errors import StorageError
 from schemas.results import EpochLog, TrainResult
 from stages.train import gradient
-from stages.train.bundle import read_spec
+from stages.train.bundle_spec import read_spec
 from stages.train.job import Watch
 from stages.train.trainer import train_together
 

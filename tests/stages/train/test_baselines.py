@@ -24,7 +24,8 @@ from stages.methods.attentive import AttentiveProbe
 from stages.methods.base import ClosedFormMethod, GradientMethod, method_of
 from stages.methods.batch import Batch
 from stages.store.reader import open_store
-from stages.train.bundle import encode_spec, load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import encode_spec, read_spec
 from stages.train.cost import estimate_cost
 from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 from stages.train.fit_cost import count_rows

@@ -12,7 +12,8 @@ from torch import nn
 from schemas.errors import BundleError
 from stages.evaluate.compare import _train_seconds
 from stages.evaluate.figures import read_training_curves
-from stages.train.bundle import SPEC, load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import SPEC, read_spec
 from stages.train.checkpoints import Fit, load_checkpoint
 
 

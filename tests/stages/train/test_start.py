@@ -19,7 +19,7 @@ from stages.evaluate.evaluator import evaluate
 from stages.fitted_images import count_fitted, encode, union
 from stages.methods.positions import resample_positions
 from stages.predict.external import _overlap
-from stages.train.bundle import encode_spec, read_spec
+from stages.train.bundle_spec import encode_spec, read_spec
 from stages.train.inputs import inputs_key
 from stages.train.job import run_key
 from stages.train.trainer import train

@@ -25,7 +25,8 @@ from schemas.methods import METHODS
 from schemas.results import EpochLog
 from schemas.settings import Settings
 from stages.store.reader import open_store
-from stages.train.bundle import encode_spec, load_bundle, read_spec
+from stages.train.bundle import load_bundle
+from stages.train.bundle_spec import encode_spec, read_spec
 from stages.train.checks import class_weights
 from stages.train.data import EpochSampler, FeatureDataset, Reading, batches
 from stages.train.infer import source_logits
