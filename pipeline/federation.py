@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.console import say
 from pipeline.params import write_settings
 from schemas.base import digest
-from schemas.federated import FederatedPlan, FederatedResult, Partition, RoundLog
+from schemas.federated import SUMMARY, FederatedPlan, FederatedResult, Partition, RoundLog
 from schemas.methods import METHODS
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from stages.federate.messages import Exchange
     from stages.federate.site import Site
     from stages.train.inputs import StudyFiles
-
-SUMMARY = "summary.json"
-"""Sites, rounds and bytes, in the folder of the results."""
 
 
 def plan_rounds(settings: ResolvedSettings, rounds: int | None, local_epochs: int, mu: float) -> FederatedPlan:

@@ -14,6 +14,9 @@ from schemas.methods import Method
 LEAST_ALPHA, MOST_ALPHA = 1e-3, 1e6
 """Concentrations of a Dirichlet partition."""
 
+SUMMARY = "summary.json"
+"""File with a `FederatedResult`, next to the folder of the model."""
+
 
 class FederatedPlan(Contract):
     """How often and how long sites train."""

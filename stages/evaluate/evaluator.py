@@ -18,6 +18,7 @@ from schemas.results import BundleSpec, EvaluatedModel, Metrics
 from schemas.tasks import Task
 from stages import scores
 from stages.evaluate.curves import roc_curves, write_plots
+from stages.evaluate.federated import read_federated
 from stages.evaluate.pictures import mapped_rows
 from stages.evaluate.predictions import Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
@@ -82,6 +83,7 @@ def evaluate(
             thumbnails=_thumbnails(predictions, source, mapped_rows(predictions) if maps else []),
             maps={name: values.numpy() for name, values in maps.items()},
             train_dir=bundle_dir.parent / "train" if train_dir is None else train_dir,
+            federated=read_federated(bundle_dir, bundle.spec),
         )
     write_evaluation(predictions, metrics, report, output)
     return metrics

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
 
 from schemas.features import FeatureSpec
+from schemas.federated import FederatedResult
 from schemas.manifest import SPLITS, Manifest, Split
 from schemas.methods import METHODS, model_inputs
 from schemas.resolved import ResolvedTrain
@@ -19,6 +20,7 @@ from schemas.results import BundleSpec, Metrics
 from schemas.specs import Inputs
 from schemas.text import images_of
 from stages.evaluate.curves import roc_curves
+from stages.evaluate.federated import federated_text
 from stages.evaluate.figures import draw_curves, draw_reliability, draw_roc, group_curves, read_training_curves
 from stages.evaluate.pages import page_template
 from stages.evaluate.pictures import map_figures, thumbnail_uri
@@ -50,6 +52,7 @@ def render_report(
     thumbnails: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     maps: Mapping[str, npt.NDArray[np.float32]] | None = None,
     train_dir: Path | None = None,
+    federated: FederatedResult | None = None,
 ) -> str:
     """The report as one HTML text without a script and without a reference to another file.
 
@@ -61,6 +64,7 @@ def render_report(
         thumbnails: Image id -> (3, S, S) uint8, for mistakes and maps; those without one are shown as text.
         maps: What the model shows of the rows `mapped_rows`, (rows, blocks, gh, gw) by name.
         train_dir: DVCLive's folder of the training run; None or a folder without metrics: no training curves.
+        federated: Of a model of federated training.
     """
     labels, probabilities = predictions.labels, predictions.probabilities.astype(np.float64)
     classes = predictions.classes
@@ -93,7 +97,7 @@ def render_report(
         training=_training(train_dir, spec.best_epoch),
         splits=splits,
         data=_data(manifest, splits),
-        recipe=_recipe(spec),
+        recipe=_recipe(spec, federated),
     )
 
 
@@ -197,7 +201,7 @@ def _data(manifest: Manifest, splits: Sequence[Split]) -> list[dict[str, Any]]:
     return [{"name": name, "counts": column} for name, column in columns.items()]
 
 
-def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
+def _recipe(spec: BundleSpec, federated: FederatedResult | None) -> Sequence[tuple[str, str]]:
     features, lpm, inputs = spec.features, spec.features.lpm, model_inputs(spec.network)
     tokens = "" if lpm.map_widths else f", {lpm.tokens:,} tokens"
     use = "fine-tuned" if METHODS[spec.network.method].adapts_lpm else "frozen"
@@ -209,6 +213,7 @@ def _recipe(spec: BundleSpec) -> Sequence[tuple[str, str]]:
         *_features(features, inputs),
         ("Learnable parameters", f"{spec.learnable:,}"),
         *_model(spec),
+        *(() if federated is None else (("Federated", federated_text(federated)),)),
         ("Task", spec.task),
         ("Class weights", str(spec.train.class_weights)),
         ("Model, sha256", spec.weights_sha256),

@@ -50,6 +50,14 @@ def test_sites_of_the_manifest_and_simulated_ones_give_a_model(prepared: Path, f
     for folder in ("outputs/federated", "averaged"):
         words = ["--model", f"{folder}/model", "--output", f"{folder}/evaluation", "--json"]
         assert json.loads(fpt("evaluate", *words, cwd=prepared)[0])["auc"] is not None
+        written = json.loads((prepared / folder / "summary.json").read_text())
+        counts = "2 sites, 1 round" if folder == "outputs/federated" else "3 sites, 2 rounds"
+        line = f"{counts}, {written['up_bytes'] / 2**20:,.2f} MiB up per site and round"
+        assert line in (prepared / folder / "evaluation/report.html").read_text()
+    # Another training in the same folder leaves the summary where it is.
+    fpt("train", "--method", "fpt+", "--output", "averaged", cwd=prepared)
+    fpt("evaluate", *words, cwd=prepared)
+    assert "MiB up per site" not in (prepared / "averaged/evaluation/report.html").read_text()
     assert fpt("predict", "images/dark", "--model", "averaged/model", cwd=prepared)[0].count("dark/") == 20
 
 
