@@ -144,7 +144,7 @@ class _BlockRecorder:
 
 
 class TokenMoments(NamedTuple):
-    """TokenMoments of some tokens of each image."""
+    """Moments of some tokens of each image."""
 
     tokens: int
     mean: torch.Tensor
