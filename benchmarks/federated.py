@@ -45,14 +45,13 @@ from stages.train.leg import Leg
 from stages.train.targets import targets
 from stages.train.trainer import open_checked, train_leg
 
-QUICK = ["train.precision=bfloat16"]
 SETTINGS: dict[str, list[str]] = {
     "ridge": [],
     "fpt+": ["train.lr=1e-3"],
-    "lora": ["methods.lora.freeze_a=true", "train.lr=3e-3", *QUICK],
-    "decomposed-prompts": ["train.lr=5e-3", *QUICK],
-    "vpt-deep": ["train.lr=5e-3", *QUICK],
-    "ept-lse": ["train.lr=2e-2", *QUICK],
+    "lora": ["methods.lora.freeze_a=true", "train.lr=3e-3"],
+    "decomposed-prompts": ["train.lr=5e-3"],
+    "vpt-deep": ["train.lr=5e-3"],
+    "ept-lse": ["train.lr=2e-2"],
 }
 """Settings of each method; one learning rate for all of its models."""
 
@@ -75,6 +74,11 @@ class Bench:
         words = [f"method={method}", "train.keep=last", f"train.epochs={self.plan.epochs}", *SETTINGS[method]]
         study = open_study(self.work / kind_of(method) / "params.yaml", words)
         return study, study.settings
+
+    def key(self, method: str) -> str:
+        """Return the beginning of the keys of a method's models."""
+        proximal = f" mu {self.plan.mu:g}" if self.plan.mu else ""
+        return f"{self.name}/{method}/{self.plan.rounds}x{self.plan.local_epochs}{proximal}"
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Return the finished models by key."""
@@ -198,7 +202,7 @@ def run_method(bench: Bench, method: str, partitions: Sequence[Partition], alone
     study, settings = bench.settings(method)
     files = study.files(read_manifest(study.manifest))
     done = bench.finished()
-    key = f"{bench.name}/{method}/{bench.plan.rounds}x{bench.plan.local_epochs}"
+    key = bench.key(method)
     pooled = bench.work / "pooled" / method
     if f"{key}/central" not in done:
         began = time.perf_counter()
@@ -237,7 +241,7 @@ def report(benches: Sequence[Bench], methods: Sequence[str], partitions: Sequenc
     for bench in benches:
         done, rows = bench.finished(), []
         for method in methods:
-            key = f"{bench.name}/{method}/{bench.plan.rounds}x{bench.plan.local_epochs}"
+            key = bench.key(method)
             for partition in partitions:
                 name = f"{key}/{partition.sites} sites/{rule(partition)}/seed {partition.seed}"
                 one, central, alone = (
@@ -265,11 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--alone", nargs="*", type=int, default=[3, 6], metavar="SITES", help="train each site alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local-epochs", type=int, default=2)
+    parser.add_argument("--mu", type=float, default=0.0, help="weight of the proximal term (FedProx)")
     parser.add_argument("--hidden", type=int, default=11, help="first block that adaptations change")
     parser.add_argument("--precision", default="bfloat16", help="of the LPM's forward pass")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the partitions")
     options = parser.parse_args(arguments)
-    plan = FederatedPlan(rounds=options.rounds, local_epochs=options.local_epochs)
+    plan = FederatedPlan(rounds=options.rounds, local_epochs=options.local_epochs, mu=options.mu)
     partitions = [
         Partition.parse(sites, text, seed)
         for sites in options.sites
