@@ -80,12 +80,8 @@ def conditions_of(manifest: Manifest, asked: ShiftAsked) -> tuple[list[Condition
     ]
     left_out = {}
     if SITE in asked.shifts:
-        trained = {row.site for row in manifest.rows if row.split != "test"}
-        tested = dict.fromkeys(row.site for row in manifest.of("test") if row.site is not None)
-        for site in tested:
-            rows = test_rows(manifest, Condition(shift=SITE, site=site))
-            if site in trained:
-                continue
+        for site in held_out_sites(manifest):
+            rows = condition_rows(manifest, Condition(shift=SITE, site=site))
             if len(rows) < LEAST_BATCH:
                 left_out[f"site {site}"] = f"{counted(len(rows), 'test image')}, fewer than {LEAST_BATCH}."
             else:
@@ -93,17 +89,33 @@ def conditions_of(manifest: Manifest, asked: ShiftAsked) -> tuple[list[Condition
     return found, left_out
 
 
-def test_rows(manifest: Manifest, condition: Condition) -> list[ManifestRow]:
-    """Return the test rows of a condition, each image once."""
-    rows = {row.id: row for row in manifest.of("test") if condition.site is None or row.site == condition.site}
-    return list(rows.values())
+def held_out_sites(manifest: Manifest) -> list[str]:
+    """Return the sites that have test images only."""
+    trained = {row.site for row in manifest.rows if row.split != "test"}
+    tested = dict.fromkeys(row.site for row in manifest.of("test") if row.site is not None)
+    return [site for site in tested if site not in trained]
+
+
+def condition_rows(manifest: Manifest, condition: Condition) -> list[ManifestRow]:
+    """Return the test rows of a condition, each image once.
+
+    Without a site these are the images of all sites that have training images, so that a held-out site is compared with
+    familiar ones; of all sites if the test split has no others.
+    """
+    if condition.site is not None:
+        rows = [row for row in manifest.of("test") if row.site == condition.site]
+    else:
+        foreign = held_out_sites(manifest)
+        tested = list(manifest.of("test"))
+        rows = [row for row in tested if row.site not in foreign] or tested
+    return list({row.id: row for row in rows}.values())
 
 
 def describe_shift(
     groups: Sequence[Group], conditions: Sequence[Condition], asked: ShiftAsked, manifest: Manifest
 ) -> str:
     """Return what a shift bench would compute, in lines for people."""
-    images = sum(len(test_rows(manifest, condition)) for condition in conditions)
+    images = sum(len(condition_rows(manifest, condition)) for condition in conditions)
     adapts = [one.name for one in asked.adapts if one is not None]
     methods = dict.fromkeys(group.method for group in groups)
     lines = [
@@ -131,7 +143,7 @@ def run_shift(
     """
     images = _images(study, files, asked)
     for number, condition in enumerate(conditions, start=1):
-        rows = test_rows(files.manifest, condition)
+        rows = condition_rows(files.manifest, condition)
         missing = [one for one in wanted if _known(one, condition, rows, asked) is None]
         if not missing:
             continue
@@ -268,7 +280,7 @@ def collect_shift(
 
     rows = []
     for condition in conditions:
-        tested = test_rows(manifest, condition)
+        tested = condition_rows(manifest, condition)
         found: dict[tuple[str, str, str | None], list[ShiftRun]] = {}
         for one in wanted:
             run = _known(one, condition, tested, asked)

@@ -15,7 +15,7 @@ STRENGTHS = (1, 2, 3, 4, 5)
 """Strengths of a corruption, ascending."""
 
 UNCHANGED, SITE = "unchanged", "site"
-"""Conditions without a corruption: the test images as they are, and those of a held-out site."""
+"""Conditions without a corruption: test images of sites with training images, and those of a held-out site."""
 
 SHIFT_METRICS = ("auc", "accuracy", "balanced_accuracy", "calibration_error", "brier")
 """Metrics of a condition."""
@@ -29,7 +29,7 @@ class Condition(Contract):
     strength: int = 0
     """From 1 to 5; 0 without a corruption."""
     site: str | None = None
-    """Only images of this site; null: all test images."""
+    """Only images of this site; null: test images of all sites that have training images."""
 
     @property
     def name(self) -> str:
