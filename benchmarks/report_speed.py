@@ -29,14 +29,18 @@ fpt.evaluate(study, model=output / "model", output=output / "evaluation")
 """
 
 
-def ways(method: str, output: Path) -> dict[str, list[list[str]]]:
-    """Return the commands of each way."""
-    train = [*FPT, "train", "--method", method, "--output", str(output)]
-    evaluate = [*FPT, "evaluate", "--model", str(output / "model"), "--output", str(output / "evaluation")]
+def ways(method: str, folder: Path) -> dict[str, list[list[str]]]:
+    """Return the commands of each way, with outputs of its own: a finished training would be resumed."""
+
+    def train(output: Path) -> list[str]:
+        return [*FPT, "train", "--method", method, "--output", str(output)]
+
+    two, one, api = folder / "two", folder / "one", folder / "api"
+    evaluate = [*FPT, "evaluate", "--model", str(two / "model"), "--output", str(two / "evaluation")]
     return {
-        "fpt train, then fpt evaluate": [train, evaluate],
-        "fpt train --evaluate": [[*train, "--evaluate"]],
-        "Python API": [[sys.executable, "-c", IN_PYTHON, method, str(output)]],
+        "fpt train, then fpt evaluate": [train(two), evaluate],
+        "fpt train --evaluate": [[*train(one), "--evaluate"]],
+        "Python API": [[sys.executable, "-c", IN_PYTHON, method, str(api)]],
     }
 
 
@@ -58,9 +62,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as folder:
-            for number, (name, commands) in enumerate(ways(options.method, Path(folder)).items()):
-                # Each way trains anew: a finished training in the same folder would be resumed.
-                commands = [[part.replace(folder, f"{folder}/{number}") for part in command] for command in commands]
+            for name, commands in ways(options.method, Path(folder)).items():
                 seconds.setdefault(name, []).append(measure(commands, options.study))
     print(f"{'from cached features to a report':<34}{'median s':>9}  every run")
     for name, values in seconds.items():

@@ -86,6 +86,7 @@ class _Solution(NamedTuple):
 def _held_out(z: Rows, solution: _Solution, folds: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.float64]:
     """Return logits (n, C) of each row by the regression without its fold, NaN for rows in no fold; of one penalty."""
     logits = np.full((len(z), solution.bias.shape[-1]), np.nan)
+    # The regression on all rows, if there is one, comes after those of the folds.
     for fold, weight, bias in zip(folds, solution.weight[:, 0], solution.bias[:, 0], strict=False):
         logits[fold] = z[fold] @ weight + bias
     return logits

@@ -152,8 +152,13 @@ def scale_of(mean: Floats, deviation: Floats, rounding: float = CONSTANT) -> Flo
 
 def log_loss(log_probabilities: Floats, labels: Labels, class_weights: Floats) -> float:
     """Weighted mean of -log p(label); plain where no label has weight."""
-    losses, weight = -log_probabilities[np.arange(len(labels)), labels], class_weights[labels]
-    return float(np.average(losses, weights=weight if weight.any() else None))
+    return float(_weighted_mean(-log_probabilities[np.arange(len(labels)), labels], labels, class_weights))
+
+
+def _weighted_mean(losses: Floats, labels: Labels, class_weights: Floats) -> Floats:
+    """Return the means of losses (..., n), weighted by class; plain where no label has weight."""
+    weight = class_weights[labels]
+    return np.asarray(np.average(losses, axis=-1, weights=weight if weight.any() else None))
 
 
 def label_log_loss(log_yes: Floats, log_no: Floats, labels: Labels, class_weights: Floats) -> float:
@@ -167,8 +172,7 @@ def logit_losses(logits: Floats, y: Labels, class_weights: Floats) -> Floats:
     if y.ndim == 1:
         # Classes come first: sums over the few of them are several times as fast.
         losses = values.permute(2, 0, 1).contiguous().logsumexp(dim=0).numpy() - logits[:, np.arange(len(y)), y]
-        weight = class_weights[y]
-        return np.asarray(np.average(losses, axis=1, weights=weight if weight.any() else None))
+        return _weighted_mean(losses, y, class_weights)
     least = float(np.log(LEAST))
     yes, no = (torch.nn.functional.logsigmoid(sign * values).clamp_min(least).numpy() for sign in (1, -1))
     return np.array([label_log_loss(*pair, y, class_weights) for pair in zip(yes, no, strict=True)])
