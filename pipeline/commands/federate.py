@@ -11,6 +11,7 @@ from pipeline.console import duration, say, say_next, score, show_json, show_tab
 from pipeline.options import METHOD_NAMES, PARAMS_FILE, AsJson, Assignments, Params
 from schemas.errors import SettingsError
 from schemas.federated import FederatedResult, Partition, RoundLog
+from schemas.text import counted
 
 if TYPE_CHECKING:
     from pipeline.project import Study
@@ -103,7 +104,7 @@ def _show(result: FederatedResult, study: Study) -> None:
         [[one.name, str(one.train), *map(str, one.counts), str(one.val)] for one in result.sites],
     )
     down, up = size(result.down_bytes), size(result.up_bytes)
-    say(f"Each site received {down} and sent {up} per round, in {len(result.rounds)} rounds.")
+    say(f"Each site received {down} and sent {up} per round, in {counted(len(result.rounds), 'round')}.")
 
 
 def _show_traffic(study: Study, as_json: bool) -> None:

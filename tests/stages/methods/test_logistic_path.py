@@ -90,6 +90,19 @@ def test_the_chosen_penalty_has_the_lowest_held_out_loss(case: str) -> None:
     )
 
 
+def test_rough_regressions_choose_the_penalty_of_converged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The labels follow from axes of little variance, which a descent learns last.
+    generator = np.random.default_rng(0)
+    latent = generator.normal(size=(120, 100))
+    x = ((latent / np.arange(1, 101)) @ generator.normal(size=(100, 300))).astype(np.float32)
+    y = (latent[:, 5:25] @ generator.normal(size=(20, 3)) + generator.gumbel(size=(120, 3))).argmax(axis=1)
+    rough = fit_path(x, y, np.ones(3), folds_of(120))
+    monkeypatch.setattr(logistic_path, "ROUGH", logistic_path.TOLERANCE)
+    exact = fit_path(x, y, np.ones(3), folds_of(120))
+    assert rough.c == exact.c
+    assert abs(rough.loss - exact.loss) < 1e-4
+
+
 def test_mean_and_scale_are_those_of_all_rows() -> None:
     x, y, weights = CASES["three classes"]
     fit = fit_path(x, y, weights, folds_of(len(y)))
