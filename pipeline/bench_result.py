@@ -139,7 +139,7 @@ def _finished(group: Group) -> list[Job]:
 
 def _run(group: Group, job: Job, folder: Path) -> BenchRun:
     from stages.evaluate.bench_summary import log_loss
-    from stages.evaluate.predictions import read_predictions
+    from stages.evaluate.predictions import TABLE, read_predictions
     from stages.evaluate.sweep_statistics import metric_values
     from stages.files import read_regular
     from stages.train.bundle_spec import read_spec
@@ -149,7 +149,7 @@ def _run(group: Group, job: Job, folder: Path) -> BenchRun:
         raise FptError(f"{job.folder} was changed by another process.", repair="Run `fpt bench` again.")
     evaluation, closed_form = job.folder / "evaluation", METHODS[group.method].closed_form
     metrics = Metrics.model_validate_json(read_regular(evaluation / "metrics.json"))
-    table = read_predictions(evaluation / "predictions.parquet")
+    table = read_predictions(evaluation / TABLE)
     return BenchRun(
         sampling=group.sampling.number,
         seed=None if closed_form else job.settings.train.seed,

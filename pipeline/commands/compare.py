@@ -29,6 +29,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare models evaluated on the same images: metrics, and differences to the first with 95% intervals."""
+    from stages.evaluate.predictions import evaluation_folder
+
+    for folder in folders:
+        evaluation_folder(folder)
+    # Imported late, because it loads torch: a folder without predictions is an error at once.
     from stages.evaluate.compare import compare as run
 
     comparison = run(folders)

@@ -13,7 +13,7 @@ from schemas.manifest import Manifest
 from schemas.results import BundleSpec, Metrics
 from schemas.test_time import Adapted, AdaptOptions, remarks
 from stages.evaluate.evaluator import probabilities, write_evaluation
-from stages.evaluate.predictions import Predictions, read_predictions
+from stages.evaluate.predictions import TABLE, Predictions, read_predictions
 from stages.evaluate.report import render_report
 from stages.evaluate.scoring import score
 from stages.files import atomic_write
@@ -52,7 +52,7 @@ def evaluate_adapted(
         FptError: As `stages.evaluate.evaluator.evaluate`, and for missing statistics of source images.
     """
     bundle = load_bundle(bundle_dir, device)
-    plain = read_predictions(output / "predictions.parquet")
+    plain = read_predictions(output / TABLE)
     ids = list(dict.fromkeys(row.id for row in plain.rows))
     logits = adapted_logits(bundle, files, bundle_dir, ids, options)
     position = {image_id: at for at, image_id in enumerate(ids)}

@@ -13,7 +13,7 @@ from schemas.bench import BenchRow, BenchRun
 from schemas.errors import EvaluationError
 from schemas.sweeps import PairedDifference, RunRecord, Separation
 from stages.evaluate.bootstrap import group_draws, weighted_auc
-from stages.evaluate.predictions import Predictions, read_predictions
+from stages.evaluate.predictions import TABLE, Predictions, read_predictions
 from stages.evaluate.sweep_statistics import spread, spread_known
 from stages.tasks import LEAST, positives, scored_columns
 from stages.train.cost import efficiency_factor
@@ -174,6 +174,6 @@ def read_tables(folders: Mapping[int, Sequence[Path]]) -> dict[int, list[Predict
         EvaluationError: A table is missing or damaged.
     """
     return {
-        sampling: [read_predictions(folder / "predictions.parquet") for folder in evaluations]
+        sampling: [read_predictions(folder / TABLE) for folder in evaluations]
         for sampling, evaluations in folders.items()
     }

@@ -14,7 +14,7 @@ from schemas.results import ComparedModel, Comparison, Difference, EvaluatedMode
 from schemas.tasks import Task
 from stages.evaluate.bootstrap import group_draws, weighted_auc
 from stages.evaluate.metrics import check_predictions
-from stages.evaluate.predictions import Predictions, read_predictions
+from stages.evaluate.predictions import TABLE, Predictions, evaluation_folder, read_predictions
 from stages.evaluate.scoring import score
 from stages.files import read_regular
 from stages.tasks import decide, hits, positives, scored_columns
@@ -44,8 +44,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     Raises:
         EvaluationError: A folder has no predictions, or its rows, labels, groups or classes differ from the first ones.
     """
-    evaluations = [_evaluation_dir(folder) for folder in folders]
-    tables = [_sorted(read_predictions(evaluation / "predictions.parquet")) for evaluation in evaluations]
+    evaluations = [evaluation_folder(folder) for folder in folders]
+    tables = [_sorted(read_predictions(evaluation / TABLE)) for evaluation in evaluations]
     if not tables:
         raise EvaluationError("No evaluations to compare.", repair="Name output folders of `fpt evaluate`.")
     first = tables[0]
@@ -75,11 +75,6 @@ def compare(folders: Sequence[Path]) -> Comparison:
             )
         ),
     )
-
-
-def _evaluation_dir(folder: Path) -> Path:
-    inner = folder / "evaluation"
-    return inner if not (folder / "predictions.parquet").exists() and inner.is_dir() else folder
 
 
 def _scored(table: Predictions, evaluation: Path) -> Metrics:

@@ -10,7 +10,7 @@ import numpy as np
 from schemas.base import digest
 from schemas.errors import EvaluationError
 from schemas.results import EvaluatedModel, Metrics
-from stages.evaluate.predictions import Predictions, read_predictions, write_predictions
+from stages.evaluate.predictions import TABLE, Predictions, read_predictions, write_predictions
 from stages.evaluate.scoring import score
 from stages.files import atomic_write
 from stages.tasks import pool
@@ -42,13 +42,13 @@ def score_pooled(folds: Sequence[Sequence[Path]], output: Path | None = None) ->
     table = _join([_average(folders) for folders in folds])
     metrics = score(table)
     if output is not None:
-        write_predictions(table, output / "predictions.parquet")
+        write_predictions(table, output / TABLE)
         atomic_write(output / "metrics.json", (metrics.model_dump_json(indent=1) + "\n").encode())
     return metrics
 
 
 def _average(folders: Sequence[Path]) -> Predictions:
-    tables = [read_predictions(folder / "predictions.parquet") for folder in folders]
+    tables = [read_predictions(folder / TABLE) for folder in folders]
     if not tables:
         raise EvaluationError("No evaluations to average.", repair="Name output folders of `fpt evaluate`.")
     first = tables[0]

@@ -20,7 +20,7 @@ from stages import scores
 from stages.evaluate.curves import roc_curves, write_plots
 from stages.evaluate.federated import read_federated
 from stages.evaluate.pictures import mapped_rows
-from stages.evaluate.predictions import Predictions, write_predictions
+from stages.evaluate.predictions import TABLE, Predictions, write_predictions
 from stages.evaluate.report import confident_mistakes, render_report
 from stages.evaluate.scoring import score, split_warnings
 from stages.files import atomic_write
@@ -111,7 +111,7 @@ def write_evaluation(predictions: Predictions, metrics: Metrics, report: str, ou
         StorageError: The results cannot be written.
     """
     labels, classes = predictions.labels, predictions.classes
-    write_predictions(predictions, output / "predictions.parquet")
+    write_predictions(predictions, output / TABLE)
     roc = roc_curves(labels, predictions.probabilities.astype(np.float64), classes)
     write_plots(labels, predictions.predicted, roc, classes, output / "plots")
     atomic_write(output / "report.html", report.encode())

@@ -19,6 +19,10 @@ from schemas.tasks import Task
 from stages.parquet import read_table, write_table
 from stages.tasks import decide, label_array, texts
 
+TABLE = "predictions.parquet"
+"""File of the table in the folder of an evaluation."""
+REPAIR = "Write it again: fpt evaluate"
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -73,13 +77,25 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     write_table(table, path)
 
 
+def evaluation_folder(folder: Path) -> Path:
+    """Return the folder of a table of predictions: this one, or its folder `evaluation`.
+
+    Raises:
+        EvaluationError: There is no table.
+    """
+    inner = folder / "evaluation"
+    found = inner if not (folder / TABLE).exists() and inner.is_dir() else folder
+    if not (found / TABLE).exists():
+        raise EvaluationError(f"There are no predictions at {found / TABLE}.", repair=REPAIR)
+    return found
+
+
 def read_predictions(path: Path) -> Predictions:
     """Read the table written by `write_predictions`.
 
     Raises:
         EvaluationError: The file is missing, damaged, or not a table of predictions.
     """
-    repair = "Write it again: fpt evaluate"
     try:
         table = read_table(path)
         metadata = table.schema.metadata or {}
@@ -91,9 +107,9 @@ def read_predictions(path: Path) -> Predictions:
         unit = _unit(metadata[b"unit"].decode()) if b"unit" in metadata else None
         columns = [table.column(f"{PROBABILITY}{name}").to_numpy() for name in classes]
     except FileNotFoundError as error:
-        raise EvaluationError(f"There are no predictions at {path}.", repair=repair) from error
+        raise EvaluationError(f"There are no predictions at {path}.", repair=REPAIR) from error
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{path} is not a table of predictions.", str(error), repair) from error
+        raise EvaluationError(f"{path} is not a table of predictions.", str(error), REPAIR) from error
     return Predictions(classes, rows, np.stack(columns, axis=1).astype(np.float32, copy=False), model, task, unit)
 
 

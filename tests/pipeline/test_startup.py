@@ -73,8 +73,8 @@ def test_a_verb_imports_only_what_it_needs(folder: Path, words: list[str], absen
     "words",
     [
         "prepare", "extract", "extract --plan", "train", "evaluate", "evaluate --adapt foa", "evaluate --images images",
-        "predict images", "predict --unlabelled", "sweep lr=1e-3", "lr-find", "bench", "bench --shift", "federate",
-        "federate --traffic", "data check", "data repair", "demo data", "demo summary",
+        "compare nothing", "predict images", "predict --unlabelled", "sweep lr=1e-3", "lr-find", "bench",
+        "bench --shift", "federate", "federate --traffic", "data check", "data repair", "demo data", "demo summary",
     ],
 )  # fmt: skip
 def test_without_a_study_or_a_model_a_verb_fails_before_torch_is_imported(tmp_path: Path, words: str) -> None:
