@@ -18,6 +18,7 @@ from schemas.parse import parse_settings
 from schemas.probe_specs import KnnSpec, LinearSpec, PooledSpec, RidgeSpec, StatisticsSpec
 from schemas.resolve import feature_spec, resolve
 from schemas.results import BundleSpec
+from schemas.settings import TrainSettings
 from schemas.specs import (
     AdaptationSpec,
     AdaptedLpmSpec,
@@ -52,6 +53,12 @@ def side_network(method: str, **changes: Any) -> SideNetworkSpec:
         "prompts": 4, "dropout": 0.5, **changes,
     }  # fmt: skip
     return SideNetworkSpec.model_validate(raw)
+
+
+def test_the_help_of_the_ensemble_weight_states_that_of_every_method() -> None:
+    description = TrainSettings.model_fields["probe_weight"].description or ""
+    weights = {name: row.preset.probe_weight for name, row in METHODS.items() if row.preset.probe_weight}
+    assert weights == {name: float(weight) for weight, name in re.findall(r"(0\.\d+)\s+for\s+([\w-]+)", description)}
 
 
 def finetuned(**changes: Any) -> FinetuneSpec:
