@@ -16,6 +16,7 @@ from pipeline.evaluation import LabelledImages
 from pipeline.metric_names import metric_name
 from pipeline.metric_tables import show_metrics
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.waiting import wait_briefly
 from schemas.errors import SettingsError
 from schemas.tasks import METRICS
 from schemas.test_time import remarks
@@ -135,6 +136,7 @@ def _evaluate_images(
     images: LabelledImages,
     adapt: AdaptOptions | None,
 ) -> tuple[Metrics, Adapted | None, Path]:
+    wait_briefly()
     from pipeline.evaluation import evaluate_images
     from stages.prepare import QUARANTINE_FILE
     from stages.progress import ExternalProgress

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.console import duration, say, say_next, show_json, show_pairs, show_sizes, size
 from pipeline.options import PARAMS_FILE, AsJson, Assignments, Params
+from pipeline.waiting import wait_briefly
 from schemas.errors import InterruptedRunError
 from schemas.text import counted
 
@@ -41,6 +42,7 @@ def extract(
     """Run the LPM once over every image that the cache does not hold yet."""
     from pipeline.project import open_study, remind_to_watch
 
+    wait_briefly()
     study = open_study(params, [*(assignments or []), *_cluster_assignments(cluster)])
     settings = study.settings
     if plan:

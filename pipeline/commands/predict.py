@@ -10,6 +10,7 @@ import typer
 from pipeline import adapt_options
 from pipeline.console import say, show
 from pipeline.options import PARAMS_FILE, Assignments, Params
+from pipeline.waiting import wait_briefly
 from schemas.errors import SettingsError, UnreadableImagesError
 from schemas.settings import OUTPUTS
 from schemas.test_time import remarks
@@ -83,6 +84,7 @@ def predict(
             raise SettingsError("--adapt is for images that are named.", repair="Leave out --adapt or --unlabelled.")
         _hand_over(_unlabelled(params, assignments or [], model), output)
         return
+    wait_briefly()
     settings = parse_settings(override(read_optional_params(params), assignments or []), source=params.name)
     root = params.absolute().parent
     inputs = find_images(images, settings.data, root)
