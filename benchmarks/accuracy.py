@@ -27,49 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from accuracy_metrics import OTHERS, Floats, Tested, library_metrics, mean_auc, other_metrics
 from accuracy_runs import DataSet, Prepared, Run, finish, open_data, plan_folds, prepare_recipe, read_recipes
-from sklearn.metrics import log_loss
 
 from pipeline.console import print_error, say, show, show_table
 from pipeline.project import CACHE_VARIABLE
 from schemas.errors import EvaluationError, FptError, SettingsError
 from schemas.settings import FeatureSettings, LpmSettings
-from stages.evaluate.bootstrap import group_draws, weighted_auc
-from stages.evaluate.metrics import compute_metrics
-from stages.tasks import positives, scored_columns
+from stages.evaluate.bootstrap import group_draws
 
 TOLERANCE = 0.005
 """Largest loss of mean AUC on a single data set with which a recipe may be adopted."""
 RULE = f"adopt: the 95% interval of the pooled difference lies above zero, and no data set loses more than {TOLERANCE}."
+INTERVAL = "95% interval"
 BATCHES = 2
 """Calls of `group_draws`, each of 1000 bootstrap samples."""
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Tested:
-    """Predictions of a recipe for the test images of one fold, averaged over seeds."""
-
-    classes: tuple[str, ...]
-    """Class names."""
-    rows: tuple[str, ...]
-    """Paths of the n images."""
-    labels: npt.NDArray[np.int64]
-    """(n,) class indices."""
-    patients: tuple[str, ...]
-    """Patient of each image."""
-    probabilities: Floats
-    """(n, classes)."""
-
-    def auc(self, weights: Floats) -> Floats:
-        """Return the macro one-vs-rest AUC (r,) for weights (n, r) of the images, NaN without an image of a class."""
-        classes = len(self.classes)
-        positive = positives(self.labels, classes)
-        columns = scored_columns(self.labels, classes)
-        values = [weighted_auc(positive[:, at], self.probabilities[:, at], weights) for at in columns]
-        return np.asarray(np.mean(values, axis=0))
 
 
 @dataclass(frozen=True)
@@ -78,8 +50,6 @@ class Outcome:
 
     folds: tuple[Tested, ...]
     """Folds of all repeats."""
-    auc: float
-    """Mean over folds."""
     figures: dict[str, Any]
     """Everything in the table, as in the JSON file."""
 
@@ -171,13 +141,13 @@ def average_seeds(runs: Sequence[Run]) -> tuple[Tested, ...]:
         first = seeds[0]
         labels = np.array([first.classes.index(label) for label in first.labels], dtype=np.int64)
         mean = np.mean([run.probabilities for run in seeds], axis=0)
-        tested.append(Tested(first.classes, first.rows, labels, first.patients, mean))
+        tested.append(Tested(first.classes, first.rows, labels, first.patients, mean, first.repeat))
     return tuple(tested)
 
 
-def mean_auc(folds: Sequence[Tested]) -> float:
+def plain_auc(folds: Sequence[Tested]) -> float:
     """Return the mean AUC of some folds."""
-    return float(np.mean([fold.auc(np.ones((len(fold.rows), 1))) for fold in folds]))
+    return float(mean_auc(folds, [np.ones((len(fold.rows), 1)) for fold in folds])[0])
 
 
 def summarise(runs: Sequence[Run], bytes_per_image: float) -> Outcome:
@@ -187,38 +157,21 @@ def summarise(runs: Sequence[Run], bytes_per_image: float) -> Outcome:
     metrics need more images than a fold has: they are computed over all images of a repeat, and averaged over repeats.
     """
     folds = average_seeds(runs)
-    repeats: list[dict[str, float]] = []
-    for number in sorted({run.repeat for run in runs}):
-        members = average_seeds([run for run in runs if run.repeat == number])
-        labels = np.concatenate([fold.labels for fold in members])
-        p = np.concatenate([fold.probabilities for fold in members])
-        metrics = compute_metrics(labels, p, members[0].classes)
-        repeats.append(
-            {
-                "accuracy": metrics.accuracy,
-                "balanced_accuracy": metrics.balanced_accuracy,
-                "log_loss": float(log_loss(labels, p, labels=range(p.shape[1]))),
-                "ece": metrics.calibration_error,
-            }
-        )
     seeds = sorted({run.seed for run in runs})
-    of_seeds = [mean_auc(average_seeds([run for run in runs if run.seed == seed])) for seed in seeds]
-    auc = mean_auc(folds)
     figures = {
-        "auc": auc,
-        "auc_of_seeds": of_seeds,
-        "auc_of_folds": [mean_auc([fold]) for fold in folds],
-        **{name: statistics.mean(one[name] for one in repeats) for name in repeats[0]},
-        "seconds": statistics.mean(run.seconds for run in runs),
+        "auc": plain_auc(folds),
+        "auc_of_seeds": [plain_auc(average_seeds([run for run in runs if run.seed == seed])) for seed in seeds],
+        "auc_of_folds": [plain_auc([fold]) for fold in folds],
+        **library_metrics(folds),
+        # Another process can slow some of them down.
+        "seconds": statistics.median(run.seconds for run in runs),
         "bytes_per_image": bytes_per_image,
     }
-    return Outcome(folds, auc, figures)
+    return Outcome(folds, figures)
 
 
-def bootstrap(recipes: Mapping[str, Outcome], seed: int) -> dict[str, Floats]:
-    """Return the mean AUC over folds of each recipe under the same bootstrap samples of patients.
-
-    Folds in which a sample has no image of some class are left out, for all recipes alike.
+def bootstrap(recipes: Mapping[str, Outcome], seed: int) -> dict[str, dict[str, Floats]]:
+    """Return the mean AUC over folds and the other metrics of each recipe under the same bootstrap samples of patients.
 
     Args:
         recipes: Outcomes on one data set.
@@ -231,57 +184,82 @@ def bootstrap(recipes: Mapping[str, Outcome], seed: int) -> dict[str, Floats]:
     for name, outcome in recipes.items():
         if [fold.rows for fold in outcome.folds] != [fold.rows for fold in first.folds]:
             raise EvaluationError(f"{name} was tested on other folds than {next(iter(recipes))}.")
-    batches: dict[str, list[Floats]] = {name: [] for name in recipes}
+    batches: dict[str, list[dict[str, Floats]]] = {name: [] for name in recipes}
     seeds = range(BATCHES * seed, BATCHES * (seed + 1))
     for drawn in itertools.chain.from_iterable(group_draws(patients, seed=each) for each in seeds):
+        weights = [drawn[at] for at in rows]
         for name, outcome in recipes.items():
-            aucs = [fold.auc(drawn[at]) for fold, at in zip(outcome.folds, rows, strict=True)]
-            batches[name].append(np.ma.masked_invalid(aucs).mean(axis=0).filled(np.nan))
-    return {name: np.concatenate([*batch, np.zeros(0)]) for name, batch in batches.items()}
+            metrics = {"auc": mean_auc(outcome.folds, weights), **other_metrics(outcome.folds, weights)}
+            batches[name].append(metrics)
+    return {
+        name: {metric: np.concatenate([*(one[metric] for one in batch), np.zeros(0)]) for metric in ("auc", *OTHERS)}
+        for name, batch in batches.items()
+    }
+
+
+def percentiles(drawn: Floats) -> tuple[float, float] | None:
+    """Return the 95% interval of bootstrap samples; None if most of them are not defined."""
+    finite = drawn[np.isfinite(drawn)]
+    if not len(finite) or len(finite) < len(drawn) / 2:
+        return None
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def compare(outcomes: Mapping[str, Mapping[str, Outcome]], reference: str) -> dict[str, dict[str, Any]]:
-    """Return the differences of each recipe to the reference: per data set, and their mean with its interval."""
+    """Return the differences of each recipe to the reference: per data set, and their mean with its interval.
+
+    Those of the AUC decide whether it is adopted; those of the other metrics are below `others`.
+    """
     samples = [bootstrap(of, seed) for seed, of in enumerate(outcomes.values())]
+
+    def difference(name: str, metric: str) -> dict[str, Any]:
+        by_set = {data: of[name].figures[metric] - of[reference].figures[metric] for data, of in outcomes.items()}
+        drawn = [sample[name][metric] - sample[reference][metric] for sample in samples]
+        return {
+            "by_set": by_set,
+            "interval_by_set": {data: percentiles(one) for data, one in zip(outcomes, drawn, strict=True)},
+            "mean": statistics.mean(by_set.values()),
+            "interval": percentiles(np.mean(drawn, axis=0)),
+        }
+
     compared = {}
     for name in samples[0]:
         if name == reference:
             continue
-        by_set = {data: of[name].auc - of[reference].auc for data, of in outcomes.items()}
-        drawn = np.mean([sample[name] - sample[reference] for sample in samples], axis=0)
-        finite = drawn[np.isfinite(drawn)]
-        interval = None
-        if len(finite) and len(finite) >= len(drawn) / 2:
-            low, high = np.percentile(finite, [2.5, 97.5])
-            interval = (float(low), float(high))
-        compared[name] = {
-            "by_set": by_set,
-            "mean": statistics.mean(by_set.values()),
-            "interval": interval,
-            "adopt": interval is not None and interval[0] > 0 and min(by_set.values()) >= -TOLERANCE,
-        }
+        auc = difference(name, "auc")
+        adopt = auc["interval"] is not None and auc["interval"][0] > 0 and min(auc["by_set"].values()) >= -TOLERANCE
+        others = {metric: difference(name, metric) for metric in OTHERS}
+        compared[name] = {**auc, "adopt": adopt, "others": others}
     return compared
 
 
 def report(result: Mapping[str, Any]) -> None:
     """Print a table per data set, and the table of differences with its rule."""
     show(f"{result['trained']} runs were trained, {result['read']} were read.")
-    heads = ("recipe", "AUC", "sd of seeds", "accuracy", "balanced", "log loss", "ECE", "s per run", "bytes per image")
+    heads = ("recipe", "AUC", "sd of seeds", *OTHERS.values(), "s per run", "bytes per image")
     for data, recipes in result["data"].items():
         show_table(data, heads, [[name, *cells(one)] for name, one in recipes.items()])
     if not result["differences"]:
         return
-    rows = []
-    for name, one in result["differences"].items():
-        interval = "-" if one["interval"] is None else " to ".join(f"{end:+.4f}" for end in one["interval"])
-        by_set = [f"{value:+.4f}" for value in one["by_set"].values()]
-        rows.append([name, *by_set, f"{one['mean']:+.4f}", interval, "adopt" if one["adopt"] else "-"])
-    show_table(
-        f"AUC minus that of {result['reference']}",
-        ("recipe", *result["data"], "pooled", "95% interval", "verdict"),
-        rows,
-    )
+    reference, sets = result["reference"], tuple(result["data"])
+    differences = result["differences"].items()
+    others = [
+        [name, title, *difference_cells(one["others"][metric])]
+        for name, one in differences
+        for metric, title in OTHERS.items()
+    ]
+    show_table(f"Other metrics minus those of {reference}", ("recipe", "metric", *sets, "pooled", INTERVAL), others)
+    rows = [[name, *difference_cells(one), "adopt" if one["adopt"] else "-"] for name, one in differences]
+    show_table(f"AUC minus that of {reference}", ("recipe", *sets, "pooled", INTERVAL, "verdict"), rows)
     show(result["rule"])
+
+
+def difference_cells(difference: Mapping[str, Any]) -> list[str]:
+    """Format a difference: of each data set, their mean and its interval."""
+    interval = difference["interval"]
+    values = [f"{value:+.4f}" for value in (*difference["by_set"].values(), difference["mean"])]
+    return [*values, "-" if interval is None else " to ".join(f"{end:+.4f}" for end in interval)]
 
 
 def cells(figures: Mapping[str, Any]) -> list[str]:
@@ -290,7 +268,7 @@ def cells(figures: Mapping[str, Any]) -> list[str]:
     return [
         f"{figures['auc']:.4f}",
         f"{statistics.stdev(seeds):.4f}" if len(seeds) > 1 else "-",
-        *(f"{figures[name]:.4f}" for name in ("accuracy", "balanced_accuracy", "log_loss", "ece")),
+        *(f"{figures[name]:.4f}" for name in OTHERS),
         f"{figures['seconds']:.1f}",
         f"{figures['bytes_per_image']:,.0f}",
     ]

@@ -166,7 +166,7 @@ def outcome(accuracy: ModuleType, strength: float, seed: int = 0, images: int = 
     rows = tuple(f"{seed}-{number}" for number in range(images))
     p = np.stack([1 - scores, scores], axis=1)
     fold = accuracy.Tested(("no", "yes"), rows, labels, rows, p)
-    return accuracy.Outcome((fold,), accuracy.mean_auc([fold]), {})
+    return accuracy.Outcome((fold,), {"auc": accuracy.plain_auc([fold]), **accuracy.library_metrics([fold])})
 
 
 def test_a_gain_is_adopted_only_if_no_data_set_loses(accuracy: ModuleType) -> None:
@@ -185,6 +185,42 @@ def test_a_gain_is_adopted_only_if_no_data_set_loses(accuracy: ModuleType) -> No
     assert same["interval"] == (0.0, 0.0) and not same["adopt"]
 
 
+def test_other_metrics_have_intervals_by_the_definitions_of_the_libraries(accuracy: ModuleType) -> None:
+    folds, rng = [], np.random.default_rng(0)
+    for number in range(4):
+        p = rng.dirichlet((1.0, 1.0, 1.0), size=60)
+        rows = tuple(f"{number % 2}-{at}" for at in range(60))
+        labels = np.array([rng.choice(3, p=one) for one in p])
+        folds.append(accuracy.Tested(("a", "b", "c"), rows, labels, rows, p, number // 2))
+    once = accuracy.other_metrics(folds, [np.ones((60, 1))] * 4)
+    assert {name: value[0] for name, value in once.items()} == pytest.approx(accuracy.library_metrics(folds))
+    # A weight of two is an image that is there twice.
+    weights = [rng.integers(1, 3, size=60) for _ in folds]
+    twice = [
+        accuracy.Tested(
+            fold.classes, fold.rows, np.repeat(fold.labels, one), (), np.repeat(fold.probabilities, one, 0), fold.repeat
+        )
+        for fold, one in zip(folds, weights, strict=True)
+    ]
+    weighted = accuracy.other_metrics(folds, [one[:, None].astype(float) for one in weights])
+    assert {name: value[0] for name, value in weighted.items()} == pytest.approx(accuracy.library_metrics(twice))
+
+
+def test_a_recipe_can_gain_in_auc_and_lose_in_log_loss(accuracy: ModuleType) -> None:
+    base, better = outcome(accuracy, 1.0), outcome(accuracy, 2.0)
+    fold = better.folds[0]
+    # The same ranking, by far too sure.
+    logits = 8 * np.log(fold.probabilities)
+    sure = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    fold = accuracy.Tested(fold.classes, fold.rows, fold.labels, fold.patients, sure)
+    figures = {"auc": accuracy.plain_auc([fold]), **accuracy.library_metrics([fold])}
+    found = accuracy.compare({"set": {"base": base, "new": accuracy.Outcome((fold,), figures)}}, "base")["new"]
+    assert found["adopt"] and found["others"]["accuracy"]["interval"][0] > 0
+    low, high = found["others"]["log_loss"]["interval"]
+    assert 0 < low < found["others"]["log_loss"]["mean"] < high
+    assert found["others"]["log_loss"]["interval_by_set"] == {"set": (low, high)}
+
+
 def test_data_sets_are_resampled_independently(accuracy: ModuleType) -> None:
     def width(sets: int) -> float:
         pair = {"base": outcome(accuracy, 1.0), "new": outcome(accuracy, 1.0, seed=1)}
@@ -193,7 +229,7 @@ def test_data_sets_are_resampled_independently(accuracy: ModuleType) -> None:
         same_rows = accuracy.Tested(
             fold.classes, pair["base"].folds[0].rows, fold.labels, pair["base"].folds[0].patients, fold.probabilities
         )
-        pair["new"] = accuracy.Outcome((same_rows,), pair["new"].auc, {})
+        pair["new"] = accuracy.Outcome((same_rows,), pair["new"].figures)
         low, high = accuracy.compare({f"set {at}": pair for at in range(sets)}, "base")["new"]["interval"]
         return float(high - low)
 
@@ -203,7 +239,7 @@ def test_data_sets_are_resampled_independently(accuracy: ModuleType) -> None:
 
 def test_the_interval_covers_the_difference_of_a_reference_bootstrap(accuracy: ModuleType) -> None:
     base, new = outcome(accuracy, 1.0, images=60), outcome(accuracy, 1.4, images=60)
-    samples = accuracy.bootstrap({"base": base, "new": new}, 0)
+    samples = {name: one["auc"] for name, one in accuracy.bootstrap({"base": base, "new": new}, 0).items()}
     assert len(samples["base"]) == 2000
     rng = np.random.default_rng(1)
     fold, other = base.folds[0], new.folds[0]
