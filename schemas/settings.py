@@ -220,7 +220,8 @@ class TrainSettings(Section):
     """Input size of the side network, in pixels, a multiple of 16; auto: 224 for fpt, otherwise 128."""
     members: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     """Side networks in the ensemble, trained simultaneously on the same batches; auto: for fpt-x 1, or 3 if the first
-    one lowers the held-out log-loss of linear probes by more than its standard error; 5 for fpt-x-kept, otherwise 1."""
+    one lowers the held-out log-loss of linear probes, or the images are too few to tell; 5 for fpt-x-kept, otherwise
+    1."""
     attentive: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Attentive probes in the ensemble, trained together with the side networks on the same cached tokens; auto: 1 for
     fpt-x-kept, otherwise 0."""

@@ -58,6 +58,10 @@ class MethodSpec(Contract):
         return True
 
 
+UNDECIDED = 0.02
+"""Standard error of a gain in log-loss above which a gain within it says nothing."""
+
+
 class HeldOut(Contract):
     """Log-loss of held-out images by an ensemble, with and without its networks."""
 
@@ -77,6 +81,11 @@ class HeldOut(Contract):
     def helps(self) -> bool:
         """Whether the networks save more than the standard error."""
         return self.standard_error is not None and self.gain > self.standard_error
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the held-out images are too few to tell: they are no reason to leave networks out."""
+        return self.standard_error is None or abs(self.gain) <= self.standard_error > UNDECIDED
 
 
 class SideNetworkSpec(MethodSpec):

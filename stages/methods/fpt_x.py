@@ -212,7 +212,8 @@ def conclusion(spec: SideNetworkSpec) -> str:
         return ""
     reason, error = "", held_out.standard_error
     if spec.most_members:
-        reason = f" of at most {spec.most_members}" + ("" if spec.members == 1 else ", because the first one helped")
+        because = "" if spec.members == 1 else ", because the first one helped or may help"
+        reason = f" of at most {spec.most_members}{because}"
     sentence = (
         f"{counted(spec.members, 'side network')}{reason}: held-out log-loss {held_out.linear_probes:.4f} by the "
         f"linear probes only, {held_out.ensemble:.4f} by the ensemble; gain {held_out.gain:.4f}, standard error "
@@ -220,6 +221,8 @@ def conclusion(spec: SideNetworkSpec) -> str:
     )
     if held_out.helps or METHODS[spec.method].preset.probes != "all":
         return sentence
+    if held_out.undecided:
+        return f"{sentence} Too few validation images to tell whether networks help; `--method statistics` has none."
     return f"{sentence} No clear gain: `--method statistics` gives the same without training."
 
 

@@ -51,7 +51,8 @@ def train_job(job: Job) -> list[TrainResult]:
 
     Where held-out loss decides how many side networks are trained (`train.adaptive_members`), the first one is trained
     by itself, on one stream of batches with all other variants. If it lowers the held-out log-loss of the linear probes
-    by more than the standard error (`stages.methods.held_out_gain`), the others follow on a second stream. Seeds and
+    by more than the standard error (`stages.methods.held_out_gain`), or the held-out images are too few to tell, the
+    others follow on a second stream. Seeds and
     batches are those of a training of all at once, and in the ensemble of each epoch the first network has its weights
     of that epoch: the model is that of the same number of side networks in one training, up to rounding.
     """
@@ -79,10 +80,11 @@ def train_job(job: Job) -> list[TrainResult]:
 
 
 def _growing(job: Job, runs: Sequence[Run]) -> list[int]:
-    """Return the positions of the variants whose first side network helps, so that the others are trained as well."""
-    helps = [run.keeps_weights and run.network.held_out is not None and run.network.held_out.helps for run in runs]
+    """Return the positions of the variants whose first side network helps, or may help, so that the others follow."""
+    gains = [run.network.held_out if run.keeps_weights else None for run in runs]
+    grows = [gain is not None and (gain.helps or gain.undecided) for gain in gains]
     # The processes may be on machines that round differently: rank 0 decides.
-    decided = torch.tensor([float(one and job.ranks.first) for one in helps])
+    decided = torch.tensor([float(one and job.ranks.first) for one in grows])
     sum_over_ranks([decided], job.ranks)
     positions = [position for position, one in enumerate(decided.tolist()) if one]
     if job.ranks.first:

@@ -1,4 +1,4 @@
-"""How many side networks FPT-X trains: one, or all if the first one lowers the held-out loss of the linear probes."""
+"""How many side networks FPT-X trains: one, or all if the first one lowers the held-out loss, or may lower it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from study import Study, blind_fit, make_study
 
 from schemas.errors import StorageError
 from schemas.results import EpochLog, TrainResult
+from schemas.specs import HeldOut
 from stages.train import gradient
 from stages.train.bundle_spec import read_spec
 from stages.train.job import Watch
@@ -128,9 +129,37 @@ def test_all_are_trained_where_the_first_one_helps(study: Study, blind: None) ->
     assert not left(study)
 
 
+def test_all_are_trained_where_the_validation_images_are_too_few_to_tell(study: Study, blind: None) -> None:
+    calls = Calls()
+    (result,) = run(study, "undecided", [{"lr": 1e-9}], calls)
+    assert "Too few validation images to tell whether networks help" in calls.notices[0]
+    assert result.conclusion.startswith("3 side networks of at most 3, because the first one helped or may help: ")
+    assert read_spec(study.root / "undecided/0").network.members == 3
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "helps", "undecided"),
+    [
+        (0.03, 0.01, True, False),
+        (0.005, 0.01, False, False),
+        (-0.05, 0.03, False, False),
+        (0.02, 0.03, False, True),
+        (-0.02, 0.03, False, True),
+        (0.05, 0.03, True, False),
+        (0.05, None, False, True),
+    ],
+)
+def test_a_gain_within_a_large_standard_error_decides_nothing(
+    gain: float, error: float | None, helps: bool, undecided: bool
+) -> None:
+    found = HeldOut(linear_probes=0.5, ensemble=0.5 - gain, standard_error=error)
+    assert (found.helps, found.undecided) == (helps, undecided)
+
+
 def test_those_that_need_more_networks_are_trained_together(study: Study, blind: None) -> None:
     calls = Calls()
-    run(study, "several", [{}, {"seed": 3}, {"lr": 1e-9}], calls)
+    # An ensemble weight of 0.05 changes so little that even few images see that it is nothing.
+    run(study, "several", [{}, {"seed": 3}, {"lr": 1e-9, "probe_weight": 0.95}], calls)
     second = calls.epochs[3 * EPOCHS :]
     assert second == [(position, epoch) for epoch in (1, 2, 3) for position in (0, 1)]
     run(study, "single", [{"seed": 3}])
