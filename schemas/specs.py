@@ -85,7 +85,8 @@ class HeldOut(Contract):
     @property
     def undecided(self) -> bool:
         """Whether the held-out images are too few to tell: they are no reason to leave networks out."""
-        return self.standard_error is None or abs(self.gain) <= self.standard_error > UNDECIDED
+        error = self.standard_error
+        return error is None or (error > UNDECIDED and abs(self.gain) <= error)
 
 
 class SideNetworkSpec(MethodSpec):
