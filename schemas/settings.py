@@ -229,7 +229,7 @@ class TrainSettings(Section):
     """Ensemble weight of the attentive probes; auto: 0.1 with attentive probes, otherwise 0."""
     probe_weight: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Ensemble weight of linear probes on the LPM's pooled outputs and token statistics; with fpt-x the weights are
-    fitted to the validation images, and these numbers are their prior. auto: 0.6 for fpt-x, 0.5 for fpt-x-kept,
+    fitted to the validation images, and these numbers are their prior. auto: 0.7 for fpt-x, 0.5 for fpt-x-kept,
     otherwise 0."""
     keep: Literal["auto", "best", "late", "last"] = "auto"
     """Epoch whose weights are saved: best (highest validation AUC), late (the best of the second half), or last; auto:
