@@ -47,7 +47,7 @@ def test_ensemble_weights_follow_the_held_out_loss_and_the_prior() -> None:
 
 
 def test_what_the_networks_added_is_reported(tmp_path: Path) -> None:
-    study = make_study(tmp_path, method="fpt-x", train={"epochs": 2, "members": 1})
+    study = make_study(tmp_path, method="fpt-x", train={"epochs": 2, "members": 1, "probe_weight": 0.5})
     result = train_study(study, study.extract())
     weights = [value for name, value in result.chosen.items() if name.startswith("weight of")]
     assert len(weights) == 2

@@ -227,7 +227,7 @@ def test_what_auto_means(study: Study) -> None:
     raw = parse_settings({"method": "fpt-x", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     train_settings = resolve(raw, study.lpm).train
     assert (train_settings.members, train_settings.adaptive_members) == (3, True)
-    assert (train_settings.probe_weight, train_settings.keep) == (0.6, "late")
+    assert (train_settings.probe_weight, train_settings.keep) == (0.7, "late")
     assert (train_settings.attentive, train_settings.attentive_weight) == (0, 0.0)
     raw = parse_settings({"method": "fpt-x-kept", "lpm": {"name": "test_vit"}, "train": {"side_reduction": 4}})
     kept = resolve(raw, study.lpm).train

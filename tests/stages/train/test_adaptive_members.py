@@ -131,7 +131,7 @@ def test_all_are_trained_where_the_first_one_helps(study: Study, blind: None) ->
 
 def test_all_are_trained_where_the_validation_images_are_too_few_to_tell(study: Study, blind: None) -> None:
     calls = Calls()
-    (result,) = run(study, "undecided", [{"lr": 1e-9}], calls)
+    (result,) = run(study, "undecided", [{"lr": 1e-9, "probe_weight": 0.5}], calls)
     assert "Too few validation images to tell whether networks help" in calls.notices[0]
     assert result.conclusion.startswith("3 side networks of at most 3, because the first one helped or may help: ")
     assert read_spec(study.root / "undecided/0").network.members == 3
