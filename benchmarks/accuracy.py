@@ -34,7 +34,7 @@ from pipeline.console import print_error, say, show, show_table
 from pipeline.project import CACHE_VARIABLE
 from schemas.errors import EvaluationError, FptError, SettingsError
 from schemas.settings import FeatureSettings, LpmSettings
-from stages.evaluate.bootstrap import group_draws
+from stages.evaluate.bootstrap import group_draws, percentile_interval
 
 TOLERANCE = 0.005
 """Largest loss of mean AUC on a single data set with which a recipe may be adopted."""
@@ -197,15 +197,6 @@ def bootstrap(recipes: Mapping[str, Outcome], seed: int) -> dict[str, dict[str, 
     }
 
 
-def percentiles(drawn: Floats) -> tuple[float, float] | None:
-    """Return the 95% interval of bootstrap samples; None if most of them are not defined."""
-    finite = drawn[np.isfinite(drawn)]
-    if not len(finite) or len(finite) < len(drawn) / 2:
-        return None
-    low, high = np.percentile(finite, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def compare(outcomes: Mapping[str, Mapping[str, Outcome]], reference: str) -> dict[str, dict[str, Any]]:
     """Return the differences of each recipe to the reference: per data set, and their mean with its interval.
 
@@ -218,9 +209,9 @@ def compare(outcomes: Mapping[str, Mapping[str, Outcome]], reference: str) -> di
         drawn = [sample[name][metric] - sample[reference][metric] for sample in samples]
         return {
             "by_set": by_set,
-            "interval_by_set": {data: percentiles(one) for data, one in zip(outcomes, drawn, strict=True)},
+            "interval_by_set": {data: percentile_interval(one) for data, one in zip(outcomes, drawn, strict=True)},
             "mean": statistics.mean(by_set.values()),
-            "interval": percentiles(np.mean(drawn, axis=0)),
+            "interval": percentile_interval(np.mean(drawn, axis=0)),
         }
 
     compared = {}

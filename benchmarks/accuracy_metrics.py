@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import log_loss
 
-from stages.evaluate.bootstrap import weighted_auc
+from stages.evaluate.bootstrap import weighted_auc, weighted_recall
 from stages.evaluate.metrics import compute_metrics
 from stages.evaluate.reliability import BINS
 from stages.tasks import positives, scored_columns
@@ -88,11 +88,11 @@ def other_metrics(folds: Sequence[Tested], weights: Sequence[Floats]) -> dict[st
 
 def _metrics(labels: npt.NDArray[np.int64], p: Floats, weights: Floats) -> dict[str, Floats]:
     """Return the metrics (r,) of n images for weights (n, r); defined as in `library_metrics`."""
-    right = p.argmax(axis=1) == labels
+    predicted = p.argmax(axis=1)
+    right = predicted == labels
     of_label = np.clip(p[np.arange(len(labels)), labels], np.finfo(p.dtype).eps, 1.0)
     confidence, total = p.max(axis=1), weights.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        recalls = [right[of] @ weights[of] / weights[of].sum(axis=0) for of in positives(labels, p.shape[1]).T]
+    recalls = [weighted_recall(predicted == at, labels == at, weights) for at in range(p.shape[1])]
     bins = np.searchsorted(np.linspace(0.0, 1.0, BINS + 1)[1:-1], confidence)
     errors = [np.abs((right - confidence)[bins == one] @ weights[bins == one]) for one in np.unique(bins)]
     return {

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from schemas.bench import BenchRow, BenchRun
 from schemas.errors import EvaluationError
 from schemas.sweeps import PairedDifference, RunRecord, Separation
-from stages.evaluate.bootstrap import group_draws, weighted_auc
+from stages.evaluate.bootstrap import group_draws, percentile_interval, weighted_auc
 from stages.evaluate.predictions import TABLE, Predictions, read_predictions
 from stages.evaluate.sweep_statistics import spread, spread_known
 from stages.tasks import LEAST, positives, scored_columns
@@ -147,12 +147,7 @@ def auc_difference(reference: Tables, method: Tables) -> PairedDifference | None
         each = [_mean_auc(method[number], weights) - _mean_auc(reference[number], weights) for number in samplings]
         drawn.append(np.mean(each, axis=0))
     sample = np.concatenate(drawn) if drawn else np.zeros(0)
-    finite = sample[np.isfinite(sample)]
-    interval = None
-    if len(finite) and len(finite) >= len(sample) / 2:
-        low, high = np.percentile(finite, [2.5, 97.5])
-        interval = (float(low), float(high))
-    return PairedDifference(difference=spread(values), interval=interval)
+    return PairedDifference(difference=spread(values), interval=percentile_interval(sample))
 
 
 def _mean_auc(tables: Sequence[Predictions], weights: Floats) -> Floats:

@@ -45,11 +45,15 @@ def auc_interval(
     for weights in group_draws(groups, seed=seed):
         aucs = [weighted_auc(positive[:, index], probabilities[:, index], weights) for index in columns]
         values.append(np.mean(aucs, axis=0))
-    sample = np.concatenate(values)
-    sample = sample[np.isfinite(sample)]
-    if len(sample) < RESAMPLES / 2:
+    return percentile_interval(np.concatenate(values))
+
+
+def percentile_interval(sample: Floats) -> tuple[float, float] | None:
+    """Return the 2.5th and 97.5th percentile of the values (r,) of bootstrap samples; None if most are not defined."""
+    finite = sample[np.isfinite(sample)]
+    if not len(finite) or len(finite) < len(sample) / 2:
         return None
-    low, high = np.percentile(sample, [2.5, 97.5])
+    low, high = np.percentile(finite, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -106,3 +110,11 @@ def weighted_auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Float
     aucs: Floats = np.full(len(pairs), np.nan)
     np.divide(wins, pairs, out=aucs, where=pairs > 0)
     return aucs
+
+
+def weighted_recall(guessed: npt.NDArray[np.bool_], positive: npt.NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return the (r,) recall under each weighting (n, r); NaN where no positive row has weight."""
+    positive_weights = weights[positive]
+    total, recalls = positive_weights.sum(axis=0), np.full(weights.shape[1], np.nan)
+    np.divide(guessed[positive].astype(np.float64) @ positive_weights, total, out=recalls, where=total > 0)
+    return recalls

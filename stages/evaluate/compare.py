@@ -12,7 +12,7 @@ import numpy.typing as npt
 from schemas.errors import EvaluationError
 from schemas.results import ComparedModel, Comparison, Difference, EvaluatedModel, Metrics
 from schemas.tasks import Task
-from stages.evaluate.bootstrap import group_draws, weighted_auc
+from stages.evaluate.bootstrap import group_draws, percentile_interval, weighted_auc, weighted_recall
 from stages.evaluate.metrics import check_predictions
 from stages.evaluate.predictions import TABLE, Predictions, evaluation_folder, read_predictions
 from stages.evaluate.scoring import score
@@ -149,10 +149,10 @@ def _weighted(labels: npt.NDArray[np.int64], p: Floats, weights: Floats, task: T
         "accuracy": hits(labels, predicted).astype(np.float64) @ weights / total,
         "brier": errors @ weights / total,
     }
-    recalls = np.stack([_recall(guessed[:, index], positive[:, index], weights) for index in range(p.shape[1])])
+    recalls = np.stack([weighted_recall(guessed[:, index], positive[:, index], weights) for index in range(p.shape[1])])
     if task == "multilabel":
         specificities = np.stack(
-            [_recall(~guessed[:, index], ~positive[:, index], weights) for index in range(p.shape[1])]
+            [weighted_recall(~guessed[:, index], ~positive[:, index], weights) for index in range(p.shape[1])]
         )
         values["balanced_accuracy"] = np.mean(
             [_defined_mean(pair) for pair in np.stack([recalls, specificities], axis=1)], axis=0
@@ -165,14 +165,6 @@ def _weighted(labels: npt.NDArray[np.int64], p: Floats, weights: Floats, task: T
     if task == "ordinal":
         values["quadratic_kappa"] = _kappa(labels, predicted, weights)
     return values
-
-
-def _recall(guessed: npt.NDArray[np.bool_], positive: npt.NDArray[np.bool_], weights: Floats) -> Floats:
-    """Return the (r,) recall under each weighting; NaN where no positive row has weight."""
-    positive_weights = weights[positive]
-    total, recalls = positive_weights.sum(axis=0), np.full(weights.shape[1], np.nan)
-    np.divide(guessed[positive].astype(np.float64) @ positive_weights, total, out=recalls, where=total > 0)
-    return recalls
 
 
 def _defined_mean(values: Floats) -> Floats:
@@ -204,12 +196,7 @@ def _differences(
         if reference_value is None or value is None:
             continue
         paired = sample[name] - reference_sample[name]
-        finite = paired[np.isfinite(paired)]
-        interval = None
-        if len(finite) and len(finite) >= len(paired) / 2:
-            low, high = np.percentile(finite, [2.5, 97.5])
-            interval = (float(low), float(high))
-        differences[name] = Difference(value=value - reference_value, interval=interval)
+        differences[name] = Difference(value=value - reference_value, interval=percentile_interval(paired))
     return differences
 
 

@@ -52,9 +52,9 @@ def train_job(job: Job) -> list[TrainResult]:
     Where held-out loss decides how many side networks are trained (`train.adaptive_members`), the first one is trained
     by itself, on one stream of batches with all other variants. If it lowers the held-out log-loss of the linear probes
     by more than the standard error (`stages.methods.held_out_gain`), or the held-out images are too few to tell, the
-    others follow on a second stream. Seeds and
-    batches are those of a training of all at once, and in the ensemble of each epoch the first network has its weights
-    of that epoch: the model is that of the same number of side networks in one training, up to rounding.
+    others follow on a second stream. Seeds and batches are those of a training of all at once, and in the ensemble of
+    each epoch the first network has its weights of that epoch: the model is that of the same number of side networks in
+    one training, up to rounding.
     """
     source = _source(job)
     data = {split: _dataset(job, source, split) for split in SPLITS}
