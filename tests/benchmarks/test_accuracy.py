@@ -125,6 +125,7 @@ def test_the_figures_follow_from_the_files_of_the_runs(bench: Bench, tmp_path: P
         aucs.append(np.mean([roc_auc_score(labels == at, p[:, at]) for at in range(3)]))
     figures = result["data"]["first"]["networks"]
     assert figures["auc"] == pytest.approx(np.mean(aucs), abs=1e-6)
+    assert figures["seconds"] == pytest.approx(np.median([run["seconds"] for run in runs]))
     assert len(figures["auc_of_seeds"]) == 2 and figures["bytes_per_image"] > 1000
     for repeat in range(2):
         paths = [path for run in runs if (run["repeat"], run["seed"]) == (repeat, 0) for path in run["rows"]]

@@ -19,9 +19,9 @@ except SystemExit:
 """
 
 
-def waiting(folder: Path, words: str, **variables: str) -> str:
+def waiting(folder: Path, words: str, probe: str = PROBE, **variables: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    command = [sys.executable, "-c", PROBE, *words.split()]
+    command = [sys.executable, "-c", probe, *words.split()]
     done = subprocess.run(command, cwd=folder, env=kept | variables, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -45,3 +45,8 @@ def test_threads_wait_briefly_in_verbs_that_run_the_lpm(tmp_path: Path, words: s
 def test_the_environment_of_the_user_stays(tmp_path: Path) -> None:
     assert waiting(tmp_path, "extract", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE None"
     assert waiting(tmp_path, "extract", GOMP_SPINCOUNT="70") == "None 70"
+
+
+def test_once_torch_is_imported_nothing_is_set(tmp_path: Path) -> None:
+    """The threads of this process no longer read the variable, and those of others, such as trainings, would."""
+    assert waiting(tmp_path, "extract", "import torch\n" + PROBE) == "None None"
